@@ -1,0 +1,6 @@
+"""The device: trains what an order says with plain ONNX Runtime and returns what it asks for.
+
+Imports nothing but `wire`, numpy, onnxruntime, safetensors and (for image folders) Pillow.
+"""
+
+__version__ = "0.1.0"

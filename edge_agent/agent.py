@@ -1,0 +1,378 @@
+"""The agent's loop: events in, rules applied, actions done.
+
+One thread owns all state; the network thread and the worker thread only put events in its queue.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from safetensors.numpy import save
+
+from edge_agent import __version__, data, meter, rounds
+from edge_agent.config import AgentConfig
+from edge_agent.journal import Journal
+from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
+from edge_agent.supply import Supply
+from edge_agent.work import Desk, Outcome, perform
+from wire import blobs, messages, topics
+from wire.blobs import BlobStore
+from wire.errors import StillhouseError, WireError
+from wire.link import Link
+from wire.messages import (
+    Birth, BlobRef, Chunk, Death, Gone, Hello, Order, Receipt, Result, Telemetry, Want,
+)  # fmt: skip
+
+log = logging.getLogger("edge-agent")
+
+TICK_S = 0.5
+
+
+class Arrived(NamedTuple):
+    """A message came."""
+
+    topic: str
+    payload: bytes
+
+
+class Connected(NamedTuple):
+    """The broker is there (again)."""
+
+
+class Lost(NamedTuple):
+    """The broker is gone."""
+
+    reason: str
+
+
+class Advanced(NamedTuple):
+    """The worker is so far."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class Ended(NamedTuple):
+    """The worker is done with an order."""
+
+    order: Order
+    outcome: Outcome | StillhouseError
+
+
+Event = Arrived | Connected | Lost | Advanced | Ended
+
+
+class Agent:
+    """One device.
+
+    Raises:
+        DataError: the images cannot be used.
+    """
+
+    def __init__(self, config: AgentConfig) -> None:
+        self.config = config
+        config.state.mkdir(parents=True, exist_ok=True)
+        self.images = data.load(config.data, input_shape=config.image)
+        self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
+        self.journal = Journal(config.state / "journal.db")
+        self._state = rounds.State()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._supply: Supply | None = None
+        self._cancel = threading.Event()
+        self._worker: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._reported = 0.0
+        self._platform = meter.this_platform()
+        self._session = 0
+        self.link = Link(
+            config.broker,
+            f"stillhouse-{config.fleet}-{config.device}",
+            subscriptions=[
+                (self._topic("order"), 1),
+                (self._topic("down"), 0),
+                (topics.topic(config.fleet, topics.ALL, "hello"), 1),
+            ],
+            on_message=lambda topic, payload: self._events.put(Arrived(topic, payload)),
+            on_connect=lambda: self._events.put(Connected()),
+            on_disconnect=lambda reason: self._events.put(Lost(reason)),
+            will=self._will,
+            persistent=True,
+        )
+
+    def run(self) -> None:
+        """Work until `stop`.
+
+        Raises:
+            LinkError: the broker refuses this device for good.
+        """
+        if latest := self.journal.latest():
+            order, result, receipted = latest
+            self._apply(rounds.restored(order, result, receipted=receipted))
+        self.link.start()
+        try:
+            while not self._stopping.is_set() and self.link.refused is None:
+                try:
+                    self._handle(self._events.get(timeout=TICK_S))
+                except queue.Empty:
+                    pass
+                except WireError as fault:
+                    log.warning("message dropped: %s", fault)
+                self._tick()
+        finally:
+            self._cancel.set()
+            if self._worker:
+                self._worker.join()
+            self.link.close(self._death())
+            self.journal.close()
+        if self.link.refused:
+            raise self.link.refused
+
+    def stop(self) -> None:
+        """End `run` soon; open work goes on after the next start."""
+        self._stopping.set()
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Arrived(topic, payload):
+                message, body = messages.decode(payload, sender=topic)
+                self._received(message, body)
+            case Connected():
+                log.info("connected to %s as %s", self.config.broker.url, self.config.device)
+                self._be_born()
+            case Lost(reason):
+                log.warning("%s; trying again", reason)
+            case Advanced(phase, done, total):
+                self._report(phase, done, total)
+            case Ended(order, outcome):
+                self._ended(order, outcome)
+
+    def _received(self, message: messages.Message, body: memoryview) -> None:
+        now = time.monotonic()
+        match message:
+            case Order():
+                self._apply(rounds.ordered(self._state, message, now, self.config.resend_s))
+            case Receipt(subject="birth"):
+                log.error("the orchestrator refuses this device: %s", message.reason)
+            case Receipt():
+                self._apply(rounds.received(self._state, message))
+            case Hello():
+                self._be_born()
+                self._state = replace(self._state, offer_at_s=0.0)
+            case Want():
+                self.blobs.answer(message, self._send_up)
+            case Chunk() | Gone() if self._supply:
+                try:
+                    self._supply.take(message, body)
+                except StillhouseError as fault:
+                    self._fail(self._supply.order, fault)
+            case _:
+                pass
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if self._supply and self.link.connected:
+            try:
+                if self._supply.ready:
+                    self._apply(rounds.fetched(self._state))
+                else:
+                    for want in self._supply.wants(now):
+                        self._send_up(want, b"")
+                    self._report("fetch", *self._supply.progress)
+            except StillhouseError as fault:
+                self._fail(self._supply.order, fault)
+        self._apply(rounds.ticked(self._state, now, self.config.resend_s))
+
+    def _apply(self, step: rounds.Step) -> None:
+        self._state, actions = step
+        for action in actions:
+            self._do(action)
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Accept(order):
+                self._cancel.set()
+                self.journal.accept(order)
+                log.info("round %d: order %d of %s", order.round, order.sequence, order.run)
+            case Fetch(order):
+                try:
+                    self._supply = Supply(
+                        order,
+                        self.blobs,
+                        self.config.state / "artifacts",
+                        window=self.config.window,
+                        retry_s=self.config.retry_s,
+                        max_bytes=self.config.max_download_bytes,
+                    )
+                except StillhouseError as fault:
+                    self._fail(order, fault)
+            case Work(order):
+                self._work(order)
+            case Offer(result):
+                self._publish("result", result)
+            case Settle(receipt):
+                self._settle(receipt)
+
+    def _work(self, order: Order) -> None:
+        if self._worker:  # the cancelled one ends within a step; its Ended event comes first
+            self._worker.join()
+        assert self._supply is not None  # noqa: S101 - Work follows a complete Supply
+        supply, self._supply = self._supply, None
+        own = self.journal.weights_file(order.run, order.artifact.digest)
+        self._cancel = threading.Event()
+        desk = Desk(
+            self.images,
+            self.blobs,
+            self.config.threads,
+            lambda phase, done, total: self._events.put(Advanced(phase, done, total)),
+            self._cancel,
+        )
+
+        def work() -> None:
+            outcome: Outcome | StillhouseError
+            try:
+                own_path = self.config.state / own if own else None
+                outcome = perform(order, supply.artifact(), own_path, desk)
+            except StillhouseError as fault:
+                outcome = fault
+            except Exception as fault:
+                log.exception("order %d of %s failed", order.sequence, order.run)
+                outcome = StillhouseError(f"{type(fault).__name__}: {fault}")
+            self._events.put(Ended(order, outcome))
+
+        self._worker = threading.Thread(target=work, name="work")
+        self._worker.start()
+
+    def _ended(self, order: Order, outcome: Outcome | StillhouseError) -> None:
+        if self._state.order != order:  # replaced meanwhile
+            return
+        self._worker = None
+        if isinstance(outcome, StillhouseError):
+            self._fail(order, outcome)
+            return
+        weights_file = None
+        if outcome.weights is not None:
+            weights_file = f"weights-{order.run}-{order.sequence}.safetensors"
+            self._write(weights_file, save({k: np.asarray(v) for k, v in outcome.weights.items()}))
+        result = Result(
+            device=self.config.device,
+            run=order.run,
+            sequence=order.sequence,
+            round=order.round,
+            samples=len(self.images.y),
+            data_digest=self.images.digest,
+            blobs=outcome.blobs,
+            metrics=outcome.metrics,
+        )
+        self.journal.finish(order, result, weights_file)
+        self._tidy(outcome.blobs.values())
+        log.info("round %d: done", order.round)
+        self._apply(rounds.worked(self._state, result, time.monotonic(), self.config.resend_s))
+
+    def _fail(self, order: Order, fault: StillhouseError) -> None:
+        log.error("round %d: %s", order.round, fault)
+        self._supply = None
+        result = Result(
+            device=self.config.device,
+            run=order.run,
+            sequence=order.sequence,
+            round=order.round,
+            samples=len(self.images.y),
+            fault=str(fault),
+        )
+        self.journal.finish(order, result, None)
+        self._apply(rounds.worked(self._state, result, time.monotonic(), self.config.resend_s))
+
+    def _settle(self, receipt: Receipt) -> None:
+        self.journal.receipted(receipt.run, receipt.sequence)
+        self._tidy(())
+        if receipt.accepted:
+            log.info("result %d of %s is accepted", receipt.sequence, receipt.run)
+        else:
+            log.error("result %d of %s is refused: %s", receipt.sequence, receipt.run,
+                      receipt.reason)  # fmt: skip
+        self._report("idle", 0, 0)
+
+    def _tidy(self, keep: Iterable[BlobRef]) -> None:
+        """Let go of the blobs and weights that nothing refers to any more."""
+        self.blobs.keep_only({ref.digest for ref in keep})
+        wanted = self.journal.weights_files()
+        for path in self.config.state.glob("weights-*"):
+            if path.name not in wanted:
+                path.unlink()
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file so that it is whole or absent, after a power cut too."""
+        partial = self.config.state / f"{name}.new"
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.config.state / name)
+        blobs.sync_folder(self.config.state)
+
+    def _be_born(self) -> None:
+        birth = Birth(
+            device=self.config.device,
+            session=self._session,
+            version=__version__,
+            samples=len(self.images.y),
+            data_digest=self.images.digest,
+            platform=self._platform,
+        )
+        self._publish("birth", birth, retain=True)
+        if self._supply:
+            self._supply.reconnected()
+        if self._state.phase is Phase.OFFERING:
+            self._state = replace(self._state, offer_at_s=0.0)
+
+    def _will(self) -> tuple[str, bytes]:
+        """A new session's will; called by the network thread before each attempt to connect."""
+        self._session = self.journal.next_session()
+        return self._death()
+
+    def _death(self) -> tuple[str, bytes]:
+        death = Death(self.config.device, self._session)
+        return self._topic("death"), messages.encode(death)
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._reported < self.config.telemetry_s and phase != "idle":
+            return
+        self._reported = now
+        order = self._state.order
+        if order:
+            report = Telemetry(
+                device=self.config.device,
+                run=order.run,
+                round=order.round,
+                phase=phase,  # type: ignore[arg-type]  # the worker names phases of the protocol
+                done=done,
+                total=total,
+                memory_bytes=meter.resident_bytes(),
+            )
+            self._publish("telemetry", report, qos=0)
+
+    def _send_up(self, message: Want | Chunk | Gone, body: bytes) -> None:
+        self.link.publish(self._topic("up"), messages.encode(message, body), qos=0)
+
+    def _publish(
+        self, channel: str, message: messages.Message, *, qos: int = 1, retain: bool = False
+    ) -> None:
+        self.link.publish(self._topic(channel), messages.encode(message), qos=qos, retain=retain)
+
+    def _topic(self, channel: str) -> str:
+        return topics.topic(self.config.fleet, self.config.device, channel)
+
+
+def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None]) -> None:
+    """Run an agent; `install_stop` is given what to call to end it."""
+    agent = Agent(config)
+    install_stop(agent.stop)
+    agent.run()

@@ -1,0 +1,65 @@
+"""The agent's configuration: `agent.toml` as a frozen dataclass."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wire import records, topics
+from wire.link import BrokerAddress
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What one device needs to know.
+
+    Attributes:
+        device: the name it is enrolled under.
+        fleet: the fleet it belongs to.
+        data: an `.npz` with `x` (N, H, W, C) uint8 and `y`, or a folder with a sub-folder a class.
+        state: folder for artifacts, weights, blobs and the journal; survives power cuts.
+        broker: where the broker is and who we are there.
+        image: channels, height, width that a folder's images are brought to.
+        threads: of ONNX Runtime; 0 takes all cores.
+        chunk_bytes: size of the pieces that results are pulled in.
+        window: chunks of a download under way at once.
+        retry_s: a chunk that has not come after so long is asked for again.
+        resend_s: a result without a receipt is offered again after so long.
+        telemetry_s: at most one progress report in so long.
+        max_download_bytes: an artifact file, a state or a teacher above this is refused.
+    """
+
+    device: str
+    fleet: str
+    data: Path
+    state: Path
+    broker: BrokerAddress
+    image: tuple[int, ...] = (3, 32, 32)
+    threads: int = 0
+    chunk_bytes: int = 128 * 1024
+    window: int = 8
+    retry_s: float = 10.0
+    resend_s: float = 30.0
+    telemetry_s: float = 1.0
+    max_download_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        topics.check_name(self.device, "device name")
+        topics.check_name(self.fleet, "fleet name")
+        if len(self.image) != 3 or min(self.image) < 1:
+            raise ValueError(f"image: expected [channels, height, width], got {self.image}")
+        if not 1024 <= self.chunk_bytes <= 1 << 19:
+            raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
+        if self.threads < 0 or self.window < 1:
+            raise ValueError(f"threads {self.threads} or window {self.window} out of range")
+        if min(self.retry_s, self.resend_s, self.telemetry_s) <= 0:
+            raise ValueError("retry_s, resend_s and telemetry_s must be above 0")
+
+
+def load(path: Path) -> AgentConfig:
+    """Read `agent.toml`; `data` and `state` are relative to the folder it lies in.
+
+    Raises:
+        SettingsError: the message names the file, the key and what was expected.
+    """
+    config = records.load(AgentConfig, path)
+    folder = path.resolve().parent
+    return replace(config, data=folder / config.data, state=folder / config.state)

@@ -1,0 +1,79 @@
+"""The command `edge-agent`."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from edge_agent import __version__, config
+from wire.errors import StillhouseError
+
+TEMPLATE = """\
+# Configuration of one Stillhouse edge agent. Start it with: edge-agent run --config agent.toml
+
+device = "device-0"     # the name it is enrolled under (orchestrator enroll)
+fleet = "fleet"         # the fleet it belongs to
+data = "images"         # an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class
+state = "state"         # artifacts, weights and the journal; survives power cuts
+image = [3, 32, 32]     # channels, height, width that a folder's images are brought to
+threads = 0             # of ONNX Runtime; 0 takes all cores
+
+[broker]
+url = "mqtt://localhost:1883"   # mqtts:// with ca_file, and cert_file and key_file for mutual TLS
+username = ""                   # with a password where the broker asks for one
+password = ""
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit code is 0, or 2 with one line on what is wrong."""
+    parser = argparse.ArgumentParser(prog="edge-agent", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="join the fleet and work until stopped")
+    run.add_argument("--config", type=Path, required=True, help="agent.toml")
+    run.add_argument("--verbose", action="store_true", help="say more")
+    init = commands.add_parser("init", help="write a commented configuration")
+    init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"))
+    chosen = parser.parse_args(arguments)
+    try:
+        if chosen.command == "init":
+            return _init(chosen.file)
+        return _run(chosen.config, verbose=chosen.verbose)
+    except StillhouseError as fault:
+        print(f"edge-agent: {fault}", file=sys.stderr)
+        return 2
+
+
+def _init(path: Path) -> int:
+    try:
+        with path.open("x") as file:
+            file.write(TEMPLATE)
+    except OSError as fault:
+        print(f"edge-agent: {path}: {fault.strerror}; nothing was written", file=sys.stderr)
+        return 2
+    path.chmod(0o600)  # it will hold a password
+    print(f"{path} written; edit it, then: edge-agent run --config {path}")
+    return 0
+
+
+def _run(path: Path, *, verbose: bool) -> int:
+    from edge_agent.agent import serve
+
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+
+    def install(stop: Callable[[], None]) -> None:
+        signal.signal(signal.SIGTERM, lambda _number, _frame: stop())
+        signal.signal(signal.SIGINT, lambda _number, _frame: stop())
+
+    serve(config.load(path), install)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""What work costs on this device: peak resident memory and seconds, phase by phase.
+
+The kernel keeps the peak (VmHWM, "high water mark") itself; writing 5 to clear_refs resets it
+(man 5 proc), so that each phase has its own. Where the kernel refuses the reset, a phase's figure
+is the peak since the process began.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+
+from wire.messages import Platform
+
+_PROC = Path("/proc/self")
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """Resident memory now ("VmRSS") or at its peak ("VmHWM"), bytes; 0 where there is no procfs."""
+    with suppress(OSError):
+        for line in (_PROC / "status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class Meter:
+    """Metrics of one order: `<phase>_s` and `<phase>_peak_bytes` for each phase."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block."""
+        with suppress(OSError):
+            (_PROC / "clear_refs").write_text("5")
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.metrics[f"{name}_s"] = time.monotonic() - began
+            self.metrics[f"{name}_peak_bytes"] = float(resident_bytes("VmHWM"))
+
+
+def this_platform() -> Platform:
+    """The machine this runs on."""
+    model = ""
+    with suppress(OSError):  # Raspberry Pi and Jetson boards name themselves here
+        model = Path("/proc/device-tree/model").read_text().strip("\0\n ")
+    return Platform(
+        model=model or platform.node(),
+        machine=platform.machine(),
+        cores=os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        python=platform.python_version(),
+        onnxruntime=metadata.version("onnxruntime"),
+    )

@@ -1,0 +1,121 @@
+"""The device's side of a round, as pure rules: (state, event) -> (state, actions).
+
+    idle --order--> fetching --all blobs here--> working --result--> offering --receipt--> idle
+
+A newer order replaces the open one at any point; an order that is done already has its result
+offered again. Nothing here touches the network, the disk or the clock.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from wire.messages import Order, Receipt, Result
+
+
+class Phase(Enum):
+    """Where the device stands with its order."""
+
+    IDLE = "idle"
+    FETCHING = "fetching"
+    WORKING = "working"
+    OFFERING = "offering"
+
+
+@dataclass(frozen=True)
+class State:
+    """The open or last order; `result` once there is one; when to offer it again."""
+
+    phase: Phase = Phase.IDLE
+    order: Order | None = None
+    result: Result | None = None
+    offer_at_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Accept:
+    """Write the order to the journal, cancel work on another, and fetch what it names."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Pull what the order names."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Work:
+    """Do what the order says."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Publish the result."""
+
+    result: Result
+
+
+@dataclass(frozen=True)
+class Settle:
+    """The result is receipted: note it and let its blobs go."""
+
+    receipt: Receipt
+
+
+Action = Accept | Fetch | Work | Offer | Settle
+Step = tuple[State, tuple[Action, ...]]
+
+
+def restored(order: Order, result: Result | None, *, receipted: bool) -> Step:
+    """Go on after a restart with what the journal holds."""
+    if result is None:
+        return State(Phase.FETCHING, order), (Fetch(order),)
+    phase = Phase.IDLE if receipted else Phase.OFFERING
+    return State(phase, order, result), ()
+
+
+def ordered(state: State, order: Order, now_s: float, resend_s: float) -> Step:
+    """An order came. Older and repeated ones change nothing, but a known result is offered."""
+    current = state.order
+    if current and current.run == order.run and order.sequence <= current.sequence:
+        if order.sequence == current.sequence and state.result:
+            again = replace(state, phase=Phase.OFFERING, offer_at_s=now_s + resend_s)
+            return again, (Offer(state.result),)
+        return state, ()
+    return State(Phase.FETCHING, order), (Accept(order), Fetch(order))
+
+
+def fetched(state: State) -> Step:
+    """Everything the open order names is here."""
+    if state.phase is not Phase.FETCHING or state.order is None:
+        return state, ()
+    return replace(state, phase=Phase.WORKING), (Work(state.order),)
+
+
+def worked(state: State, result: Result, now_s: float, resend_s: float) -> Step:
+    """Work ended, well or with a fault; the result of a replaced order is dropped."""
+    order = state.order
+    if order is None or (order.run, order.sequence) != (result.run, result.sequence):
+        return state, ()
+    return State(Phase.OFFERING, order, result, now_s + resend_s), (Offer(result),)
+
+
+def received(state: State, receipt: Receipt) -> Step:
+    """The orchestrator spoke on a result."""
+    result = state.result
+    if state.phase is not Phase.OFFERING or result is None:
+        return state, ()
+    if (receipt.run, receipt.sequence) != (result.run, result.sequence):
+        return state, ()
+    return replace(state, phase=Phase.IDLE), (Settle(receipt),)
+
+
+def ticked(state: State, now_s: float, resend_s: float) -> Step:
+    """Time passed; a result without a receipt is offered again when it is due."""
+    if state.phase is Phase.OFFERING and state.result and now_s >= state.offer_at_s:
+        return replace(state, offer_at_s=now_s + resend_s), (Offer(state.result),)
+    return state, ()

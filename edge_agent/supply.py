@@ -1,0 +1,148 @@
+"""What an order needs, pulled from the orchestrator: artifact, state, teacher.
+
+An artifact travels once: its manifest is a blob, and names the other files by digest, which are
+blobs as well. Files that are here already are not asked for again.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from wire.artifact import Artifact, Manifest, open_artifact
+from wire.blobs import BlobStore, Fetch
+from wire.errors import ArtifactError, TransferError
+from wire.messages import BlobRef, Chunk, Gone, Order, Want
+
+
+class Supply:
+    """The blobs of one order on their way here.
+
+    Args:
+        order: what is to be supplied.
+        blobs: where they go.
+        artifacts: folder of complete artifacts, one sub-folder a digest.
+        window, retry_s: of each `Fetch`.
+        max_bytes: a blob above this is refused before anything is asked for.
+
+    Raises:
+        TransferError: a blob is larger than `max_bytes`.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        blobs: BlobStore,
+        artifacts: Path,
+        *,
+        window: int,
+        retry_s: float,
+        max_bytes: int,
+    ) -> None:
+        self.order, self.artifacts = order, artifacts
+        self._blobs, self._window, self._retry_s = blobs, window, retry_s
+        self._max_bytes = max_bytes
+        self._manifest: Manifest | None = None
+        self._assembled = self._folder.exists()
+        self._queue = [ref for ref in (order.state, order.teacher) if ref]
+        if not self._assembled:
+            self._queue.insert(0, order.artifact)
+        for ref in self._queue:
+            self._check(ref)
+        self._fetch: Fetch | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything is here; moves on to the next blob when one is done."""
+        while True:
+            if self._fetch is None or self._fetch.done:
+                self._arrived()
+                if not self._queue:
+                    return True
+                self._fetch = Fetch(
+                    self._blobs, self._queue[0], window=self._window, retry_s=self._retry_s
+                )
+            if not self._fetch.done:
+                return False
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes of the blob under way that are here, and its size."""
+        return (self._fetch.received, self._fetch.ref.size) if self._fetch else (0, 0)
+
+    def wants(self, now_s: float) -> Iterator[Want]:
+        """What to ask for now."""
+        if not self.ready and self._fetch and (want := self._fetch.wants(now_s)):
+            yield want
+
+    def reconnected(self) -> None:
+        """Questions on their way may be lost: ask again."""
+        if self._fetch:
+            self._fetch.forget_asked()
+
+    def take(self, message: Chunk | Gone, body: memoryview) -> None:
+        """Take an answer; one to an earlier question is passed over.
+
+        Raises:
+            TransferError: a wrong chunk, or the blob is gone.
+        """
+        if not self._fetch or message.digest != self._fetch.ref.digest:
+            return
+        if isinstance(message, Gone):
+            self._fetch.gone()
+        else:
+            self._fetch.chunk(message, body)
+
+    def artifact(self) -> Artifact:
+        """The artifact, verified again, since the disk of a device is not to be trusted.
+
+        Raises:
+            ArtifactError: a file is damaged; the folder is removed, so that the next order
+                brings it anew.
+        """
+        try:
+            return open_artifact(self._folder, expect_digest=self.order.artifact.digest)
+        except ArtifactError:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    @property
+    def _folder(self) -> Path:
+        return self.artifacts / self.order.artifact.digest
+
+    def _check(self, ref: BlobRef) -> None:
+        if ref.size > self._max_bytes:
+            raise TransferError(
+                f"blob {ref.digest:.12} has {ref.size} bytes, this device takes at most "
+                f"{self._max_bytes}; raise max_download_bytes in agent.toml"
+            )
+
+    def _arrived(self) -> None:
+        if self._fetch is not None:
+            self._queue.remove(self._fetch.ref)
+            self._fetch = None
+        if self._assembled:
+            return
+        if self._manifest is None:
+            if not self._blobs.has(self.order.artifact.digest):
+                return
+            raw = self._blobs.path(self.order.artifact.digest).read_bytes()
+            self._manifest = Manifest.parse(raw)
+            chunk_bytes = self.order.artifact.chunk_bytes
+            files = [BlobRef(f.sha256, f.bytes, chunk_bytes) for f in self._manifest.files.values()]
+            for ref in files:
+                self._check(ref)
+            self._queue = [r for r in self._queue if r.digest != self.order.artifact.digest]
+            self._queue[:0] = files
+        if all(self._blobs.has(f.sha256) for f in self._manifest.files.values()):
+            self._assemble(self._manifest)
+
+    def _assemble(self, manifest: Manifest) -> None:
+        building = self.artifacts / f"{self.order.artifact.digest}.new"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        named = {name: f.sha256 for name, f in manifest.files.items()}
+        for name, digest in {"manifest.json": self.order.artifact.digest, **named}.items():
+            shutil.copyfile(self._blobs.path(digest), building / name)
+        building.rename(self._folder)
+        self._assembled = True
+        self._queue = [ref for ref in self._queue if not self._blobs.has(ref.digest)]

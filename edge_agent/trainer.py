@@ -1,0 +1,159 @@
+"""Training and inference of an artifact by stock ONNX Runtime: the one file that imports it.
+
+The training graph is one functional step: state in, state out. Two sets of state buffers take
+turns (step k reads A and writes B, step k+1 the other way round), both bound once through
+IOBinding, so that a step copies nothing and no reader can meet a value of the wrong step. Batches
+are written by the data pipeline straight into the bound input buffers.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from wire.artifact import Artifact, Graph
+from wire.errors import ArtifactError
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+State = dict[str, Array]
+
+
+class TrainStep:
+    """The training step of an artifact, with the state it works on.
+
+    Args:
+        artifact: opened and verified.
+        state: every state tensor of the artifact by name; copied.
+        threads: of one operator; 0 takes all cores.
+
+    Attributes:
+        inputs: the bound buffers to write before a step: `x` (B, *input) float32, `y` (B,) int64,
+            and for distillation `teacher` (B, C) float32; and the scalars `lr`, `alpha`,
+            `temperature`, arrays of shape ().
+        loss, correct: of the last step, arrays of shape ().
+
+    Raises:
+        ArtifactError: `state` does not hold exactly the artifact's tensors.
+    """
+
+    def __init__(self, artifact: Artifact, state: Mapping[str, Array], *, threads: int) -> None:
+        manifest = artifact.manifest
+        _check_state(manifest.state, state)
+        graph = manifest.graphs["train"]
+        self._session = _session(artifact, graph, threads)
+        self._names = [spec.name for spec in manifest.state]
+        sets = (
+            {name: np.array(state[name]) for name in self._names},
+            {name: np.empty_like(state[name]) for name in self._names},
+        )
+        self.inputs: State = {
+            spec.name: np.zeros(spec.shape, spec.dtype)
+            for spec in graph.inputs
+            if spec.name not in sets[0]
+        }
+        self.loss, self.correct = np.zeros((), np.float32), np.zeros((), np.float32)
+        scalars = {"loss": self.loss, "correct": self.correct}
+        self._sets = sets
+        self._bindings = tuple(
+            _bind(
+                self._session,
+                graph,
+                self.inputs | sets[source],
+                scalars | {f"{name}.next": sets[1 - source][name] for name in self._names},
+            )
+            for source in (0, 1)
+        )
+        self._current = 0
+
+    def __call__(self) -> None:
+        """One step on what the input buffers hold."""
+        self._session.run_with_iobinding(self._bindings[self._current])
+        self._current = 1 - self._current
+
+    @property
+    def state(self) -> State:
+        """The state now: views that the next step but one overwrites."""
+        return self._sets[self._current]
+
+
+class Inference:
+    """The artifact's `extract` or `eval` graph with fixed weights.
+
+    Attributes:
+        x: the bound input buffer, (B, *input) float32.
+        outputs: the bound output buffers by name (`logits`, and of `extract` also `features`).
+    """
+
+    def __init__(
+        self, artifact: Artifact, kind: str, state: Mapping[str, Array], *, threads: int
+    ) -> None:
+        if kind not in artifact.manifest.graphs:
+            raise ArtifactError(
+                f"artifact {artifact.digest:.12} ({artifact.manifest.model.name}) has no {kind!r} "
+                "graph; features come only from split models such as resnet8"
+            )
+        graph = artifact.manifest.graphs[kind]
+        self._session = _session(artifact, graph, threads)
+        self.outputs: State = {o.name: np.empty(o.shape, o.dtype) for o in graph.outputs}
+        inputs = {
+            spec.name: np.zeros(spec.shape, spec.dtype) if spec.role == "input" else state[spec.name]
+            for spec in graph.inputs
+        }
+        self.x: Floats = inputs["x"]
+        self._binding = _bind(self._session, graph, inputs, self.outputs)
+
+    def __call__(self) -> None:
+        """One pass over what `x` holds."""
+        self._session.run_with_iobinding(self._binding)
+
+
+def _session(artifact: Artifact, graph: Graph, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Denormal weights appear late in training and cost up to 100x a normal multiplication on x86.
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    # A Pi often shares its cores: idle threads must not spin between operators.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(
+            artifact.folder / graph.file, options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as fault:  # onnxruntime raises its own classes, one a status code
+        raise ArtifactError(
+            f"artifact {artifact.digest:.12}: onnxruntime {ort.__version__} cannot load "
+            f"{graph.file}: {fault}; export it again with a matching version"
+        ) from fault
+
+
+def _bind(
+    session: ort.InferenceSession,
+    graph: Graph,
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, Array],
+) -> ort.IOBinding:
+    """Bind numpy's own memory, so that nothing is copied; the caller keeps the arrays alive."""
+    binding = session.io_binding()
+    for spec in graph.inputs:
+        array = inputs[spec.name]
+        binding.bind_input(spec.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    for spec in graph.outputs:
+        array = outputs[spec.name]
+        binding.bind_output(spec.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    return binding
+
+
+def _check_state(specs: Iterator[Any] | tuple[Any, ...], state: Mapping[str, Array]) -> None:
+    for spec in specs:
+        if spec.name not in state:
+            raise ArtifactError(f"state tensor {spec.name!r} of the artifact is missing")
+        array = state[spec.name]
+        if array.shape != spec.shape or array.dtype.name != spec.dtype:
+            raise ArtifactError(
+                f"state tensor {spec.name!r}: expected {spec.dtype} {list(spec.shape)}, got "
+                f"{array.dtype.name} {list(array.shape)}"
+            )

@@ -1,0 +1,203 @@
+"""Doing one order: from blobs and images to a result.
+
+Training follows FedGKT (He et al. 2020, algorithm 1) where the order brings teacher logits, and
+local SGD (FedAvg) where it does not; the agent does not know which it is part of. Features leave
+in evaluation mode, without augmentation, in the order of the samples: what comes back as teacher
+logits is keyed by sample.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from edge_agent import data, meter
+from edge_agent.data import ImageSet, Preprocess
+from edge_agent.trainer import Inference, State, TrainStep
+from wire import frames, tensors
+from wire.artifact import Artifact
+from wire.blobs import BlobStore
+from wire.errors import ArtifactError, DataError, StillhouseError, WireError
+from wire.messages import BlobRef, Order
+
+Progress = Callable[[str, int, int], None]
+
+
+class Cancelled(StillhouseError):
+    """A newer order replaced this one."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`weights`: the device's own state to keep, or None where the order brought its own."""
+
+    blobs: dict[str, BlobRef]
+    metrics: dict[str, float]
+    weights: State | None
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What work on any order needs: the images, the blobs, and who wants to know."""
+
+    images: ImageSet
+    blobs: BlobStore
+    threads: int
+    progress: Progress
+    cancel: threading.Event
+
+
+def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: Desk) -> Outcome:
+    """Train, extract and pack what `order` asks for.
+
+    Args:
+        order: its blobs are in `desk.blobs`.
+        artifact: the one that the order names, verified.
+        own_weights: safetensors of the state that an earlier order of this run left, or None.
+        desk: images, blob store, threads, progress, cancellation.
+
+    Raises:
+        DataError: the images do not fit the artifact, or the teacher is for other samples.
+        ArtifactError: weights do not fit the artifact.
+        CodecError: training diverged, or a spec is unknown.
+        Cancelled: a newer order came.
+    """
+    images, manifest = desk.images, artifact.manifest
+    images.check(classes=manifest.model.classes, input_shape=manifest.model.input)
+    counts = meter.Meter()
+    start = load_file(artifact.folder / "init.safetensors")
+    given = _read(desk.blobs, order.state) if order.state else None
+    if given is not None:
+        _fit(given, start)
+        start |= given
+    elif own_weights is not None:
+        start = load_file(own_weights)
+    state: State = start
+    if order.epochs:
+        with counts.phase("train"):
+            state = _train(order, artifact, start, desk, counts.metrics)
+    blobs: dict[str, BlobRef] = {}
+    kept = {s.name for s in manifest.state if s.role != "optimizer"}
+    for what, spec in order.returns.items():
+        if what == "features":
+            with counts.phase("extract"):
+                blobs[what] = _extract(order, artifact, state, desk, counts.metrics)
+            continue
+        named = {name: state[name] for name in kept}
+        if what == "update":
+            named = {name: state[name] - start[name] for name in kept}
+        packed = tensors.pack(tensors.weights(dict(sorted(named.items())), spec), seed=order.seed)
+        blobs[what] = desk.blobs.put(packed)
+    weights = state if given is None and order.epochs else None
+    return Outcome(blobs, counts.metrics, weights)
+
+
+def _train(
+    order: Order, artifact: Artifact, start: State, desk: Desk, metrics: dict[str, float]
+) -> State:
+    manifest = artifact.manifest
+    teacher = _teacher(order, desk, manifest.model.classes)
+    step = TrainStep(artifact, start, threads=desk.threads)
+    inputs = step.inputs
+    inputs["lr"][...] = order.lr
+    if "teacher" in inputs:
+        inputs["alpha"][...] = order.alpha if teacher is not None else 0.0
+        inputs["temperature"][...] = order.temperature
+    elif teacher is not None:
+        raise ArtifactError(
+            f"artifact {artifact.digest:.12} is of task {manifest.task!r} and takes no teacher "
+            "logits; export it with --task distill"
+        )
+    preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
+    per_epoch = -(-len(desk.images.y) // manifest.batch)
+    loss = correct = 0.0
+    for epoch in range(order.epochs):
+        seed = order.seed + epoch
+        loss = correct = 0.0
+        for i, (indices, pixels) in enumerate(
+            data.epoch(desk.images, batch=manifest.batch, seed=seed, augment=order.augment)
+        ):
+            if desk.cancel.is_set():
+                raise Cancelled("a newer order replaced this one")
+            preprocess(pixels, out=inputs["x"])
+            inputs["y"][...] = desk.images.y[indices]
+            if teacher is not None:
+                inputs["teacher"][...] = teacher[indices]
+            step()
+            loss += float(step.loss)
+            correct += float(step.correct)
+            desk.progress("train", epoch * per_epoch + i + 1, order.epochs * per_epoch)
+    metrics["steps"] = float(order.epochs * per_epoch)
+    metrics["train_flops"] = metrics["steps"] * manifest.graphs["train"].flops
+    metrics["train_loss"] = loss / per_epoch
+    metrics["train_accuracy"] = correct / (per_epoch * manifest.batch)
+    return step.state
+
+
+def _extract(
+    order: Order, artifact: Artifact, state: State, desk: Desk, metrics: dict[str, float]
+) -> BlobRef:
+    """Write one record a batch, so that memory stays that of a batch."""
+    manifest = artifact.manifest
+    run = Inference(artifact, "extract", state, threads=desk.threads)
+    preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
+    spec, labels = order.returns["features"], desk.images.y
+    right = done = batches = 0
+    with desk.blobs.create() as sink:
+        for indices, pixels, valid in data.batches(desk.images, manifest.batch):
+            if desk.cancel.is_set():
+                raise Cancelled("a newer order replaced this one")
+            preprocess(pixels, out=run.x)
+            run()
+            logits = run.outputs["logits"][:valid]
+            y = labels[indices[:valid]]
+            right += int((logits.argmax(axis=1) == y).sum())
+            record = [
+                ("features", run.outputs["features"][:valid], spec),
+                ("logits", logits, "float32"),
+                ("labels", y.astype(np.uint16), "raw"),
+            ]
+            sink.write(tensors.pack(record, seed=order.seed + done))
+            done += valid
+            batches += 1
+            desk.progress("extract", done, len(labels))
+    metrics["extract_accuracy"] = right / len(labels)
+    metrics["extract_flops"] = float(batches * manifest.graphs["extract"].flops)
+    return sink.ref
+
+
+def _teacher(order: Order, desk: Desk, classes: int) -> NDArray[np.float32] | None:
+    if order.teacher is None:
+        return None
+    if order.data_digest != desk.images.digest:
+        raise DataError(
+            f"teacher logits are for samples {order.data_digest:.12}, this device has "
+            f"{desk.images.digest:.12}; its data changed since the last round"
+        )
+    logits = _read(desk.blobs, order.teacher).get("logits")
+    expected = (len(desk.images.y), classes)
+    if logits is None or logits.shape != expected or logits.dtype != np.float32:
+        got = None if logits is None else (logits.dtype.name, logits.shape)
+        raise DataError(f"teacher logits: expected float32 {expected}, got {got}")
+    return logits
+
+
+def _read(blobs: BlobStore, ref: BlobRef) -> State:
+    where = f"blob {ref.digest:.12}"
+    with blobs.path(ref.digest).open("rb") as file:
+        for frame in frames.read(file, max_bytes=ref.size):
+            return tensors.unpack(frame, where=where)
+    raise WireError(f"{where} is empty")
+
+
+def _fit(given: Mapping[str, NDArray[np.float32]], start: State) -> None:
+    for name, array in given.items():
+        if name not in start or array.shape != start[name].shape:
+            known = list(start[name].shape) if name in start else "no such tensor"
+            raise ArtifactError(
+                f"weights: {name!r} is {list(array.shape)}, the artifact has {known}"
+            )

@@ -1,0 +1,238 @@
+"""A folder of blobs by content, and the pull protocol that fills it.
+
+The receiver asks (`Want`), the sender answers chunk by chunk (`Chunk`, or `Gone`) and remembers
+nothing. So a transfer resumes after a lost connection, a power cut or a restart of either side by
+asking for what is missing, and the receiver alone decides how much is under way: a device keeps a
+small window, an orchestrator shares one budget among all devices.
+
+On disk a whole blob is a file named by its digest. A blob under way is `<digest>.part`, beside it
+`<digest>.have`, one byte a chunk; a chunk is marked after its bytes are written, and the whole is
+verified against the digest before it takes its name, so that neither file needs to be trusted.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from wire import messages
+from wire.errors import TransferError
+from wire.messages import BlobRef, Chunk, Gone, Want
+
+Send = Callable[[Want | Chunk | Gone, bytes], None]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class BlobStore:
+    """Blobs in a folder; `chunk_bytes` is the chunk size of the refs it makes."""
+
+    def __init__(self, folder: Path, chunk_bytes: int = 128 * 1024) -> None:
+        self.folder = folder
+        self.chunk_bytes = chunk_bytes
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        """Where a blob lies, if it is here."""
+        return self.folder / digest
+
+    def has(self, digest: str) -> bool:
+        """Whether the whole blob is here."""
+        return self.path(digest).exists()
+
+    def ref(self, digest: str) -> BlobRef:
+        """The ref of a blob that is here."""
+        return BlobRef(digest, self.path(digest).stat().st_size, self.chunk_bytes)
+
+    def put(self, data: bytes) -> BlobRef:
+        """Store bytes."""
+        with self.create() as sink:
+            sink.write(data)
+        return sink.ref
+
+    @contextmanager
+    def create(self) -> Iterator["Sink"]:
+        """Write a blob piece by piece; `ref` is set when the block ends without an exception."""
+        partial = self.folder / f"new-{os.getpid()}-{id(self):x}-{os.urandom(4).hex()}"
+        try:
+            with partial.open("wb") as file:
+                sink = Sink(file)
+                yield sink
+                file.flush()
+                os.fsync(file.fileno())
+            digest = sink.digest.hexdigest()
+            partial.replace(self.path(digest))
+            sync_folder(self.folder)
+            sink.ref = self.ref(digest)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def keep_only(self, digests: set[str]) -> None:
+        """Delete every other blob, and transfers that were given up."""
+        for path in self.folder.iterdir():
+            if path.name.split(".")[0] not in digests:
+                path.unlink(missing_ok=True)
+
+    def answer(self, want: Want, send: Send) -> None:
+        """Send the chunks that are wanted, or `Gone`."""
+        try:
+            with self.path(want.digest).open("rb") as file:
+                for index in want.chunks:
+                    file.seek(index * want.chunk_bytes)
+                    send(Chunk(want.digest, index), file.read(want.chunk_bytes))
+        except FileNotFoundError:
+            send(Gone(want.digest), b"")
+
+
+class Sink:
+    """A blob being written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.ref: BlobRef
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        self.file.write(data)
+        self.digest.update(data)
+
+
+class Fetch:
+    """One blob being pulled into a store.
+
+    Feed it the sender's answers (`chunk`, `gone`) and ask it for `wants` whenever something
+    happened; it is done when `done` is true. Times are monotonic seconds, passed in.
+    """
+
+    def __init__(
+        self, store: BlobStore, ref: BlobRef, *, window: int = 8, retry_s: float = 10.0
+    ) -> None:
+        self.store, self.ref = store, ref
+        self.window, self.retry_s = window, retry_s
+        self.done = store.has(ref.digest)
+        self._asked: dict[int, float] = {}
+        self._part = store.folder / f"{ref.digest}.part"
+        self._have_path = store.folder / f"{ref.digest}.have"
+        self._have = bytearray()
+        if self.done:
+            return
+        resumable = self._have_path.exists() and self._part.exists()
+        if resumable and self._part.stat().st_size == ref.size:
+            self._have = bytearray(self._have_path.read_bytes())
+        if not resumable or len(self._have) != ref.chunks:
+            self._restart()
+        self._finish()
+
+    @property
+    def received(self) -> int:
+        """Bytes that are here, rounded up to whole chunks."""
+        if self.done:
+            return self.ref.size
+        return min(self.ref.size, self._have.count(1) * self.ref.chunk_bytes)
+
+    @property
+    def in_flight(self) -> int:
+        """Chunks asked for and not yet here."""
+        return len(self._asked)
+
+    def wants(self, now: float, *, room: int | None = None) -> Want | None:
+        """What to ask for now: new chunks while the window has room, late ones again.
+
+        Args:
+            now: monotonic seconds.
+            room: at most so many more chunks, where a budget is shared among transfers.
+        """
+        if self.done:
+            return None
+        for index, asked in list(self._asked.items()):
+            if now - asked > self.retry_s:
+                del self._asked[index]
+        room = min(self.window - len(self._asked), self.window if room is None else room)
+        # Asking two chunks at a time keeps the pipe full and halves the questions.
+        if room < min(2, self.ref.chunks - self._have.count(1) - len(self._asked)) or room < 1:
+            return None
+        missing: list[int] = []
+        index = self._have.find(0)
+        while index != -1 and len(missing) < min(room, messages.MAX_WANT):
+            if index not in self._asked:
+                missing.append(index)
+            index = self._have.find(0, index + 1)
+        if not missing:
+            return None
+        self._asked |= dict.fromkeys(missing, now)
+        return Want(self.ref.digest, self.ref.chunk_bytes, tuple(missing))
+
+    def forget_asked(self) -> None:
+        """The connection was lost, or the sender is back: whatever was asked must be asked anew."""
+        self._asked.clear()
+
+    def chunk(self, message: Chunk, body: memoryview) -> None:
+        """Take one chunk; one that came twice is harmless.
+
+        Raises:
+            TransferError: wrong number or length, or the whole does not match its digest.
+        """
+        if self.done:
+            return
+        if not 0 <= message.index < self.ref.chunks:
+            raise TransferError(
+                f"blob {self.ref.digest:.12}: chunk {message.index} of {self.ref.chunks}"
+            )
+        at = message.index * self.ref.chunk_bytes
+        expected = min(self.ref.chunk_bytes, self.ref.size - at)
+        if len(body) != expected:
+            raise TransferError(
+                f"blob {self.ref.digest:.12}: chunk {message.index} has {len(body)} bytes, "
+                f"expected {expected}"
+            )
+        self._asked.pop(message.index, None)
+        with self._part.open("r+b") as file:
+            file.seek(at)
+            file.write(body)
+        self._have[message.index] = 1
+        with self._have_path.open("r+b") as file:
+            file.seek(message.index)
+            file.write(b"\1")
+        self._finish()
+
+    def gone(self) -> None:
+        """The sender does not have the blob.
+
+        Raises:
+            TransferError: always.
+        """
+        raise TransferError(f"blob {self.ref.digest:.12}: its sender no longer has it")
+
+    def _restart(self) -> None:
+        self._have = bytearray(self.ref.chunks)
+        self._asked.clear()
+        with self._part.open("wb") as file:
+            file.truncate(self.ref.size)  # sparse: declared sizes take no disk before bytes come
+        self._have_path.write_bytes(self._have)
+
+    def _finish(self) -> None:
+        if self._have.count(0):
+            return
+        with self._part.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        if digest != self.ref.digest:
+            self._restart()
+            raise TransferError(
+                f"blob: expected SHA-256 {self.ref.digest}, got {digest}; all chunks were "
+                "discarded and can be pulled again"
+            )
+        self._part.replace(self.store.path(self.ref.digest))
+        sync_folder(self.store.folder)
+        self._have_path.unlink(missing_ok=True)
+        self.done = True

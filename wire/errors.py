@@ -1,0 +1,70 @@
+"""What can go wrong, as one small tree.
+
+StillhouseError            bad input or a broken promise; command lines print it and exit with 2
+├── SettingsError          a configuration file: unknown key, wrong type, value out of range
+├── DataError              images or labels that cannot be used
+├── ArtifactError          a training artifact that is damaged, foreign or unfit for the data
+├── WireError              bytes from the network that break the protocol
+│   ├── FrameError         a frame: magic, version, sizes, digest, header
+│   ├── CodecError         a codec spec, or an encoded tensor
+│   └── TransferError      a blob: chunks, sizes, digest, or its sender no longer has it
+├── LinkError              the broker cannot be reached or refuses us for good
+├── BrokerError            a broker that the orchestrator runs itself
+├── ExportError            a module that cannot be compiled to a training step
+├── AdmissionError         a result that must not enter the aggregate; its text goes to the device
+└── RunError               a run directory: missing, taken, damaged, or of another configuration
+
+A message says what was expected, what came, from where, and what to do.
+"""
+
+
+class StillhouseError(Exception):
+    """Bad input or a broken promise; the message carries its remedy."""
+
+
+class SettingsError(StillhouseError):
+    """A configuration file is wrong."""
+
+
+class DataError(StillhouseError):
+    """Images or labels cannot be used."""
+
+
+class ArtifactError(StillhouseError):
+    """A training artifact is damaged, foreign or unfit for the data."""
+
+
+class WireError(StillhouseError):
+    """Bytes from the network break the protocol."""
+
+
+class FrameError(WireError):
+    """A frame's magic, version, sizes, digest or header is wrong."""
+
+
+class CodecError(WireError):
+    """A codec spec or an encoded tensor is wrong."""
+
+
+class TransferError(WireError):
+    """A blob cannot be received."""
+
+
+class LinkError(StillhouseError):
+    """The broker cannot be reached, or refuses us for good."""
+
+
+class BrokerError(StillhouseError):
+    """A broker that the orchestrator runs itself does not run."""
+
+
+class ExportError(StillhouseError):
+    """A module cannot be compiled to a training step."""
+
+
+class AdmissionError(StillhouseError):
+    """A result must not enter the aggregate."""
+
+
+class RunError(StillhouseError):
+    """A run directory is missing, taken, damaged, or of another configuration."""

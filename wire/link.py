@@ -1,0 +1,209 @@
+"""The connection to the broker: the one file that touches paho.
+
+MQTT 3.1.1 only, so that any broker serves. A thread of its own keeps the connection: when it
+breaks it is made again after a full-jitter back-off, uniform on (0, min(cap, base * 2^attempt)), so
+that a fleet does not come back all at once. What arrives is handed to `on_message` in that thread;
+callers put it in a queue.
+"""
+
+import random
+import ssl
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from wire.errors import LinkError
+
+KEEPALIVE_S = 30
+BACKOFF_BASE_S = 0.5
+BACKOFF_CAP_S = 60.0
+# Refusals that no waiting mends (MQTT 3.1.1, table 3.1): protocol, client id, credentials, rights.
+_FINAL = {"Unsupported protocol version", "Client identifier not valid",
+          "Bad user name or password", "Not authorized"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BrokerAddress:
+    """Where the broker is and who we are there.
+
+    `url` is mqtt://host[:port] or mqtts://host[:port]; the files are PEM, for mqtts.
+    """
+
+    url: str
+    username: str = ""
+    password: str = ""
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
+            raise ValueError(
+                f"url {self.url!r}: expected mqtt://HOST[:PORT] or mqtts://HOST[:PORT]"
+            )
+        for name in ("ca_file", "cert_file", "key_file"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name}: no file {path}")
+
+    @property
+    def host(self) -> str:
+        """The host name."""
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def secure(self) -> bool:
+        """Whether TLS is spoken."""
+        return self.url.startswith("mqtts:")
+
+    @property
+    def port(self) -> int:
+        """The port, by default 1883, or 8883 with TLS."""
+        return urlsplit(self.url).port or (8883 if self.secure else 1883)
+
+
+class Link:
+    """A connection that comes back by itself.
+
+    Args:
+        address: the broker.
+        client_id: stable, so that the broker keeps the session where `persistent`.
+        subscriptions: (topic filter, QoS), subscribed at each connection.
+        on_message: called with (topic, payload).
+        on_connect: called after each connection, subscriptions made.
+        on_disconnect: called with the reason; also for each failed attempt.
+        will: called before each attempt; the (topic, payload) the broker publishes, retained,
+            when the connection breaks.
+    """
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        client_id: str,
+        *,
+        subscriptions: Sequence[tuple[str, int]],
+        on_message: Callable[[str, bytes], None],
+        on_connect: Callable[[], None],
+        on_disconnect: Callable[[str], None],
+        will: Callable[[], tuple[str, bytes]] | None = None,
+        persistent: bool = False,
+    ) -> None:
+        self.address = address
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.refused: LinkError | None = None
+        self._subscriptions = list(subscriptions)
+        self._on_message, self._on_connect = on_message, on_connect
+        self._on_disconnect, self._will = on_disconnect, will
+        self._closing = threading.Event()
+        self._settled = threading.Event()  # connected once, or refused for good
+        self._attempt = 0
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            clean_session=not persistent,
+            reconnect_on_failure=False,
+        )
+        client.on_connect, client.on_disconnect = self._connected, self._disconnected
+        client.on_message = self._received
+        client.max_queued_messages_set(0)
+        if address.username:
+            client.username_pw_set(address.username, address.password)
+        if address.secure:
+            client.tls_set(
+                ca_certs=str(address.ca_file) if address.ca_file else None,
+                certfile=str(address.cert_file) if address.cert_file else None,
+                keyfile=str(address.key_file) if address.key_file else None,
+                tls_version=ssl.PROTOCOL_TLS_CLIENT,
+            )
+        self._client = client
+        self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect, in the background."""
+        self._thread.start()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait for the first connection.
+
+        Raises:
+            LinkError: the broker refuses us for good.
+        """
+        self._settled.wait(timeout_s)
+        if self.refused:
+            raise self.refused
+        return self._settled.is_set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection stands now."""
+        return self._client.is_connected()
+
+    def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
+        """Publish. QoS 1 waits for a connection in memory; QoS 0 is dropped without one."""
+        if qos == 0 and not self.connected:
+            return
+        self.bytes_out += len(payload)
+        self._client.publish(topic, payload, qos=qos, retain=retain)
+
+    def close(self, last: tuple[str, bytes] | None = None) -> None:
+        """End the connection properly; `last` is published before, retained."""
+        self._closing.set()
+        if last and self.connected:
+            self.bytes_out += len(last[1])
+            self._client.publish(last[0], last[1], qos=1, retain=True).wait_for_publish(5.0)
+        self._client.disconnect()
+        if self._thread.is_alive():
+            self._thread.join(10.0)
+
+    def _run(self) -> None:
+        while not self._closing.is_set() and self.refused is None:
+            if self._will:
+                topic, payload = self._will()
+                self._client.will_set(topic, payload, qos=1, retain=True)
+            try:
+                self._client.connect(self.address.host, self.address.port, KEEPALIVE_S)
+                self._client.loop_forever()
+            except (OSError, ValueError) as fault:
+                self._on_disconnect(f"broker {self.address.url} cannot be reached: {fault}")
+            if self.refused is None:
+                ceiling = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**self._attempt)
+                self._attempt = min(self._attempt + 1, 10)
+                self._closing.wait(random.uniform(0, ceiling))
+
+    def _connected(
+        self, _c: paho.Client, _u: object, _f: paho.ConnectFlags, code: ReasonCode,
+        _p: Properties | None,
+    ) -> None:  # fmt: skip
+        if code.is_failure:
+            if code.getName() in _FINAL:
+                self.refused = LinkError(
+                    f"broker {self.address.url} refuses this client: {code.getName()}; check "
+                    "username, password and certificate against the enrolment"
+                )
+                self._settled.set()
+            return
+        self._attempt = 0
+        if self._subscriptions:
+            self._client.subscribe(self._subscriptions)
+        self._settled.set()
+        self._on_connect()
+
+    def _disconnected(
+        self, _c: paho.Client, _u: object, _f: paho.DisconnectFlags, code: ReasonCode,
+        _p: Properties | None,
+    ) -> None:  # fmt: skip
+        if not self._closing.is_set():
+            self._on_disconnect(f"connection to {self.address.url} lost: {code.getName()}")
+
+    def _received(self, _c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
+        self.bytes_in += len(message.payload)
+        self._on_message(message.topic, bytes(message.payload))

@@ -1,0 +1,258 @@
+"""The messages, as frozen dataclasses; each travels as the header of a frame.
+
+    device                              orchestrator
+      | birth (retained) ----------------> |   on every connection, with a new session number
+      | <---------------------------- order |   what to train, from what, what to return
+      | want -> / <- chunk                  |   the device pulls the blobs that the order names
+      | telemetry -------------------------> |   how far it is
+      | result ----------------------------> |   metrics, and the blobs that it offers
+      |                  <- want / chunk -> |   the orchestrator pulls them at its own pace
+      | <-------------------------- receipt |   accepted or refused, with the reason
+      | death (retained, last will) -------> |
+
+The device sends a result again until it has the receipt; the orchestrator sends an order again
+when a device is born anew. Both are told apart by (run, sequence), so that repetition is harmless.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from wire import frames, records, topics
+from wire.errors import WireError
+from wire.frames import Frame, Kind
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+MAX_CHUNK_BYTES = frames.MAX_MESSAGE_BYTES - 4096
+MAX_BLOB_BYTES = 1 << 36
+MAX_WANT = 64
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """A blob by its content: SHA-256 (hex), size, and the size of the chunks it is pulled in."""
+
+    digest: str
+    size: int
+    chunk_bytes: int
+
+    def __post_init__(self) -> None:
+        if not _DIGEST.fullmatch(self.digest):
+            raise ValueError(f"digest: expected 64 hex digits, got {self.digest!r:.80}")
+        if not 0 <= self.size <= MAX_BLOB_BYTES:
+            raise ValueError(f"size: expected 0 to {MAX_BLOB_BYTES} bytes, got {self.size}")
+        if not 1024 <= self.chunk_bytes <= MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"chunk_bytes: expected 1024 to {MAX_CHUNK_BYTES}, got {self.chunk_bytes}"
+            )
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the blob has."""
+        return -(-self.size // self.chunk_bytes)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The machine under the agent; memory in bytes."""
+
+    model: str
+    machine: str
+    cores: int
+    memory_bytes: int
+    python: str
+    onnxruntime: str
+
+
+@dataclass(frozen=True)
+class Birth:
+    """A device is there. `session` grows with every connection it makes.
+
+    `data_digest` names the samples and their order; teacher logits are meant for exactly these.
+    """
+
+    device: str
+    session: int
+    version: str
+    samples: int
+    data_digest: str
+    platform: Platform
+
+    def __post_init__(self) -> None:
+        topics.check_name(self.device, "device name")
+        if self.session < 1 or self.samples < 1:
+            raise ValueError(f"session {self.session} and samples {self.samples} must be positive")
+        if not _DIGEST.fullmatch(self.data_digest):
+            raise ValueError(f"data_digest: expected 64 hex digits, got {self.data_digest!r:.80}")
+
+
+@dataclass(frozen=True)
+class Death:
+    """The connection with this session number has ended (the device's last will)."""
+
+    device: str
+    session: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """One piece of work. The agent knows work orders, not algorithms.
+
+    Attributes:
+        run, sequence: name the order; a higher sequence of the same run replaces a lower one.
+        round: of the run, for people.
+        artifact: the manifest of the training artifact.
+        state: parameters and buffers to start from, with a fresh optimizer; None means the
+            device's own, optimizer included, or the artifact's initial ones at first.
+        teacher: logits (N, C) float32 in the order of the device's samples, or None.
+        data_digest: the samples that `teacher` belongs to; "" when there is no teacher.
+        epochs: passes over the device's samples; 0 trains nothing.
+        lr: learning rate.
+        alpha: weight of the distillation term; 0 turns it off (FedGKT).
+        temperature: softens both softmaxes of the distillation term.
+        augment: random crop (padding 4) and horizontal flip of each training image.
+        seed: of shuffling, augmentation and stochastic rounding.
+        returns: what to send back and the codec spec of each: "state" (parameters and buffers),
+            "update" (their difference to `state`), "features" (with logits and labels, in
+            evaluation mode, in the order of the samples).
+    """
+
+    run: str
+    sequence: int
+    round: int
+    artifact: BlobRef
+    epochs: int
+    lr: float
+    seed: int
+    returns: Mapping[str, str]
+    state: BlobRef | None = None
+    teacher: BlobRef | None = None
+    data_digest: str = ""
+    alpha: float = 0.0
+    temperature: float = 1.0
+    augment: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sequence < 1 or self.epochs < 0 or self.seed < 0:
+            raise ValueError(
+                f"sequence {self.sequence}, epochs {self.epochs} or seed {self.seed} out of range"
+            )
+        unknown = set(self.returns) - {"state", "update", "features"}
+        if unknown:
+            raise ValueError(f"returns: cannot return {', '.join(sorted(unknown))}; known are "
+                             "state, update, features")  # fmt: skip
+        if "update" in self.returns and self.state is None:
+            raise ValueError("returns: an update is a difference to `state`, and none is given")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of an order: blobs by the name in `Order.returns`, or `fault` and nothing else."""
+
+    device: str
+    run: str
+    sequence: int
+    round: int
+    samples: int
+    data_digest: str = ""
+    blobs: Mapping[str, BlobRef] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The orchestrator's word on a birth or a result; `reason` says why it was refused."""
+
+    subject: Literal["birth", "result"]
+    accepted: bool
+    run: str = ""
+    sequence: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Want:
+    """Send these chunks of this blob; chunk numbers of one blob, at most `MAX_WANT`."""
+
+    digest: str
+    chunk_bytes: int
+    chunks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        BlobRef(self.digest, 0, self.chunk_bytes)
+        if not 1 <= len(self.chunks) <= MAX_WANT or min(self.chunks) < 0:
+            raise ValueError(f"chunks: expected 1 to {MAX_WANT} numbers from 0 on")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The frame's body is chunk `index` of the blob."""
+
+    digest: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Gone:
+    """The sender does not have this blob."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """How far a device is: `done` of `total` steps (or bytes) of a phase."""
+
+    device: str
+    run: str
+    round: int
+    phase: Literal["idle", "fetch", "train", "extract", "send"]
+    done: int
+    total: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The orchestrator is there (again): be born, offer what is unreceipted, go on pulling."""
+
+    boot: str
+
+
+Message = Birth | Death | Order | Result | Receipt | Want | Chunk | Gone | Telemetry | Hello
+M = TypeVar("M", bound=Message)
+
+_KINDS: dict[Kind, type[Message]] = {
+    Kind.BIRTH: Birth,
+    Kind.DEATH: Death,
+    Kind.ORDER: Order,
+    Kind.RESULT: Result,
+    Kind.RECEIPT: Receipt,
+    Kind.WANT: Want,
+    Kind.CHUNK: Chunk,
+    Kind.GONE: Gone,
+    Kind.TELEMETRY: Telemetry,
+    Kind.HELLO: Hello,
+}
+_CLASSES = {cls: kind for kind, cls in _KINDS.items()}
+
+
+def encode(message: Message, body: bytes | memoryview = b"") -> bytes:
+    """The frame of a message; only `Chunk` has a body."""
+    return frames.encode(_CLASSES[type(message)], records.plain(message), body)
+
+
+def decode(data: bytes, *, sender: str) -> tuple[Message, memoryview]:
+    """The message in a frame, and the frame's body.
+
+    Raises:
+        WireError: not an intact frame, or a header that is not such a message; the text names
+            `sender`.
+    """
+    frame: Frame = frames.decode(data)
+    if frame.kind not in _KINDS:
+        raise WireError(f"{frame.kind.name} frame from {sender} where a message was expected")
+    where = f"{frame.kind.name} message from {sender}"
+    return records.build(_KINDS[frame.kind], frame.header, where=where, error=WireError), frame.body

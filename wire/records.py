@@ -1,0 +1,119 @@
+"""Plain mappings to frozen dataclasses, strictly, for everything that comes from outside.
+
+TOML tables (configuration) and msgpack maps (messages) pass through the same door: every key must
+be known, every required key present, every value of the annotated type. Inside, types are trusted.
+
+Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str),
+Literal, X | None, tuple[X, ...], Mapping[str, X], and nested dataclasses. A dataclass states its
+own ranges in `__post_init__` by raising ValueError.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from wire.errors import SettingsError, StillhouseError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], mapping: object, *, where: str, error: type[StillhouseError]) -> T:
+    """Make a `cls` of `mapping`.
+
+    Args:
+        cls: a dataclass.
+        mapping: what came from outside.
+        where: how to name the mapping in messages ("agent.toml", "birth message of pi-3").
+        error: the class to raise.
+
+    Raises:
+        error: an unknown, missing or ill-typed key; the message names it, and the nearest known
+            key where one is near.
+    """
+    if not isinstance(mapping, Mapping):
+        raise error(f"{where}: expected a table of settings, got {type(mapping).__name__}")
+    hints = _hints(cls)  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(hints)}"
+            raise error(f"{where}: unknown key {key!r}; {hint}")
+    values = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in mapping:
+            values[field.name] = _value(
+                hints[field.name], mapping[field.name], f"{where}: {field.name}", error
+            )
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise error(f"{where}: key {field.name!r} is missing")
+    try:
+        return cls(**values)
+    except ValueError as fault:
+        raise error(f"{where}: {fault}") from fault
+
+
+def load(cls: type[T], path: Path) -> T:
+    """Make a `cls` of a TOML file.
+
+    Raises:
+        SettingsError: no such file, not TOML, or not a `cls`; the message names the file.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as fault:
+        raise SettingsError(f"{path}: cannot be read: {fault.strerror}") from fault
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise SettingsError(f"{path}: not TOML: {fault}") from fault
+    return build(cls, table, where=str(path), error=SettingsError)
+
+
+def plain(record: object) -> Any:
+    """The mapping that `build` would make `record` of: dataclasses become dicts, tuples lists."""
+    if dataclasses.is_dataclass(record):
+        return {f.name: plain(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, Mapping):
+        return {key: plain(value) for key, value in record.items()}
+    if isinstance(record, tuple | list):
+        return [plain(value) for value in record]
+    return str(record) if isinstance(record, Path) else record
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _value(hint: Any, value: object, where: str, error: type[StillhouseError]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # X | None is the only union in use
+        inner = next(a for a in arguments if a is not types.NoneType)
+        return None if value is None else _value(inner, value, where, error)
+    if origin is Literal:
+        if value not in arguments:
+            near = difflib.get_close_matches(str(value), arguments, n=1)
+            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            choices = ", ".join(map(repr, arguments))
+            raise error(f"{where}: expected one of {choices}, got {value!r}{hint_text}")
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_value(arguments[0], v, f"{where}[{i}]", error) for i, v in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise error(f"{where}: expected text keys, got {list(value)!r:.80}")
+        return {key: _value(arguments[1], v, f"{where}.{key}", error) for key, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where=where, error=error)  # type: ignore[arg-type]
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint in (bool, int, float, str, bytes) and type(value) is hint:
+        return value
+    expected = getattr(hint, "__name__", str(hint))
+    raise error(f"{where}: expected {expected}, got {type(value).__name__} {value!r:.60}")

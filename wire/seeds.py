@@ -1,0 +1,16 @@
+"""Randomness that both sides can repeat: the Philox counter generator's raw 64-bit output.
+
+numpy promises the raw stream of a bit generator across versions; it does not promise the methods
+of `Generator`. Everything random that must agree on two machines is made of these integers.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+MASK64 = (1 << 64) - 1
+
+
+def raw(seed: int, stream: int, n: int) -> NDArray[np.uint64]:
+    """`n` uniform 64-bit integers of a stream; (seed, stream) is the Philox key."""
+    key = np.array([seed & MASK64, stream & MASK64], dtype=np.uint64)
+    return np.random.Philox(key=key).random_raw(n)

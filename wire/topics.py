@@ -1,0 +1,57 @@
+"""MQTT topics: `stillhouse/1/<fleet>/<device>/<channel>`.
+
+The device stands at a fixed level, so that a broker's access list can be one pattern. A device
+writes `birth`, `death` (both retained), `result`, `telemetry` and `up`; it reads `order` and
+`down`. What all devices read is under the reserved name `all`. `up` and `down` carry blob traffic.
+"""
+
+import re
+from typing import NamedTuple
+
+from wire.errors import WireError
+
+ROOT = "stillhouse/1"
+ALL = "all"
+FROM_DEVICE = ("birth", "death", "result", "telemetry", "up")
+TO_DEVICE = ("order", "down")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RESERVED = (ALL, "orchestrator")
+
+
+class Address(NamedTuple):
+    """The parts of a topic."""
+
+    fleet: str
+    device: str
+    channel: str
+
+
+def check_name(name: str, what: str) -> str:
+    """`name`, if it may stand in a topic, a file name and a certificate.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise ValueError(
+            f"{what} {name!r}: use 1 to 64 letters, digits, '.', '_' or '-', beginning with a "
+            f"letter or digit, and none of the reserved {', '.join(_RESERVED)}"
+        )
+    return name
+
+
+def topic(fleet: str, device: str, channel: str) -> str:
+    """The topic of one device's channel (`device` may be `ALL` or the wildcard `+`)."""
+    return f"{ROOT}/{fleet}/{device}/{channel}"
+
+
+def parse(text: str) -> Address:
+    """The parts of a topic.
+
+    Raises:
+        WireError: not one of ours.
+    """
+    parts = text.split("/")
+    if len(parts) != 5 or "/".join(parts[:2]) != ROOT:
+        raise WireError(f"topic {text!r}: expected {ROOT}/<fleet>/<device>/<channel>")
+    return Address(*parts[2:])
