@@ -99,7 +99,9 @@ class Inference:
         self._session = _session(artifact, graph, threads)
         self.outputs: State = {o.name: np.empty(o.shape, o.dtype) for o in graph.outputs}
         inputs = {
-            spec.name: np.zeros(spec.shape, spec.dtype) if spec.role == "input" else state[spec.name]
+            spec.name: np.zeros(spec.shape, spec.dtype)
+            if spec.role == "input"
+            else state[spec.name]
             for spec in graph.inputs
         }
         self.x: Floats = inputs["x"]

@@ -27,7 +27,7 @@ from wire.messages import BlobRef, Order
 Progress = Callable[[str, int, int], None]
 
 
-class Cancelled(StillhouseError):
+class CancelledError(StillhouseError):
     """A newer order replaced this one."""
 
 
@@ -64,7 +64,7 @@ def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: De
         DataError: the images do not fit the artifact, or the teacher is for other samples.
         ArtifactError: weights do not fit the artifact.
         CodecError: training diverged, or a spec is unknown.
-        Cancelled: a newer order came.
+        CancelledError: a newer order came.
     """
     images, manifest = desk.images, artifact.manifest
     images.check(classes=manifest.model.classes, input_shape=manifest.model.input)
@@ -122,7 +122,7 @@ def _train(
             data.epoch(desk.images, batch=manifest.batch, seed=seed, augment=order.augment)
         ):
             if desk.cancel.is_set():
-                raise Cancelled("a newer order replaced this one")
+                raise CancelledError("a newer order replaced this one")
             preprocess(pixels, out=inputs["x"])
             inputs["y"][...] = desk.images.y[indices]
             if teacher is not None:
@@ -150,7 +150,7 @@ def _extract(
     with desk.blobs.create() as sink:
         for indices, pixels, valid in data.batches(desk.images, manifest.batch):
             if desk.cancel.is_set():
-                raise Cancelled("a newer order replaced this one")
+                raise CancelledError("a newer order replaced this one")
             preprocess(pixels, out=run.x)
             run()
             logits = run.outputs["logits"][:valid]

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from orchestrator.datasets.files import Images, read_path
 from orchestrator.datasets.partition import MIN_SAMPLES, Split, partition
 from orchestrator.datasets.picture import draw
-from orchestrator.datasets.sources import NAMED, Images, read
+from orchestrator.datasets.sources import NAMED, read
 from wire.errors import DataError
 
-__all__ = ["NAMED", "Images", "Shard", "Shards", "Split", "build", "partition", "read"]
+__all__ = ["NAMED", "Images", "Shard", "Shards", "Split", "build", "partition", "read", "read_path"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ def build(
             f"{out}: {len(stale)} shards of an earlier split with more devices stand here "
             f"({min(stale).name}, ...); remove them, or write to another folder"
         )
-    train, test = read(source, held_out=heldout, cache=cache, seed=seed)
+    train, test = read(
+        source, heldout=heldout, cache=cache, seed=seed, size=size, channels=channels
+    )
     dealt = partition(
         train.y,
         devices,

@@ -23,7 +23,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def shards(
+def shards(  # noqa: PLR0917 - typer makes options of them
     source: Annotated[
         str, typer.Option(help=f"{', '.join(NAMED)}, or the path of an .npz or image folder.")
     ],

@@ -81,7 +81,9 @@ def partition(
             return np.array_split(order, devices)
         return np.split(order[:wanted], devices)
     if not MIN_ALPHA <= alpha < np.inf:
-        raise DataError(f"expected a finite alpha of at least {MIN_ALPHA}, got {alpha}; 0.5 is usual")
+        raise DataError(
+            f"expected a finite alpha of at least {MIN_ALPHA}, got {alpha}; 0.5 is usual"
+        )
     if per_device is not None:
         return _mixtures(y, devices, per_device, alpha, rng)
     return _proportions(y, devices, alpha, min_samples, rng)
@@ -128,9 +130,9 @@ def _proportions(
             rng.permutation(np.concatenate([part[k] for part in parts])) for k in range(devices)
         ]
     raise DataError(
-        f"{MAX_TRIES} draws of Dirichlet({alpha:g}) over {devices} devices gave the poorest device "
-        f"at most {best} of the {min_samples} samples it must have; raise alpha, use fewer devices, "
-        "or give every device the same number of samples (--per-device)"
+        f"{MAX_TRIES} draws of Dirichlet({alpha:g}) over {devices} devices: expected at least "
+        f"{min_samples} samples on each device, got {best} on the poorest at best; raise alpha, "
+        "use fewer devices, or give each the same number of samples (--per-device)"
     )
 
 

@@ -67,7 +67,7 @@ def draw(counts: NDArray[np.int64], classes: tuple[str, ...], title: str, path: 
                     color=INK if np.dot(colour, LUMINANCE) > 0.5 else "white",
                 )
             start += counts[:, label]
-        _frame(axes, total, step=max(1, round(0.17 / bar)))
+        _frame(axes, total, step=1 if bar > 0.15 else 10)
         _legend(figure, axes, classes, colours)
         left = LEFT / WIDTH
         figure.text(left, 1 - 0.36 / height, title, fontsize=12.5, fontweight="bold", va="center")
@@ -93,6 +93,8 @@ def _colours(classes: int) -> list[tuple[float, float, float]]:
 
 def _frame(axes: "Axes", total: NDArray[np.int64], step: int) -> None:
     """Axes, labels and the sum at the end of each bar; every `step`-th device is named."""
+    from matplotlib.ticker import MaxNLocator
+
     devices = len(total)
     named = range(0, devices, step)
     axes.set_ylim(devices - 0.5, -0.5)
@@ -100,13 +102,13 @@ def _frame(axes: "Axes", total: NDArray[np.int64], step: int) -> None:
     axes.set_yticks(named, [f"device {k}" for k in named])
     axes.set_xlabel("samples", color=MUTED, loc="left")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.tick_params(length=0, labelcolor=INK)
     axes.tick_params(axis="x", labelcolor=MUTED)
     axes.grid(axis="x", color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    for k in named:
+    for k in named if step == 1 else ():
         axes.annotate(
             f"{total[k]:,}",
             (total[k], k),
@@ -132,7 +134,10 @@ def _legend(
         patches = [Patch(color=colour) for colour in colours]
         axes.legend(
             patches,
-            [name if len(name) <= 18 else name[:17] + "\N{HORIZONTAL ELLIPSIS}" for name in classes],
+            [
+                name if len(name) <= 18 else name[:17] + "\N{HORIZONTAL ELLIPSIS}"
+                for name in classes
+            ],
             loc="upper left",
             bbox_to_anchor=(1.03, 1.03),
             frameon=False,
@@ -151,9 +156,9 @@ def _legend(
     )
     marks = np.linspace(0, len(classes) - 1, 6).round().astype(int)
     scale.set_xticks([])
-    scale.set_yticks(marks, [f"{c}  {classes[c]:.14}" for c in marks])
+    scale.set_yticks(marks, [classes[c][:17] for c in marks])
     scale.yaxis.tick_right()
-    scale.tick_params(length=0, labelsize=8)
+    scale.tick_params(length=0, labelsize=8, labelcolor=INK)
     scale.spines[:].set_visible(False)
 
 

@@ -1,0 +1,98 @@
+"""Networks by name, for configuration files and command lines."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from models.caldas import CaldasCNN
+from models.resnet import DeviceResNet, ServerResNet
+from wire.errors import StillhouseError
+
+Shape = tuple[int, int, int]
+
+
+@runtime_checkable
+class SplitModel(Protocol):
+    """A device network that can hand out its feature maps (FedGKT's W_e and W_c in one module)."""
+
+    extractor: nn.Module
+
+    def extract(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature maps H and logits of a batch; the logits are those of `forward`."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    make: Callable[[int, Shape], nn.Module]
+    shape: Shape
+
+
+def _device(classes: int, shape: Shape) -> nn.Module:
+    return DeviceResNet(classes, shape[0])
+
+
+def _server(n: int) -> _Entry:
+    return _Entry(lambda classes, shape: ServerResNet(classes, n, shape[0]), (16, 32, 32))
+
+
+def _caldas(classes: int, shape: Shape) -> nn.Module:
+    return CaldasCNN(classes, shape, hidden=512 if classes <= 10 else 2048)
+
+
+_MODELS = {
+    "resnet8": _Entry(_device, (3, 32, 32)),
+    "resnet10": _server(1),
+    "resnet19": _server(2),
+    "resnet55": _server(6),
+    "resnet109": _server(12),
+    "caldas_cnn": _Entry(_caldas, (1, 28, 28)),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every name that `build` knows."""
+    return tuple(_MODELS)
+
+
+def input_shape(name: str) -> Shape:
+    """The shape of one sample (channels, height, width) that the network was published with.
+
+    Raises:
+        StillhouseError: no network has this name; the message names the nearest.
+    """
+    return _entry(name).shape
+
+
+def build(name: str, *, classes: int, input_shape: Shape | None = None) -> nn.Module:
+    """A freshly initialised network; the random numbers are torch's, so seed before.
+
+    Args:
+        name: one of `names()`.
+        classes: number of logits, 2 or more.
+        input_shape: of one sample (channels, height, width); default: as published. A server half
+            takes the feature map of its device half.
+
+    Raises:
+        StillhouseError: an unknown name (the message names the nearest) or an impossible size.
+    """
+    entry = _entry(name)
+    if classes < 2:
+        raise StillhouseError(f"{name}: expected 2 classes or more, got {classes}")
+    shape = entry.shape if input_shape is None else input_shape
+    if len(shape) != 3 or min(shape) < 1 or min(shape[1:]) < 4:
+        raise StillhouseError(
+            f"{name}: expected an input of channels, height, width, at least 4 pixels a side; "
+            f"got {shape}"
+        )
+    return entry.make(classes, shape)
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _MODELS:
+        near = difflib.get_close_matches(name, _MODELS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise StillhouseError(f"no model is named {name!r}; {hint}known are: {', '.join(_MODELS)}")
+    return _MODELS[name]

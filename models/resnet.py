@@ -1,0 +1,108 @@
+"""Bottleneck ResNets for CIFAR-shaped images, cut into a device half and a server half.
+
+He et al. 2015 (arXiv 1512.03385), section 4.2, with the bottleneck block of its figure 5, cut as in
+FedGKT (He, Annavaram, Avestimehr 2020, arXiv 2007.14513, figure 2): the device keeps the stem and
+two blocks, the server takes the stem's feature map H and holds the rest of a ResNet-(9n+2).
+
+    device   x (N,3,32,32) -> stem -> H (N,16,32,32) -> 2 blocks -> pool -> FC -> logits (N,classes)
+    server                           H (N,16,32,32) -> 3n blocks -> pool -> FC -> logits (N,classes)
+
+A block is conv1x1, conv3x3 (which carries the stride), conv1x1 to four times the planes, each
+followed by batch norm; the shortcut is a 1x1 projection where the shape changes.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EXPANSION = 4
+STEM_PLANES = 16
+
+
+class Bottleneck(nn.Module):
+    """One bottleneck block: (N, inputs, H, W) -> (N, 4 * planes, H / stride, W / stride)."""
+
+    def __init__(self, inputs: int, planes: int, stride: int = 1) -> None:
+        super().__init__()
+        outputs = EXPANSION * planes
+        self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output, after the last ReLU."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + self.shortcut(x))
+
+
+class DeviceResNet(nn.Module):
+    """The device half, ResNet-8: a small classifier whose stem is the feature extractor W_e.
+
+    10,586 parameters with 3 input channels and 10 classes, 464 of them in the extractor.
+    """
+
+    def __init__(self, classes: int, channels: int = 3) -> None:
+        super().__init__()
+        self.extractor = nn.Sequential(
+            nn.Conv2d(channels, STEM_PLANES, 3, padding=1, bias=False),
+            nn.BatchNorm2d(STEM_PLANES),
+            nn.ReLU(),
+        )
+        self.blocks = nn.Sequential(*_stage(STEM_PLANES, 16, blocks=2, stride=1))
+        self.fc = nn.Linear(EXPANSION * 16, classes)
+        _initialise(self)
+
+    def extract(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature map H (N, 16, H, W) and logits (N, classes) of images x (N, channels, H, W)."""
+        features = self.extractor(x)
+        pooled = torch.flatten(F.adaptive_avg_pool2d(self.blocks(features), 1), 1)
+        return features, self.fc(pooled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes)."""
+        return self.extract(x)[1]
+
+
+class ServerResNet(nn.Module):
+    """The server half of ResNet-(9n+2): n blocks in each of three stages, on a feature map H."""
+
+    def __init__(self, classes: int, n: int, channels: int = STEM_PLANES) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(
+            *_stage(channels, 16, blocks=n, stride=1),
+            *_stage(EXPANSION * 16, 32, blocks=n, stride=2),
+            *_stage(EXPANSION * 32, 64, blocks=n, stride=2),
+        )
+        self.fc = nn.Linear(EXPANSION * 64, classes)
+        _initialise(self)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (N, classes) of feature maps (N, channels, H, W)."""
+        pooled = torch.flatten(F.adaptive_avg_pool2d(self.stages(features), 1), 1)
+        logits: Tensor = self.fc(pooled)
+        return logits
+
+
+def _stage(inputs: int, planes: int, *, blocks: int, stride: int) -> Iterator[Bottleneck]:
+    yield Bottleneck(inputs, planes, stride)
+    for _ in range(blocks - 1):
+        yield Bottleneck(EXPANSION * planes, planes)
+
+
+def _initialise(model: nn.Module) -> None:
+    """Normal filters of variance 2 / fan_out (He et al. 2015, arXiv 1502.01852, equation 14)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

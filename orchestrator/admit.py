@@ -1,0 +1,128 @@
+"""What may enter the aggregate: pure rules, each refusal with its reason.
+
+The reason goes to the device, so it names what was expected and what came.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire.artifact import TensorSpec
+from wire.errors import AdmissionError
+from wire.messages import Order, Result
+
+Array = NDArray[Any]
+MAX_NORM_RATIO = 1e3
+
+
+def header(result: Result, order: Order | None, device: str, max_bytes: int) -> None:
+    """Look over a result before its blobs are pulled.
+
+    Args:
+        result: as it came.
+        order: the open order of that device, or None.
+        device: by the topic, which the broker's access list guards.
+        max_bytes: a payload above this is refused.
+
+    Raises:
+        AdmissionError: another device's name, not the open order, a fault that the device reports,
+            wrong or oversized payloads.
+    """
+    if result.device != device:
+        raise AdmissionError(f"the result names device {result.device!r}, it came from {device!r}")
+    if order is None:
+        raise AdmissionError(f"{device} has no order in the open round; wait for the next one")
+    if (result.run, result.sequence) != (order.run, order.sequence):
+        raise AdmissionError(
+            f"expected a result of order {order.sequence} of {order.run}, got {result.sequence} of "
+            f"{result.run}; its round is closed"
+        )
+    if result.fault:
+        raise AdmissionError(f"the device could not do it: {result.fault}")
+    if set(result.blobs) != set(order.returns):
+        raise AdmissionError(
+            f"expected payloads {sorted(order.returns)}, got {sorted(result.blobs)}"
+        )
+    for name, ref in result.blobs.items():
+        if ref.size > max_bytes:
+            raise AdmissionError(f"payload {name!r} has {ref.size} bytes, limit {max_bytes}")
+    if order.data_digest and result.data_digest != order.data_digest:
+        raise AdmissionError(
+            f"the device's samples changed within the round: expected {order.data_digest:.12}, "
+            f"got {result.data_digest:.12}"
+        )
+
+
+def weights(tensors: Mapping[str, Array], specs: Iterable[TensorSpec], reference: float) -> None:
+    """Look over parameters and buffers, or their update.
+
+    Args:
+        tensors: as decoded.
+        specs: of the artifact's parameters and buffers.
+        reference: norm of the weights they belong to.
+
+    Raises:
+        AdmissionError: names or shapes differ, a value is not finite, the norm is absurd.
+    """
+    expected = {spec.name: spec.shape for spec in specs}
+    if set(tensors) != set(expected):
+        odd = sorted(set(tensors) ^ set(expected))
+        raise AdmissionError(f"expected {len(expected)} tensors; missing or unknown: {odd[:4]}")
+    total = 0.0
+    for name, array in tensors.items():
+        if array.shape != expected[name] or array.dtype != np.float32:
+            raise AdmissionError(
+                f"tensor {name!r}: expected float32 {list(expected[name])}, got "
+                f"{array.dtype.name} {list(array.shape)}"
+            )
+        if not np.isfinite(array).all():
+            raise AdmissionError(f"tensor {name!r} holds NaN or infinity")
+        total += float(np.square(array, dtype=np.float64).sum())
+    limit = MAX_NORM_RATIO * max(reference, 1.0)
+    if math.sqrt(total) > limit:
+        raise AdmissionError(f"norm {math.sqrt(total):.3g}, limit {limit:.3g}; training diverged")
+
+
+def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, room: int) -> None:
+    """Look over one batch of feature maps (n, *shape), logits (n, classes), labels (n,).
+
+    Args:
+        record: as decoded.
+        shape: of one sample's feature map.
+        classes: of the task.
+        room: how many samples may still come.
+
+    Raises:
+        AdmissionError: a shape, dtype, label or count is wrong, or a logit is not finite.
+    """
+    if set(record) != {"features", "logits", "labels"}:
+        raise AdmissionError(f"expected features, logits and labels, got {sorted(record)}")
+    n = len(record["labels"])
+    expected = {
+        "features": ("float32", (n, *shape)),
+        "logits": ("float32", (n, classes)),
+        "labels": ("uint16", (n,)),
+    }
+    for name, (dtype, full) in expected.items():
+        array = record[name]
+        if array.dtype.name != dtype or array.shape != full:
+            raise AdmissionError(
+                f"{name}: expected {dtype} {list(full)}, got {array.dtype.name} {list(array.shape)}"
+            )
+    if not 1 <= n <= room:
+        raise AdmissionError(f"{n} samples where at most {room} were announced")
+    if int(record["labels"].max()) >= classes:
+        raise AdmissionError(f"label {int(record['labels'].max())} of {classes} classes")
+
+
+def complete(samples: int, announced: int) -> None:
+    """Whether all samples came.
+
+    Raises:
+        AdmissionError: otherwise.
+    """
+    if samples != announced:
+        raise AdmissionError(f"features of {samples} samples, {announced} were announced")

@@ -1,0 +1,232 @@
+"""Brokers that the orchestrator runs itself, in child processes that cannot outlive it.
+
+    orchestrator --stdin pipe--> python -m orchestrator.broker --+--> mosquitto
+                                                                 +--> amqtt, in this process
+
+The middle process ends its broker when its stdin closes or its parent is gone, so even `kill -9` of
+the orchestrator leaves nothing behind. A Mosquitto that dies after it had run is started again.
+
+`mosquitto` is the one for fleets: retained messages, sessions and their queues outlive it in
+`folder`. They are written every `autosave_s` seconds and at a clean end. `kill -9` or a power cut
+loses what the broker took since the last write, although it had acknowledged it.
+
+`embedded` is amqtt, pure Python, MQTT 3.1.1 only: for demonstrations on one computer. It keeps all
+state in memory, listens on loopback only, and has the limits listed in `embedded.py`.
+"""
+
+import errno
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+from orchestrator.broker.access import ORCHESTRATOR, access_list, hashed
+from orchestrator.broker.mosquitto import SBIN, Tls, configuration, find
+from wire import topics
+from wire.errors import BrokerError
+
+__all__ = ["Broker", "Kind", "Tls", "find", "start"]
+
+Kind = Literal["mosquitto", "embedded"]
+_STOP_S = 10.0
+# CONNECT, MQTT 3.1.1, clean session, keep-alive 5 s, no client id, no user: whatever the broker
+# makes of it, it answers with a CONNACK.
+_CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
+_CONNACK = 0x20
+
+
+class Broker:
+    """A running broker; `start` makes it. Leaving its context stops it."""
+
+    def __init__(
+        self, kind: Kind, url: str, folder: Path, child: "subprocess.Popen[bytes]"
+    ) -> None:
+        self.kind: Kind = kind
+        self.url = url
+        self.folder = folder
+        self._child = child
+
+    @property
+    def pid(self) -> int:
+        """The process that serves the clients; a Mosquitto started again has a new one."""
+        return int((self.folder / "broker.pid").read_text("ascii"))
+
+    @property
+    def running(self) -> bool:
+        """Whether the broker, or the process that starts it again, is alive."""
+        return self._child.poll() is None
+
+    def stop(self) -> None:
+        """End the broker and wait for it; Mosquitto saves its state. May be called again."""
+        if self._child.stdin is not None:
+            self._child.stdin.close()
+        try:
+            self._child.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def start(
+    kind: Kind,
+    *,
+    folder: Path,
+    fleet: str,
+    host: str = "127.0.0.1",
+    port: int = 1883,
+    users: Mapping[str, str] | None = None,
+    tls: Tls | None = None,
+    autosave_s: int = 5,
+    start_s: float = 15.0,
+) -> Broker:
+    """Start a broker and return once it answers.
+
+    Args:
+        kind: `mosquitto`, or `embedded` (amqtt; loopback only, no TLS).
+        folder: for its configuration, log and state; one broker a folder.
+        fleet: whose topics the access list opens.
+        host: the address to listen on.
+        port: 0 picks a free one.
+        users: passwords by user name: device names and `orchestrator`. None lets anybody in and
+            do anything, unless `tls` asks for certificates.
+        tls: serve mqtts with these files.
+        autosave_s: how often Mosquitto writes its state; what a crash may lose.
+        start_s: how long the broker may take to answer.
+
+    Raises:
+        BrokerError: it does not run, and what to do.
+    """
+    _check(kind, host, fleet, users, tls)
+    binary = find()
+    if kind == "mosquitto" and binary is None:
+        raise BrokerError(
+            f"mosquitto: no such program on PATH or in {', '.join(SBIN)}; install it "
+            "(sudo apt install mosquitto), or use kind 'embedded' for a demonstration"
+        )
+    port = _claim(host, port)
+    folder = folder.resolve()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if users is not None:
+        _write(folder / "passwd", "".join(f"{u}:{hashed(p)}\n" for u, p in sorted(users.items())))
+    command = [sys.executable, "-m", "orchestrator.broker", str(folder)]
+    if kind == "mosquitto":
+        _write(folder / "acl", access_list(fleet))
+        passwords = users is not None
+        config = configuration(
+            folder, host, port, passwords=passwords, tls=tls, autosave_s=autosave_s
+        )
+        _write(folder / "mosquitto.conf", config)
+        command += ["mosquitto", str(binary)]
+    else:
+        command += ["embedded", host, str(port), fleet, *(["--users"] if users is not None else [])]
+    log = folder / "broker.log"
+    if log.exists():
+        log.replace(folder / "broker.log.1")
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"PYTHONPATH": _python_path()},
+            umask=0o077,
+            start_new_session=True,  # Ctrl-C in the terminal is for the orchestrator alone
+        )
+    reach = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    shown = f"[{reach}]" if ":" in reach else reach
+    broker = Broker(kind, f"{'mqtts' if tls else 'mqtt'}://{shown}:{port}", folder, child)
+    deadline = time.monotonic() + start_s
+    while not _answers(reach, port, encrypted=tls is not None):
+        late = time.monotonic() > deadline
+        if late or not broker.running:
+            broker.stop()
+            what = f"did not answer on {host}:{port} in {start_s:g} s" if late else "died at start"
+            tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-8:])
+            raise BrokerError(f"{kind} broker {what}; the end of {log}:\n{tail}")
+        time.sleep(0.02)
+    return broker
+
+
+def _check(
+    kind: str, host: str, fleet: str, users: Mapping[str, str] | None, tls: Tls | None
+) -> None:
+    if kind not in ("mosquitto", "embedded"):
+        raise BrokerError(f"broker kind {kind!r}: expected 'mosquitto' or 'embedded'")
+    try:
+        topics.check_name(fleet, "fleet")
+        for user in users or ():
+            if user != ORCHESTRATOR:
+                topics.check_name(user, "broker user")
+    except ValueError as error:
+        raise BrokerError(str(error)) from None
+    if kind == "embedded":
+        if tls is not None:
+            raise BrokerError("the embedded broker has no TLS: use kind 'mosquitto'")
+        if not _loopback(host):
+            raise BrokerError(
+                f"the embedded broker is for demonstrations on one computer and listens on "
+                f"loopback only, not on {host!r}: use kind 'mosquitto', or host '127.0.0.1'"
+            )
+    for path in (tls.cafile, tls.certfile, tls.keyfile) if tls else ():
+        if not path.is_file():
+            raise BrokerError(f"TLS: no file {path}; `orchestrator enroll` makes certificates")
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _claim(host: str, port: int) -> int:
+    """`port`, or a free one for 0, after trying to listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise BrokerError(
+                    f"port {port} on {host} is in use: is another broker running? Stop it "
+                    "(sudo systemctl stop mosquitto), give its URL instead, or choose another port"
+                ) from None
+            raise BrokerError(f"cannot listen on {host}:{port}: {error}") from error
+        return int(trial.getsockname()[1])
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that only this user reads, whatever it was before."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+def _python_path() -> str:
+    """Where the child finds this package, also when run from a checkout."""
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
+
+
+def _answers(host: str, port: int, *, encrypted: bool) -> bool:
+    """Whether a broker answers a CONNECT; with TLS, whether the port is open."""
+    try:
+        with socket.create_connection((host, port), timeout=1.0) as connection:
+            if encrypted:
+                return True
+            connection.sendall(_CONNECT)
+            return connection.recv(1)[:1] == bytes([_CONNACK])
+    except OSError:
+        return False

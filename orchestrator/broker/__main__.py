@@ -1,0 +1,118 @@
+"""The process between the orchestrator and its broker: `python -m orchestrator.broker FOLDER ...`.
+
+It runs the broker until its stdin closes, its parent is gone, or SIGTERM, and writes the number of
+the serving process to FOLDER/broker.pid. Not for use by hand: `orchestrator.broker.start` runs it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+_SETTLED_S = 1.0  # a Mosquitto that lived this long is started again when it dies
+_STOP_S = 8.0
+_PR_SET_PDEATHSIG = 1
+
+
+async def _orphaned() -> None:
+    """Return once the process that started us has closed our stdin, or is gone.
+
+    A process forked from it (a data loader) may hold the pipe open after its death, hence the
+    look at the parent's number.
+    """
+    stdin = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await stdin.read()
+                return
+
+
+async def _mosquitto(binary: str, folder: Path) -> None:
+    """Run Mosquitto, again after each crash; return when it dies young."""
+    loop = asyncio.get_running_loop()
+    while True:
+        began = loop.time()
+        process = await asyncio.create_subprocess_exec(
+            binary,
+            "-c",
+            str(folder / "mosquitto.conf"),
+            stdin=asyncio.subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,  # this process has one thread
+        )
+        _note(folder, process.pid)
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            process.terminate()  # it saves its state
+            try:
+                await asyncio.wait_for(process.wait(), _STOP_S)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+            raise
+        print(f"mosquitto ended with code {code}", file=sys.stderr, flush=True)
+        if loop.time() - began < _SETTLED_S:
+            return
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end Mosquitto cleanly if this process is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _note(folder: Path, pid: int) -> None:
+    new = folder / "broker.pid.new"
+    new.write_text(str(pid), "ascii")
+    new.replace(folder / "broker.pid")
+
+
+async def _run(arguments: argparse.Namespace) -> int:
+    folder: Path = arguments.folder
+    if arguments.kind == "mosquitto":
+        serve = asyncio.create_task(_mosquitto(arguments.binary, folder))
+    else:
+        from orchestrator.broker import embedded
+
+        _note(folder, os.getpid())
+        users = folder / "passwd" if arguments.users else None
+        serving = embedded.serve(arguments.host, arguments.port, arguments.fleet, users)
+        serve = asyncio.create_task(serving)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    ends = {serve, asyncio.create_task(_orphaned()), asyncio.create_task(stop.wait())}
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    if serve.done():
+        serve.result()
+        return 1
+    for task in ends:
+        task.cancel()
+    await asyncio.gather(*ends, return_exceptions=True)
+    return 0
+
+
+def main() -> None:
+    """Read the arguments that `start` gives, and serve."""
+    parser = argparse.ArgumentParser("orchestrator.broker")
+    parser.add_argument("folder", type=Path)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    kinds.add_parser("mosquitto").add_argument("binary")
+    python = kinds.add_parser("embedded")
+    python.add_argument("host")
+    python.add_argument("port", type=int)
+    python.add_argument("fleet")
+    python.add_argument("--users", action="store_true")
+    sys.exit(asyncio.run(_run(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

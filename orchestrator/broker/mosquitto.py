@@ -1,0 +1,92 @@
+"""The configuration of a Mosquitto of ours; every option exists in 2.0 and in 2.1."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")  # often not on a user's PATH
+# Far above a 128 KiB chunk; 2.1 would otherwise cut clients at 2,000,000 bytes, 2.0 at 256 MB.
+MAX_PACKET_BYTES = 1 << 20
+# Past either limit Mosquitto drops silently, so both are generous: a client's day away.
+MAX_QUEUED_MESSAGES = 20_000
+MAX_QUEUED_BYTES = 256 << 20
+MAX_INFLIGHT = 64  # chunks of 128 KiB: 8 MiB under way to one client
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files of a TLS listener.
+
+    With `require_certificate`, the common name of a client's certificate is its user name (a
+    device's name, or `orchestrator`), the access list holds, and passwords are not asked.
+    """
+
+    cafile: Path
+    certfile: Path
+    keyfile: Path
+    require_certificate: bool = True
+
+
+def find() -> Path | None:
+    """The Mosquitto program, or None; Debian's stands in /usr/sbin, off a plain user's PATH."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PATH"), *SBIN]))
+    found = shutil.which("mosquitto", path=path)
+    return Path(found) if found else None
+
+
+def configuration(
+    folder: Path, host: str, port: int, *, passwords: bool, tls: Tls | None, autosave_s: int
+) -> str:
+    """The text of mosquitto.conf.
+
+    Args:
+        folder: absolute; holds `acl`, `passwd` and the saved state.
+        host: the address to listen on; empty for all.
+        port: the port.
+        passwords: ask for a user and a password of `folder/passwd`.
+        tls: serve TLS.
+        autosave_s: seconds between two writes of the state.
+    """
+    guarded = passwords or (tls is not None and tls.require_certificate)
+    lines = [
+        "# Written by Stillhouse at every start: edits are lost.",
+        f"listener {port} {host}".rstrip(),
+        f"allow_anonymous {_yes(not guarded)}",
+    ]
+    if tls is not None:
+        lines += [
+            f"cafile {tls.cafile.resolve()}",
+            f"certfile {tls.certfile.resolve()}",
+            f"keyfile {tls.keyfile.resolve()}",
+            f"require_certificate {_yes(tls.require_certificate)}",
+            f"use_identity_as_username {_yes(tls.require_certificate)}",
+        ]
+    if passwords:
+        lines += [f"password_file {folder / 'passwd'}"]
+    if guarded:
+        lines += [f"acl_file {folder / 'acl'}"]
+    if os.geteuid() == 0:  # it would become user `mosquitto`, who cannot write in our folder
+        lines += ["user root"]
+    lines += [
+        "persistence true",
+        f"persistence_location {folder}/",
+        "persistence_file mosquitto.db",
+        f"autosave_interval {autosave_s}",
+        "persistent_client_expiration 14d",
+        f"max_packet_size {MAX_PACKET_BYTES}",
+        f"max_inflight_messages {MAX_INFLIGHT}",
+        f"max_queued_messages {MAX_QUEUED_MESSAGES}",
+        f"max_queued_bytes {MAX_QUEUED_BYTES}",
+        "set_tcp_nodelay true",
+        "log_dest stderr",
+        "log_type error",
+        "log_type warning",
+        "log_type notice",
+        "log_timestamp_format %Y-%m-%dT%H:%M:%S",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _yes(flag: bool) -> str:
+    return "true" if flag else "false"

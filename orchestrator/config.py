@@ -1,0 +1,243 @@
+"""A run's configuration: `run.toml` as frozen dataclasses."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from wire import codecs, records, topics
+
+
+@dataclass(frozen=True)
+class BrokerConfig:
+    """Where the broker is.
+
+    Attributes:
+        kind: "embedded" (pure Python, loopback only), "mosquitto" (the orchestrator runs Debian's
+            mosquitto itself) or "external" (`url` says where).
+        host, port: that our own broker listens on.
+        url: mqtt:// or mqtts:// of an external broker.
+        username, password: the orchestrator's, at an external broker.
+        ca_file, cert_file, key_file: PEM files, for mqtts.
+    """
+
+    kind: Literal["embedded", "mosquitto", "external"] = "embedded"
+    host: str = "127.0.0.1"
+    port: int = 1883
+    url: str = ""
+    username: str = ""
+    password: str = ""
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "external") != bool(self.url):
+            raise ValueError(
+                f"kind {self.kind!r} with url {self.url!r}: an external broker, and only that, "
+                "has a url"
+            )
+
+
+@dataclass(frozen=True)
+class CohortConfig:
+    """Who takes part in a round, and when it ends.
+
+    Attributes:
+        min_devices: a round begins only with so many.
+        max_devices: at most so many are chosen; 0 takes all. Over-select with `quorum` below 1.
+        wait_s: once `min_devices` are there, wait so long for more, unless `max_devices` are there.
+        quorum: the round closes when this share of the cohort has returned.
+        deadline_s: the round closes then with whoever has returned.
+    """
+
+    min_devices: int = 2
+    max_devices: int = 0
+    wait_s: float = 10.0
+    quorum: float = 1.0
+    deadline_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.min_devices < 1 or (self.max_devices and self.max_devices < self.min_devices):
+            raise ValueError(
+                f"min_devices {self.min_devices}, max_devices {self.max_devices}: expected "
+                "1 <= min_devices <= max_devices, or max_devices = 0"
+            )
+        if not 0 < self.quorum <= 1 or self.deadline_s <= 0 or self.wait_s < 0:
+            raise ValueError("expected 0 < quorum <= 1, deadline_s > 0, wait_s >= 0")
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """What each device trains, and how its payloads are coded.
+
+    Attributes:
+        model: a registry name.
+        classes, input: number of classes; channels, height, width.
+        mean, std: of the pixels on the 0..1 scale, per channel.
+        batch, epochs, lr, optimizer, momentum, weight_decay: of local training.
+        alpha, temperature: of the distillation term (FedGKT).
+        augment: random crop with padding 4 and horizontal flip.
+        features, update, state: codec specs of feature maps, of what goes up and of what goes down.
+    """
+
+    model: str = "resnet8"
+    classes: int = 10
+    input: tuple[int, ...] = (3, 32, 32)
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
+    batch: int = 32
+    epochs: int = 1
+    lr: float = 0.05
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    alpha: float = 1.0
+    temperature: float = 3.0
+    augment: bool = False
+    features: str = "identity|q=8"
+    update: str = "float32"
+    state: str = "float32"
+
+    def __post_init__(self) -> None:
+        for spec in (self.features, self.update, self.state):
+            codecs.parse(spec)
+        if (
+            len(self.input) != 3
+            or len(self.mean) != self.input[0]
+            or len(self.std) != self.input[0]
+        ):
+            raise ValueError(
+                f"input {list(self.input)}: expected [channels, height, width], with a mean "
+                f"({len(self.mean)}) and a std ({len(self.std)}) a channel"
+            )
+        if self.classes < 2 or self.batch < 1 or self.epochs < 1 or self.lr <= 0:
+            raise ValueError("expected classes >= 2, batch >= 1, epochs >= 1, lr > 0")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the server trains its large model (FedGKT).
+
+    Attributes:
+        model: a registry name; takes the devices' feature maps.
+        epochs, batch, lr, optimizer, weight_decay: of server training in each round.
+        alpha, temperature: of the distillation term.
+        torch_device: "auto" takes CUDA where there is one.
+        eval_batch: images of one evaluation pass.
+    """
+
+    model: str = "resnet19"
+    epochs: int = 5
+    batch: int = 64
+    lr: float = 1e-3
+    optimizer: Literal["sgd", "adam"] = "adam"
+    weight_decay: float = 5e-4
+    alpha: float = 1.0
+    temperature: float = 3.0
+    torch_device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_batch: int = 256
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 2 or self.lr <= 0 or self.temperature <= 0:
+            raise ValueError("expected epochs >= 1, batch >= 2, lr > 0, temperature > 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run.
+
+    Attributes:
+        name: of the run, and of its folder under `runs`.
+        fleet: whose devices may take part.
+        strategy: the algorithm.
+        rounds: how many.
+        heldout: images that the server evaluates on (.npz or folder).
+        heldout_limit: use at most so many of them; 0 takes all.
+        runs: folder of all runs.
+        admission: "open" takes any device that the broker lets in; "enrolled" only those made by
+            `orchestrator enroll`.
+        seed: of initial weights, shuffling, augmentation and stochastic rounding.
+        chunk_bytes: size of the pieces that devices pull.
+        transfer_chunks: chunks on their way up at once, all devices together.
+        max_upload_bytes: a payload above this is refused.
+    """
+
+    name: str
+    heldout: Path
+    fleet: str = "fleet"
+    strategy: Literal["fedgkt", "fedavg", "local"] = "fedgkt"
+    rounds: int = 10
+    heldout_limit: int = 0
+    runs: Path = Path("runs")
+    admission: Literal["open", "enrolled"] = "enrolled"
+    seed: int = 0
+    chunk_bytes: int = 128 * 1024
+    transfer_chunks: int = 32
+    max_upload_bytes: int = 1 << 34
+    broker: BrokerConfig = field(default_factory=BrokerConfig)
+    cohort: CohortConfig = field(default_factory=CohortConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        topics.check_name(self.name, "run name")
+        topics.check_name(self.fleet, "fleet name")
+        if self.rounds < 1 or self.seed < 0 or self.transfer_chunks < 1:
+            raise ValueError("expected rounds >= 1, seed >= 0, transfer_chunks >= 1")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run lies."""
+        return self.runs / self.name
+
+
+def load(path: Path) -> RunConfig:
+    """Read `run.toml`; relative paths are relative to the folder it lies in.
+
+    Raises:
+        SettingsError: the message names the file, the key and what was expected.
+    """
+    config = records.load(RunConfig, path)
+    folder = path.resolve().parent
+    return replace(config, heldout=folder / config.heldout, runs=folder / config.runs)
+
+
+TEMPLATE = """\
+# A Stillhouse run. Start it with: orchestrator start --config run.toml
+
+name = "first"              # its folder is runs/first
+fleet = "fleet"
+strategy = "fedgkt"         # fedgkt, fedavg or local
+rounds = 10
+heldout = "heldout.npz"     # images that the server evaluates on: .npz, or a folder of classes
+admission = "enrolled"      # or "open": any device that the broker lets in
+
+[broker]
+kind = "embedded"           # loopback only; "mosquitto" runs Debian's, "external" takes a url
+host = "127.0.0.1"
+port = 1883
+# url = "mqtts://broker.example:8883"   # with kind = "external"
+
+[cohort]
+min_devices = 2             # a round begins only with so many,
+wait_s = 10.0               # and waits so long for more
+quorum = 1.0                # it closes when this share of the cohort has returned,
+deadline_s = 600.0          # or then, with whoever has
+
+[device]
+model = "resnet8"
+classes = 10
+input = [3, 32, 32]
+batch = 32
+epochs = 1
+lr = 0.05
+augment = true
+features = "identity|q=8"   # codec of the feature maps: float32, identity|q=N, hadamard|q=N
+update = "float32"          # codec of weight updates (fedavg)
+
+[server]
+model = "resnet55"          # resnet109, resnet55; resnet19 and resnet10 where there is no GPU
+epochs = 5
+batch = 64
+lr = 0.001
+"""

@@ -1,0 +1,353 @@
+"""The run's loop: events in, rules applied, actions done.
+
+One thread owns all state. The network thread puts messages in its queue; a worker thread does the
+heavy part (looking payloads over, aggregation) and puts its outcome there too.
+"""
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from orchestrator import admit, rounds
+from orchestrator.config import RunConfig
+from orchestrator.intake import Intake
+from orchestrator.report import Report
+from orchestrator.rounds import Action, Close, Finish, Open, Phase, Remind
+from orchestrator.store import Attempt, Store, Verdict
+from orchestrator.strategies.strategy import Metrics, State, Strategy
+from wire import messages, topics
+from wire.errors import StillhouseError, WireError
+from wire.link import BrokerAddress, Link
+from wire.messages import (
+    Birth, Chunk, Death, Gone, Hello, Message, Receipt, Result, Telemetry, Want,
+)  # fmt: skip
+
+log = logging.getLogger("orchestrator")
+
+TICK_S = 0.25
+CONNECT_S = 30.0
+
+
+class Arrived(NamedTuple):
+    """A message came."""
+
+    topic: str
+    payload: bytes
+
+
+class Connected(NamedTuple):
+    """The broker is there (again)."""
+
+
+class Lost(NamedTuple):
+    """The broker is gone."""
+
+    reason: str
+
+
+class Admitted(NamedTuple):
+    """A result was looked over; `fault` says why it is refused."""
+
+    result: Result
+    fault: StillhouseError | None
+
+
+class Aggregated(NamedTuple):
+    """A round is in the model."""
+
+    state: State
+    metrics: Metrics
+
+
+class Failed(NamedTuple):
+    """The worker met an error that is ours, not a device's."""
+
+    fault: BaseException
+
+
+Event = Arrived | Connected | Lost | Admitted | Aggregated | Failed
+
+
+class Coordinator:
+    """One run over one broker.
+
+    Args:
+        config: of the run.
+        store: its folder.
+        strategy: the algorithm.
+        enrolled: names that may take part; None takes any.
+        address: the broker.
+        report: is told what happens.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        strategy: Strategy,
+        *,
+        enrolled: frozenset[str] | None,
+        address: BrokerAddress,
+        report: Report,
+    ) -> None:
+        self.config, self.store, self.strategy = config, store, strategy
+        self.report = report
+        self._enrolled = enrolled
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="work")
+        self._intake = Intake(store.blobs, config.transfer_chunks)
+        self._births: dict[str, Birth] = {}
+        self._checking: set[str] = set()
+        self._began = time.monotonic()
+        self._state = store.checkpoint() or strategy.begin()
+        self._attempt = store.open_attempt()
+        self._rounds = self._restored(self._attempt)
+        self._address = address
+        self.link = Link(
+            address,
+            f"stillhouse-{config.fleet}-orchestrator",
+            subscriptions=[
+                (topics.topic(config.fleet, "+", channel), 0 if channel == "up" else 1)
+                for channel in topics.FROM_DEVICE
+            ],
+            on_message=lambda topic, payload: self._events.put(Arrived(topic, payload)),
+            on_connect=lambda: self._events.put(Connected()),
+            on_disconnect=lambda reason: self._events.put(Lost(reason)),
+        )
+
+    def run(self, changed: Callable[[], None] = lambda: None) -> None:
+        """Run until all rounds are done; `changed` is called after each event.
+
+        Raises:
+            LinkError: the broker refuses us for good.
+            StillhouseError: the strategy failed.
+        """
+        if self._rounds.phase is Phase.FINISHED:
+            return
+        self.link.start()
+        try:
+            if not self.link.wait_connected(CONNECT_S):
+                log.warning("%s is not there yet; still trying", self._address.url)
+            if self._rounds.phase is Phase.COLLECTING:
+                self._apply(rounds.ticked(self._rounds, self.config.cohort, time.monotonic()))
+            while self._rounds.phase is not Phase.FINISHED:
+                try:
+                    self._handle(self._events.get(timeout=TICK_S))
+                except queue.Empty:
+                    pass
+                except WireError as fault:
+                    log.warning("message dropped: %s", fault)
+                self._tick()
+                changed()
+        finally:
+            self.link.close()
+            self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Arrived(topic, payload):
+                address = topics.parse(topic)
+                self.report.received(address.device, len(payload))
+                message, body = messages.decode(payload, sender=topic)
+                self._received(address.device, message, body)
+            case Connected():
+                log.info("connected to %s", self._address.url)
+                hello = messages.encode(Hello(boot=str(time.time_ns())))
+                self.link.publish(topics.topic(self.config.fleet, topics.ALL, "hello"), hello)
+            case Lost(reason):
+                log.warning("%s; trying again", reason)
+            case Admitted(result, fault):
+                self._checking.discard(result.device)
+                self._decide(result, fault)
+            case Aggregated(state, metrics):
+                self._close(state, metrics)
+            case Failed(fault):
+                raise fault
+
+    def _received(self, device: str, message: Message, body: memoryview) -> None:
+        now = time.monotonic()
+        match message:
+            case Birth():
+                self._born(device, message, now)
+            case Death(session=session):
+                self._apply(rounds.died(self._rounds, device, session))
+            case Telemetry(run=self.config.name):
+                self.report.telemetry(device, message)
+            case Result():
+                self._result(device, message)
+            case Want():
+                self.store.blobs.answer(message, lambda m, b: self._send(device, "down", m, b))
+            case Chunk() | Gone():
+                try:
+                    self._intake.take(device, message, body)
+                except StillhouseError as fault:
+                    self._give_up(device, fault)
+            case _:
+                pass
+
+    def _born(self, device: str, birth: Birth, now: float) -> None:
+        if birth.device != device:
+            raise WireError(f"birth message of {birth.device!r} on the topic of {device!r}")
+        if self._enrolled is not None and device not in self._enrolled:
+            reason = (
+                f"device {device!r} is not enrolled in fleet {self.config.fleet!r}; "
+                f"run: orchestrator enroll {device}"
+            )
+            log.warning("refused: %s", reason)
+            self._send(device, "order", Receipt("birth", accepted=False, reason=reason))
+            return
+        self._births[device] = birth
+        self._intake.resume(device)
+        self._apply(rounds.born(self._rounds, self.config.cohort, device, birth.session, now))
+
+    def _result(self, device: str, result: Result) -> None:
+        mine = result.run == self.config.name
+        if mine and (known := self.store.verdict(result.sequence, device)):
+            self._receipt(known, result)
+            return
+        attempt = self._attempt
+        order = attempt.orders.get(device) if attempt else None
+        collecting = self._rounds.phase is Phase.COLLECTING
+        try:
+            limit = self.config.max_upload_bytes
+            admit.header(result, order if collecting else None, device, limit)
+        except StillhouseError as fault:
+            if order and (result.run, result.sequence) == (order.run, order.sequence):
+                self._decide(result, fault)
+            else:  # of a round that is closed, or not ours: nothing to note
+                log.warning("%s: result refused: %s", device, fault)
+                self._receipt(Verdict(device, accepted=False, reason=str(fault), result=result),
+                              result)  # fmt: skip
+            return
+        if device not in self._checking:
+            self._intake.begin(result)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for result in self._intake.complete():
+            self._checking.add(result.device)
+            self._submit(self._look_over, result)
+        for device, want in self._intake.wants(now, frozenset(self._rounds.live)):
+            self._send(device, "down", want)
+        self._apply(rounds.ticked(self._rounds, self.config.cohort, now))
+
+    def _look_over(self, result: Result) -> Event:
+        try:
+            self.strategy.admit(self._state, result)
+        except StillhouseError as fault:
+            return Admitted(result, fault)
+        return Admitted(result, None)
+
+    def _give_up(self, device: str, fault: StillhouseError) -> None:
+        """A device's blobs cannot be had: its result is refused, the round goes on."""
+        self._intake.drop(device)
+        attempt = self._attempt
+        if attempt and device in attempt.orders:
+            order = attempt.orders[device]
+            result = Result(device, order.run, order.sequence, order.round, 0)
+            self._decide(result, fault)
+
+    def _decide(self, result: Result, fault: StillhouseError | None) -> None:
+        """Note the verdict, then tell the device, then let the rules go on."""
+        attempt, now = self._attempt, time.monotonic()
+        open_ = self._rounds.phase is Phase.COLLECTING
+        if not attempt or result.sequence != attempt.sequence or not open_:
+            return  # the round closed meanwhile; the device hears so when it offers again
+        reason = str(fault) if fault else ""
+        verdict = Verdict(result.device, fault is None, reason, result)
+        self.store.decide(attempt.sequence, verdict)
+        self._attempt = replace(attempt, verdicts={**attempt.verdicts, result.device: verdict})
+        self._receipt(verdict, result)
+        if fault:
+            log.warning("%s: result refused: %s", result.device, fault)
+            self._apply(rounds.failed(self._rounds, self.config.cohort, result.device, now))
+        else:
+            self._apply(rounds.returned(self._rounds, self.config.cohort, result.device, now))
+
+    def _receipt(self, verdict: Verdict, result: Result) -> None:
+        receipt = Receipt("result", verdict.accepted, result.run, result.sequence, verdict.reason)
+        self._send(verdict.device, "order", receipt)
+
+    def _apply(self, step: rounds.Step) -> None:
+        self._rounds, actions = step
+        self.report.rounds(self._rounds)
+        for action in actions:
+            self._do(action)
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case Open(number, cohort):
+                self._open(number, cohort)
+            case Remind(device):
+                assert self._attempt is not None  # noqa: S101 - a round is open
+                self._send(device, "order", self._attempt.orders[device])
+            case Close(number, returned):
+                log.info("round %d: aggregating %d results", number, len(returned))
+                self._intake.clear()
+                assert self._attempt is not None  # noqa: S101 - a round is open
+                verdicts = self._attempt.verdicts
+                results = [verdicts[device].result for device in sorted(returned)]
+                self._submit(self._aggregate, number, results)
+            case Finish():
+                log.info("run %s is finished", self.config.name)
+
+    def _open(self, number: int, cohort: frozenset[str]) -> None:
+        births = {device: self._births[device] for device in sorted(cohort)}
+        sequence = self.store.next_sequence()
+        orders = self.strategy.orders(self._state, number, sequence, births)
+        self._attempt = self.store.begin(number, orders)
+        self._intake.clear()
+        self._began = time.monotonic()
+        self.report.opened()
+        log.info("round %d of %d: %d devices", number, self.config.rounds, len(cohort))
+        for device, order in orders.items():
+            self._send(device, "order", order)
+
+    def _aggregate(self, number: int, results: list[Result]) -> Event:
+        return Aggregated(*self.strategy.aggregate(self._state, number, results))
+
+    def _close(self, state: State, metrics: Metrics) -> None:
+        assert self._attempt is not None  # noqa: S101 - a round was open
+        seconds = time.monotonic() - self._began
+        entry = self.report.closed(self._attempt, metrics, seconds)
+        self.store.close_round(self._attempt, state, entry)
+        self._state, self._attempt = state, None
+        self._apply(rounds.aggregated(self._rounds, self.config.cohort, time.monotonic()))
+
+    def _restored(self, attempt: Attempt | None) -> rounds.State:
+        """Where an earlier orchestrator left off; its deadline begins anew."""
+        fresh = rounds.State(rounds=self.config.rounds, seed=self.config.seed)
+        closed = len(self.store.closed_rounds())
+        if attempt is None:
+            phase = Phase.FINISHED if closed >= self.config.rounds else Phase.FORMING
+            return replace(fresh, round=closed, phase=phase)
+        verdicts = attempt.verdicts.values()
+        log.info("going on with round %d, %d results are here", attempt.round, len(verdicts))
+        return replace(
+            fresh,
+            round=attempt.round,
+            phase=Phase.COLLECTING,
+            cohort=frozenset(attempt.orders),
+            returned=frozenset(v.device for v in verdicts if v.accepted),
+            failed=frozenset(v.device for v in verdicts if not v.accepted),
+            deadline_s=time.monotonic() + self.config.cohort.deadline_s,
+        )
+
+    def _submit(self, work: Callable[..., Event], *arguments: Any) -> None:
+        def done(future: Future[Event]) -> None:
+            if future.cancelled():
+                return
+            fault = future.exception()
+            self._events.put(Failed(fault) if fault else future.result())
+
+        self._worker.submit(work, *arguments).add_done_callback(done)
+
+    def _send(self, device: str, channel: str, message: Message, body: bytes = b"") -> None:
+        payload = messages.encode(message, body)
+        self.report.sent(device, len(payload))
+        topic = topics.topic(self.config.fleet, device, channel)
+        self.link.publish(topic, payload, qos=0 if channel == "down" else 1)

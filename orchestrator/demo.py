@@ -1,0 +1,162 @@
+"""The whole thing on one machine: a broker, an orchestrator, and agents as processes of their own.
+
+FedGKT first; then, with the same agents and the same number of local epochs, each device alone
+(`local`): the floor that the large model has to beat.
+"""
+
+import contextlib
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator import datasets, fleet, launch
+from orchestrator.config import BrokerConfig, CohortConfig, DeviceConfig, RunConfig, ServerConfig
+from orchestrator.report import Report
+from wire.errors import RunError
+from wire.link import BrokerAddress
+
+STOP_S = 20.0
+
+_AGENT = """\
+device = "{name}"
+fleet = "{fleet}"
+data = "{data}"
+state = "{state}"
+image = {image}
+threads = 1
+
+[broker]
+url = "{url}"
+username = "{name}"
+password = "{password}"
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the demonstration does; see `orchestrator demo --help`."""
+
+    source: str
+    heldout: Path | None
+    devices: int
+    per_device: int | None
+    heldout_samples: int | None
+    split: datasets.Split
+    alpha: float
+    rounds: int
+    server: ServerConfig
+    device: DeviceConfig
+    broker: BrokerConfig
+    runs: Path
+    name: str
+    seed: int
+    floor: bool
+
+
+def free_name(runs: Path, name: str) -> str:
+    """`name`, or `name-2`, `name-3`, ... if a run of that name is there."""
+    number = 1
+    while (runs / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return name if number == 1 else f"{name}-{number}"
+
+
+def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report | None]:
+    """Run it; returns the report of FedGKT and that of the devices alone.
+
+    Raises:
+        StillhouseError: what is wrong and what to do.
+    """
+    folder = plan.runs / plan.name
+    if folder.exists():
+        raise RunError(f"{folder} is there already; choose another --name")
+    cut = datasets.build(
+        plan.source,
+        folder / "data",
+        devices=plan.devices,
+        per_device=plan.per_device,
+        split=plan.split,
+        alpha=plan.alpha,
+        seed=plan.seed,
+        heldout=plan.heldout,
+        heldout_samples=plan.heldout_samples,
+    )
+    height, width, channels = cut.shape
+    device = replace(plan.device, classes=len(cut.classes), input=(channels, height, width))
+    device = _normalized(device, folder / "data" / cut.devices[0].file)
+    config = RunConfig(
+        name=plan.name,
+        heldout=folder / "data" / "heldout.npz",
+        fleet=plan.name,
+        strategy="fedgkt",
+        rounds=plan.rounds,
+        runs=plan.runs,
+        seed=plan.seed,
+        broker=plan.broker,
+        cohort=CohortConfig(min_devices=plan.devices, wait_s=0.0, deadline_s=3600.0),
+        device=device,
+        server=plan.server,
+    )
+    names = [f"device-{number}" for number in range(plan.devices)]
+    passwords = {name: fleet.enroll(plan.runs, config.fleet, name) for name in names}
+    with launch.serve(config) as address, contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(_agent(config, address, name, passwords[name]))
+        taught = launch.run(config, address=address, changed=changed)
+        if not plan.floor:
+            return taught, None
+        alone = replace(config, name=f"{plan.name}-alone", strategy="local")
+        return taught, launch.run(alone, address=address, changed=changed)
+
+
+def _normalized(device: DeviceConfig, shard: Path) -> DeviceConfig:
+    """Mean and deviation of the first shard's pixels, per channel."""
+    with np.load(shard) as arrays:
+        pixels = arrays["x"].astype(np.float32) / 255
+    mean, std = pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))
+    return replace(
+        device,
+        mean=tuple(round(float(m), 4) for m in mean),
+        std=tuple(round(max(float(s), 1e-3), 4) for s in std),
+    )
+
+
+@contextlib.contextmanager
+def _agent(config: RunConfig, address: BrokerAddress, name: str, password: str) -> Iterator[None]:
+    """One agent process; its log stands beside its state."""
+    folder = (config.folder / "agents" / name).resolve()
+    folder.mkdir(parents=True)
+    text = _AGENT.format(
+        name=name,
+        fleet=config.fleet,
+        data=(config.folder / "data" / f"{name}.npz").resolve(),
+        state=folder / "state",
+        image=list(config.device.input),
+        url=address.url,
+        password=password,
+    )
+    settings = folder / "agent.toml"
+    settings.touch(0o600)
+    settings.write_text(text)
+    with (folder / "agent.log").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edge_agent.main", "run", "--config", str(settings)],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                logging.getLogger("orchestrator").warning("%s does not end; killing it", name)
+                process.kill()
+                process.wait()

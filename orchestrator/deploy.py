@@ -1,0 +1,143 @@
+"""A finished (or unfinished) run as one inference graph: `orchestrator export RUN --out model.onnx`.
+
+For fedgkt the graph is a device's extractor with the large model on top (He et al. 2020, section
+3.3); for fedavg the global model. Normalization is part of it, so that its input is plain pixels:
+`image` float32 (N, C, H, W) from 0 to 1; its output `logits` (N, classes).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import models
+from orchestrator import distill
+from orchestrator.config import RunConfig
+from orchestrator.store import last_checkpoint
+from wire import records
+from wire.errors import RunError
+
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What was written: from which round and device, and its largest difference to PyTorch."""
+
+    path: Path
+    round: int
+    device: str
+    difference: float
+
+
+class _Stack(nn.Module):
+    def __init__(self, config: RunConfig, parts: list[nn.Module]) -> None:
+        super().__init__()
+        shape = (-1, 1, 1)
+        self.register_buffer("mean", torch.tensor(config.device.mean).view(shape))
+        self.register_buffer("std", torch.tensor(config.device.std).view(shape))
+        self.parts = nn.Sequential(*parts)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.parts((image - self.mean) / self.std)
+        return logits
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration that a run was started with.
+
+    Raises:
+        RunError: the folder holds no run.
+    """
+    path = folder / "run.json"
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as fault:
+        raise RunError(f"{folder} holds no run: {path.name} cannot be read ({fault})") from fault
+    return records.build(RunConfig, table, where=str(path), error=RunError)
+
+
+def export_run(folder: Path, out: Path, device: str | None = None) -> Deployed:
+    """Write the run's model as ONNX and compare it with PyTorch through onnxruntime.
+
+    Args:
+        folder: of the run.
+        out: the .onnx file to write.
+        device: whose extractor (fedgkt); None takes the one that evaluates best.
+
+    Raises:
+        RunError: no round is finished, there is no such device, the strategy has no model of the
+            whole, or the graph does not agree with PyTorch.
+    """
+    config = read_config(folder)
+    if config.strategy == "local":
+        raise RunError(
+            "strategy local has no model of the whole fleet; export a fedgkt or fedavg run"
+        )
+    round_, state = last_checkpoint(folder)
+    chosen = ""
+    small = models.build(
+        config.device.model, classes=config.device.classes, input_shape=config.device.input
+    )
+    if config.strategy == "fedavg":
+        parts = [distill.load(small, state.under("global"))]
+    else:
+        names = sorted(state.notes["shards"])
+        if device is not None and device not in names:
+            raise RunError(f"no device {device!r} in {folder}; there are {', '.join(names)}")
+        chosen = device or _best(folder, names)
+        distill.load(small, state.under(f"device/{chosen}"))
+        extractor = small.get_submodule("extractor")
+        shape = _feature_shape(extractor, config)
+        server = models.build(config.server.model, classes=config.device.classes, input_shape=shape)
+        parts = [extractor, distill.load(server, state.under("server"))]
+    stacked = _Stack(config, parts).eval()
+    difference = _write(stacked, config, out)
+    return Deployed(out, round_, chosen, difference)
+
+
+def _best(folder: Path, names: list[str]) -> str:
+    """The device whose extractor does best under the large model, by the last report."""
+    try:
+        history = json.loads((folder / "status.json").read_text())["history"]
+        devices = history[-1]["devices"]
+    except (OSError, ValueError, KeyError, IndexError):
+        return names[0]
+    return max(names, key=lambda n: devices.get(n, {}).get("server_accuracy", 0.0))
+
+
+def _feature_shape(extractor: nn.Module, config: RunConfig) -> tuple[int, ...]:
+    with torch.inference_mode():
+        return tuple(extractor.eval()(torch.zeros(1, *config.device.input)).shape[1:])
+
+
+def _write(model: nn.Module, config: RunConfig, out: Path) -> float:
+    import onnxruntime
+
+    example = torch.rand(2, *config.device.input, generator=torch.Generator().manual_seed(0))
+    program = torch.onnx.export(
+        model,
+        (example,),
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes={"image": {0: torch.export.Dim("N")}},
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None  # noqa: S101 - dynamo=True always returns a program
+    partial = out.with_name(out.name + ".new")
+    program.save(partial, external_data=False)
+    images = torch.rand(5, *config.device.input, generator=torch.Generator().manual_seed(1))
+    session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"image": images.numpy()})
+    with torch.inference_mode():
+        expected = model(images).numpy()
+    difference = float(np.abs(logits - expected).max())
+    if difference > TOLERANCE * max(1.0, float(np.abs(expected).max())):
+        partial.unlink()
+        raise RunError(f"the exported graph differs from PyTorch by {difference:.2g}; not written")
+    partial.replace(out)
+    return difference

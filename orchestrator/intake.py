@@ -1,0 +1,78 @@
+"""Results on their way in: the blobs of each, pulled under one budget that all devices share.
+
+The orchestrator asks for chunks, so a thousand devices that finish at once cannot flood it or the
+broker: what is under way is never more than `budget` chunks.
+"""
+
+from collections.abc import Iterator
+
+from wire.blobs import BlobStore, Fetch
+from wire.messages import Chunk, Gone, Result, Want
+
+WINDOW = 8
+RETRY_S = 15.0
+
+
+class Intake:
+    """Pulls in progress, one a device."""
+
+    def __init__(self, blobs: BlobStore, budget: int) -> None:
+        self._blobs, self._budget = blobs, budget
+        self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
+
+    def begin(self, result: Result) -> None:
+        """Pull a result's blobs; the same result again goes on where it is, another replaces it."""
+        known = self._pulls.get(result.device)
+        if known and known[0] == result:
+            return
+        fetches = [
+            Fetch(self._blobs, ref, window=WINDOW, retry_s=RETRY_S) for ref in result.blobs.values()
+        ]
+        self._pulls[result.device] = (result, fetches)
+
+    def drop(self, device: str) -> None:
+        """Give a device's result up."""
+        self._pulls.pop(device, None)
+
+    def clear(self) -> None:
+        """Give all up: the round is closed."""
+        self._pulls.clear()
+
+    def resume(self, device: str) -> None:
+        """The device is there anew: what it was asked may be lost."""
+        for fetch in self._pulls.get(device, (None, []))[1]:
+            fetch.forget_asked()
+
+    def take(self, device: str, message: Chunk | Gone, body: memoryview) -> None:
+        """Take a device's answer.
+
+        Raises:
+            TransferError: a wrong chunk, or the blob is gone.
+        """
+        for fetch in self._pulls.get(device, (None, []))[1]:
+            if fetch.ref.digest == message.digest:
+                if isinstance(message, Gone):
+                    fetch.gone()
+                else:
+                    fetch.chunk(message, body)
+
+    def complete(self) -> Iterator[Result]:
+        """Results whose blobs are all here; each is given once."""
+        for device, (result, fetches) in list(self._pulls.items()):
+            if all(fetch.done for fetch in fetches):
+                del self._pulls[device]
+                yield result
+
+    def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
+        """What to ask of whom; the device with the fewest chunks under way goes first."""
+        room = self._budget - sum(f.in_flight for _, fs in self._pulls.values() for f in fs)
+        turn = sorted(self._pulls, key=lambda d: sum(f.in_flight for f in self._pulls[d][1]))
+        for device in turn:
+            if device not in live:
+                continue
+            for fetch in self._pulls[device][1]:
+                if room > 0 and (want := fetch.wants(now_s, room=room)):
+                    room -= len(want.chunks)
+                    yield device, want
+                if not fetch.done:
+                    break  # one blob of a device at a time, in the order of the result

@@ -1,0 +1,176 @@
+"""From a configuration to a finished run: broker, artifact, held-out images, coordinator."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import models
+from edge_agent import data
+from edge_agent.data import Preprocess
+from orchestrator import broker, fleet
+from orchestrator.config import RunConfig
+from orchestrator.coordinator import Coordinator
+from orchestrator.report import Report
+from orchestrator.store import Store
+from orchestrator.strategies import create
+from orchestrator.strategies.strategy import HeldOut, Task
+from tools.export import export
+from wire.artifact import Artifact, open_artifact
+from wire.link import BrokerAddress
+
+log = logging.getLogger("orchestrator")
+
+TASKS = {"fedgkt": "distill", "fedavg": "classify", "local": "classify"}
+
+
+def run(
+    config: RunConfig,
+    *,
+    address: BrokerAddress | None = None,
+    changed: Callable[[Report], None] = lambda _: None,
+) -> Report:
+    """Do a run, from the start or from where it stopped.
+
+    Args:
+        config: of the run.
+        address: a broker that is there already; None follows `config.broker`.
+        changed: called after each event, in this thread.
+
+    Raises:
+        StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
+    """
+    heldout = read_heldout(
+        config
+    )  # first: what is cheap to find wrong is found before a broker runs
+    with contextlib.ExitStack() as stack:
+        store = Store(config)
+        stack.callback(store.close)
+        report = Report(config, store)
+        artifact = prepare_artifact(config, store)
+        strategy = create(config.strategy, task(config, store, artifact, heldout, report))
+        enrolled = None
+        if config.admission == "enrolled":
+            enrolled = frozenset(fleet.users(config.runs, config.fleet)) - {fleet.ORCHESTRATOR}
+        if address is None:
+            address = stack.enter_context(serve(config))
+        coordinator = Coordinator(
+            config, store, strategy, enrolled=enrolled, address=address, report=report
+        )
+
+        def notify() -> None:
+            report.save()
+            changed(report)
+
+        coordinator.run(notify)
+        report.save(final=True)
+        changed(report)
+    return report
+
+
+@contextlib.contextmanager
+def serve(config: RunConfig) -> Iterator[BrokerAddress]:
+    """The broker that the configuration names, run by us unless it is external.
+
+    Raises:
+        BrokerError: ours does not run.
+    """
+    chosen = config.broker
+    if chosen.kind == "external":
+        yield BrokerAddress(
+            chosen.url,
+            chosen.username,
+            chosen.password,
+            chosen.ca_file,
+            chosen.cert_file,
+            chosen.key_file,
+        )
+        return
+    users = fleet.users(config.runs, config.fleet) if config.admission == "enrolled" else None
+    with broker.start(
+        chosen.kind,
+        folder=config.runs / f"broker-{config.fleet}",
+        fleet=config.fleet,
+        host=chosen.host,
+        port=chosen.port,
+        users=users,
+    ) as running:
+        log.info("%s broker at %s", running.kind, running.url)
+        password = users[fleet.ORCHESTRATOR] if users else ""
+        yield BrokerAddress(running.url, fleet.ORCHESTRATOR if users else "", password)
+
+
+def read_heldout(config: RunConfig) -> HeldOut:
+    """Held-out images, normalized as the devices normalize theirs.
+
+    Raises:
+        DataError: they are missing or do not fit the model.
+    """
+    device = config.device
+    images = data.load(config.heldout, classes=device.classes, input_shape=device.input)
+    most = config.heldout_limit or len(images.y)
+    pixels, y = images.x[:most], images.y[:most]
+    x = np.empty((len(y), *device.input), np.float32)
+    Preprocess(device.mean, device.std)(pixels, out=x)
+    return HeldOut(torch.from_numpy(x), torch.from_numpy(y))
+
+
+def prepare_artifact(config: RunConfig, store: Store) -> Artifact:
+    """The run's training artifact: the one in its folder, or a new export.
+
+    Raises:
+        ExportError: the model cannot be compiled.
+        ArtifactError: the one in the folder is damaged.
+    """
+    folder = store.folder / "artifact"
+    if not folder.exists():
+        device = config.device
+        torch.manual_seed(config.seed)
+        log.info("compiling the training step of %s", device.model)
+        export(
+            models.build(device.model, classes=device.classes, input_shape=device.input),
+            name=device.model,
+            classes=device.classes,
+            input_shape=device.input,
+            batch=device.batch,
+            task=TASKS[config.strategy],
+            optimizer=device.optimizer,
+            momentum=device.momentum,
+            weight_decay=device.weight_decay,
+            mean=device.mean,
+            std=device.std,
+            out=folder,
+        )
+    artifact = open_artifact(folder)
+    digests = {"manifest.json": artifact.digest}
+    digests |= {name: ref.sha256 for name, ref in artifact.manifest.files.items()}
+    for name, digest in digests.items():
+        if not store.blobs.has(digest):
+            shutil.copyfile(folder / name, store.blobs.path(digest))
+    store.keep(frozenset(digests.values()))
+    return artifact
+
+
+def task(
+    config: RunConfig, store: Store, artifact: Artifact, heldout: HeldOut, report: Report
+) -> Task:
+    """What the run's strategy works with."""
+    name = config.server.torch_device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    shards = store.folder / "shards"
+    shards.mkdir(exist_ok=True)
+    return Task(
+        config=config,
+        artifact=artifact,
+        artifact_ref=store.blobs.ref(artifact.digest),
+        blobs=store.blobs,
+        shards=Path(shards),
+        heldout=heldout,
+        torch_device=torch.device(name),
+        progress=report.progress,
+    )

@@ -1,0 +1,222 @@
+"""The command `orchestrator`."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.logging import RichHandler
+
+from orchestrator import config, view
+from wire.errors import StillhouseError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where run.toml goes.")] = Path(),
+) -> None:
+    """Write a commented configuration."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.toml"
+    try:
+        with path.open("x") as file:
+            file.write(config.TEMPLATE)
+    except FileExistsError as fault:
+        raise StillhouseError(f"{path} is there already; nothing was written") from fault
+    console.print(f"{path} written; edit it, then: orchestrator start --config {path}")
+
+
+@app.command()
+def start(
+    config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
+) -> None:
+    """Do a run, or go on with one that was stopped."""
+    from orchestrator import launch
+
+    chosen = config.load(config_file)
+    with _display() as show:
+        report = launch.run(chosen, changed=show)
+    console.print(view.agents(report.entries))
+    console.print(f"report: {chosen.folder / 'report.json'}")
+
+
+@app.command()
+def enroll(
+    device: Annotated[str, typer.Argument(help="The device's name.")],
+    config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
+    out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
+    url: Annotated[str, typer.Option(help="How the device reaches the broker.")] = "",
+) -> None:
+    """Admit a device and write its agent.toml; a running broker of ours learns it at its start."""
+    from edge_agent.main import TEMPLATE
+    from orchestrator import fleet
+
+    chosen = config.load(config_file)
+    password = fleet.enroll(chosen.runs, chosen.fleet, device)
+    broker = chosen.broker
+    url = url or broker.url or f"mqtt://{broker.host}:{broker.port}"
+    text = (
+        TEMPLATE.replace('"device-0" ', json.dumps(device) + " ")
+        .replace('"fleet"  ', json.dumps(chosen.fleet) + "  ")
+        .replace('"mqtt://localhost:1883"', json.dumps(url))
+        .replace('username = "" ', f"username = {json.dumps(device)} ")
+        .replace('password = ""', f"password = {json.dumps(password)}")
+        .replace("[3, 32, 32]", json.dumps(list(chosen.device.input)))
+    )
+    path = out or Path(f"{device}.toml")
+    path.touch(0o600)
+    path.write_text(text)
+    console.print(f"{path} written; on the device: edge-agent run --config {path.name}")
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show how far a run is."""
+    path = run / "status.json"
+    try:
+        snapshot: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as fault:
+        raise StillhouseError(f"{run} holds no run; look for it under the `runs` folder") from fault
+    if as_json:
+        print(json.dumps(snapshot))
+        return
+    console.print(view.live(snapshot))
+    console.print(f"as of {time.time() - snapshot['updated']:.0f} s ago", style="dim")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    out: Annotated[Path, typer.Option(help="The .onnx file to write.")],
+    device: Annotated[str | None, typer.Option(help="Whose extractor (fedgkt).")] = None,
+) -> None:
+    """Write what a run has learnt as one ONNX graph, pixels to logits."""
+    from orchestrator.deploy import export_run
+
+    done = export_run(run, out, device)
+    whose = f", extractor of {done.device}" if done.device else ""
+    console.print(
+        f"{done.path}: round {done.round}{whose}; differs from PyTorch by at most "
+        f"{done.difference:.1e}"
+    )
+
+
+@app.command()
+def demo(  # noqa: PLR0917 - typer makes options of them
+    data: Annotated[
+        str, typer.Option(help="digits, cifar10, cifar100, mnist, ..., or a path.")
+    ] = "digits",
+    heldout: Annotated[
+        Path | None, typer.Option(help="The held-out file of a --data path.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1)] = 4,
+    samples: Annotated[int | None, typer.Option(help="Images a device; default all.")] = None,
+    heldout_samples: Annotated[int | None, typer.Option(help="Default all.")] = None,
+    split: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
+    alpha: Annotated[float, typer.Option(help="Of the Dirichlet split.")] = 0.5,
+    rounds: Annotated[int, typer.Option(min=1)] = 6,
+    server_model: Annotated[str, typer.Option()] = "resnet19",
+    server_epochs: Annotated[int, typer.Option(min=1)] = 4,
+    batch: Annotated[int, typer.Option(help="Of the devices.")] = 32,
+    lr: Annotated[float, typer.Option(help="Of the devices.")] = 0.05,
+    features: Annotated[str, typer.Option(help="Codec of feature maps.")] = "identity|q=8",
+    augment: Annotated[bool, typer.Option(help="Random crops and flips.")] = False,
+    broker: Annotated[str, typer.Option(help="embedded or mosquitto.")] = "embedded",
+    runs: Annotated[Path, typer.Option()] = Path("runs"),
+    name: Annotated[str, typer.Option()] = "demo",
+    seed: Annotated[int, typer.Option()] = 0,
+    floor: Annotated[bool, typer.Option(help="Train the devices alone as well.")] = True,
+) -> None:
+    """Teach a large model on this machine: broker, orchestrator, and agents as processes."""
+    from orchestrator import demo as demonstration
+    from wire import records
+    from wire.errors import SettingsError
+
+    def settings(cls: type[Any], **values: Any) -> Any:
+        return records.build(cls, values, where="demo", error=SettingsError)
+
+    plan = demonstration.Plan(
+        source=data,
+        heldout=heldout,
+        devices=devices,
+        per_device=samples,
+        heldout_samples=heldout_samples,
+        split=split,  # type: ignore[arg-type]  # datasets.build checks it
+        alpha=alpha,
+        rounds=rounds,
+        server=settings(config.ServerConfig, model=server_model, epochs=server_epochs),
+        device=settings(
+            config.DeviceConfig, batch=batch, lr=lr, features=features, augment=augment
+        ),
+        broker=settings(config.BrokerConfig, kind=broker, port=0),
+        runs=runs,
+        name=demonstration.free_name(runs, name),
+        seed=seed,
+        floor=floor,
+    )
+    with _display() as show:
+        taught, alone = demonstration.play(plan, show)
+    console.print(view.agents(taught.entries))
+    last = taught.entries[-1]
+    console.print(f"\nlarge model on held-out images   {view.percent(last['server_accuracy'])}")
+    console.print(f"devices taught by it             {view.percent(last['device_accuracy'])}")
+    if alone:
+        best = view.percent(alone.entries[-1]["device_accuracy"])
+        console.print(f"devices trained alone            {best}")
+    console.print(f"\nreport: {runs / plan.name / 'report.json'}")
+
+
+class _display:  # noqa: N801 - used as a function
+    """A live view on a terminal; plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=console, refresh_per_second=4, transient=False)
+        self._shown = 0.0
+        self._rounds = 0
+
+    def __enter__(self) -> Any:
+        handler = RichHandler(console=console, show_path=False, show_level=False)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+        if console.is_terminal:
+            self._live.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        if console.is_terminal:
+            self._live.stop()
+
+    def _show(self, report: Any) -> None:
+        if console.is_terminal:
+            if time.monotonic() - self._shown > 0.25:
+                self._shown = time.monotonic()
+                self._live.update(view.live(report.snapshot()))
+        elif len(report.entries) > self._rounds:
+            self._rounds = len(report.entries)
+            console.print(view.rounds(report.entries[-1:]))
+
+
+def main() -> None:
+    """Run the command line; the exit code is 0, or 2 with one line on what is wrong."""
+    try:
+        app()
+    except StillhouseError as fault:
+        print(f"orchestrator: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where the run stands", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

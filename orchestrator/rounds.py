@@ -1,0 +1,174 @@
+"""A round, as pure rules: (state, event) -> (state, actions).
+
+    forming --cohort there--> collecting --quorum or deadline--> aggregating --+--> finished
+       ^                           | nobody returned                           |
+       +---------------------------+-------------------------------------------+
+
+Nothing here touches the network, the disk or the clock; times are monotonic seconds, passed in.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from orchestrator.config import CohortConfig
+from wire import seeds
+
+
+class Phase(Enum):
+    """Where the run stands."""
+
+    FORMING = "forming"
+    COLLECTING = "collecting"
+    AGGREGATING = "aggregating"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class State:
+    """One run's rounds.
+
+    Attributes:
+        round: the one that is open, or the last that was.
+        live: session number of each device that is there.
+        cohort: devices that were given an order.
+        returned: of these, whose result was accepted.
+        failed: of these, who reported a fault or was refused.
+        ready_at_s: when the cohort may be formed, once there are enough devices.
+        deadline_s: when the open round closes.
+    """
+
+    rounds: int
+    seed: int
+    round: int = 0
+    phase: Phase = Phase.FORMING
+    live: Mapping[str, int] = field(default_factory=dict)
+    cohort: frozenset[str] = frozenset()
+    returned: frozenset[str] = frozenset()
+    failed: frozenset[str] = frozenset()
+    ready_at_s: float | None = None
+    deadline_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Open:
+    """Begin a round: give each device of the cohort an order."""
+
+    round: int
+    cohort: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Remind:
+    """Send a device its order again: it was born anew and has not returned."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class Close:
+    """Aggregate what was returned."""
+
+    round: int
+    returned: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """All rounds are done."""
+
+
+Action = Open | Remind | Close | Finish
+Step = tuple[State, tuple[Action, ...]]
+
+
+def born(state: State, rules: CohortConfig, device: str, session: int, now_s: float) -> Step:
+    """A device is there; a session older than the known one is a late message."""
+    if session < state.live.get(device, 0):
+        return state, ()
+    state = replace(state, live={**state.live, device: session})
+    waiting = device in state.cohort - state.returned - state.failed
+    if state.phase is Phase.COLLECTING and waiting:
+        return state, (Remind(device),)
+    return ticked(state, rules, now_s)
+
+
+def died(state: State, device: str, session: int) -> Step:
+    """A connection ended; the will of an older session does not end a newer one."""
+    if state.live.get(device) != session:
+        return state, ()
+    live = {name: number for name, number in state.live.items() if name != device}
+    return replace(state, live=live), ()
+
+
+def returned(state: State, rules: CohortConfig, device: str, now_s: float) -> Step:
+    """A device's result was accepted."""
+    return ticked(replace(state, returned=state.returned | {device}), rules, now_s)
+
+
+def failed(state: State, rules: CohortConfig, device: str, now_s: float) -> Step:
+    """A device reported a fault, or its result was refused; the round goes on without it."""
+    return ticked(replace(state, failed=state.failed | {device}), rules, now_s)
+
+
+def ticked(state: State, rules: CohortConfig, now_s: float) -> Step:
+    """Time passed: form a cohort or close a round if it is due."""
+    if state.phase is Phase.FORMING:
+        return _form(state, rules, now_s)
+    if state.phase is Phase.COLLECTING:
+        return _collect(state, rules, now_s)
+    return state, ()
+
+
+def aggregated(state: State, rules: CohortConfig, now_s: float) -> Step:
+    """The open round is in the model."""
+    if state.round >= state.rounds:
+        return replace(state, phase=Phase.FINISHED, cohort=frozenset()), (Finish(),)
+    forming = replace(state, phase=Phase.FORMING, cohort=frozenset(), ready_at_s=now_s)
+    return _form(forming, rules, now_s)
+
+
+def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
+    if len(state.live) < rules.min_devices:
+        return replace(state, ready_at_s=None), ()
+    ready_at_s = now_s + rules.wait_s if state.ready_at_s is None else state.ready_at_s
+    full = bool(rules.max_devices) and len(state.live) >= rules.max_devices
+    if not (full or now_s >= ready_at_s):
+        return replace(state, ready_at_s=ready_at_s), ()
+    number = state.round + 1
+    cohort = choose(state.live, rules.max_devices, state.seed, number)
+    opened = replace(
+        state,
+        round=number,
+        phase=Phase.COLLECTING,
+        cohort=cohort,
+        returned=frozenset(),
+        failed=frozenset(),
+        ready_at_s=None,
+        deadline_s=now_s + rules.deadline_s,
+    )
+    return opened, (Open(number, cohort),)
+
+
+def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
+    enough = math.ceil(rules.quorum * len(state.cohort) - 1e-9)
+    answered = len(state.returned) + len(state.failed) == len(state.cohort)
+    due = now_s >= state.deadline_s
+    if not (len(state.returned) >= enough or answered or due):
+        return state, ()
+    if not state.returned:
+        # Nothing to aggregate: the same round is formed again, after a pause, so that a fleet
+        # whose every device fails is not asked in a tight loop.
+        again = replace(state, phase=Phase.FORMING, round=state.round - 1, cohort=frozenset())
+        return replace(again, ready_at_s=now_s + max(rules.wait_s, 5.0)), ()
+    return replace(state, phase=Phase.AGGREGATING), (Close(state.round, state.returned),)
+
+
+def choose(live: Mapping[str, int], most: int, seed: int, number: int) -> frozenset[str]:
+    """A uniform sample of at most `most` live devices (0: all), the same for the same seed."""
+    names = sorted(live)
+    if not most or len(names) <= most:
+        return frozenset(names)
+    order = seeds.raw(seed, number, len(names)).argsort(kind="stable")
+    return frozenset(names[i] for i in order[:most])

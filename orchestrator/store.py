@@ -1,0 +1,247 @@
+"""A run's folder: the journal, the checkpoints, the blobs.
+
+    runs/NAME/
+        run.json            the configuration it was started with
+        journal.db          rounds, orders and accepted results (SQLite, WAL, synchronous=FULL)
+        artifact/           the training artifact
+        checkpoints/0003/   state.safetensors and state.json after round 3
+        blobs/, shards/     payloads by digest; decoded feature maps
+        status.json, report.json
+
+An accepted result is in the journal before the device is told so. A checkpoint is written whole
+under another name and renamed, then the journal says that its round is closed: whatever the moment
+of a `kill -9`, a restart finds the last closed round, and of the open one the accepted results.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from orchestrator.config import RunConfig
+from orchestrator.strategies.strategy import State
+from wire import messages, records
+from wire.blobs import BlobStore, sync_folder
+from wire.errors import RunError
+from wire.messages import Order, Result
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS attempts (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL,
+    closed INTEGER NOT NULL DEFAULT 0, report TEXT);
+CREATE TABLE IF NOT EXISTS orders (
+    sequence INTEGER NOT NULL, device TEXT NOT NULL, work_order BLOB NOT NULL,
+    PRIMARY KEY (sequence, device));
+CREATE TABLE IF NOT EXISTS verdicts (
+    sequence INTEGER NOT NULL, device TEXT NOT NULL, accepted INTEGER NOT NULL,
+    reason TEXT NOT NULL, result BLOB NOT NULL, PRIMARY KEY (sequence, device));
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one device's result."""
+
+    device: str
+    accepted: bool
+    reason: str
+    result: Result
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The open round: its orders, and the verdicts so far."""
+
+    sequence: int
+    round: int
+    orders: Mapping[str, Order]
+    verdicts: Mapping[str, Verdict]
+
+
+class Store:
+    """One run's folder, locked against a second orchestrator.
+
+    Raises:
+        RunError: the folder belongs to another configuration, or is in use.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.folder = config.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            raise RunError(f"{self.folder}: another orchestrator is running this run") from fault
+        self._claim(config)
+        self.blobs = BlobStore(self.folder / "blobs", config.chunk_bytes)
+        self._db = sqlite3.connect(self.folder / "journal.db")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(_SCHEMA)
+        self._kept: frozenset[str] = frozenset()
+
+    def keep(self, digests: frozenset[str]) -> None:
+        """Never drop these blobs: the artifact's."""
+        self._kept = digests
+
+    def closed_rounds(self) -> list[dict[str, Any]]:
+        """The reports of all closed rounds, in order."""
+        rows = self._db.execute("SELECT report FROM attempts WHERE closed = 1 ORDER BY round")
+        return [json.loads(report) for (report,) in rows]
+
+    def open_attempt(self) -> Attempt | None:
+        """The round that was open when the orchestrator last stopped."""
+        row = self._db.execute(
+            "SELECT sequence, round, closed FROM attempts ORDER BY sequence DESC LIMIT 1"
+        ).fetchone()
+        if row is None or row[2]:
+            return None
+        orders = {}
+        for device, data in self._db.execute(
+            "SELECT device, work_order FROM orders WHERE sequence = ?", (row[0],)
+        ):
+            order, _ = messages.decode(data, sender="journal")
+            assert isinstance(order, Order)  # noqa: S101 - only begin() writes this column
+            orders[device] = order
+        return Attempt(row[0], row[1], orders, self._verdicts(row[0]))
+
+    def next_sequence(self) -> int:
+        """The sequence number that `begin` will give next."""
+        (last,) = self._db.execute("SELECT COALESCE(MAX(sequence), 0) FROM attempts").fetchone()
+        return int(last) + 1
+
+    def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
+        """Note a round's orders before they are sent."""
+        with self._db:
+            cursor = self._db.execute("INSERT INTO attempts (round) VALUES (?)", (round_,))
+            sequence = int(cursor.lastrowid or 0)
+            self._db.executemany(
+                "INSERT INTO orders VALUES (?, ?, ?)",
+                [(sequence, device, messages.encode(order)) for device, order in orders.items()],
+            )
+        return Attempt(sequence, round_, dict(orders), {})
+
+    def decide(self, sequence: int, verdict: Verdict) -> None:
+        """Note what became of a result, before the device is told. The first word stands."""
+        with self._db:
+            self._db.execute(
+                "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?)",
+                (
+                    sequence,
+                    verdict.device,
+                    verdict.accepted,
+                    verdict.reason,
+                    messages.encode(verdict.result),
+                ),
+            )
+
+    def verdict(self, sequence: int, device: str) -> Verdict | None:
+        """What became of a device's result, if it is decided."""
+        return self._verdicts(sequence).get(device)
+
+    def close_round(self, attempt: Attempt, state: State, report: Mapping[str, Any]) -> None:
+        """Write the checkpoint, note the round as closed, then drop what neither refers to."""
+        final = self.folder / "checkpoints" / f"{attempt.round:04d}"
+        building = final.with_suffix(".new")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        _write(building / "state.safetensors", save(dict(state.tensors)))
+        _write(building / "state.json", json.dumps(records.plain(state.notes), indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        building.rename(final)
+        sync_folder(final.parent)
+        with self._db:
+            self._db.execute(
+                "UPDATE attempts SET closed = 1, report = ? WHERE sequence = ?",
+                (json.dumps(report), attempt.sequence),
+            )
+        for old in sorted(final.parent.iterdir())[:-2]:
+            shutil.rmtree(old)
+        self.blobs.keep_only(state.blobs() | self._kept)
+
+    def checkpoint(self) -> State | None:
+        """The state after the last closed round.
+
+        Raises:
+            RunError: its files are damaged.
+        """
+        (last,) = self._db.execute("SELECT MAX(round) FROM attempts WHERE closed = 1").fetchone()
+        return read_checkpoint(self.folder, int(last)) if last else None
+
+    def write_json(self, name: str, content: object) -> None:
+        """Replace a JSON file of the run folder, whole or not at all."""
+        partial = self.folder / f"{name}.new"
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(self.folder / name)
+
+    def close(self) -> None:
+        """Let go of the run."""
+        self._db.close()
+        self._lock.close()
+
+    def _claim(self, config: RunConfig) -> None:
+        """A run goes on only with what decides its numbers unchanged; more rounds are welcome."""
+        path = self.folder / "run.json"
+        current = json.loads(json.dumps(records.plain(config)))
+        if path.exists():
+            for key in ("fleet", "strategy", "seed", "device", "server"):
+                if (before := json.loads(path.read_text())[key]) != current[key]:
+                    raise RunError(
+                        f"{self.folder} was started with {key} = {before}, the configuration says "
+                        f"{current[key]}; choose another name, or restore it"
+                    )
+        self.write_json("run.json", current)
+
+    def _verdicts(self, sequence: int) -> dict[str, Verdict]:
+        found = {}
+        for device, accepted, reason, data in self._db.execute(
+            "SELECT device, accepted, reason, result FROM verdicts WHERE sequence = ?", (sequence,)
+        ):
+            result, _ = messages.decode(data, sender="journal")
+            assert isinstance(result, Result)  # noqa: S101 - only decide() writes this column
+            found[device] = Verdict(device, bool(accepted), reason, result)
+        return found
+
+
+def read_checkpoint(folder: Path, round_: int) -> State:
+    """The state after a round.
+
+    Raises:
+        RunError: there is no such checkpoint, or its files are damaged.
+    """
+    path = folder / "checkpoints" / f"{round_:04d}"
+    try:
+        tensors = load_file(path / "state.safetensors")
+        notes = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, SafetensorError) as fault:
+        raise RunError(f"checkpoint {path} cannot be read: {fault}") from fault
+    return State({name: np.asarray(array) for name, array in tensors.items()}, notes)
+
+
+def last_checkpoint(folder: Path) -> tuple[int, State]:
+    """The newest checkpoint of a run folder, for commands that only read.
+
+    Raises:
+        RunError: there is none.
+    """
+    numbers = sorted(p.name for p in folder.glob("checkpoints/*") if p.name.isdigit())
+    if not numbers:
+        raise RunError(f"{folder}: no round is finished yet; look with: orchestrator status")
+    return int(numbers[-1]), read_checkpoint(folder, int(numbers[-1]))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

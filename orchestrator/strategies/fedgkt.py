@@ -1,0 +1,191 @@
+"""FedGKT (He et al. 2020): devices teach a large model with feature maps, and it teaches them.
+
+A round: devices train with the last z_s as teacher (none at first), send H, z_c and y of all their
+samples and their own weights (42 kB for ResNet-8); the server trains W_s on all shards it has,
+those of absent devices included, and sends z_s of each sample back with the next order. It
+evaluates without any device's test data: the extractor travels with the weights, and held-out
+images go through extractor and large model here.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import models
+from orchestrator import distill, shards
+from orchestrator.shards import Shard
+from orchestrator.strategies.fedavg import read_payload
+from orchestrator.strategies.local import admit_own_weights, device_model, evaluate_device
+from orchestrator.strategies.strategy import Array, Metrics, State, Task
+from wire import tensors
+from wire.errors import RunError
+from wire.messages import Birth, BlobRef, Order, Result
+
+
+class FedGKT:
+    """Group knowledge transfer.
+
+    State: tensors `server/...` (the large model), `optimizer/...` (its optimizer) and
+    `device/<name>/...` (each device's last weights); notes "shards" and "teachers", each by device.
+
+    Raises:
+        RunError: the device model has no extractor, or the server model does not take its features.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        manifest = task.artifact.manifest
+        if manifest.features is None:
+            raise RunError(
+                f"model {manifest.model.name!r} has no feature extractor, which fedgkt needs; "
+                "use resnet8, or strategy fedavg"
+            )
+        self.shape = tuple(manifest.features)
+
+    def begin(self) -> State:
+        """A fresh large model; the same seed gives the same."""
+        torch.manual_seed(self.task.config.seed)
+        return State(_numpy(self._server(), "server"), {"shards": {}, "teachers": {}, "blobs": []})
+
+    def orders(
+        self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
+    ) -> dict[str, Order]:
+        """To each device its own teacher logits, if they are for the samples it has now."""
+        device, orders = self.task.config.device, {}
+        for name, birth in cohort.items():
+            teacher = state.notes["teachers"].get(name)
+            fits = teacher is not None and teacher["data_digest"] == birth.data_digest
+            orders[name] = self.task.order(
+                round_,
+                sequence,
+                teacher=BlobRef(**teacher["ref"]) if fits else None,
+                data_digest=birth.data_digest,
+                alpha=device.alpha if fits else 0.0,
+                returns={"features": device.features, "state": "float32"},
+            )
+        return orders
+
+    def admit(self, state: State, result: Result) -> None:
+        """Weights as `Local` does; every record of the features, decoded to a shard on the way."""
+        del state
+        admit_own_weights(self.task, result)
+        self._shelve(result.blobs["features"], result.samples)
+
+    def aggregate(
+        self, state: State, round_: int, results: Sequence[Result]
+    ) -> tuple[State, Metrics]:
+        """Train on all shards, compute every sample's z_s, evaluate."""
+        task, config = self.task, self.task.config.server
+        held: dict[str, dict[str, Any]] = dict(state.notes["shards"])
+        weights = {n: a for n, a in state.tensors.items() if n.startswith("device/")}
+        for result in results:
+            held[result.device] = {
+                "ref": _plain(result.blobs["features"]),
+                "samples": result.samples,
+                "data_digest": result.data_digest,
+                "round": round_,
+            }
+            own = read_payload(task, result, "state")
+            weights |= {f"device/{result.device}/{n}": a for n, a in own.items()}
+        names = sorted(held)
+        opened = [self._shelve(BlobRef(**held[n]["ref"]), held[n]["samples"]) for n in names]
+        model = distill.load(self._server(), state.under("server")).to(task.torch_device)
+        step = distill.optimizer(model, config)
+        _restore(step, state.under("optimizer"))
+        mean_loss = distill.train(
+            model,
+            step,
+            opened,
+            config,
+            seed=(task.config.seed << 20) + round_,
+            progress=lambda done, total: task.progress("distil", done, total),
+        )
+        teachers = {}
+        for i, (name, shard) in enumerate(zip(names, opened, strict=True)):
+            logits = distill.predict(model, shard.features, config.eval_batch)
+            ref = task.blobs.put(tensors.pack([("logits", logits, "float32")], seed=0))
+            teachers[name] = {"ref": _plain(ref), "data_digest": held[name]["data_digest"]}
+            task.progress("teach", i + 1, len(names))
+        digests = [entry["ref"]["digest"] for part in (held, teachers) for entry in part.values()]
+        notes = {"shards": held, "teachers": teachers, "blobs": digests}
+        learnt = _numpy(model, "server") | _flat(step) | weights
+        after = State(learnt, notes)
+        self._forget({held[n]["ref"]["digest"] for n in names})
+        return after, {"server_loss": mean_loss, **self._evaluate(after, model, names)}
+
+    def _evaluate(self, state: State, model: nn.Module, names: Sequence[str]) -> Metrics:
+        """Held-out accuracy of each device's extractor + large model, and of its own classifier."""
+        heldout, batch = self.task.heldout, self.task.config.server.eval_batch
+        devices = {}
+        for i, name in enumerate(names):
+            small = device_model(self.task, state.under(f"device/{name}"))
+            stacked = nn.Sequential(small.get_submodule("extractor"), model)
+            logits = distill.predict(stacked, heldout.x, batch)
+            devices[name] = {
+                "server_accuracy": distill.accuracy(logits, heldout.y),
+                "device_accuracy": evaluate_device(self.task, small),
+            }
+            self.task.progress("evaluate", i + 1, len(names))
+        means = {
+            key: float(np.mean([d[key] for d in devices.values()]))
+            for key in ("server_accuracy", "device_accuracy")
+        }
+        return {**means, "devices": devices}
+
+    def _server(self) -> nn.Module:
+        config = self.task.config
+        return models.build(
+            config.server.model, classes=config.device.classes, input_shape=self.shape
+        )
+
+    def _shelve(self, ref: BlobRef, samples: int) -> Shard:
+        manifest = self.task.artifact.manifest
+        return shards.shelve(
+            self.task.blobs.path(ref.digest),
+            self.task.shards / ref.digest,
+            samples=samples,
+            shape=self.shape,
+            classes=manifest.model.classes,
+        )
+
+    def _forget(self, digests: set[str]) -> None:
+        """Delete decoded shards that a newer one has replaced."""
+        for folder in self.task.shards.iterdir():
+            if folder.name not in digests:
+                shutil.rmtree(folder)
+
+
+def _plain(ref: BlobRef) -> dict[str, Any]:
+    return {"digest": ref.digest, "size": ref.size, "chunk_bytes": ref.chunk_bytes}
+
+
+def _numpy(model: nn.Module, prefix: str) -> dict[str, Array]:
+    return {
+        f"{prefix}/{name}": tensor.detach().cpu().numpy()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _flat(step: torch.optim.Optimizer) -> dict[str, Array]:
+    """The optimizer's tensors as `optimizer/<parameter number>/<name>`."""
+    return {
+        f"optimizer/{number}/{name}": value.detach().cpu().numpy()
+        for number, slots in step.state_dict()["state"].items()
+        for name, value in slots.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _restore(step: torch.optim.Optimizer, tensors: Mapping[str, Array]) -> None:
+    if not tensors:
+        return
+    slots: dict[int, dict[str, torch.Tensor]] = {}
+    for path, array in tensors.items():
+        number, name = path.split("/")
+        slots.setdefault(int(number), {})[name] = torch.from_numpy(np.array(array))
+    step.load_state_dict({**step.state_dict(), "state": slots})

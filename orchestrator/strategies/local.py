@@ -1,0 +1,74 @@
+"""Each device alone: no exchange. The floor that both papers compare with.
+
+Devices keep their own weights and optimizer, train, and return their weights for evaluation only.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import nn
+
+import models
+from orchestrator import admit, distill
+from orchestrator.strategies.fedavg import read_payload
+from orchestrator.strategies.strategy import Array, Metrics, State, Task
+from wire.messages import Birth, Order, Result
+
+
+class Local:
+    """Local training only."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def begin(self) -> State:
+        """Nothing is learnt yet."""
+        return State({}, {})
+
+    def orders(
+        self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
+    ) -> dict[str, Order]:
+        """Go on with your own weights."""
+        del state
+        order = self.task.order(round_, sequence, returns={"state": "float32"})
+        return dict.fromkeys(cohort, order)
+
+    def admit(self, state: State, result: Result) -> None:
+        """Names, shapes and finite values."""
+        del state
+        admit_own_weights(self.task, result)
+
+    def aggregate(
+        self, state: State, round_: int, results: Sequence[Result]
+    ) -> tuple[State, Metrics]:
+        """Evaluate each device's own classifier."""
+        del round_
+        tensors, devices = dict(state.tensors), {}
+        for i, result in enumerate(results):
+            weights = read_payload(self.task, result, "state")
+            tensors |= {f"device/{result.device}/{n}": a for n, a in weights.items()}
+            right = evaluate_device(self.task, device_model(self.task, weights))
+            devices[result.device] = {"device_accuracy": right}
+            self.task.progress("evaluate", i + 1, len(results))
+        mean = float(np.mean([d["device_accuracy"] for d in devices.values()]))
+        return State(tensors, {}), {"device_accuracy": mean, "devices": devices}
+
+
+def admit_own_weights(task: Task, result: Result) -> None:
+    """Look over the "state" payload of a device that keeps its own weights."""
+    specs = [s for s in task.artifact.manifest.state if s.role != "optimizer"]
+    reference = float(np.sqrt(sum(np.square(a).sum() for a in task.initial().values())))
+    admit.weights(read_payload(task, result, "state"), specs, reference)
+
+
+def device_model(task: Task, weights: Mapping[str, Array]) -> nn.Module:
+    """The device's model with its weights, where large tensors are computed."""
+    device = task.config.device
+    model = models.build(device.model, classes=device.classes, input_shape=device.input)
+    return distill.load(model, weights).to(task.torch_device)
+
+
+def evaluate_device(task: Task, model: nn.Module) -> float:
+    """Accuracy of a device's own classifier on held-out images."""
+    logits = distill.predict(model, task.heldout.x, task.config.server.eval_batch)
+    return distill.accuracy(logits, task.heldout.y)

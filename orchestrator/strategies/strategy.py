@@ -1,0 +1,133 @@
+"""What a strategy is.
+
+A strategy turns states into states: `begin` makes the first, `orders` says what each device of a
+cohort shall do, `admit` looks a payload over, `aggregate` takes a round's results in. It does no
+I/O but blobs: the coordinator talks to devices, journals and checkpoints.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from orchestrator.config import RunConfig
+from wire.artifact import Artifact
+from wire.blobs import BlobStore
+from wire.messages import Birth, BlobRef, Order, Result
+
+Array = NDArray[Any]
+Metrics = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a strategy has learnt, as a checkpoint holds it.
+
+    Attributes:
+        tensors: by name; what is learnt.
+        notes: JSON; among them, under "blobs", the digests that must be kept.
+    """
+
+    tensors: Mapping[str, Array]
+    notes: Mapping[str, Any]
+
+    def blobs(self) -> set[str]:
+        """Digests of the blobs that the state refers to."""
+        return set(self.notes.get("blobs", ()))
+
+    def under(self, prefix: str) -> dict[str, Array]:
+        """The tensors named `prefix/...`, without the prefix."""
+        cut = len(prefix) + 1
+        return {n[cut:]: a for n, a in self.tensors.items() if n.startswith(prefix + "/")}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that no device has: x float32 (N, C, H, W) normalized, y int64 (N,)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a strategy works with.
+
+    Attributes:
+        config: of the run.
+        artifact: that devices train with.
+        artifact_ref: its manifest as a blob.
+        blobs: the run's blob store.
+        shards: folder for decoded feature maps.
+        heldout: for evaluation.
+        torch_device: where large tensors are computed.
+        progress: (what, done, total), called now and then from long work.
+    """
+
+    config: RunConfig
+    artifact: Artifact
+    artifact_ref: BlobRef
+    blobs: BlobStore
+    shards: Path
+    heldout: HeldOut
+    torch_device: torch.device
+    progress: Progress
+
+    def initial(self) -> dict[str, Array]:
+        """Initial parameters and buffers of the artifact."""
+        from safetensors.numpy import load_file
+
+        kept = {s.name for s in self.artifact.manifest.state if s.role != "optimizer"}
+        tensors = load_file(self.artifact.folder / "init.safetensors")
+        return {name: np.asarray(tensors[name]) for name in sorted(kept)}
+
+    def order(self, round_: int, sequence: int, **settings: Any) -> Order:
+        """An order with what is the same for every strategy filled in."""
+        device = self.config.device
+        return Order(
+            run=self.config.name,
+            sequence=sequence,
+            round=round_,
+            artifact=self.artifact_ref,
+            epochs=device.epochs,
+            lr=device.lr,
+            temperature=device.temperature,
+            augment=device.augment,
+            # Streams of different rounds and of the epochs within one must not meet.
+            seed=(self.config.seed << 40) + (round_ << 20),
+            **settings,
+        )
+
+
+class Strategy(Protocol):
+    """Functions from state to state; see the module's docstring."""
+
+    def begin(self) -> State:
+        """The state before round 1."""
+
+    def orders(
+        self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
+    ) -> dict[str, Order]:
+        """What each device of the cohort shall do."""
+
+    def admit(self, state: State, result: Result) -> None:
+        """Look over a result whose blobs are here.
+
+        Raises:
+            AdmissionError, WireError: why it must not enter the aggregate.
+        """
+
+    def aggregate(
+        self, state: State, round_: int, results: Sequence[Result]
+    ) -> tuple[State, Metrics]:
+        """Take in a round's accepted results, in the order of device names.
+
+        Returns:
+            The next state, and metrics: "server_accuracy" and "device_accuracy" on held-out
+            images, from 0 to 1, where they exist, and "devices" with each device's own.
+        """

@@ -1,0 +1,291 @@
+"""Arithmetic, comparisons and activations: one value in, one value out, with broadcasting."""
+
+import math
+from typing import Any
+
+import torch
+
+from tools.export.graph import Graph, Spec, Value, onnx_type
+from tools.export.rules.registry import Unsupported, rule
+
+aten: Any = torch.ops.aten
+Operand = Value | float | int | bool
+
+
+def cast(g: Graph, value: Value, dtype: torch.dtype) -> Value:
+    """The value in another type."""
+    if value.dtype == dtype:
+        return value
+    return g.node("Cast", value, shape=value.shape, dtype=dtype, to=onnx_type(dtype))
+
+
+def operand(g: Graph, value: Operand, dtype: torch.dtype) -> Value:
+    """A tensor or a Python number as a value of the type."""
+    return cast(g, value, dtype) if isinstance(value, Value) else g.constant(value, dtype)
+
+
+def binary(g: Graph, op: str, a: Value, b: Value) -> Value:
+    """An arithmetic node on two values of one type."""
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return g.node(op, a, b, shape=tuple(shape), dtype=a.dtype)
+
+
+def mul(g: Graph, a: Value, b: Operand) -> Value:
+    """Product."""
+    return binary(g, "Mul", a, operand(g, b, a.dtype))
+
+
+def add(g: Graph, a: Value, b: Operand) -> Value:
+    """Sum."""
+    return binary(g, "Add", a, operand(g, b, a.dtype))
+
+
+def sub(g: Graph, a: Value, b: Operand) -> Value:
+    """Difference."""
+    return binary(g, "Sub", a, operand(g, b, a.dtype))
+
+
+def div(g: Graph, a: Value, b: Operand) -> Value:
+    """Quotient."""
+    return binary(g, "Div", a, operand(g, b, a.dtype))
+
+
+def unary(g: Graph, op: str, a: Value, **attributes: Any) -> Value:
+    """A node that keeps shape and type."""
+    return g.node(op, a, shape=a.shape, dtype=a.dtype, **attributes)
+
+
+def _arithmetic(op: str, *operators: Any) -> None:
+    def lower(g: Graph, out: Spec, a: Operand, b: Operand, *, alpha: float = 1) -> Value:
+        left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+        if alpha != 1:
+            right = mul(g, right, alpha)
+        return g.node(op, left, right, shape=out.shape, dtype=out.dtype)
+
+    rule(*operators)(lower)
+
+
+_arithmetic("Add", aten.add.Tensor, aten.add.Scalar)
+_arithmetic("Sub", aten.sub.Tensor, aten.sub.Scalar)
+_arithmetic("Mul", aten.mul.Tensor, aten.mul.Scalar)
+_arithmetic("Div", aten.div.Tensor, aten.div.Scalar)
+_arithmetic("Pow", aten.pow.Tensor_Tensor, aten.pow.Scalar)
+_arithmetic("Max", aten.maximum.default)
+_arithmetic("Min", aten.minimum.default)
+
+
+@rule(aten.pow.Tensor_Scalar)
+def _power(g: Graph, out: Spec, a: Value, exponent: float) -> Value:
+    base = cast(g, a, out.dtype)
+    if exponent == 2:
+        return mul(g, base, base)
+    return g.node("Pow", base, g.constant(exponent, out.dtype), shape=out.shape, dtype=out.dtype)
+
+
+def _common_type(a: Operand, b: Operand) -> torch.dtype:
+    if isinstance(a, Value) and isinstance(b, Value):
+        return torch.promote_types(a.dtype, b.dtype)
+    tensor, number = (a, b) if isinstance(a, Value) else (b, a)
+    if not isinstance(tensor, Value):
+        raise TypeError("an operator on two numbers")
+    if isinstance(number, float) and not tensor.dtype.is_floating_point:
+        return torch.float32
+    return torch.int64 if tensor.dtype == torch.bool else tensor.dtype
+
+
+def _comparison(op: str, name: str, *, negate: bool = False) -> None:
+    def lower(g: Graph, out: Spec, a: Operand, b: Operand) -> Value:
+        dtype = _common_type(a, b)
+        left, right = operand(g, a, dtype), operand(g, b, dtype)
+        result = g.node(op, left, right, shape=out.shape, dtype=torch.bool)
+        return unary(g, "Not", result) if negate else result
+
+    rule(getattr(aten, name).Tensor, getattr(aten, name).Scalar)(lower)
+
+
+_comparison("Equal", "eq")
+_comparison("Equal", "ne", negate=True)
+_comparison("Greater", "gt")
+_comparison("GreaterOrEqual", "ge")
+_comparison("Less", "lt")
+_comparison("LessOrEqual", "le")
+
+
+def _logical(op: str, *operators: Any) -> None:
+    def lower(g: Graph, out: Spec, a: Value, b: Value) -> Value:
+        if out.dtype != torch.bool:
+            raise Unsupported("bitwise arithmetic on integers; use booleans")
+        left, right = cast(g, a, torch.bool), cast(g, b, torch.bool)
+        return g.node(op, left, right, shape=out.shape, dtype=torch.bool)
+
+    rule(*operators)(lower)
+
+
+_logical("And", aten.logical_and.default, aten.bitwise_and.Tensor)
+_logical("Or", aten.logical_or.default, aten.bitwise_or.Tensor)
+_logical("Xor", aten.logical_xor.default, aten.bitwise_xor.Tensor)
+
+
+@rule(aten.logical_not.default, aten.bitwise_not.default)
+def _not(g: Graph, out: Spec, a: Value) -> Value:
+    if out.dtype != torch.bool:
+        raise Unsupported("bitwise arithmetic on integers; use booleans")
+    return unary(g, "Not", cast(g, a, torch.bool))
+
+
+def _function(op: str, *operators: Any) -> None:
+    def lower(g: Graph, out: Spec, a: Value) -> Value:
+        return unary(g, op, cast(g, a, out.dtype))
+
+    rule(*operators)(lower)
+
+
+for _op, _name in {
+    "Neg": "neg",
+    "Exp": "exp",
+    "Log": "log",
+    "Sqrt": "sqrt",
+    "Reciprocal": "reciprocal",
+    "Abs": "abs",
+    "Sign": "sign",
+    "Sin": "sin",
+    "Cos": "cos",
+    "Tanh": "tanh",
+    "Sigmoid": "sigmoid",
+    "Erf": "erf",
+    "Relu": "relu",
+    "Floor": "floor",
+    "Ceil": "ceil",
+    "Round": "round",
+}.items():
+    _function(_op, getattr(aten, _name).default)
+
+
+@rule(aten.rsqrt.default)
+def rsqrt(g: Graph, out: Spec, a: Value) -> Value:
+    """1 / sqrt(a)."""
+    return unary(g, "Reciprocal", unary(g, "Sqrt", cast(g, a, out.dtype)))
+
+
+@rule(aten.log1p.default)
+def _log1p(g: Graph, out: Spec, a: Value) -> Value:
+    # log(1 + a) alone loses all of a small a. With u = 1 + a rounded, log(u) * a / (u - 1) does
+    # not (Kahan); where u == 1 the answer is a itself.
+    one = g.constant(1.0, out.dtype)
+    u = add(g, a, one)
+    exact = g.node("Equal", u, one, shape=out.shape, dtype=torch.bool)
+    rest = sub(g, u, one)
+    safe = g.node("Where", exact, one, rest, shape=out.shape, dtype=out.dtype)
+    scaled = mul(g, unary(g, "Log", u), div(g, a, safe))
+    return g.node("Where", exact, a, scaled, shape=out.shape, dtype=out.dtype)
+
+
+@rule(aten.expm1.default)
+def _expm1(g: Graph, out: Spec, a: Value) -> Value:
+    # exp(a) - 1 = tanh(a / 2) * (exp(a) + 1), without the cancellation.
+    half = unary(g, "Tanh", mul(g, a, 0.5))
+    return mul(g, half, add(g, unary(g, "Exp", a), 1.0))
+
+
+@rule(aten.gelu.default)
+def _gelu(g: Graph, out: Spec, a: Value, *, approximate: str = "none") -> Value:
+    if approximate == "tanh":
+        cube = mul(g, mul(g, mul(g, a, a), a), 0.044715)
+        gate = unary(g, "Tanh", mul(g, add(g, a, cube), math.sqrt(2 / math.pi)))
+    else:
+        gate = unary(g, "Erf", mul(g, a, math.sqrt(0.5)))
+    return mul(g, mul(g, a, 0.5), add(g, gate, 1.0))
+
+
+@rule(aten.leaky_relu.default)
+def _leaky_relu(g: Graph, out: Spec, a: Value, slope: float = 0.01) -> Value:
+    return unary(g, "LeakyRelu", a, alpha=float(slope))
+
+
+@rule(aten.elu.default)
+def _elu(
+    g: Graph, out: Spec, a: Value, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
+) -> Value:
+    if input_scale != 1:
+        raise Unsupported(f"ELU with input scale {input_scale}")
+    return mul(g, unary(g, "Elu", a, alpha=float(alpha)), float(scale))
+
+
+@rule(aten.hardtanh.default, aten.clamp.default)
+def _clamp(
+    g: Graph, out: Spec, a: Value, low: float | None = None, high: float | None = None
+) -> Value:
+    bounds = [None if b is None else g.constant(b, out.dtype) for b in (low, high)]
+    return g.node("Clip", cast(g, a, out.dtype), *bounds, shape=out.shape, dtype=out.dtype)
+
+
+@rule(aten.where.self)
+def _where(g: Graph, out: Spec, condition: Value, a: Operand, b: Operand) -> Value:
+    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    return g.node("Where", condition, left, right, shape=out.shape, dtype=out.dtype)
+
+
+@rule(aten.threshold_backward.default)
+def _relu_backward(g: Graph, out: Spec, grad: Value, result: Value, threshold: float) -> Value:
+    # A mask and a product are cheaper than ONNX Runtime's three-pass Where.
+    positive = g.node(
+        "Greater", result, g.constant(threshold), shape=result.shape, dtype=torch.bool
+    )
+    return mul(g, grad, cast(g, positive, out.dtype))
+
+
+@rule(aten._to_copy.default)  # noqa: SLF001
+def _to_copy(g: Graph, out: Spec, a: Value, **_: Any) -> Value:
+    return cast(g, a, out.dtype)
+
+
+def _same(*operators: Any) -> None:
+    def lower(g: Graph, out: Spec, a: Value, **_: Any) -> Value:
+        return a
+
+    rule(*operators)(lower)
+
+
+_same(aten.clone.default, aten.alias.default, aten.alias_copy.default, aten.detach.default)
+_same(aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.contiguous.default)
+
+
+def _filled(g: Graph, out: Spec, number: float) -> Value:
+    # One number, broadcast by whoever reads it, unless the shape itself matters there.
+    scalar = g.constant(number, out.dtype)
+    if not out.shape:
+        return scalar
+    return g.node("Expand", scalar, g.ints(out.shape), shape=out.shape, dtype=out.dtype)
+
+
+@rule(aten.full.default, aten.full_like.default)
+def _full(g: Graph, out: Spec, _: Any, number: float, **__: Any) -> Value:
+    return _filled(g, out, number)
+
+
+@rule(aten.scalar_tensor.default)
+def _scalar_tensor(g: Graph, out: Spec, number: float, **_: Any) -> Value:
+    return _filled(g, out, number)
+
+
+@rule(
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten.new_zeros.default,
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_permuted.default,
+)
+def _zeros(g: Graph, out: Spec, *_: Any, **__: Any) -> Value:
+    return _filled(g, out, 0)
+
+
+@rule(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def _ones(g: Graph, out: Spec, *_: Any, **__: Any) -> Value:
+    return _filled(g, out, 1)
+
+
+@rule(aten.arange.start_step)
+def _arange(g: Graph, out: Spec, start: float, end: float, step: float = 1, **_: Any) -> Value:
+    values = torch.arange(start, end, step, dtype=out.dtype)
+    return g.constant(values.numpy(), out.dtype)

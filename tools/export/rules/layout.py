@@ -1,0 +1,270 @@
+"""Operators that move values without changing them: views, slices, joins."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tools.export.graph import Graph, Spec, Value
+from tools.export.rules.registry import Unsupported, rule
+
+aten: Any = torch.ops.aten
+
+
+def reshape(g: Graph, a: Value, shape: Sequence[int]) -> Value:
+    """The same values, in order, in another shape."""
+    if tuple(shape) == a.shape:
+        return a
+    return g.node("Reshape", a, g.ints(shape), shape=shape, dtype=a.dtype)
+
+
+def transpose(g: Graph, a: Value, order: Sequence[int]) -> Value:
+    """Axes in another order."""
+    if list(order) == list(range(len(a.shape))):
+        return a
+    shape = [a.shape[axis] for axis in order]
+    return g.node("Transpose", a, shape=shape, dtype=a.dtype, perm=list(order))
+
+
+def expand(g: Graph, a: Value, shape: Sequence[int]) -> Value:
+    """Broadcast to a shape."""
+    if tuple(shape) == a.shape:
+        return a
+    return g.node("Expand", a, g.ints(shape), shape=shape, dtype=a.dtype)
+
+
+def concat(g: Graph, parts: Sequence[Value], axis: int) -> Value:
+    """Join along an axis."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    return g.node("Concat", *parts, shape=shape, dtype=parts[0].dtype, axis=axis)
+
+
+def slice_(
+    g: Graph,
+    a: Value,
+    axes: Sequence[int],
+    starts: Sequence[int],
+    stops: Sequence[int],
+    steps: Sequence[int],
+) -> Value:
+    """a[start:stop:step] on each of the axes; 0 <= start < stop <= length."""
+    shape = list(a.shape)
+    kept = []
+    for number, axis in enumerate(axes):
+        length = len(range(starts[number], stops[number], steps[number]))
+        if length != shape[axis]:
+            kept.append(number)
+        shape[axis] = length
+    if not kept:
+        return a
+    pick = [g.ints([values[n] for n in kept]) for values in (starts, stops, axes, steps)]
+    return g.node("Slice", a, *pick, shape=shape, dtype=a.dtype)
+
+
+def pad(g: Graph, a: Value, before: Sequence[int], after: Sequence[int], value: float = 0) -> Value:
+    """Pad the last axes with a value; negative amounts crop."""
+    free = len(a.shape) - len(before)
+    if not any(before) and not any(after):
+        return a
+    shape = list(a.shape)
+    for place in range(len(before)):
+        shape[free + place] += before[place] + after[place]
+    pads = [0] * free + list(before) + [0] * free + list(after)
+    fill = g.constant(value, a.dtype)
+    return g.node("Pad", a, g.ints(pads), fill, shape=shape, dtype=a.dtype)
+
+
+@rule(
+    aten.view.default,
+    aten.view_copy.default,
+    aten._unsafe_view.default,  # noqa: SLF001
+    aten.reshape.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.squeeze_copy.dim,
+    aten.squeeze_copy.dims,
+    aten.unsqueeze.default,
+    aten.unsqueeze_copy.default,
+)
+def _view(g: Graph, out: Spec, a: Value, *_: Any) -> Value:
+    return reshape(g, a, out.shape)
+
+
+@rule(aten.permute.default, aten.permute_copy.default)
+def _permute(g: Graph, out: Spec, a: Value, order: Sequence[int]) -> Value:
+    return transpose(g, a, [axis % len(a.shape) for axis in order])
+
+
+@rule(aten.t.default, aten.t_copy.default)
+def _matrix_transpose(g: Graph, out: Spec, a: Value) -> Value:
+    return transpose(g, a, list(reversed(range(len(a.shape)))))
+
+
+@rule(aten.transpose.int, aten.transpose_copy.int)
+def _swap(g: Graph, out: Spec, a: Value, first: int, second: int) -> Value:
+    order = list(range(len(a.shape)))
+    order[first], order[second] = order[second], order[first]
+    return transpose(g, a, order)
+
+
+@rule(aten.expand.default, aten.expand_copy.default)
+def _expand(g: Graph, out: Spec, a: Value, *_: Any, **__: Any) -> Value:
+    return expand(g, a, out.shape)
+
+
+@rule(aten.copy.default)
+def _copy(g: Graph, out: Spec, target: Value, source: Value, *_: Any) -> Value:
+    if source.dtype != out.dtype:
+        raise Unsupported(f"a copy from {source.dtype} to {out.dtype}")
+    return expand(g, source, out.shape)
+
+
+@rule(aten.repeat.default)
+def _repeat(g: Graph, out: Spec, a: Value, repeats: Sequence[int]) -> Value:
+    grown = reshape(g, a, [1] * (len(repeats) - len(a.shape)) + list(a.shape))
+    return g.node("Tile", grown, g.ints(repeats), shape=out.shape, dtype=a.dtype)
+
+
+@rule(aten.cat.default)
+def _cat(g: Graph, out: Spec, parts: Sequence[Value], axis: int = 0) -> Value:
+    whole = [part for part in parts if part.shape != (0,)]
+    return concat(g, whole, axis % len(out.shape))
+
+
+def _bounds(length: int, start: int | None, stop: int | None) -> tuple[int, int]:
+    first, last, _ = slice(start, stop).indices(length)
+    return first, max(first, last)
+
+
+@rule(aten.slice.Tensor, aten.slice_copy.Tensor)
+def _slice(
+    g: Graph,
+    out: Spec,
+    a: Value,
+    axis: int = 0,
+    start: int | None = None,
+    stop: int | None = None,
+    step: int = 1,
+) -> Value:
+    axis %= len(a.shape)
+    first, last = _bounds(a.shape[axis], start, stop)
+    return slice_(g, a, [axis], [first], [last], [step])
+
+
+@rule(aten.select.int, aten.select_copy.int)
+def _select(g: Graph, out: Spec, a: Value, axis: int, index: int) -> Value:
+    axis %= len(a.shape)
+    index %= a.shape[axis]
+    return reshape(g, slice_(g, a, [axis], [index], [index + 1], [1]), out.shape)
+
+
+@rule(aten.slice_scatter.default)
+def _slice_scatter(
+    g: Graph,
+    out: Spec,
+    a: Value,
+    source: Value,
+    axis: int = 0,
+    start: int | None = None,
+    stop: int | None = None,
+    step: int = 1,
+) -> Value:
+    if step != 1:
+        raise Unsupported(f"writing every {step}th place; build the tensor with stack or concat")
+    axis %= len(a.shape)
+    first, last = _bounds(a.shape[axis], start, stop)
+    parts = [source]
+    if first > 0:
+        parts.insert(0, slice_(g, a, [axis], [0], [first], [1]))
+    if last < a.shape[axis]:
+        parts.append(slice_(g, a, [axis], [last], [a.shape[axis]], [1]))
+    return concat(g, parts, axis)
+
+
+@rule(aten.select_scatter.default)
+def _select_scatter(g: Graph, out: Spec, a: Value, source: Value, axis: int, index: int) -> Value:
+    axis %= len(a.shape)
+    index %= a.shape[axis]
+    shape = list(a.shape)
+    shape[axis] = 1
+    return _slice_scatter(g, out, a, reshape(g, source, shape), axis, index, index + 1)
+
+
+@rule(aten.split_with_sizes.default, aten.split_with_sizes_copy.default)
+def _split(
+    g: Graph, out: tuple[Spec, ...], a: Value, sizes: Sequence[int], axis: int = 0
+) -> tuple[Value, ...]:
+    axis %= len(a.shape)
+    ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+    return tuple(
+        slice_(g, a, [axis], [end - size], [end], [1])
+        for end, size in zip(ends, sizes, strict=True)
+    )
+
+
+@rule(aten.split.Tensor, aten.split_copy.Tensor)
+def _split_even(
+    g: Graph, out: tuple[Spec, ...], a: Value, size: int, axis: int = 0
+) -> tuple[Value, ...]:
+    return _split(g, out, a, [spec.shape[axis] for spec in out], axis)
+
+
+@rule(aten.constant_pad_nd.default)
+def _constant_pad(g: Graph, out: Spec, a: Value, pads: Sequence[int], value: float = 0) -> Value:
+    pairs = list(zip(pads[::2], pads[1::2], strict=True))[::-1]  # torch counts from the last axis
+    return pad(g, a, [p[0] for p in pairs], [p[1] for p in pairs], value)
+
+
+@rule(aten.flip.default)
+def _flip(g: Graph, out: Spec, a: Value, axes: Sequence[int]) -> Value:
+    return flip(g, a, [axis % len(a.shape) for axis in axes])
+
+
+def flip(g: Graph, a: Value, axes: Sequence[int]) -> Value:
+    """Reverse the order along the axes."""
+    axes = [axis for axis in axes if a.shape[axis] > 1]
+    if not axes:
+        return a
+    ones = [-1] * len(axes)
+    stops = [-(2**62)] * len(axes)
+    pick = [g.ints(values) for values in (ones, stops, axes, ones)]
+    return g.node("Slice", a, *pick, shape=a.shape, dtype=a.dtype)
+
+
+@rule(aten.pixel_shuffle.default)
+def _pixel_shuffle(g: Graph, out: Spec, a: Value, factor: int) -> Value:
+    return g.node("DepthToSpace", a, shape=out.shape, blocksize=factor, mode="CRD")
+
+
+@rule(aten.pixel_unshuffle.default)
+def _pixel_unshuffle(g: Graph, out: Spec, a: Value, factor: int) -> Value:
+    batch, channels, height, width = a.shape
+    split = (batch, channels, height // factor, factor, width // factor, factor)
+    moved = transpose(g, reshape(g, a, split), [0, 1, 3, 5, 2, 4])
+    return reshape(g, moved, out.shape)
+
+
+@rule(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
+def _upsample(g: Graph, out: Spec, a: Value, *_: Any) -> Value:
+    factors = [new // old for new, old in zip(out.shape[2:], a.shape[2:], strict=True)]
+    if math.prod(factors) * math.prod(a.shape) != math.prod(out.shape):
+        raise Unsupported(f"upsampling {a.shape} to {out.shape}; use a whole factor")
+    batch, channels, height, width = a.shape
+    grown = reshape(g, a, (batch, channels, height, 1, width, 1))
+    spread = expand(g, grown, (batch, channels, height, factors[0], width, factors[1]))
+    return reshape(g, spread, out.shape)
+
+
+@rule(aten.upsample_nearest2d_backward.default)
+def _upsample_backward(g: Graph, out: Spec, grad: Value, *_: Any) -> Value:
+    batch, channels, height, width = out.shape
+    rows, columns = grad.shape[2] // height, grad.shape[3] // width
+    if (height * rows, width * columns) != grad.shape[2:]:
+        raise Unsupported(f"upsampling {out.shape} to {grad.shape}; use a whole factor")
+    split = reshape(g, grad, (batch, channels, height, rows, width, columns))
+    return g.node("ReduceSum", split, g.ints([3, 5]), shape=out.shape, keepdims=0)
