@@ -17,7 +17,7 @@ class AgentConfig:
         data: an `.npz` with `x` (N, H, W, C) uint8 and `y`, or a folder with a sub-folder a class.
         state: folder for artifacts, weights, blobs and the journal; survives power cuts.
         broker: where the broker is and who we are there.
-        image: channels, height, width that a folder's images are brought to.
+        image: channels, height, width of the model's input; a folder's images are brought to it.
         threads: of ONNX Runtime; 0 takes all cores.
         chunk_bytes: size of the pieces that results are pulled in.
         window: chunks of a download under way at once.

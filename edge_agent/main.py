@@ -17,7 +17,7 @@ device = "device-0"     # the name it is enrolled under (orchestrator enroll)
 fleet = "fleet"         # the fleet it belongs to
 data = "images"         # an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class
 state = "state"         # artifacts, weights and the journal; survives power cuts
-image = [3, 32, 32]     # channels, height, width that a folder's images are brought to
+image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
 threads = 0             # of ONNX Runtime; 0 takes all cores
 
 [broker]

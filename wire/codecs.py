@@ -8,7 +8,7 @@ A spec is a basis transform and a quantizer (Caldas et al. 2018, section 2):
 * `q=N`, 1 <= N <= 8: 2^N levels evenly from the block's smallest to its largest value, stochastic
   rounding, so that the expectation is the value itself: E[decode(encode(x))] = x.
 
-Blocks are of 4,096 values and the last one is padded with zeros to a power of two, so that padding
+Blocks are of 4,096 values and the last one is padded (to a power of two for `hadamard`), so that padding
 costs at most a block, whatever the length. The body of a block is `min` and `step` as float32
 little-endian, then N bits a value, packed eight values to N bytes.
 
@@ -77,7 +77,9 @@ class Codec:
         full = len(values) - len(values) % BLOCK
         parts = [self._encode(values[:full].reshape(-1, BLOCK), seed, 0)] if full else []
         if tail := len(values) - full:
-            padded = np.zeros((1, self._padded(tail)), np.float32)
+            # The identity repeats the last value, so that a constant stays one.
+            fill = values[-1] if self.transform == "identity" else np.float32(0)
+            padded = np.full((1, self._padded(tail)), fill, np.float32)
             padded[0, :tail] = values[full:]
             parts.append(self._encode(padded, seed, 1))
         return b"".join(parts)
@@ -99,7 +101,8 @@ class Codec:
             full = n // BLOCK
             split = full * self._block_bytes(BLOCK)
             values = np.empty(n, np.float32)
-            values[: full * BLOCK] = self._decode(body[:split], BLOCK, seed, 0).reshape(-1)
+            if full:
+                values[: full * BLOCK] = self._decode(body[:split], BLOCK, seed, 0).reshape(-1)
             if tail := n % BLOCK:
                 block = self._decode(body[split:], self._padded(tail), seed, 1)
                 values[full * BLOCK :] = block[0, :tail]

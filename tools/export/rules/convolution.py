@@ -150,10 +150,10 @@ def _weight_gradient(
         starts = [dilation[i] * tap[i] for i in axes]
         stops = [starts[i] + (places[i] - 1) * stride[i] + 1 for i in axes]
         seen = slice_(g, padded, [2 + i for i in axes], starts, stops, stride)
-        taps.append(_outer(g, left, reshape(g, seen, (batch, groups, inputs, length))))
-    # (batch, groups, outputs / groups, inputs) a tap -> (outputs, inputs, taps) over the batch
-    stacked = concat(g, [reshape(g, tap, (*tap.shape, 1)) for tap in taps], 4)
-    return reshape(g, reduce(g, "ReduceSum", stacked, [0]), shape)
+        product = _outer(g, left, reshape(g, seen, (batch, groups, inputs, length)))
+        taps.append(reduce(g, "ReduceSum", product, [0], keep=True))
+    # (taps, groups, outputs / groups, inputs), small by now, -> (outputs, inputs, *kernel)
+    return reshape(g, transpose(g, concat(g, taps, 0), [1, 2, 3, 0]), shape)
 
 
 def _outer(g: Graph, a: Value, b: Value) -> Value:

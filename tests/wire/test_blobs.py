@@ -1,0 +1,134 @@
+"""Blobs: pulled in any order, resumed after anything, believed only by their digest."""
+
+import os
+
+import numpy as np
+import pytest
+
+from wire.blobs import BlobStore, Fetch
+from wire.errors import TransferError
+from wire.messages import BlobRef, Chunk, Gone, Want
+
+DATA = np.random.default_rng(0).bytes(10_500)
+
+
+@pytest.fixture
+def sender(tmp_path):
+    return BlobStore(tmp_path / "sender", chunk_bytes=1024)
+
+
+@pytest.fixture
+def receiver(tmp_path):
+    return BlobStore(tmp_path / "receiver", chunk_bytes=1024)
+
+
+def answers(store: BlobStore, want: Want):
+    got = []
+    store.answer(want, lambda message, body: got.append((message, memoryview(body))))
+    return got
+
+
+def pull(sender: BlobStore, fetch: Fetch, *, stop_after=10**9) -> int:
+    """Serve until done; returns how many chunks went over."""
+    sent, now = 0, 0.0
+    while not fetch.done and sent < stop_after:
+        now += 1
+        want = fetch.wants(now)
+        for message, body in answers(sender, want) if want else ():
+            fetch.chunk(message, body)
+            sent += 1
+    return sent
+
+
+def test_a_blob_arrives_whole(sender, receiver):
+    ref = sender.put(DATA)
+    assert (ref.size, ref.chunks) == (len(DATA), 11)
+    assert pull(sender, Fetch(receiver, ref)) == 11
+    assert receiver.path(ref.digest).read_bytes() == DATA
+    assert os.listdir(receiver.folder) == [ref.digest]
+
+
+@pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025])
+def test_odd_sizes_arrive(sender, receiver, size):
+    ref = sender.put(DATA[:size])
+    pull(sender, Fetch(receiver, ref))
+    assert receiver.path(ref.digest).read_bytes() == DATA[:size]
+
+
+def test_a_restarted_receiver_asks_only_for_what_is_missing(sender, receiver):
+    ref = sender.put(DATA)
+    assert pull(sender, Fetch(receiver, ref, window=2), stop_after=6) == 6
+    again = Fetch(BlobStore(receiver.folder, 1024), ref)
+    assert again.received == 6 * 1024
+    assert pull(sender, again) == 5
+    assert receiver.path(ref.digest).read_bytes() == DATA
+
+
+def test_the_window_bounds_what_is_under_way(sender, receiver):
+    fetch = Fetch(receiver, sender.put(DATA), window=4)
+    assert len(fetch.wants(0.0).chunks) == 4
+    assert fetch.wants(0.1) is None
+    assert fetch.in_flight == 4
+
+
+def test_a_lost_chunk_is_asked_for_again(sender, receiver):
+    fetch = Fetch(receiver, sender.put(DATA), window=2, retry_s=10)
+    first = fetch.wants(0.0)
+    assert fetch.wants(9.9) is None
+    assert fetch.wants(10.1).chunks == first.chunks
+    fetch.forget_asked()
+    assert fetch.wants(10.2).chunks == first.chunks
+
+
+def test_chunks_that_come_twice_or_late_do_no_harm(sender, receiver):
+    ref = sender.put(DATA)
+    fetch = Fetch(receiver, ref)
+    every = answers(sender, Want(ref.digest, 1024, tuple(range(11))))
+    for message, body in reversed(every + every):
+        fetch.chunk(message, body)
+    assert receiver.path(ref.digest).read_bytes() == DATA
+
+
+@pytest.mark.parametrize(("index", "size"), [(11, 1024), (-1, 1024), (0, 1023), (10, 1024)])
+def test_a_chunk_of_wrong_number_or_length_is_refused(sender, receiver, index, size):
+    ref = sender.put(DATA)
+    with pytest.raises(TransferError, match="chunk"):
+        Fetch(receiver, ref).chunk(Chunk(ref.digest, index), memoryview(bytes(size)))
+
+
+def test_a_corrupt_chunk_fails_the_digest_and_the_blob_can_be_pulled_anew(sender, receiver):
+    ref = sender.put(DATA)
+    fetch = Fetch(receiver, ref, window=64)
+    want = fetch.wants(0.0)
+    with pytest.raises(TransferError, match="expected SHA-256"):
+        for message, body in answers(sender, want):
+            fetch.chunk(message, memoryview(bytes(len(body))) if message.index == 3 else body)
+    assert not receiver.has(ref.digest)
+    assert pull(sender, fetch) == 11
+    assert receiver.has(ref.digest)
+
+
+def test_a_declared_terabyte_takes_no_disk(receiver):
+    Fetch(receiver, BlobRef("ab" * 32, 1 << 34, 1 << 19))
+    used = sum(p.stat().st_blocks * 512 for p in receiver.folder.iterdir())
+    assert used < 1 << 20
+
+
+def test_a_blob_that_is_gone_says_so(sender, receiver):
+    ref = BlobRef("00" * 32, 5000, 1024)
+    fetch = Fetch(receiver, ref)
+    ((message, _),) = answers(sender, fetch.wants(0.0))
+    assert isinstance(message, Gone)
+    with pytest.raises(TransferError, match="no longer has it"):
+        fetch.gone()
+
+
+def test_a_failed_write_leaves_nothing(sender):
+    def write_and_fail():
+        with sender.create() as sink:
+            sink.write(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_and_fail()
+    assert os.listdir(sender.folder) == []

@@ -1,0 +1,111 @@
+"""Messages and settings: read back as they were, refused by name when they are not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wire import frames, messages, records, topics
+from wire.errors import SettingsError, WireError
+from wire.messages import Birth, BlobRef, Chunk, Order, Platform, Receipt, Result, Want
+
+REF = BlobRef("ab" * 32, 1000, 1024)
+ORDER = Order("run", 3, 2, REF, 1, 0.1, 7, {"features": "identity|q=8"}, teacher=REF, alpha=1.0)
+VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.text() | st.binary()
+EVERY = [
+    Birth("pi-3", 5, "0.1.0", 100, "cd" * 32, Platform("Pi", "aarch64", 4, 2**30, "3.11", "1.31")),
+    ORDER,
+    Result("pi-3", "run", 3, 2, 100, "cd" * 32, {"features": REF}, {"train_s": 1.5}),
+    Receipt("result", accepted=False, run="run", sequence=3, reason="late"),
+    Want("ab" * 32, 1024, (1, 2, 3)),
+    Chunk("ab" * 32, 4),
+]
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda m: type(m).__name__)
+def test_round_trip(message):
+    back, body = messages.decode(messages.encode(message, b"xyz"), sender="test")
+    assert back == message
+    assert bytes(body) == b"xyz"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"round": "two"}, "round: expected int, got str 'two'"),
+        ({"epochs": True}, "epochs: expected int, got bool"),
+        ({"sequence": 0}, "sequence 0"),
+        ({"teecher": None}, "unknown key 'teecher'; did you mean 'teacher'"),
+        ({"artifact": {"digest": "x", "size": 1, "chunk_bytes": 1024}}, "64 hex digits"),
+        ({"artifact": {"digest": "ab" * 32, "size": 2**60, "chunk_bytes": 1024}}, "size"),
+        ({"artifact": {"digest": "ab" * 32, "size": 1, "chunk_bytes": 0}}, "chunk_bytes"),
+        ({"returns": {"diary": "float32"}}, "cannot return diary"),
+        ({"returns": {"update": "float32"}}, "none is given"),
+    ],
+)
+def test_a_bad_order_names_the_key(change, text):
+    header = {**records.plain(ORDER), **change}
+    data = frames.encode(frames.Kind.ORDER, header)
+    with pytest.raises(WireError, match=text) as caught:
+        messages.decode(data, sender="the orchestrator")
+    assert "the orchestrator" in str(caught.value)
+
+
+@given(st.dictionaries(st.text(max_size=8), VALUES))
+def test_any_header_ends_in_a_message_or_a_wire_error(header):
+    for kind in frames.Kind:
+        try:
+            messages.decode(frames.encode(kind, header), sender="fuzz")
+        except WireError:
+            continue
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "+", "#", "all", "orchestrator", "ü", "x" * 65])
+def test_names_that_cannot_stand_in_a_topic_are_refused(name):
+    with pytest.raises(ValueError, match="use 1 to 64"):
+        topics.check_name(name, "device name")
+
+
+def test_topics_read_back_and_foreign_ones_are_refused():
+    assert topics.parse(topics.topic("f", "pi-3", "up")) == ("f", "pi-3", "up")
+    for text in ("stillhouse/2/f/d/up", "stillhouse/1/f/d", "stillhouse/1/f/d/up/x", "x"):
+        with pytest.raises(WireError):
+            topics.parse(text)
+
+
+@dataclass(frozen=True)
+class Sample:
+    path: Path
+    mode: Literal["fast", "slow"] = "fast"
+    rates: tuple[float, ...] = (0.1,)
+    limit_s: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("path = 3", "path: expected Path, got int 3"),
+        ("mode = 'fast'", "key 'path' is missing"),
+        ("path = 'x'\nmode = 'fats'", "did you mean 'fast'"),
+        ("path = 'x'\nrates = [1, 'a']", r"rates\[1\]: expected float, got str"),
+        ("path = 'x'\nlimits = 3", "did you mean 'limit_s'"),
+        ("path = ", "not TOML"),
+    ],
+)
+def test_bad_settings_name_file_and_key(tmp_path, text, expected):
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=expected) as caught:
+        records.load(Sample, file)
+    assert str(file) in str(caught.value)
+
+
+def test_good_settings(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("path = 'a/b'\nrates = [1, 0.5]\nlimit_s = 3")
+    assert records.load(Sample, file) == Sample(Path("a/b"), "fast", (1.0, 0.5), 3.0)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        records.load(Sample, tmp_path / "missing.toml")

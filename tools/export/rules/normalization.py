@@ -1,0 +1,162 @@
+"""Batch, group and layer norm in training mode, and their gradients.
+
+ONNX Runtime's BatchNormalization with training_mode=1 and momentum 0 returns, in one pass each over
+x, the normalised x, the batch's mean and its biased variance. PyTorch's running variance is the
+unbiased one, so the running statistics are updated here:
+
+    running' = (1 - momentum) * running + momentum * (mean, or variance * n / (n - 1))
+
+Gradient (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3), folded per channel. With
+r = 1 / sqrt(variance + eps), s = sum of dy, d = sum of dy * (x - mean) = sum of dy * x - mean * s:
+
+    dbeta = s,  dgamma = r d,  dx = a dy + b (x - mean) + c,
+    a = gamma r,  b = -gamma r^3 d / n,  c = -gamma r s / n
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from tools.export.graph import Graph, Spec, Value
+from tools.export.rules.elementwise import add, mul, rsqrt, sub
+from tools.export.rules.layout import reshape
+from tools.export.rules.reduction import reduce
+from tools.export.rules.registry import rule
+
+aten: Any = torch.ops.aten
+
+
+def _vector(g: Graph, value: Value | None, channels: int, default: float) -> Value:
+    return g.constant([default] * channels) if value is None else value
+
+
+def _fixed(
+    g: Graph, x: Value, scale: Value, bias: Value, mean: Value, variance: Value, eps: float
+) -> Value:
+    return g.node(
+        "BatchNormalization", x, scale, bias, mean, variance, shape=x.shape, epsilon=float(eps)
+    )
+
+
+def _normalised(
+    g: Graph, x: Value, scale: Value, bias: Value, eps: float
+) -> tuple[Value, Value, Value]:
+    """(x - mean) / sqrt(variance + eps) * scale + bias over all but axis 1, mean, variance."""
+    channels = x.shape[1]
+    zeros, ones = g.constant([0.0] * channels), g.constant([1.0] * channels)
+    statistics = Spec((channels,))
+    y, mean, variance = g.nodes(
+        "BatchNormalization", x, scale, bias, zeros, ones,
+        outputs=[Spec(x.shape), statistics, statistics],
+        epsilon=float(eps), momentum=0.0, training_mode=1,
+    )  # fmt: skip
+    return y, mean, variance
+
+
+@rule(aten.native_batch_norm.default)
+def batch_norm(
+    g: Graph, out: tuple[Spec, ...], x: Value, weight: Value | None, bias: Value | None,
+    running_mean: Value | None, running_var: Value | None, training: bool, momentum: float,
+    eps: float,
+) -> tuple[Value | None, ...]:  # fmt: skip
+    """Output, saved mean, saved 1 / sqrt(variance + eps), new running mean, new running variance.
+
+    PyTorch changes the running statistics in place; whoever lowers the node must put the last two
+    in their stead.
+    """
+    channels = x.shape[1]
+    scale, shift = _vector(g, weight, channels, 1.0), _vector(g, bias, channels, 0.0)
+    if not training:
+        mean = _vector(g, running_mean, channels, 0.0)
+        variance = _vector(g, running_var, channels, 1.0)
+        y = _fixed(g, x, scale, shift, mean, variance, eps)
+        return y, mean, _inverse(g, variance, eps), running_mean, running_var
+    y, mean, variance = _normalised(g, x, scale, shift, eps)
+    count = math.prod(x.shape) // channels
+    unbiased = mul(g, variance, count / (count - 1))
+    return (
+        y, mean, _inverse(g, variance, eps),
+        _blend(g, running_mean, mean, momentum), _blend(g, running_var, unbiased, momentum),
+    )  # fmt: skip
+
+
+@rule(aten._native_batch_norm_legit_no_training.default)  # noqa: SLF001
+def _batch_norm_evaluated(
+    g: Graph, out: tuple[Spec, ...], x: Value, weight: Value | None, bias: Value | None,
+    running_mean: Value, running_var: Value, momentum: float, eps: float,
+) -> tuple[Value | None, ...]:  # fmt: skip
+    return batch_norm(g, out, x, weight, bias, running_mean, running_var, False, momentum, eps)[:3]
+
+
+def _inverse(g: Graph, variance: Value, eps: float) -> Value:
+    return rsqrt(g, variance, add(g, variance, eps))
+
+
+def _blend(g: Graph, old: Value | None, new: Value, momentum: float) -> Value | None:
+    return None if old is None else add(g, mul(g, old, 1 - momentum), mul(g, new, momentum))
+
+
+@rule(aten.native_batch_norm_backward.default)
+def _batch_norm_backward(
+    g: Graph, out: tuple[Spec, ...], dy: Value, x: Value, weight: Value | None,
+    running_mean: Value | None, running_var: Value | None, mean: Value | None,
+    inverse: Value | None, training: bool, eps: float, mask: list[bool],
+) -> tuple[Value, ...]:  # fmt: skip
+    channels, rest = x.shape[1], [0, *range(2, len(x.shape))]
+    if not training:
+        mean = _vector(g, running_mean, channels, 0.0)
+        inverse = _inverse(g, _vector(g, running_var, channels, 1.0), eps)
+    elif mean is None or inverse is None:
+        raise TypeError("batch norm's backward pass in training mode without saved statistics")
+    total = reduce(g, "ReduceSum", dy, rest)
+    dot = sub(g, reduce(g, "ReduceSum", mul(g, dy, x), rest), mul(g, mean, total))
+    dgamma = mul(g, dot, inverse)
+    a = mul(g, _vector(g, weight, channels, 1.0), inverse)
+    wide = [channels] + [1] * (len(x.shape) - 2)
+    dx = mul(g, dy, reshape(g, a, wide))
+    if training:
+        per_value = channels / math.prod(x.shape)
+        b = mul(g, mul(g, mul(g, a, inverse), dgamma), -per_value)
+        c = mul(g, mul(g, a, total), -per_value)
+        ones = g.constant([1.0] * channels)
+        dx = add(g, dx, _fixed(g, x, b, c, mean, ones, 0.0))
+    return dx, dgamma, total
+
+
+@rule(aten.native_group_norm.default)
+def _group_norm(
+    g: Graph, out: tuple[Spec, ...], x: Value, weight: Value | None, bias: Value | None,
+    batch: int, channels: int, places: int, groups: int, eps: float,
+) -> tuple[Value, ...]:  # fmt: skip
+    # Each group of each sample is a channel of one long batch norm without scale.
+    rows = batch * groups
+    flat = reshape(g, x, (1, rows, math.prod(x.shape) // rows))
+    ones, zeros = g.constant([1.0] * rows), g.constant([0.0] * rows)
+    normal, mean, variance = _normalised(g, flat, ones, zeros, eps)
+    y = reshape(g, normal, x.shape)
+    wide = [channels] + [1] * (len(x.shape) - 2)
+    if weight is not None:
+        y = mul(g, y, reshape(g, weight, wide))
+    if bias is not None:
+        y = add(g, y, reshape(g, bias, wide))
+    inverse = _inverse(g, variance, eps)
+    return y, reshape(g, mean, (batch, groups)), reshape(g, inverse, (batch, groups))
+
+
+@rule(aten.native_layer_norm.default)
+def _layer_norm(
+    g: Graph, out: tuple[Spec, ...], x: Value, shape: list[int], weight: Value | None,
+    bias: Value | None, eps: float,
+) -> tuple[Value, ...]:  # fmt: skip
+    rows = math.prod(out[1].shape)
+    flat = reshape(g, x, (1, rows, math.prod(shape)))
+    ones, zeros = g.constant([1.0] * rows), g.constant([0.0] * rows)
+    normal, mean, variance = _normalised(g, flat, ones, zeros, eps)
+    y = reshape(g, normal, x.shape)
+    if weight is not None:
+        y = mul(g, y, weight)
+    if bias is not None:
+        y = add(g, y, bias)
+    inverse = _inverse(g, variance, eps)
+    return y, reshape(g, mean, out[1].shape), reshape(g, inverse, out[2].shape)

@@ -1,0 +1,369 @@
+"""A training artifact: a folder with compiled graphs, initial weights and the manifest of it all.
+
+    manifest.json       what the rest is; its SHA-256 is the artifact's digest
+    train.onnx          batch, hyperparameters and state -> loss, correct, next state
+    eval.onnx           x, parameters, buffers -> logits
+    extract.onnx        x, parameters, buffers -> features, logits (split models only)
+    init.safetensors    the initial value of every state tensor
+
+Inputs of train.onnx: `x` float32 (B, *input), `y` int64 (B), `lr` float32 (); for the task
+`distill` also `teacher` float32 (B, classes), `alpha` and `temperature` float32 (); then every
+state tensor under its own name. Outputs: `loss` and `correct`, float32 (), and `<name>.next` for
+every state tensor. The tables hold exactly the inputs that a graph has: one that it does not read
+is not there.
+
+Roles: `batch` (x, y, teacher), `setting` (lr, alpha, temperature), `metric` (loss, correct),
+`result` (logits, features), and of the state `parameter`, `buffer`, `optimizer`.
+
+The manifest comes from the network: names, sizes, shapes and types are checked before use, and its
+JSON must be in canonical form (sorted keys, no spaces), so that one manifest has one digest.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from wire import records
+from wire.errors import ArtifactError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "init.safetensors"
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FILE_BYTES = 2 << 30
+MAX_TENSORS = 4096
+MAX_VALUES = 1 << 28
+
+Role = Literal["batch", "setting", "metric", "result", "parameter", "buffer", "optimizer"]
+STATE_ROLES = ("parameter", "buffer", "optimizer")
+
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9_-]{1,32}){0,3}")
+_NAME = re.compile(r"[!-~]{1,256}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: name, static shape, type and role."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int64"]
+    role: Role
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"tensor name: expected 1 to 256 printable, got {self.name!r:.80}")
+        _check_shape(f"tensor {self.name!r}", self.shape, 0, 8)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file and what goes in and out of it; `flops` (2 x MAC) for one run of the batch."""
+
+    file: str
+    flops: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        _check_file(self.file)
+        if not 0 <= self.flops < 1 << 62:
+            raise ValueError(f"flops: expected 0 or more, got {self.flops}")
+        _check_names(f"inputs of {self.file}", self.inputs)
+        _check_names(f"outputs of {self.file}", self.outputs)
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file by its content."""
+
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"sha256: expected 64 hex digits, got {self.sha256!r:.80}")
+        if not 0 < self.bytes <= MAX_FILE_BYTES:
+            raise ValueError(f"bytes: expected 1 to {MAX_FILE_BYTES}, got {self.bytes}")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The network; `input` is the shape of one sample, `keep_rate` that of a sub-model."""
+
+    name: str
+    classes: int
+    input: tuple[int, ...]
+    keep_rate: float
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"model name: expected 1 to 256 printable, got {self.name!r:.80}")
+        if not 2 <= self.classes <= 1 << 20:
+            raise ValueError(f"classes: expected 2 to {1 << 20}, got {self.classes}")
+        _check_shape("input", self.input, 1, 4)
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"keep_rate: expected over 0 to 1, got {self.keep_rate}")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """x = (byte / 255 - mean) / std, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(m) for m in self.mean):
+            raise ValueError(f"mean: expected finite numbers, got {self.mean}")
+        if not all(math.isfinite(s) and s > 0 for s in self.std):
+            raise ValueError(f"std: expected numbers over 0, got {self.std}")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The constants in the compiled update: momentum and nesterov of sgd, the rest of adam."""
+
+    name: Literal["sgd", "adam"]
+    weight_decay: float
+    momentum: float | None = None
+    nesterov: bool | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        own = ("momentum", "nesterov") if self.name == "sgd" else ("beta1", "beta2", "eps")
+        for key in ("momentum", "nesterov", "beta1", "beta2", "eps"):
+            if (getattr(self, key) is not None) != (key in own):
+                raise ValueError(f"{self.name} has the settings {', '.join(own)}; see {key!r}")
+        for key in ("weight_decay", "momentum", "beta1", "beta2", "eps"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{key}: expected 0 or more and less than 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is; see the module's text for the tensors."""
+
+    format: int
+    model: ModelInfo
+    task: Literal["distill", "classify"]
+    batch: int
+    preprocess: Preprocess
+    features: tuple[int, ...] | None
+    optimizer: OptimizerSettings
+    graphs: Mapping[str, Graph]
+    state: tuple[TensorSpec, ...]
+    producer: Mapping[str, str]
+    files: Mapping[str, FileRef]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= 1 << 16:
+            raise ValueError(f"batch: expected 1 to {1 << 16}, got {self.batch}")
+        channels = self.model.input[0]
+        if len(self.preprocess.mean) != channels or len(self.preprocess.std) != channels:
+            raise ValueError(f"preprocess: expected a mean and a std for {channels} channels")
+        _check_names("state", self.state)
+        for spec in self.state:
+            if spec.role not in STATE_ROLES or spec.dtype != "float32":
+                raise ValueError(f"state: {spec.name!r} is {spec.dtype} with role {spec.role!r}")
+        if self.features is not None:
+            _check_shape("features", self.features, 1, 4)
+        expected = {"train", "eval"} | ({"extract"} if self.features else set())
+        if set(self.graphs) != expected:
+            raise ValueError(f"graphs: expected {sorted(expected)}, got {sorted(self.graphs)}")
+        for file in self.files:
+            _check_file(file)
+        named = [graph.file for graph in self.graphs.values()] + [WEIGHTS]
+        if sorted(self.files) != sorted(named):
+            raise ValueError(f"files: expected {sorted(named)}, got {sorted(self.files)}")
+        self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        batch = self.batch
+        x = TensorSpec("x", (batch, *self.model.input), "float32", "batch")
+        logits = TensorSpec("logits", (batch, self.model.classes), "float32", "result")
+        given = [
+            x,
+            TensorSpec("y", (batch,), "int64", "batch"),
+            TensorSpec("lr", (), "float32", "setting"),
+        ]
+        if self.task == "distill":
+            given.append(replace(logits, name="teacher", role="batch"))
+            given += [TensorSpec(n, (), "float32", "setting") for n in ("alpha", "temperature")]
+        metrics = [TensorSpec(n, (), "float32", "metric") for n in ("loss", "correct")]
+        _expect("inputs of train", self.graphs["train"].inputs, [*given, *self.state])
+        following = [replace(spec, name=f"{spec.name}.next") for spec in self.state]
+        _expect("outputs of train", self.graphs["train"].outputs, [*metrics, *following])
+        readable = [x, *(spec for spec in self.state if spec.role != "optimizer")]
+        results = {"eval": [logits]}
+        if self.features is not None:
+            shape = (batch, *self.features)
+            results["extract"] = [TensorSpec("features", shape, "float32", "result"), logits]
+        for name, outputs in results.items():
+            unknown = set(self.graphs[name].inputs) - set(readable)
+            if unknown or x not in self.graphs[name].inputs:
+                wrong = ", ".join(sorted(repr(spec.name) for spec in unknown)) or "no 'x'"
+                raise ValueError(
+                    f"inputs of {name}: expected 'x', parameters and buffers; got {wrong}"
+                )
+            _expect(f"outputs of {name}", self.graphs[name].outputs, outputs)
+
+    @classmethod
+    def parse(cls, data: bytes, *, where: str = MANIFEST) -> "Manifest":
+        """Read a manifest, from disk or network.
+
+        Raises:
+            ArtifactError: anything unexpected in it; nothing is guessed.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ArtifactError(
+                f"{where}: {len(data)} bytes, limit {MAX_MANIFEST_BYTES}; this is not a manifest"
+            )
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as fault:
+            raise ArtifactError(f"{where}: not JSON ({fault}); fetch the artifact again") from fault
+        version = content.get("format") if isinstance(content, dict) else None
+        if version != FORMAT or type(version) is not int:
+            raise ArtifactError(
+                f"{where}: expected format {FORMAT}, got {version!r:.40}; export the model again "
+                f"with this version of Stillhouse, or upgrade"
+            )
+        manifest = records.build(cls, content, where=where, error=ArtifactError)
+        if manifest.to_bytes() != data:
+            raise ArtifactError(
+                f"{where}: not in canonical form (sorted keys, no spaces); export the model again"
+            )
+        return manifest
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        content: dict[str, Any] = records.plain(self)
+        content["optimizer"] = {k: v for k, v in content["optimizer"].items() if v is not None}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return text.encode("ascii")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the manifest: the artifact's name."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    def state_of(self, *roles: Role) -> tuple[TensorSpec, ...]:
+        """The state tensors with one of these roles, in order."""
+        return tuple(spec for spec in self.state if spec.role in roles)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk."""
+
+    folder: Path
+    manifest: Manifest
+    digest: str
+
+    def path(self, graph: Literal["train", "eval", "extract"]) -> Path:
+        """Where a graph lies.
+
+        Raises:
+            ArtifactError: the artifact has no such graph.
+        """
+        if graph not in self.manifest.graphs:
+            raise ArtifactError(
+                f"{self.folder}: {self.manifest.model.name!r} has no {graph!r} graph; export a "
+                f"split model (one with an extractor and an extract method)"
+            )
+        return self.folder / self.manifest.graphs[graph].file
+
+    @property
+    def weights(self) -> Path:
+        """Where the initial state lies (safetensors)."""
+        return self.folder / WEIGHTS
+
+
+def open_artifact(
+    folder: Path, expect_digest: str | None = None, *, verify: bool = True
+) -> Artifact:
+    """Open an artifact and check it.
+
+    Args:
+        folder: where manifest.json lies.
+        expect_digest: the digest that a work order names.
+        verify: read every file and compare its SHA-256; without it only the sizes are compared.
+
+    Raises:
+        ArtifactError: a file is missing, damaged or foreign; the message names it.
+    """
+    path = folder / MANIFEST
+    data = _read(path)
+    digest = hashlib.sha256(data).hexdigest()
+    if expect_digest is not None and digest != expect_digest:
+        raise ArtifactError(
+            f"{path}: expected SHA-256 {expect_digest}, got {digest}; this is another artifact, or "
+            f"a damaged one: remove the folder and fetch it again"
+        )
+    manifest = Manifest.parse(data, where=str(path))
+    for name, ref in sorted(manifest.files.items()):
+        _check(folder / name, ref, verify=verify)
+    return Artifact(folder, manifest, digest)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as fault:
+        raise ArtifactError(
+            f"{path}: cannot be read ({fault.strerror}); name the folder of an exported artifact"
+        ) from fault
+
+
+def _check(path: Path, ref: FileRef, *, verify: bool) -> None:
+    remedy = "remove the folder and fetch or export the artifact again"
+    try:
+        size = path.stat().st_size
+        if size != ref.bytes or not path.is_file():
+            raise ArtifactError(f"{path}: expected {ref.bytes} bytes, got {size}; {remedy}")
+        if not verify:
+            return
+        with path.open("rb") as file:
+            got = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as fault:
+        raise ArtifactError(f"{path}: cannot be read ({fault.strerror}); {remedy}") from fault
+    if got != ref.sha256:
+        raise ArtifactError(f"{path}: expected SHA-256 {ref.sha256}, got {got}; {remedy}")
+
+
+def _check_file(name: str) -> None:
+    if not _FILE.fullmatch(name) or name == MANIFEST:
+        raise ValueError(f"file name: expected a plain name, got {name!r:.80}")
+
+
+def _check_shape(what: str, shape: tuple[int, ...], least: int, most: int) -> None:
+    if not least <= len(shape) <= most:
+        raise ValueError(f"{what}: expected {least} to {most} axes, got {len(shape)}")
+    if any(n < 1 for n in shape) or math.prod(shape) > MAX_VALUES:
+        raise ValueError(f"{what}: shape {shape!r:.80} is empty or over {MAX_VALUES} values")
+
+
+def _check_names(what: str, specs: tuple[TensorSpec, ...]) -> None:
+    if len(specs) > 2 * MAX_TENSORS:
+        raise ValueError(f"{what}: {len(specs)} tensors, limit {2 * MAX_TENSORS}")
+    if len({spec.name for spec in specs}) != len(specs):
+        raise ValueError(f"{what}: two tensors have one name")
+
+
+def _expect(what: str, got: tuple[TensorSpec, ...], expected: list[TensorSpec]) -> None:
+    if set(got) != set(expected):
+        odd = sorted(set(got) ^ set(expected), key=lambda spec: spec.name)[0]
+        side = "unexpected or ill-shaped" if odd in got else "missing or ill-shaped"
+        raise ValueError(f"{what}: {side} {odd.name!r} {odd.dtype} {list(odd.shape)} {odd.role}")
