@@ -26,7 +26,17 @@ from wire.blobs import BlobStore
 from wire.errors import StillhouseError, WireError
 from wire.link import Link
 from wire.messages import (
-    Birth, BlobRef, Chunk, Death, Gone, Hello, Order, Receipt, Result, Telemetry, Want,
+    Birth,
+    BlobRef,
+    Chunk,
+    Death,
+    Gone,
+    Hello,
+    Order,
+    Receipt,
+    Result,
+    Telemetry,
+    Want,
 )  # fmt: skip
 
 log = logging.getLogger("edge-agent")

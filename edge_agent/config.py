@@ -32,7 +32,7 @@ class AgentConfig:
     data: Path
     state: Path
     broker: BrokerAddress
-    image: tuple[int, ...] = (3, 32, 32)
+    image: tuple[int, int, int] = (3, 32, 32)
     threads: int = 0
     chunk_bytes: int = 128 * 1024
     window: int = 8
@@ -44,7 +44,7 @@ class AgentConfig:
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
         topics.check_name(self.fleet, "fleet name")
-        if len(self.image) != 3 or min(self.image) < 1:
+        if min(self.image) < 1:
             raise ValueError(f"image: expected [channels, height, width], got {self.image}")
         if not 1024 <= self.chunk_bytes <= 1 << 19:
             raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")

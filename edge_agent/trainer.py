@@ -100,7 +100,7 @@ class Inference:
         self.outputs: State = {o.name: np.empty(o.shape, o.dtype) for o in graph.outputs}
         inputs = {
             spec.name: np.zeros(spec.shape, spec.dtype)
-            if spec.role == "input"
+            if spec.role == "batch"
             else state[spec.name]
             for spec in graph.inputs
         }

@@ -69,7 +69,7 @@ def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: De
     images, manifest = desk.images, artifact.manifest
     images.check(classes=manifest.model.classes, input_shape=manifest.model.input)
     counts = meter.Meter()
-    start = load_file(artifact.folder / "init.safetensors")
+    start = load_file(artifact.weights)
     given = _read(desk.blobs, order.state) if order.state else None
     if given is not None:
         _fit(given, start)
@@ -81,7 +81,7 @@ def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: De
         with counts.phase("train"):
             state = _train(order, artifact, start, desk, counts.metrics)
     blobs: dict[str, BlobRef] = {}
-    kept = {s.name for s in manifest.state if s.role != "optimizer"}
+    kept = sorted(spec.name for spec in manifest.state_of("parameter", "buffer"))
     for what, spec in order.returns.items():
         if what == "features":
             with counts.phase("extract"):
@@ -90,7 +90,7 @@ def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: De
         named = {name: state[name] for name in kept}
         if what == "update":
             named = {name: state[name] - start[name] for name in kept}
-        packed = tensors.pack(tensors.weights(dict(sorted(named.items())), spec), seed=order.seed)
+        packed = tensors.pack(tensors.weights(named, spec), seed=order.seed)
         blobs[what] = desk.blobs.put(packed)
     weights = state if given is None and order.epochs else None
     return Outcome(blobs, counts.metrics, weights)

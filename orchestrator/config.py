@@ -82,7 +82,7 @@ class DeviceConfig:
 
     model: str = "resnet8"
     classes: int = 10
-    input: tuple[int, ...] = (3, 32, 32)
+    input: tuple[int, int, int] = (3, 32, 32)
     mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
     std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
     batch: int = 32
@@ -101,11 +101,7 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         for spec in (self.features, self.update, self.state):
             codecs.parse(spec)
-        if (
-            len(self.input) != 3
-            or len(self.mean) != self.input[0]
-            or len(self.std) != self.input[0]
-        ):
+        if not len(self.mean) == len(self.std) == self.input[0]:
             raise ValueError(
                 f"input {list(self.input)}: expected [channels, height, width], with a mean "
                 f"({len(self.mean)}) and a std ({len(self.std)}) a channel"

@@ -23,7 +23,16 @@ from wire import messages, topics
 from wire.errors import StillhouseError, WireError
 from wire.link import BrokerAddress, Link
 from wire.messages import (
-    Birth, Chunk, Death, Gone, Hello, Message, Receipt, Result, Telemetry, Want,
+    Birth,
+    Chunk,
+    Death,
+    Gone,
+    Hello,
+    Message,
+    Receipt,
+    Result,
+    Telemetry,
+    Want,
 )  # fmt: skip
 
 log = logging.getLogger("orchestrator")
@@ -126,7 +135,7 @@ class Coordinator:
             LinkError: the broker refuses us for good.
             StillhouseError: the strategy failed.
         """
-        if self._rounds.phase is Phase.FINISHED:
+        if self.finished():
             return
         self.link.start()
         try:
@@ -134,7 +143,7 @@ class Coordinator:
                 log.warning("%s is not there yet; still trying", self._address.url)
             if self._rounds.phase is Phase.COLLECTING:
                 self._apply(rounds.ticked(self._rounds, self.config.cohort, time.monotonic()))
-            while self._rounds.phase is not Phase.FINISHED:
+            while not self.finished():
                 try:
                     self._handle(self._events.get(timeout=TICK_S))
                 except queue.Empty:
@@ -146,6 +155,10 @@ class Coordinator:
         finally:
             self.link.close()
             self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self._rounds.phase is Phase.FINISHED
 
     def _handle(self, event: Event) -> None:
         match event:

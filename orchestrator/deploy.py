@@ -1,4 +1,4 @@
-"""A finished (or unfinished) run as one inference graph: `orchestrator export RUN --out model.onnx`.
+"""What a run has learnt as one inference graph: `orchestrator export RUN --out model.onnx`.
 
 For fedgkt the graph is a device's extractor with the large model on top (He et al. 2020, section
 3.3); for fedavg the global model. Normalization is part of it, so that its input is plain pixels:
@@ -37,6 +37,8 @@ class _Stack(nn.Module):
     def __init__(self, config: RunConfig, parts: list[nn.Module]) -> None:
         super().__init__()
         shape = (-1, 1, 1)
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(config.device.mean).view(shape))
         self.register_buffer("std", torch.tensor(config.device.std).view(shape))
         self.parts = nn.Sequential(*parts)
@@ -109,9 +111,10 @@ def _best(folder: Path, names: list[str]) -> str:
     return max(names, key=lambda n: devices.get(n, {}).get("server_accuracy", 0.0))
 
 
-def _feature_shape(extractor: nn.Module, config: RunConfig) -> tuple[int, ...]:
+def _feature_shape(extractor: nn.Module, config: RunConfig) -> tuple[int, int, int]:
     with torch.inference_mode():
-        return tuple(extractor.eval()(torch.zeros(1, *config.device.input)).shape[1:])
+        _, *shape = extractor.eval()(torch.zeros(1, *config.device.input)).shape
+    return shape[0], shape[1], shape[2]
 
 
 def _write(model: nn.Module, config: RunConfig, out: Path) -> float:

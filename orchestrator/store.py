@@ -81,6 +81,7 @@ class Store:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as fault:
+            self._lock.close()
             raise RunError(f"{self.folder}: another orchestrator is running this run") from fault
         self._claim(config)
         self.blobs = BlobStore(self.folder / "blobs", config.chunk_bytes)
@@ -196,6 +197,7 @@ class Store:
         if path.exists():
             for key in ("fleet", "strategy", "seed", "device", "server"):
                 if (before := json.loads(path.read_text())[key]) != current[key]:
+                    self._lock.close()
                     raise RunError(
                         f"{self.folder} was started with {key} = {before}, the configuration says "
                         f"{current[key]}; choose another name, or restore it"

@@ -97,4 +97,4 @@ def agents(history: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _mean(devices: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(d[key] for d in devices) / max(len(devices), 1)
+    return float(sum(d[key] for d in devices)) / max(len(devices), 1)

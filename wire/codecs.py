@@ -8,9 +8,9 @@ A spec is a basis transform and a quantizer (Caldas et al. 2018, section 2):
 * `q=N`, 1 <= N <= 8: 2^N levels evenly from the block's smallest to its largest value, stochastic
   rounding, so that the expectation is the value itself: E[decode(encode(x))] = x.
 
-Blocks are of 4,096 values and the last one is padded (to a power of two for `hadamard`), so that padding
-costs at most a block, whatever the length. The body of a block is `min` and `step` as float32
-little-endian, then N bits a value, packed eight values to N bytes.
+Blocks are of 4,096 values and the last one is padded (to a power of two for `hadamard`), so that
+padding costs at most a block, whatever the length. The body of a block is `min` and `step` as
+float32 little-endian, then N bits a value, packed eight values to N bytes.
 
 Random signs and roundings come from `wire.seeds`, so that the same seed gives the same bytes
 everywhere.

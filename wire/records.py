@@ -4,8 +4,8 @@ TOML tables (configuration) and msgpack maps (messages) pass through the same do
 be known, every required key present, every value of the annotated type. Inside, types are trusted.
 
 Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str),
-Literal, X | None, tuple[X, ...], Mapping[str, X], and nested dataclasses. A dataclass states its
-own ranges in `__post_init__` by raising ValueError.
+Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, Mapping[str, X], and nested
+dataclasses. A dataclass states its own ranges in `__post_init__` by raising ValueError.
 """
 
 import dataclasses
@@ -102,6 +102,8 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError]) -
             raise error(f"{where}: expected one of {choices}, got {value!r}{hint_text}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise error(f"{where}: expected {len(arguments)} values, got {len(value)}")
         return tuple(_value(arguments[0], v, f"{where}[{i}]", error) for i, v in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):

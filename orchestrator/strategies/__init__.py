@@ -1,5 +1,7 @@
 """Algorithms as frozen states and functions from state to state; the rest is the coordinator's."""
 
+from collections.abc import Callable
+
 from orchestrator.strategies.fedavg import FedAvg
 from orchestrator.strategies.fedgkt import FedGKT
 from orchestrator.strategies.local import Local
@@ -7,7 +9,11 @@ from orchestrator.strategies.strategy import Strategy, Task
 
 __all__ = ["Strategy", "Task", "create"]
 
-_STRATEGIES = {"fedavg": FedAvg, "fedgkt": FedGKT, "local": Local}
+_STRATEGIES: dict[str, Callable[[Task], Strategy]] = {
+    "fedavg": FedAvg,
+    "fedgkt": FedGKT,
+    "local": Local,
+}
 
 
 def create(name: str, task: Task) -> Strategy:

@@ -39,7 +39,7 @@ class FedAvg:
 
     def admit(self, state: State, result: Result) -> None:
         """Names, shapes, finite values, and a norm that is not absurd."""
-        specs = [s for s in self.task.artifact.manifest.state if s.role != "optimizer"]
+        specs = self.task.artifact.manifest.state_of("parameter", "buffer")
         reference = float(np.sqrt(sum(np.square(a).sum() for a in state.tensors.values())))
         admit.weights(self._update(result), specs, reference)
 

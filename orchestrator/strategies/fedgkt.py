@@ -44,7 +44,8 @@ class FedGKT:
                 f"model {manifest.model.name!r} has no feature extractor, which fedgkt needs; "
                 "use resnet8, or strategy fedavg"
             )
-        self.shape = tuple(manifest.features)
+        channels, height, width = manifest.features
+        self.shape = (channels, height, width)
 
     def begin(self) -> State:
         """A fresh large model; the same seed gives the same."""

@@ -56,7 +56,7 @@ class Local:
 
 def admit_own_weights(task: Task, result: Result) -> None:
     """Look over the "state" payload of a device that keeps its own weights."""
-    specs = [s for s in task.artifact.manifest.state if s.role != "optimizer"]
+    specs = task.artifact.manifest.state_of("parameter", "buffer")
     reference = float(np.sqrt(sum(np.square(a).sum() for a in task.initial().values())))
     admit.weights(read_payload(task, result, "state"), specs, reference)
 

@@ -82,9 +82,9 @@ class Task:
         """Initial parameters and buffers of the artifact."""
         from safetensors.numpy import load_file
 
-        kept = {s.name for s in self.artifact.manifest.state if s.role != "optimizer"}
-        tensors = load_file(self.artifact.folder / "init.safetensors")
-        return {name: np.asarray(tensors[name]) for name in sorted(kept)}
+        kept = self.artifact.manifest.state_of("parameter", "buffer")
+        tensors = load_file(self.artifact.weights)
+        return {spec.name: np.asarray(tensors[spec.name]) for spec in kept}
 
     def order(self, round_: int, sequence: int, **settings: Any) -> Order:
         """An order with what is the same for every strategy filled in."""

@@ -1,13 +1,14 @@
 """Batch, group and layer norm in training mode, and their gradients.
 
-ONNX Runtime's BatchNormalization with training_mode=1 and momentum 0 returns, in one pass each over
-x, the normalised x, the batch's mean and its biased variance. PyTorch's running variance is the
-unbiased one, so the running statistics are updated here:
+The statistics are computed with plain reductions, in two passes, and ONNX's BatchNormalization only
+applies them, in its evaluation mode. Its training mode is of no use: its running variance is the
+biased one where PyTorch's is unbiased, and ONNX Runtime writes the statistics over the node's own
+mean and variance inputs, constants and graph inputs included.
 
     running' = (1 - momentum) * running + momentum * (mean, or variance * n / (n - 1))
 
 Gradient (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3), folded per channel. With
-r = 1 / sqrt(variance + eps), s = sum of dy, d = sum of dy * (x - mean) = sum of dy * x - mean * s:
+r = 1 / sqrt(variance + eps), s = sum of dy, d = sum of dy * (x - mean):
 
     dbeta = s,  dgamma = r d,  dx = a dy + b (x - mean) + c,
     a = gamma r,  b = -gamma r^3 d / n,  c = -gamma r s / n
@@ -43,15 +44,20 @@ def _normalised(
     g: Graph, x: Value, scale: Value, bias: Value, eps: float
 ) -> tuple[Value, Value, Value]:
     """(x - mean) / sqrt(variance + eps) * scale + bias over all but axis 1, mean, variance."""
-    channels = x.shape[1]
-    zeros, ones = g.constant([0.0] * channels), g.constant([1.0] * channels)
-    statistics = Spec((channels,))
-    y, mean, variance = g.nodes(
-        "BatchNormalization", x, scale, bias, zeros, ones,
-        outputs=[Spec(x.shape), statistics, statistics],
-        epsilon=float(eps), momentum=0.0, training_mode=1,
-    )  # fmt: skip
-    return y, mean, variance
+    mean = reduce(g, "ReduceMean", x, _rest(x))
+    distance = _distance(g, x, mean)
+    variance = reduce(g, "ReduceMean", mul(g, distance, distance), _rest(x))
+    zeros = g.constant([0.0] * x.shape[1])
+    return _fixed(g, distance, scale, bias, zeros, variance, eps), mean, variance
+
+
+def _rest(x: Value) -> list[int]:
+    return [0, *range(2, len(x.shape))]
+
+
+def _distance(g: Graph, x: Value, mean: Value) -> Value:
+    """X - mean, by channel; the backward pass finds the forward's node again."""
+    return sub(g, x, reshape(g, mean, [x.shape[1]] + [1] * (len(x.shape) - 2)))
 
 
 @rule(aten.native_batch_norm.default)
@@ -103,15 +109,15 @@ def _batch_norm_backward(
     running_mean: Value | None, running_var: Value | None, mean: Value | None,
     inverse: Value | None, training: bool, eps: float, mask: list[bool],
 ) -> tuple[Value, ...]:  # fmt: skip
-    channels, rest = x.shape[1], [0, *range(2, len(x.shape))]
+    channels = x.shape[1]
     if not training:
         mean = _vector(g, running_mean, channels, 0.0)
         inverse = _inverse(g, _vector(g, running_var, channels, 1.0), eps)
     elif mean is None or inverse is None:
         raise TypeError("batch norm's backward pass in training mode without saved statistics")
-    total = reduce(g, "ReduceSum", dy, rest)
-    dot = sub(g, reduce(g, "ReduceSum", mul(g, dy, x), rest), mul(g, mean, total))
-    dgamma = mul(g, dot, inverse)
+    distance = _distance(g, x, mean)
+    total = reduce(g, "ReduceSum", dy, _rest(x))
+    dgamma = mul(g, reduce(g, "ReduceSum", mul(g, dy, distance), _rest(x)), inverse)
     a = mul(g, _vector(g, weight, channels, 1.0), inverse)
     wide = [channels] + [1] * (len(x.shape) - 2)
     dx = mul(g, dy, reshape(g, a, wide))
@@ -119,8 +125,8 @@ def _batch_norm_backward(
         per_value = channels / math.prod(x.shape)
         b = mul(g, mul(g, mul(g, a, inverse), dgamma), -per_value)
         c = mul(g, mul(g, a, total), -per_value)
-        ones = g.constant([1.0] * channels)
-        dx = add(g, dx, _fixed(g, x, b, c, mean, ones, 0.0))
+        ones, zeros = g.constant([1.0] * channels), g.constant([0.0] * channels)
+        dx = add(g, dx, _fixed(g, distance, b, c, zeros, ones, 0.0))
     return dx, dgamma, total
 
 

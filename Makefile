@@ -1,0 +1,43 @@
+# `make demo` and `make test` each do all of their own set-up on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := edge_agent models orchestrator tools wire tests
+
+.PHONY: demo test lint format mosquitto clean
+
+demo: $(READY)
+	$(BIN)/orchestrator demo $(ARGS)
+
+test: lint mosquitto
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check $(PACKAGES)
+	$(BIN)/ruff format --check $(PACKAGES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix $(PACKAGES)
+	$(BIN)/ruff format $(PACKAGES)
+
+# The pinned torch comes as a CPU build wherever pip finds one; see CONTRIBUTING.md.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Stillhouse needs Python 3.11 or later; set PYTHON=python3.12, say")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Tests against a real Mosquitto need its program; they are left out, and say so, without it.
+mosquitto:
+	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; command -v mosquitto >/dev/null || { \
+	  as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+	  command -v apt-get >/dev/null && $$as_root apt-get update -qq >/dev/null 2>&1 \
+	    && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mosquitto >/dev/null 2>&1 \
+	    && echo "installed mosquitto"; \
+	} || echo "mosquitto is missing and cannot be installed here: its tests will be skipped"
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,82 @@
+"""The journal: what was committed is there after kill -9."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_agent.journal import Journal
+from wire.messages import BlobRef, Order, Result
+
+
+@pytest.fixture
+def journal_at(tmp_path):
+    """Open the same journal again and again; all are closed with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda: stack.enter_context(contextlib.closing(Journal(tmp_path / "journal.db")))
+
+
+REF = BlobRef("ab" * 32, 1000, 1024)
+ORDER = Order("run", 3, 1, REF, 1, 0.1, 7, {"features": "float32"})
+RESULT = Result("pi", "run", 3, 1, 10, blobs={"features": REF}, metrics={"train_s": 1.0})
+ROOT = Path(__file__).parents[2]
+
+
+def test_order_result_and_receipt_are_restored(journal_at):
+    journal = journal_at()
+    assert journal.latest() is None
+    journal.accept(ORDER)
+    assert journal_at().latest() == (ORDER, None, False)
+    journal.finish(ORDER, RESULT, "weights-3")
+    again = journal_at()
+    assert again.latest() == (ORDER, RESULT, False)
+    assert again.weights_file("run", REF.digest) == "weights-3"
+    journal.receipted("run", 3)
+    assert again.latest() == (ORDER, RESULT, True)
+
+
+def test_weights_of_a_run_are_kept_while_orders_come_and_go(journal_at):
+    journal = journal_at()
+    journal.accept(ORDER)
+    journal.finish(ORDER, RESULT, "weights-3")
+    other = Order("other", 1, 1, REF, 1, 0.1, 7, {})
+    journal.accept(other)
+    assert journal.latest() == (other, None, False)
+    assert journal.weights_file("run", REF.digest) == "weights-3"
+    assert journal.weights_file("other", REF.digest) is None
+    assert journal.weights_files() == {"weights-3"}
+
+
+def test_session_numbers_are_never_given_twice(journal_at):
+    numbers = [journal_at().next_session() for _ in range(5)]
+    assert numbers == [1, 2, 3, 4, 5]
+
+
+def test_kill_9_after_a_commit_keeps_it(tmp_path, journal_at):
+    script = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import pytest
+
+from edge_agent.journal import Journal
+from tests.agent.test_journal import ORDER, RESULT
+journal = Journal(Path("journal.db"))
+journal.accept(ORDER)
+journal.finish(ORDER, RESULT, "weights-3")
+print("committed", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script.format(root=str(ROOT))], cwd=tmp_path, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    with process.stdout as out:
+        assert out.readline() == b"committed\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert journal_at().latest() == (ORDER, RESULT, False)

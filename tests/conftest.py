@@ -1,0 +1,88 @@
+"""Real parts for tests: brokers, processes, image shards."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator import broker, datasets
+from orchestrator.broker import Broker
+
+ROOT = Path(__file__).parent.parent
+
+
+class Processes:
+    """Processes of a test, each with its log; all are ended with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *command: str | Path) -> "subprocess.Popen[bytes]":
+        """Start `python -m COMMAND...`."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", *map(str, command)],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+            )
+        return self.running[name]
+
+    def kill(self, name: str) -> None:
+        """`kill -9`."""
+        self.running[name].send_signal(signal.SIGKILL)
+        self.running[name].wait()
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def wait_for(self, what: str, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        """Wait until `condition` holds; on time-out show the ends of all logs."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                ends = "\n".join(f"--- {n}\n{self.log(n)[-2000:]}" for n in self.running)
+                pytest.fail(f"{what}: not within {timeout_s:g} s\n{ends}")
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        for process in self.running.values():
+            process.terminate()
+        for process in self.running.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Start processes in the test's folder."""
+    made = Processes(tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.fixture(params=["embedded", "mosquitto"])
+def any_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
+    """Each of our brokers in turn, on a free port."""
+    if request.param == "mosquitto" and broker.find() is None:
+        pytest.skip("mosquitto is not installed: sudo apt install mosquitto")
+    with broker.start(request.param, folder=tmp_path / "broker", fleet="fleet", port=0) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Handwritten digits, 3 devices of 64 images, 100 held out."""
+    folder = tmp_path_factory.mktemp("digits")
+    datasets.build("digits", folder, devices=3, per_device=64, heldout_samples=100)
+    return folder

@@ -1,0 +1,172 @@
+"""The main job with real processes: commands as a user starts them, killed as a fleet is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from orchestrator.deploy import export_run
+from tests.conftest import Processes
+
+RUN = """\
+name = "run"
+fleet = "fleet"
+strategy = "{strategy}"
+rounds = {rounds}
+heldout = "{digits}/heldout.npz"
+admission = "open"
+[broker]
+kind = "external"
+url = "{url}"
+[cohort]
+min_devices = 3
+wait_s = 0.0
+deadline_s = 100.0
+[device]
+batch = 16
+lr = 0.05
+epochs = {epochs}
+mean = [0.3, 0.3, 0.3]
+std = [0.37, 0.37, 0.37]
+[server]
+model = "resnet10"
+epochs = 1
+batch = 32
+"""
+
+AGENT = """\
+device = "device-{n}"
+fleet = "fleet"
+data = "{digits}/device-{n}.npz"
+state = "state-{n}"
+threads = 1
+resend_s = 2.0
+retry_s = 2.0
+telemetry_s = 0.05
+[broker]
+url = "{url}"
+"""
+
+
+class Fleet:
+    """One run's files and processes."""
+
+    def __init__(self, processes: Processes, digits: Path, url: str, **run: object) -> None:
+        self.processes, self.folder = processes, processes.folder
+        settings = {"strategy": "fedgkt", "rounds": 2, "epochs": 1, **run}
+        (self.folder / "run.toml").write_text(RUN.format(digits=digits, url=url, **settings))
+        for n in range(3):
+            text = AGENT.format(digits=digits, url=url, n=n)
+            (self.folder / f"agent-{n}.toml").write_text(text)
+
+    def orchestrator(self) -> None:
+        self.processes.start("run", "orchestrator.main", "start", "--config", "run.toml")
+
+    def agent(self, n: int) -> None:
+        self.processes.start(f"agent-{n}", "edge_agent.main", "run", "--config", f"agent-{n}.toml")
+
+    def start(self) -> None:
+        self.orchestrator()
+        for n in range(3):
+            self.agent(n)
+
+    def status(self) -> dict:
+        try:
+            return json.loads((self.folder / "runs/run/status.json").read_text())
+        except FileNotFoundError:
+            return {"round": 0, "phase": "", "devices": {}, "history": []}
+
+    def stands(self, stand: str, round_: int) -> bool:
+        """Whether some device stands so in a round."""
+        status = self.status()
+        devices = status["devices"].values()
+        return status["round"] == round_ and any(d["stand"] == stand for d in devices)
+
+    def finish(self) -> dict:
+        """Wait for the end; the report."""
+        process = self.processes.running["run"]
+        self.processes.wait_for("end of the run", lambda: process.poll() is not None, 240.0)
+        assert process.returncode == 0, self.processes.log("run")
+        return json.loads((self.folder / "runs/run/report.json").read_text())
+
+
+def check_every_round_counts_each_device_once(report: dict, rounds: int) -> None:
+    assert [entry["round"] for entry in report["rounds"]] == list(range(1, rounds + 1))
+    for entry in report["rounds"]:
+        assert entry["cohort"] == ["device-0", "device-1", "device-2"]
+        assert all(d["accepted"] and d["samples"] == 64 for d in entry["devices"].values())
+
+
+@pytest.mark.e2e
+def test_fedgkt_over_each_broker(processes, digits, any_broker):
+    fleet = Fleet(processes, digits, any_broker.url, rounds=2)
+    fleet.start()
+    report = fleet.finish()
+    check_every_round_counts_each_device_once(report, 2)
+    for entry in report["rounds"]:
+        assert 0 <= entry["server_accuracy"] <= 1
+        for device in entry["devices"].values():
+            features = 64 * 16 * 32 * 32  # one byte a value
+            assert features < device["bytes_up"] < 1.1 * features
+            assert device["train_flops"] > 64 * 3 * 19e6
+            assert 20e6 < device["train_peak_bytes"] < 2e9
+    # Teacher logits of 64 samples reach the devices in round 2.
+    assert report["rounds"][1]["devices"]["device-0"]["bytes_down"] > 64 * 10 * 4
+
+    done = export_run(fleet.folder / "runs/run", fleet.folder / "model.onnx")
+    assert done.difference < 1e-3
+    with np.load(digits / "heldout.npz") as held:
+        images = held["x"].transpose(0, 3, 1, 2).astype(np.float32) / 255
+        labels = held["y"]
+    session = onnxruntime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"image": images})
+    reported = report["rounds"][-1]["devices"][done.device]["server_accuracy"]
+    assert (logits.argmax(axis=1) == labels).mean() == pytest.approx(reported, abs=0.011)
+
+
+@pytest.mark.e2e
+def test_fedavg_learns(processes, digits, any_broker):
+    fleet = Fleet(processes, digits, any_broker.url, strategy="fedavg", rounds=3, epochs=6)
+    fleet.start()
+    report = fleet.finish()
+    check_every_round_counts_each_device_once(report, 3)
+    assert report["rounds"][-1]["server_accuracy"] > 0.5  # chance is 0.1
+
+
+@pytest.mark.e2e
+def test_kill_9_of_agent_and_orchestrator_loses_and_repeats_nothing(processes, digits, any_broker):
+    fleet = Fleet(processes, digits, any_broker.url, rounds=3, epochs=8)
+    fleet.start()
+    processes.wait_for("training in round 1", lambda: fleet.stands("train", 1))
+    processes.kill("agent-0")
+    fleet.agent(0)
+    processes.wait_for("training in round 2", lambda: fleet.stands("train", 2))
+    processes.kill("run")
+    processes.kill("agent-1")
+    fleet.agent(1)
+    fleet.orchestrator()
+    processes.wait_for("a result in round 2", lambda: fleet.stands("returned", 2))
+    processes.kill("run")
+    fleet.orchestrator()
+    report = fleet.finish()
+    check_every_round_counts_each_device_once(report, 3)
+
+
+@pytest.mark.e2e
+def test_a_device_that_dies_delays_no_longer_than_the_deadline(processes, digits, any_broker):
+    fleet = Fleet(processes, digits, any_broker.url, rounds=2, epochs=4)
+    text = (fleet.folder / "run.toml").read_text()
+    text = text.replace("deadline_s = 100.0", "deadline_s = 15.0").replace(
+        "min_devices = 3", "min_devices = 2\nmax_devices = 3"
+    )
+    (fleet.folder / "run.toml").write_text(text)
+    fleet.start()
+    processes.wait_for("training", lambda: fleet.stands("train", 1))
+    processes.kill("agent-2")
+    report = fleet.finish()
+    first, second = report["rounds"]
+    assert sorted(first["devices"]) == ["device-0", "device-1"]
+    assert first["seconds"] < 60
+    assert second["cohort"] == ["device-0", "device-1"]

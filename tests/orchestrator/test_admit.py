@@ -1,0 +1,116 @@
+"""Attacks and accidents: each refused with its reason, and nothing else is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from orchestrator import admit
+from orchestrator.shards import shelve
+from wire import tensors
+from wire.artifact import TensorSpec
+from wire.errors import AdmissionError, WireError
+from wire.messages import BlobRef, Order, Result
+
+REF = BlobRef("ab" * 32, 1000, 1024)
+ORDER = Order("run", 3, 1, REF, 1, 0.1, 7, {"features": "float32"}, data_digest="cd" * 32)
+RESULT = Result("pi", "run", 3, 1, 10, "cd" * 32, {"features": REF})
+SPECS = (
+    TensorSpec("w", (2, 3), "float32", "parameter"),
+    TensorSpec("m", (3,), "float32", "buffer"),
+)
+GOOD = {"w": np.ones((2, 3), np.float32), "m": np.zeros(3, np.float32)}
+
+
+def test_a_proper_result_is_admitted():
+    admit.header(RESULT, ORDER, "pi", 1000)
+    admit.weights(GOOD, SPECS, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"device": "other"}, "names device 'other', it came from 'pi'"),
+        ({"sequence": 2}, "its round is closed"),
+        ({"run": "old"}, "its round is closed"),
+        ({"fault": "no memory"}, "could not do it: no memory"),
+        ({"blobs": {}}, r"expected payloads \['features'\], got \[\]"),
+        ({"blobs": {"features": replace(REF, size=1001)}}, "1001 bytes, limit 1000"),
+        ({"data_digest": "ef" * 32}, "samples changed"),
+    ],
+)
+def test_a_result_that_is_not_what_was_ordered_is_refused(change, text):
+    with pytest.raises(AdmissionError, match=text):
+        admit.header(replace(RESULT, **change), ORDER, "pi", 1000)
+
+
+def test_a_device_without_an_order_is_refused():
+    with pytest.raises(AdmissionError, match="has no order"):
+        admit.header(RESULT, None, "pi", 1000)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"w": np.ones((3, 2), np.float32)}, r"'w': expected float32 \[2, 3\], got float32"),
+        ({"w": np.ones((2, 3), np.int64)}, "got int64"),
+        ({"w": np.full((2, 3), np.nan, np.float32)}, "'w' holds NaN"),
+        ({"w": np.full((2, 3), 1e4, np.float32)}, "norm 2.45e"),
+        ({"extra": np.ones(1, np.float32)}, r"\['extra'\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, text):
+    with pytest.raises(AdmissionError, match=text):
+        admit.weights({**GOOD, **change}, SPECS, 1.0)
+
+
+def record(n=4, **change):
+    arrays = {
+        "features": np.arange(n * 6, dtype=np.float32).reshape(n, 2, 3),
+        "logits": np.ones((n, 5), np.float32),
+        "labels": np.arange(n).astype(np.uint16),
+    }
+    return {**arrays, **change}
+
+
+def payload(tmp_path, *records):
+    path = tmp_path / "payload"
+    path.write_bytes(
+        b"".join(tensors.pack([(n, a, "float32") for n, a in r.items()], seed=0) for r in records)
+    )
+    return path
+
+
+def test_features_become_a_shard_in_sample_order(tmp_path):
+    path = payload(tmp_path, record(4), record(1))
+    shard = shelve(path, tmp_path / "shard", samples=5, shape=(2, 3), classes=5)
+    assert len(shard) == 5
+    np.testing.assert_array_equal(shard.features[:4], record(4)["features"])
+    np.testing.assert_array_equal(shard.labels, [0, 1, 2, 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("records", "samples", "text"),
+    [
+        ([record(4)], 5, "features of 4 samples, 5 were announced"),
+        ([record(4), record(4)], 5, "at most 1 were announced"),
+        ([record(features=np.ones((4, 3, 2), np.float32))], 4, r"expected float32 \[4, 2, 3\]"),
+        ([record(logits=np.ones((4, 6), np.float32))], 4, r"logits: expected float32 \[4, 5\]"),
+        ([record(labels=np.full(4, 5, np.uint16))], 4, "label 5 of 5 classes"),
+        ([record(labels=np.arange(3).astype(np.uint16))], 4, "expected float32"),
+        ([{"features": record()["features"]}], 4, "expected features, logits and labels"),
+        ([], 4, "features of 0 samples"),
+    ],
+)
+def test_features_that_do_not_fit_are_refused_and_leave_nothing(tmp_path, records, samples, text):
+    path = payload(tmp_path, *records)
+    with pytest.raises(AdmissionError, match=text):
+        shelve(path, tmp_path / "shard", samples=samples, shape=(2, 3), classes=5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["payload"]
+
+
+def test_a_payload_cut_off_in_transit_is_refused(tmp_path):
+    path = payload(tmp_path, record(4))
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(WireError, match="the file ends"):
+        shelve(path, tmp_path / "shard", samples=4, shape=(2, 3), classes=5)

@@ -1,0 +1,151 @@
+"""The orchestrator's rules: no silent device holds a round, no result counts twice."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator import rounds
+from orchestrator.config import CohortConfig
+from orchestrator.rounds import Close, Finish, Open, Phase, Remind, State
+
+RULES = CohortConfig(min_devices=2, wait_s=10.0, quorum=1.0, deadline_s=100.0)
+
+
+def collecting(*devices: str, rules: CohortConfig = RULES, last: int = 2) -> State:
+    state = State(rounds=last, seed=0)
+    for device in devices:
+        state, _ = rounds.born(state, rules, device, 1, 0.0)
+    state, actions = rounds.ticked(state, rules, 10.0)
+    assert actions == (Open(1, frozenset(devices)),)
+    return state
+
+
+def test_a_cohort_waits_for_the_minimum_and_then_for_latecomers():
+    state = State(rounds=1, seed=0)
+    state, actions = rounds.born(state, RULES, "a", 1, 0.0)
+    assert actions == ()
+    assert rounds.ticked(state, RULES, 1e6)[1] == ()
+    state, actions = rounds.born(state, RULES, "b", 1, 50.0)
+    assert actions == ()
+    state, actions = rounds.born(state, RULES, "c", 1, 55.0)
+    assert actions == ()
+    assert rounds.ticked(state, RULES, 60.0)[1] == (Open(1, frozenset("abc")),)
+
+
+def test_a_full_cohort_does_not_wait_and_is_the_same_for_the_same_seed():
+    rules = CohortConfig(min_devices=2, max_devices=2, wait_s=1e9)
+    state, _ = rounds.born(State(rounds=1, seed=0), rules, "a", 1, 0.0)
+    _, actions = rounds.born(state, rules, "b", 1, 0.0)
+    assert actions == (Open(1, frozenset("ab")),)
+    many = {f"d{i}": 1 for i in range(50)}
+    assert rounds.choose(many, 10, 3, 1) == rounds.choose(dict(reversed(many.items())), 10, 3, 1)
+    assert len(rounds.choose(many, 10, 3, 1)) == 10
+    assert rounds.choose(many, 10, 3, 1) != rounds.choose(many, 10, 3, 2)
+
+
+def test_the_round_closes_when_all_have_returned_and_the_last_one_finishes():
+    state = collecting("a", "b", last=1)
+    state, actions = rounds.returned(state, RULES, "a", 20.0)
+    assert actions == ()
+    state, actions = rounds.returned(state, RULES, "b", 21.0)
+    assert actions == (Close(1, frozenset("ab")),)
+    state, actions = rounds.aggregated(state, RULES, 22.0)
+    assert actions == (Finish(),)
+    assert state.phase is Phase.FINISHED
+
+
+def test_a_quorum_closes_the_round_without_the_slowest():
+    rules = CohortConfig(min_devices=3, wait_s=10.0, quorum=0.66, deadline_s=100.0)
+    state = collecting("a", "b", "c", rules=rules)
+    state, _ = rounds.returned(state, rules, "a", 20.0)
+    _, actions = rounds.returned(state, rules, "c", 20.0)
+    assert actions == (Close(1, frozenset("ac")),)
+
+
+def test_one_silent_device_delays_no_longer_than_the_deadline():
+    state, _ = rounds.returned(collecting("a", "b"), RULES, "a", 20.0)
+    assert rounds.ticked(state, RULES, 109.9)[1] == ()
+    assert rounds.ticked(state, RULES, 110.0)[1] == (Close(1, frozenset("a")),)
+
+
+def test_a_fault_does_not_hold_the_round():
+    state, _ = rounds.returned(collecting("a", "b"), RULES, "a", 20.0)
+    _, actions = rounds.failed(state, RULES, "b", 21.0)
+    assert actions == (Close(1, frozenset("a")),)
+
+
+def test_a_round_in_which_all_fail_is_formed_again_after_a_pause():
+    state, _ = rounds.failed(collecting("a", "b"), RULES, "a", 20.0)
+    state, actions = rounds.failed(state, RULES, "b", 21.0)
+    assert actions == ()
+    assert rounds.ticked(state, RULES, 22.0)[1] == ()
+    assert rounds.ticked(state, RULES, 31.0)[1] == (Open(1, frozenset("ab")),)
+
+
+def test_a_device_that_comes_back_gets_its_order_again_unless_it_has_returned():
+    state = collecting("a", "b")
+    state, _ = rounds.died(state, "a", 1)
+    assert "a" not in state.live
+    state, actions = rounds.born(state, RULES, "a", 2, 30.0)
+    assert actions == (Remind("a"),)
+    state, _ = rounds.returned(state, RULES, "a", 31.0)
+    assert rounds.born(state, RULES, "a", 3, 32.0)[1] == ()
+
+
+def test_the_will_of_an_old_session_does_not_end_a_new_one():
+    state, _ = rounds.born(collecting("a", "b"), RULES, "a", 7, 20.0)
+    assert rounds.died(state, "a", 6) == (state, ())
+    late, actions = rounds.born(state, RULES, "a", 5, 21.0)
+    assert (late, actions) == (state, ())
+    assert "a" not in rounds.died(state, "a", 7)[0].live
+
+
+def test_a_newcomer_waits_for_the_next_round():
+    state, actions = rounds.born(collecting("a", "b"), RULES, "c", 1, 20.0)
+    assert actions == ()
+    for device in "ab":
+        state, _ = rounds.returned(state, RULES, device, 30.0)
+    _, actions = rounds.aggregated(state, RULES, 40.0)
+    assert actions == (Open(2, frozenset("abc")),)
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["born", "died", "returned", "failed", "tick", "aggregated"]),
+        st.sampled_from("abcd"),
+        st.integers(1, 3),
+        st.floats(0, 60),
+    ),
+    max_size=80,
+)
+
+
+@given(EVENTS)
+def test_whatever_happens_rounds_go_up_by_one_and_close_only_with_results(events):
+    state, now, opened, closed = State(rounds=3, seed=0), 0.0, 0, 0
+    for kind, device, session, pause in events:
+        now += pause
+        if kind in ("returned", "failed") and (
+            state.phase is not Phase.COLLECTING
+            or device not in state.cohort - state.returned - state.failed
+        ):
+            continue  # the coordinator asks the store first
+        if kind == "aggregated" and state.phase is not Phase.AGGREGATING:
+            continue
+        state, actions = {
+            "born": lambda s, d=device, n=session, t=now: rounds.born(s, RULES, d, n, t),
+            "died": lambda s, d=device, n=session: rounds.died(s, d, n),
+            "returned": lambda s, d=device, t=now: rounds.returned(s, RULES, d, t),
+            "failed": lambda s, d=device, t=now: rounds.failed(s, RULES, d, t),
+            "tick": lambda s, t=now: rounds.ticked(s, RULES, t),
+            "aggregated": lambda s, t=now: rounds.aggregated(s, RULES, t),
+        }[kind](state)
+        for action in actions:
+            if isinstance(action, Open):
+                opened = action.round
+                assert opened == closed + 1
+                assert len(action.cohort) >= RULES.min_devices
+            if isinstance(action, Close):
+                closed = action.round
+                assert closed == opened
+                assert action.returned
+                assert action.returned <= state.cohort

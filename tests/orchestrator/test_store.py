@@ -1,0 +1,135 @@
+"""A run's folder: it goes on where it stood, and is nobody else's."""
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator.config import RunConfig
+from orchestrator.store import Store, Verdict, last_checkpoint
+from orchestrator.strategies.strategy import State
+from wire.errors import RunError
+from wire.messages import BlobRef, Order, Result
+
+REF = BlobRef("ab" * 32, 1000, 1024)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RunConfig(name="run", heldout=Path("heldout.npz"), runs=tmp_path)
+
+
+@pytest.fixture
+def opened():
+    """Open stores that are closed with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(config):
+            store = Store(config)
+            stack.callback(store.close)
+            return store
+
+        yield make
+
+
+def order(sequence: int) -> Order:
+    return Order("run", sequence, 1, REF, 1, 0.1, 7, {"features": "float32"})
+
+
+def verdict(device: str, sequence: int, accepted: bool) -> Verdict:
+    return Verdict(device, accepted, "", Result(device, "run", sequence, 1, 10))
+
+
+def test_an_open_round_is_restored_with_its_verdicts(config, opened):
+    store = opened(config)
+    assert store.open_attempt() is None
+    assert store.next_sequence() == 1
+    store.begin(1, {"a": order(1), "b": order(1)})
+    store.decide(1, verdict("a", 1, accepted=True))
+    store.close()
+    again = opened(config)
+    attempt = again.open_attempt()
+    assert (attempt.sequence, attempt.round) == (1, 1)
+    assert attempt.orders == {"a": order(1), "b": order(1)}
+    assert attempt.verdicts == {"a": verdict("a", 1, accepted=True)}
+
+
+def test_the_first_word_on_a_result_stands(config, opened):
+    store = opened(config)
+    store.begin(1, {"a": order(1)})
+    store.decide(1, verdict("a", 1, accepted=True))
+    store.decide(1, verdict("a", 1, accepted=False))
+    assert store.verdict(1, "a").accepted
+
+
+def test_checkpoints_come_back_and_blobs_nobody_needs_go(config, opened):
+    store = opened(config)
+    kept, dropped, artifact = (store.blobs.put(text) for text in (b"kept", b"dropped", b"artifact"))
+    store.keep(frozenset([artifact.digest]))
+    assert store.checkpoint() is None
+    for round_ in (1, 2, 3):
+        attempt = store.begin(round_, {"a": order(round_)})
+        state = State({"w": np.full(3, round_, np.float32)}, {"blobs": [kept.digest], "n": round_})
+        store.close_round(attempt, state, {"round": round_})
+    assert [entry["round"] for entry in store.closed_rounds()] == [1, 2, 3]
+    assert store.open_attempt() is None
+    state = store.checkpoint()
+    np.testing.assert_array_equal(state.tensors["w"], [3, 3, 3])
+    assert state.notes == {"blobs": [kept.digest], "n": 3}
+    assert store.blobs.has(kept.digest)
+    assert store.blobs.has(artifact.digest)
+    assert not store.blobs.has(dropped.digest)
+    assert sorted(p.name for p in (config.folder / "checkpoints").iterdir()) == ["0002", "0003"]
+
+
+def test_a_crash_between_checkpoint_and_journal_repeats_the_round(config, opened):
+    store = opened(config)
+    store.begin(1, {"a": order(1)})
+    half = config.folder / "checkpoints" / "0001"  # written, but the journal never heard of it
+    half.mkdir(parents=True)
+    (half / "state.json").write_text("{}")
+    store.close()
+    again = opened(config)
+    assert again.checkpoint() is None
+    attempt = again.open_attempt()
+    again.close_round(attempt, State({"w": np.ones(1, np.float32)}, {}), {"round": 1})
+    assert again.checkpoint().tensors["w"] == 1
+
+
+def test_two_orchestrators_cannot_share_a_run(config, opened):
+    first = opened(config)
+    with pytest.raises(RunError, match="another orchestrator"):
+        opened(config)
+    first.close()
+    opened(config).close()
+
+
+def test_a_run_does_not_go_on_under_another_configuration(config, opened):
+    opened(config).close()
+    opened(replace(config, rounds=config.rounds + 5)).close()
+    with pytest.raises(RunError, match="was started with seed = 0, the configuration says 1"):
+        opened(replace(config, seed=1))
+
+
+def test_a_damaged_checkpoint_is_named(config, opened):
+    store = opened(config)
+    store.close_round(store.begin(1, {}), State({"w": np.ones(1, np.float32)}, {}), {"round": 1})
+    path = config.folder / "checkpoints" / "0001" / "state.safetensors"
+    path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(RunError, match="0001 cannot be read"):
+        store.checkpoint()
+
+
+def test_commands_that_read_say_when_there_is_nothing(tmp_path):
+    with pytest.raises(RunError, match="no round is finished"):
+        last_checkpoint(tmp_path)
+
+
+def test_json_files_are_replaced_whole(config, opened):
+    store = opened(config)
+    store.write_json("status.json", {"a": 1})
+    assert json.loads((config.folder / "status.json").read_text()) == {"a": 1}
+    assert not (config.folder / "status.json.new").exists()

@@ -1,0 +1,102 @@
+"""Command line: `python -m tools.export --model resnet8 --classes 10 --batch 32 --out DIR`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+from tools.export import Adam, Optimizer, Sgd, export
+from wire.errors import ExportError, StillhouseError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export a model; 0 when the artifact is written, 2 when the input is bad."""
+    options = _parser().parse_args(arguments)
+    try:
+        torch.manual_seed(options.seed)
+        module, shape = _build(options.model, options.classes, options.input)
+        artifact = export(
+            module,
+            name=options.model,
+            classes=options.classes,
+            input_shape=shape,
+            batch=options.batch,
+            out=options.out,
+            task=options.task,
+            optimizer=_optimizer(options),
+            mean=options.mean,
+            std=options.std,
+        )
+    except StillhouseError as fault:
+        print(f"export: {fault}", file=sys.stderr)
+        return 2
+    flops = artifact.manifest.graphs["train"].flops / artifact.manifest.batch / 1e6
+    print(f"{artifact.folder}: {artifact.digest}, {flops:.1f} MFLOPs a sample and step")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__)
+    parser.add_argument("--model", required=True, help="a known name, or package.module:factory")
+    parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--batch", type=int, required=True, help="samples a step, fixed")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--task", choices=["distill", "classify"], default="distill")
+    parser.add_argument("--input", type=_ints, help="shape of a sample, like 3,32,32")
+    parser.add_argument("--mean", type=_floats, help="by channel, on the 0..1 scale; default 0.5")
+    parser.add_argument("--std", type=_floats, help="likewise; default 0.25")
+    parser.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd")
+    parser.add_argument("--momentum", type=float, default=0.9, help="sgd")
+    parser.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=None,
+                        help="sgd; default: with momentum")  # fmt: skip
+    parser.add_argument("--beta1", type=float, default=0.9, help="adam")
+    parser.add_argument("--beta2", type=float, default=0.999, help="adam")
+    parser.add_argument("--eps", type=float, default=1e-8, help="adam")
+    parser.add_argument("--weight-decay", type=float, help="default: sgd 0.0005, adam 0")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    return parser
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _optimizer(options: argparse.Namespace) -> Optimizer:
+    decay = options.weight_decay
+    try:
+        if options.optimizer == "adam":
+            return Adam(options.beta1, options.beta2, options.eps, 0.0 if decay is None else decay)
+        nesterov = options.momentum > 0 if options.nesterov is None else options.nesterov
+        return Sgd(options.momentum, nesterov, 0.0005 if decay is None else decay)
+    except ValueError as fault:
+        raise ExportError(str(fault)) from fault
+
+
+def _build(
+    name: str, classes: int, shape: tuple[int, ...] | None
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """A registered model, or whatever the user's own factory returns for the number of classes."""
+    place, colon, factory = name.partition(":")
+    if not colon:
+        chosen = models.input_shape(name) if shape is None else shape
+        return models.build(name, classes=classes, input_shape=chosen), chosen  # type: ignore[arg-type]
+    try:
+        made = getattr(importlib.import_module(place), factory)(classes)
+    except (ImportError, AttributeError) as fault:
+        raise ExportError(f"{name}: cannot be imported ({fault}); name package.module:factory") from fault
+    if not isinstance(made, nn.Module):
+        raise ExportError(f"{name}: expected a torch.nn.Module, got {type(made).__name__}")
+    return made, (3, 32, 32) if shape is None else shape
+
+
+if __name__ == "__main__":
+    sys.exit(main())

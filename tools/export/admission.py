@@ -1,0 +1,117 @@
+"""What a module must be before its training step is compiled; everything else is refused here."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm  # the one class that all batch norms share
+
+from tools.export.step import Tensors
+from wire.errors import ExportError
+
+RESERVED = frozenset(
+    ["x", "y", "lr", "teacher", "alpha", "temperature", "loss", "correct", "logits", "features"]
+)
+_FLOATS = (torch.float64, torch.float16, torch.bfloat16)
+
+
+def admit(
+    module: nn.Module, *, name: str, classes: int, shape: tuple[int, ...], batch: int
+) -> Tensors:
+    """The module's tensors by role.
+
+    Raises:
+        ExportError: the module cannot be trained as it is; the message says what to change.
+    """
+    if batch < 1 or classes < 2 or not shape or min(shape) < 1:
+        raise ExportError(
+            f"{name}: expected a batch of 1 or more, 2 classes or more and a shape like (3, 32, "
+            f"32); got batch {batch}, {classes} classes, shape {shape}"
+        )
+    tensors = _by_role(module, name)
+    _check_norms(module, name, batch)
+    _check_learning(module, name, classes, (batch, *shape), tensors)
+    return tensors
+
+
+def _by_role(module: nn.Module, name: str) -> Tensors:
+    parameters = dict(module.named_parameters())
+    for key, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            remedy = "call .float() on the module" if parameter.dtype in _FLOATS else "use a buffer"
+            raise ExportError(
+                f"{name}: parameter {key!r} is {parameter.dtype}, expected torch.float32; {remedy}"
+            )
+    saved = module.state_dict().keys()
+    buffers: dict[str, Tensor] = {}
+    fixed: dict[str, Tensor] = {}
+    for key, buffer in module.named_buffers():
+        if buffer.dtype in _FLOATS:
+            raise ExportError(
+                f"{name}: buffer {key!r} is {buffer.dtype}, expected torch.float32; "
+                f"call .float() on the module"
+            )
+        own = buffer.dtype == torch.float32 and key in saved
+        (buffers if own else fixed)[key] = buffer
+    tensors = Tensors(parameters, buffers, fixed)
+    if not tensors.trained:
+        raise ExportError(f"{name}: no parameter requires a gradient; there is nothing to train")
+    _check_names(name, [*parameters, *buffers])
+    return tensors
+
+
+def _check_names(name: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        if key in RESERVED or key.startswith("optim.") or key.endswith(".next"):
+            raise ExportError(
+                f"{name}: a tensor is called {key!r}, which the compiled step uses itself; "
+                f"rename the attribute"
+            )
+
+
+def _check_norms(module: nn.Module, name: str, batch: int) -> None:
+    for path, part in module.named_modules():
+        if not isinstance(part, _BatchNorm):
+            continue
+        if batch == 1:
+            raise ExportError(
+                f"{name}: {path!r} is a batch norm, which has no variance over a batch of 1; "
+                f"export with a batch of 2 or more, or use GroupNorm"
+            )
+        if part.momentum is None and part.track_running_stats:
+            raise ExportError(
+                f"{name}: {path!r} is a batch norm with a cumulative average (momentum=None), "
+                f"whose step depends on a counter; give it a momentum, such as 0.1"
+            )
+
+
+def _check_learning(
+    module: nn.Module, name: str, classes: int, shape: tuple[int, ...], tensors: Tensors
+) -> None:
+    """One real forward and backward pass on a copy: shapes, and who gets a gradient."""
+    module = copy.deepcopy(module).train()
+    random = torch.Generator().manual_seed(0)
+    try:
+        logits = module(torch.randn(shape, generator=random))
+    except (RuntimeError, ValueError, TypeError, IndexError) as fault:
+        raise ExportError(
+            f"{name}: its forward pass fails on a batch of shape {shape}: {fault}"
+        ) from fault
+    expected = (shape[0], classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ExportError(
+            f"{name}: expected logits of shape {expected}, got {got}; state the number of classes "
+            f"that the network has"
+        )
+    labels = torch.arange(shape[0]) % classes
+    F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+    own = dict(module.named_parameters())
+    idle = [key for key in tensors.trained if own[key].grad is None]
+    if idle:
+        raise ExportError(
+            f"{name}: parameter {idle[0]!r} gets no gradient ({len(idle)} such); remove it, or set "
+            f"requires_grad=False to send it along unchanged"
+        )
