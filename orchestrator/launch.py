@@ -13,19 +13,18 @@ import models
 from edge_agent import data
 from edge_agent.data import Preprocess
 from orchestrator import broker, fleet
-from orchestrator.config import RunConfig
+from orchestrator.config import DeviceConfig, RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.report import Report
 from orchestrator.store import Store
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import HeldOut, Task
-from tools.export import export
+from tools.export import Adam, Optimizer, Sgd, export
 from wire.artifact import Artifact, open_artifact
 from wire.link import BrokerAddress
 
 log = logging.getLogger("orchestrator")
 
-TASKS = {"fedgkt": "distill", "fedavg": "classify", "local": "classify"}
 
 
 def run(
@@ -113,7 +112,7 @@ def read_heldout(config: RunConfig) -> HeldOut:
     device = config.device
     images = data.load(config.heldout, classes=device.classes, input_shape=device.input)
     most = config.heldout_limit or len(images.y)
-    pixels, y = images.x[:most], images.y[:most]
+    pixels, y = images.x[:most], images.y[:most].copy()
     x = np.empty((len(y), *device.input), np.float32)
     Preprocess(device.mean, device.std)(pixels, out=x)
     return HeldOut(torch.from_numpy(x), torch.from_numpy(y))
@@ -137,10 +136,8 @@ def prepare_artifact(config: RunConfig, store: Store) -> Artifact:
             classes=device.classes,
             input_shape=device.input,
             batch=device.batch,
-            task=TASKS[config.strategy],
-            optimizer=device.optimizer,
-            momentum=device.momentum,
-            weight_decay=device.weight_decay,
+            task="distill" if config.strategy == "fedgkt" else "classify",
+            optimizer=_optimizer(device),
             mean=device.mean,
             std=device.std,
             out=folder,
@@ -153,6 +150,12 @@ def prepare_artifact(config: RunConfig, store: Store) -> Artifact:
             shutil.copyfile(folder / name, store.blobs.path(digest))
     store.keep(frozenset(digests.values()))
     return artifact
+
+
+def _optimizer(device: DeviceConfig) -> Optimizer:
+    if device.optimizer == "adam":
+        return Adam(weight_decay=device.weight_decay)
+    return Sgd(device.momentum, nesterov=device.momentum > 0, weight_decay=device.weight_decay)
 
 
 def task(

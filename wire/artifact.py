@@ -126,6 +126,14 @@ class Preprocess:
         if not all(math.isfinite(s) and s > 0 for s in self.std):
             raise ValueError(f"std: expected numbers over 0, got {self.std}")
 
+    def check(self, *, channels: int) -> None:
+        """Raise ValueError unless there is one mean and one std a channel."""
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(
+                f"preprocess: expected a mean and a std for each of {channels} channels, got "
+                f"{len(self.mean)} and {len(self.std)}"
+            )
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -169,9 +177,7 @@ class Manifest:
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= 1 << 16:
             raise ValueError(f"batch: expected 1 to {1 << 16}, got {self.batch}")
-        channels = self.model.input[0]
-        if len(self.preprocess.mean) != channels or len(self.preprocess.std) != channels:
-            raise ValueError(f"preprocess: expected a mean and a std for {channels} channels")
+        self.preprocess.check(channels=self.model.input[0])
         _check_names("state", self.state)
         for spec in self.state:
             if spec.role not in STATE_ROLES or spec.dtype != "float32":
@@ -364,6 +370,6 @@ def _check_names(what: str, specs: tuple[TensorSpec, ...]) -> None:
 
 def _expect(what: str, got: tuple[TensorSpec, ...], expected: list[TensorSpec]) -> None:
     if set(got) != set(expected):
-        odd = sorted(set(got) ^ set(expected), key=lambda spec: spec.name)[0]
+        odd = min(set(got) ^ set(expected), key=lambda spec: spec.name)
         side = "unexpected or ill-shaped" if odd in got else "missing or ill-shaped"
         raise ValueError(f"{what}: {side} {odd.name!r} {odd.dtype} {list(odd.shape)} {odd.role}")

@@ -14,10 +14,12 @@ loses what the broker took since the last write, although it had acknowledged it
 state in memory, listens on loopback only, and has the limits listed in `embedded.py`.
 """
 
+import contextlib
 import errno
 import ipaddress
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -37,7 +39,8 @@ _STOP_S = 10.0
 # CONNECT, MQTT 3.1.1, clean session, keep-alive 5 s, no client id, no user: whatever the broker
 # makes of it, it answers with a CONNACK.
 _CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
-_CONNACK = 0x20
+_CONNACK = (b"\x20",)
+_TLS_RECORDS = (b"\x15", b"\x16")  # alert, handshake
 
 
 class Broker:
@@ -221,12 +224,22 @@ def _python_path() -> str:
 
 
 def _answers(host: str, port: int, *, encrypted: bool) -> bool:
-    """Whether a broker answers a CONNECT; with TLS, whether the port is open."""
+    """Whether a broker answers there: a CONNECT with a CONNACK, or a TLS greeting with a record.
+
+    An open port proves nothing: Mosquitto listens before it reads its certificates.
+    """
     try:
         with socket.create_connection((host, port), timeout=1.0) as connection:
-            if encrypted:
-                return True
-            connection.sendall(_CONNECT)
-            return connection.recv(1)[:1] == bytes([_CONNACK])
+            connection.sendall(_client_hello() if encrypted else _CONNECT)
+            return connection.recv(1) in (_TLS_RECORDS if encrypted else _CONNACK)
     except OSError:
         return False
+
+
+def _client_hello() -> bytes:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False  # nothing is said after it, so nobody need be trusted
+    greeting = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), greeting).do_handshake()
+    return greeting.read()

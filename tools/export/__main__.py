@@ -92,7 +92,9 @@ def _build(
     try:
         made = getattr(importlib.import_module(place), factory)(classes)
     except (ImportError, AttributeError) as fault:
-        raise ExportError(f"{name}: cannot be imported ({fault}); name package.module:factory") from fault
+        raise ExportError(
+            f"{name}: cannot be imported ({fault}); name package.module:factory"
+        ) from fault
     if not isinstance(made, nn.Module):
         raise ExportError(f"{name}: expected a torch.nn.Module, got {type(made).__name__}")
     return made, (3, 32, 32) if shape is None else shape

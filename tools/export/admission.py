@@ -37,7 +37,7 @@ def admit(
 
 
 def _by_role(module: nn.Module, name: str) -> Tensors:
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
     for key, parameter in parameters.items():
         if parameter.dtype != torch.float32:
             remedy = "call .float() on the module" if parameter.dtype in _FLOATS else "use a buffer"

@@ -5,6 +5,7 @@ that repeats an earlier one (same operator, inputs and attributes) is that earli
 are shared by content. Nodes that no output needs are dropped in the end.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+
+Array = NDArray[Any]
 
 OPSET = 18  # the newest that every onnxruntime since 1.15 runs
 IR_VERSION = 9
@@ -67,6 +70,7 @@ class Graph:
         self._constant_names: dict[tuple[Any, ...], Value] = {}
         self._inputs: dict[str, Value] = {}
         self._outputs: dict[str, Value] = {}
+        self._small: dict[str, Value] = {}
         self._count = 0
 
     def input(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Value:
@@ -81,7 +85,7 @@ class Graph:
 
     def constant(self, value: Any, dtype: torch.dtype = torch.float32) -> Value:
         """A constant tensor of anything numpy can make an array of."""
-        array: NDArray[Any] = np.array(value, dtype=_NUMPY_TYPES[dtype], order="C")
+        array: Array = np.array(value, dtype=_NUMPY_TYPES[dtype], order="C")
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constant_names:
             name = f"c{len(self._constants)}"
@@ -122,6 +126,18 @@ class Graph:
             self._nodes.append(_Node(op, names, tuple(v.name for v in results), pairs))
             self._known[key] = tuple(results)
         return self._known[key]
+
+    def expand(self, value: Value, shape: Sequence[int]) -> Value:
+        """Broadcast to a shape; `small` finds the value again."""
+        if tuple(shape) == value.shape:
+            return value
+        wide = self.node("Expand", value, self.ints(shape), shape=shape, dtype=value.dtype)
+        self._small[wide.name] = self.small(value)
+        return wide
+
+    def small(self, value: Value) -> Value:
+        """What the value was before it was expanded: enough for an operator that broadcasts."""
+        return self._small.get(value.name, value)
 
     def build(self, name: str) -> onnx.ModelProto:
         """The checked model, with the live nodes, constants and inputs only."""
@@ -186,3 +202,29 @@ def _wanted(outputs: tuple[str, ...], needed: set[str]) -> tuple[str, ...]:
 def onnx_type(dtype: torch.dtype) -> int:
     """The number ONNX gives to a torch type."""
     return int(_ONNX_TYPES[dtype])
+
+
+def count_flops(model: onnx.ModelProto) -> int:
+    """2 x multiply-accumulates of the Conv, ConvTranspose, MatMul and Gemm nodes, in one run."""
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    shapes = {
+        info.name: [d.dim_value for d in info.type.tensor_type.shape.dim]
+        for info in [*inferred.input, *inferred.value_info, *inferred.output]
+    }
+    shapes |= {constant.name: list(constant.dims) for constant in inferred.initializer}
+    return sum(_flops(node, shapes) for node in inferred.node)
+
+
+def _flops(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
+    if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm"}:
+        return 0
+    left, right = shapes[node.input[0]], shapes[node.input[1]]
+    out = shapes[node.output[0]]
+    if node.op_type == "Conv":  # weight (outputs, inputs / groups, *kernel)
+        return 2 * math.prod(out) * math.prod(right[1:])
+    if node.op_type == "ConvTranspose":  # weight (inputs, outputs / groups, *kernel)
+        return 2 * math.prod(left) * math.prod(right[1:])
+    if node.op_type == "MatMul":
+        return 2 * math.prod(out) * left[-1]
+    flipped = any(a.name == "transA" and a.i for a in node.attribute)
+    return 2 * math.prod(out) * left[0 if flipped else 1]

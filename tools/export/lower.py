@@ -1,23 +1,36 @@
-"""From a traced list of ATen operators to an ONNX graph, one rule an operator."""
+"""From a function of tensors to an ONNX graph: trace to ATen operators, then one rule an operator.
 
+`make_fx` runs the function on tensors without data and notes every operator, those of the backward
+pass included. `functionalize` turns writes in place (ReLU(inplace=True), counters) into new values.
+PyTorch's own decompositions take the operators that have no rule of ours down to its core set.
+
+What stays in place is batch norm's update of the running statistics, hidden in its kernel; `lower`
+gives the changed buffers their new values.
+"""
+
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch._decomp import core_aten_decompositions
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from tools.export.graph import Graph, Spec, Value
 from tools.export.rules import RULES
 from tools.export.rules.registry import Unsupported
-from tools.export.trace import module_of
 from wire.errors import ExportError
 
 aten: Any = torch.ops.aten
+_PATH = "stillhouse_module"  # key in a node's meta: the path of the module that ran it
+_NOWHERE = "\0"
 
 _REMEDIES = {
     "dropout": "a compiled step has no random numbers; leave dropout out, or set p=0",
-    "bernoulli": "a compiled step has no random numbers; leave the noise out",
+    "bernoulli": "a compiled step has no random numbers; leave dropout out, or set p=0",
     "rand": "a compiled step has no random numbers; leave the noise out",
     "adaptive_max_pool": "use MaxPool2d with a fixed kernel",
     "upsample": "use nearest-neighbour upsampling by a whole factor",
@@ -25,6 +38,44 @@ _REMEDIES = {
     "scatter": "use slices and concat",
     "_local_scalar_dense": "the shapes and the flow of a compiled step are fixed; avoid .item()",
 }
+
+
+def trace(
+    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], module: nn.Module
+) -> fx.GraphModule:
+    """The operators that `function` runs on `inputs`; `module` is what it calls, for messages.
+
+    Raises:
+        ExportError: the function looks at its data.
+    """
+    table = {op: how for op, how in _core() if op not in RULES}
+    marks: list[tuple[int, str]] = []
+    hooks = []
+    for path, part in module.named_modules():
+        hooks.append(part.register_forward_pre_hook(functools.partial(_enter, marks, path)))
+        hooks.append(part.register_forward_hook(functools.partial(_leave, marks, path)))
+    try:
+        graph = make_fx(
+            functionalize(function, remove="mutations_and_views"),
+            decomposition_table=table,
+            tracing_mode="fake",
+            _allow_non_fake_inputs=True,
+        )(*(tensor.detach().clone() for tensor in inputs))
+    except RuntimeError as fault:
+        raise ExportError(
+            f"the model cannot be traced ({str(fault).strip().splitlines()[0]}); a compiled step "
+            f"has fixed shapes and a fixed flow: no branch, loop or .item() that depends on data"
+        ) from fault
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _note_paths(graph.graph, marks)
+    graph.graph.eliminate_dead_code()
+    return graph
+
+
+def _core() -> list[tuple[Any, Callable[..., Any]]]:
+    return list(core_aten_decompositions().items())  # type: ignore[no-untyped-call]
 
 
 def lower(g: Graph, traced: fx.GraphModule, inputs: Sequence[Value]) -> list[Value]:
@@ -59,22 +110,21 @@ def _apply(g: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     name = str(node.target).removesuffix(".default")
     rule = RULES.get(node.target)  # type: ignore[call-overload]
     if rule is None:
-        raise ExportError(f"{name} in {module_of(node)} cannot be compiled; {_remedy(name)}")
+        raise ExportError(f"{name} in {_module_of(node)} cannot be compiled; {_remedy(name)}")
     arguments = fx.node.map_arg(node.args, values.__getitem__)
     settings = fx.node.map_arg(node.kwargs, values.__getitem__)
     try:
         result = rule(g, _spec(node), *arguments, **settings)
     except Unsupported as fault:
-        raise ExportError(f"{name} in {module_of(node)} cannot be compiled: {fault}") from fault
+        raise ExportError(f"{name} in {_module_of(node)} cannot be compiled: {fault}") from fault
     except KeyError as fault:
         raise ExportError(
-            f"{name} in {module_of(node)} makes {fault.args[0]} tensors; a compiled step has "
+            f"{name} in {_module_of(node)} makes {fault.args[0]} tensors; a compiled step has "
             f"float32, float64, int32, int64 and bool"
         ) from fault
     if node.target is aten.native_batch_norm.default:
-        for place, new in zip((3, 4), result[3:], strict=True):
-            if isinstance(node.args[place], fx.Node):
-                values[node.args[place]] = new
+        changed = zip(node.args[3:5], result[3:], strict=True)
+        values |= {buffer: new for buffer, new in changed if isinstance(buffer, fx.Node)}
     return result
 
 
@@ -93,3 +143,47 @@ def _remedy(name: str) -> str:
         if word in name:
             return remedy
     return "write it with other operators, or add a rule for it to tools/export/rules"
+
+
+def _module_of(node: fx.Node) -> str:
+    """Where an operator comes from, in words: a module's path, or that it is a gradient of one."""
+    backward = False
+    seen = {node}
+    level = [node]
+    while level:
+        for candidate in level:
+            path = candidate.meta.get(_PATH)
+            if path is not None:
+                where = f"module {path!r}" if path else "the model's own forward"
+                return f"the gradient of {where}" if backward else where
+        backward = True
+        level = [i for n in level for i in n.all_input_nodes if i not in seen]
+        seen.update(level)
+    return "the training step"
+
+
+def _count() -> int:
+    mode = get_proxy_mode()
+    return 0 if mode is None else len(mode.tracer.graph.nodes)
+
+
+def _enter(marks: list[tuple[int, str]], path: str, _: nn.Module, __: Any) -> None:
+    marks.append((_count(), path))
+
+
+def _leave(marks: list[tuple[int, str]], path: str, _: nn.Module, __: Any, ___: Any) -> None:
+    outer = None if not path else path.rpartition(".")[0]
+    marks.append((_count(), _NOWHERE if outer is None else outer))
+
+
+def _note_paths(graph: fx.Graph, marks: list[tuple[int, str]]) -> None:
+    """Each mark names the module that runs from the given number of nodes on."""
+    path = _NOWHERE
+    waiting = iter([*marks, (len(graph.nodes) + 1, _NOWHERE)])
+    at, following = next(waiting)
+    for number, node in enumerate(graph.nodes):
+        while at <= number:
+            path = following
+            at, following = next(waiting)
+        if path != _NOWHERE and node.op == "call_function":
+            node.meta[_PATH] = path

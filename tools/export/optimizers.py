@@ -37,7 +37,10 @@ class Sgd:
     def settings(self) -> OptimizerSettings:
         """As the manifest writes it."""
         return OptimizerSettings(
-            "sgd", self.weight_decay, momentum=self.momentum, nesterov=self.nesterov
+            "sgd",
+            float(self.weight_decay),
+            momentum=float(self.momentum),
+            nesterov=self.nesterov,
         )
 
     def initial(self, parameters: Mapping[str, Tensor]) -> State:
@@ -47,7 +50,11 @@ class Sgd:
         return {f"optim.momentum.{name}": torch.zeros_like(p) for name, p in parameters.items()}
 
     def update(
-        self, parameters: Mapping[str, Tensor], grads: Mapping[str, Tensor], state: State, lr: Tensor
+        self,
+        parameters: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        state: State,
+        lr: Tensor,
     ) -> tuple[State, State]:
         """New parameters and new state."""
         new, changed = {}, {}
@@ -88,7 +95,11 @@ class Adam:
     def settings(self) -> OptimizerSettings:
         """As the manifest writes it."""
         return OptimizerSettings(
-            "adam", self.weight_decay, beta1=self.beta1, beta2=self.beta2, eps=self.eps
+            "adam",
+            float(self.weight_decay),
+            beta1=float(self.beta1),
+            beta2=float(self.beta2),
+            eps=float(self.eps),
         )
 
     def initial(self, parameters: Mapping[str, Tensor]) -> State:
@@ -98,7 +109,11 @@ class Adam:
         return {**first, **second, STEP: torch.zeros(())}
 
     def update(
-        self, parameters: Mapping[str, Tensor], grads: Mapping[str, Tensor], state: State, lr: Tensor
+        self,
+        parameters: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        state: State,
+        lr: Tensor,
     ) -> tuple[State, State]:
         """New parameters and new state."""
         step = state[STEP] + 1

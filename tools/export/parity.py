@@ -1,20 +1,29 @@
 """Does the compiled step do what PyTorch does? Five steps side by side after every export.
 
-From one start, on the same random batches: PyTorch's modules, autograd and torch.optim in float32,
-the same in float64, and the compiled graph in ONNX Runtime. Every parameter, buffer and optimizer
-tensor must then satisfy
+PyTorch's own modules, autograd and torch.optim train for five steps on random batches. The compiled
+step runs each of them from the same state. After each, every parameter, buffer and optimizer tensor
+must satisfy
 
-    max |onnx - torch32| <= 1e-4 * max(max |torch32|, 1e-6) + 4 * max |torch32 - torch64|
+    max |onnx - torch| <= 1e-4 * max(max |torch|, 1e-6) + 4 * noise
 
-The second term is PyTorch's own rounding error after these steps. Without it no exporter could
-pass: a convolution's bias before batch norm has gradient zero, in floats a rounding error, which
-Adam divides by its own size, so that its sign decides where the bias goes; and a value on the edge
-of a ReLU or on a tie of a max pooling falls to either side. Where float32 is well-conditioned the
-term vanishes against the first.
+where noise is the largest difference between that PyTorch step and three more of its own, whose
+images and weights are multiplied by 1 + 1e-6 * N(0, 1). It is nearly 0 for what depends smoothly on
+them, the running statistics for one. It is not where two correct programs may differ: an activation
+within a rounding error of 0 falls to either side of a ReLU, and one such flip among the 1.7 million
+of ResNet-8 at batch 8 moves a filter's gradient by 0.8 %; and a convolution's bias before batch norm
+has gradient 0, in floats a rounding error, which Adam divides by its own size.
+
+Each step starts anew from PyTorch's state because training is chaotic: run freely for five steps,
+ResNet-19 under Adam ends up as far from itself after such a perturbation as its gradients are
+large, and no comparison would say anything.
+
+The perturbed steps have about thirty times as many flips as ONNX Runtime has. Should it have one
+where they had none, other batches are tried, three times in all; a wrong rule fails on each.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +43,21 @@ from wire.errors import ExportError
 STEPS = 5
 TOLERANCE = 1e-4
 FLOOR = 1e-6
+PERTURBATION = 1e-6
+PERTURBED_RUNS = 3
 NOISE = 4.0
+TRIALS = 3
 LR = 0.01
 ALPHA = 0.5
 TEMPERATURE = 3.0
 
 Array = NDArray[Any]
 Named = dict[str, Array]
+
+_SETTINGS = {
+    name: np.array(value, np.float32)
+    for name, value in {"lr": LR, "alpha": ALPHA, "temperature": TEMPERATURE}.items()
+}
 
 
 @dataclass(frozen=True)
@@ -67,120 +84,152 @@ def check(
     Raises:
         ExportError: a tensor differs by more than the bound; the message names it.
     """
-    batches = _batches(manifest)
-    single = _eager(module, optimizer, manifest, batches, torch.float32)
-    double = _eager(module, optimizer, manifest, batches, torch.float64)
-    compiled = _compiled(manifest, folder, batches, start)
-    missing = set(single) - set(compiled)
-    if missing:
-        raise ExportError(f"the compiled step lacks {sorted(missing)}")
-    differences = [_compare(n, compiled[n], single[n], double[n]) for n in sorted(single)]
-    worst = max(differences, key=lambda difference: difference.share)
-    if not worst.share <= 1:
-        raise ExportError(
-            f"{manifest.model.name}: the compiled step differs from PyTorch after {STEPS} steps: "
-            f"{worst}, {worst.share:.1f} times the bound; nothing was written. Report the model, "
-            f"or leave out the last operator added to it"
-        )
-    return worst
+    with _one_thread():
+        for trial in range(TRIALS):
+            worst = _trial(module, optimizer, manifest, folder, start, seed=trial)
+            if worst.share <= 1:
+                return worst
+    raise ExportError(
+        f"{manifest.model.name}: the compiled step differs from PyTorch after {STEPS} steps: "
+        f"{worst}, {worst.share:.1f} times the bound; nothing was written. Report the model, or "
+        f"leave out the last operator added to it"
+    )
 
 
-def _compare(name: str, got: Array, single: Array, double: Array) -> Difference:
-    scale = float(np.abs(single).max())
-    largest = float(np.abs(got.astype(np.float64) - single).max())
-    noise = float(np.abs(single - double).max())
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The outcome must not depend on the number of cores; nor must two threads share a busy one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trial(
+    module: nn.Module, optimizer: Optimizer, manifest: Manifest, folder: Path, start: Named, *,
+    seed: int,
+) -> Difference:  # fmt: skip
+    random = np.random.default_rng(seed)
+    runs = {name: _session(manifest, folder, name) for name in manifest.graphs}
+    module = copy.deepcopy(module).train()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    eager = _Eager(module, optimizer.reference(trained, LR), manifest)
+    differences = []
+    state = start
+    for step in range(STEPS):
+        batch = _batch(manifest, random)
+        others = []
+        for _ in range(PERTURBED_RUNS):
+            near = {**batch, "x": batch["x"] * _near_one(random, batch["x"].shape)}
+            others.append(copy.deepcopy(eager).perturbed(random).step(near))
+        exact = eager.step(batch)
+        out = runs["train"]({**batch, **_SETTINGS, **state})
+        compiled = {name: out[f"{name}.next"] for name in state}
+        compiled |= {"loss": out["loss"], "correct": out["correct"]}
+        state = {name: exact[name] for name in state}
+        for name in sorted(set(runs) - {"train"}):
+            out = runs[name]({"x": batch["x"], **state})
+            compiled |= {f"{key} of {name}": value for key, value in out.items()}
+        if set(exact) != set(compiled):
+            odd = sorted(set(exact) ^ set(compiled))
+            raise ExportError(f"{manifest.model.name}: only one side has the tensors {odd}")
+        differences += [
+            _compare(f"{name} at step {step + 1}", compiled[name], value, [o[name] for o in others])
+            for name, value in exact.items()
+        ]
+    return max(differences, key=lambda difference: difference.share)
+
+
+def _near_one(random: np.random.Generator, shape: Sequence[int]) -> Array:
+    return 1 + np.float32(PERTURBATION) * random.standard_normal(shape, dtype=np.float32)
+
+
+def _compare(name: str, got: Array, exact: Array, others: Sequence[Array]) -> Difference:
+    scale = float(np.abs(exact).max())
+    largest = float(np.abs(got - exact).max())
+    noise = max(float(np.abs(other - exact).max()) for other in others)
     bound = TOLERANCE * max(scale, FLOOR) + NOISE * noise
-    share = largest / bound if np.isfinite(got).all() and np.isfinite(bound) else float("inf")
+    share = largest / bound if np.isfinite(largest) and np.isfinite(bound) else float("inf")
     return Difference(name, largest, scale, share)
 
 
-def _batches(manifest: Manifest) -> list[Named]:
-    random = np.random.default_rng(0)
+def _batch(manifest: Manifest, random: np.random.Generator) -> Named:
     batch, classes = manifest.batch, manifest.model.classes
-    return [
-        {
-            "x": random.standard_normal((batch, *manifest.model.input), dtype=np.float32),
-            "y": random.integers(0, classes, batch),
-            "teacher": 3 * random.standard_normal((batch, classes), dtype=np.float32),
-        }
-        for _ in range(STEPS)
-    ]
+    return {
+        "x": random.standard_normal((batch, *manifest.model.input), dtype=np.float32),
+        "y": random.integers(0, classes, batch),
+        "teacher": 3 * random.standard_normal((batch, classes), dtype=np.float32),
+    }
 
 
-def _eager(
-    module: nn.Module, optimizer: Optimizer, manifest: Manifest, batches: Sequence[Named],
-    dtype: torch.dtype,
-) -> Named:  # fmt: skip
-    module = copy.deepcopy(module).to(dtype).train()
-    named = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    reference = optimizer.reference(named.values(), LR)
-    results: Named = {}
-    for number, batch in enumerate(batches):
-        x, teacher = torch.tensor(batch["x"], dtype=dtype), torch.tensor(batch["teacher"], dtype=dtype)
-        y = torch.tensor(batch["y"])
-        logits = module(x)
+class _Eager:
+    """A module and its optimizer in PyTorch."""
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, manifest: Manifest
+    ) -> None:
+        self.module, self.optimizer, self.manifest = module, optimizer, manifest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Eager":
+        module, optimizer = copy.deepcopy((self.module, self.optimizer), memo)
+        return _Eager(module, optimizer, self.manifest)
+
+    def perturbed(self, random: np.random.Generator) -> "_Eager":
+        with torch.no_grad():
+            for parameter in self.module.parameters():
+                parameter.mul_(torch.tensor(_near_one(random, parameter.shape)))
+        return self
+
+    def step(self, batch: Named) -> Named:
+        """One step; the state after it, the metrics, and what evaluation then gives."""
+        x, y, teacher = (torch.tensor(batch[key]) for key in ("x", "y", "teacher"))
+        logits = self.module.train()(x)
         value = F.cross_entropy(logits, y)
-        if manifest.task == "distill":
+        if self.manifest.task == "distill":
             student = F.log_softmax(logits / TEMPERATURE, 1)
             target = F.softmax(teacher / TEMPERATURE, 1)
             kl = F.kl_div(student, target, reduction="batchmean")
             value = value + ALPHA * TEMPERATURE**2 * kl
-        reference.zero_grad()
+        self.optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
-        reference.step()
-        results[f"loss of step {number + 1}"] = value.detach().numpy()
-        correct = (logits.argmax(1) == y).sum()
-        results[f"correct of step {number + 1}"] = correct.numpy().astype(np.float64)
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    tensors = {spec.name: own[spec.name] for spec in manifest.state_of("parameter", "buffer")}
-    tensors |= _optimizer_state(reference, named)
-    module.eval()
-    with torch.no_grad():
-        x = torch.tensor(batches[0]["x"], dtype=dtype)
-        tensors["logits of eval"] = module(x)
-        if manifest.features is not None and isinstance(module, SplitModel):
-            tensors["features of extract"], tensors["logits of extract"] = module.extract(x)
-    return results | {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+        self.optimizer.step()
+        tensors = {"loss": value, "correct": (logits.argmax(1) == y).sum().float()}
+        tensors |= self._state()
+        self.module.eval()
+        with torch.no_grad():
+            tensors["logits of eval"] = self.module(x)
+            if isinstance(self.module, SplitModel):
+                tensors["features of extract"], tensors["logits of extract"] = self.module.extract(
+                    x
+                )
+        return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
-
-def _optimizer_state(
-    reference: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """PyTorch's optimizer state under the manifest's names."""
-    tensors: dict[str, Tensor] = {}
-    words = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-    for name, parameter in named.items():
-        state = reference.state[parameter]
-        for key, word in words.items():
-            if isinstance(state.get(key), Tensor):
-                tensors[f"optim.{word}.{name}"] = state[key]
-        if "step" in state:
-            tensors[STEP] = state["step"]
-    return tensors
-
-
-def _compiled(manifest: Manifest, folder: Path, batches: Sequence[Named], start: Named) -> Named:
-    settings = {"lr": LR, "alpha": ALPHA, "temperature": TEMPERATURE}
-    scalars = {name: np.array(value, np.float32) for name, value in settings.items()}
-    results: Named = {}
-    state = dict(start)
-    run = _session(manifest, folder, "train")
-    for number, batch in enumerate(batches):
-        out = run({**batch, **scalars, **state})
-        state = {name: out[f"{name}.next"] for name in state}
-        results[f"loss of step {number + 1}"] = out["loss"]
-        results[f"correct of step {number + 1}"] = out["correct"]
-    results |= state
-    for graph in sorted(set(manifest.graphs) - {"train"}):
-        out = _session(manifest, folder, graph)({"x": batches[0]["x"], **state})
-        results |= {f"{name} of {graph}": value for name, value in out.items()}
-    return results
+    def _state(self) -> dict[str, Tensor]:
+        """Parameters, buffers and the optimizer's state under the manifest's names."""
+        parameters = dict(self.module.named_parameters())
+        own = {**parameters, **dict(self.module.named_buffers())}
+        tensors = {
+            spec.name: own[spec.name] for spec in self.manifest.state_of("parameter", "buffer")
+        }
+        words = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+        for name, parameter in parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            for key, word in words.items():
+                if isinstance(state.get(key), Tensor):
+                    tensors[f"optim.{word}.{name}"] = state[key]
+            if "step" in state:
+                tensors[STEP] = state["step"]
+        return tensors
 
 
 def _session(manifest: Manifest, folder: Path, name: str) -> Callable[[Named], Named]:
     graph = manifest.graphs[name]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(
-        folder / graph.file, providers=["CPUExecutionProvider"]
+        folder / graph.file, options, providers=["CPUExecutionProvider"]
     )
     outputs = [spec.name for spec in graph.outputs]
 

@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
 
+from tools.export.lower import trace
 from tools.export.optimizers import Optimizer
-from tools.export.trace import trace
 
 Task = Literal["distill", "classify"]
 
@@ -56,6 +56,7 @@ def loss(
 def trace_train(
     module: nn.Module,
     tensors: Tensors,
+    *,
     task: Task,
     optimizer: Optimizer,
     state: Mapping[str, Tensor],
@@ -77,7 +78,9 @@ def trace_train(
         held = dict(zip(names, rest[3 if scalars else 0 :], strict=True))
         frozen = {n: held[n] for n in tensors.parameters if n not in tensors.trained}
 
-        def objective(trained: dict[str, Tensor]) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
+        def objective(
+            trained: dict[str, Tensor],
+        ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
             buffers = {n: held[n].clone() for n in (*tensors.buffers, *tensors.fixed)}
             logits = functional_call(module, {**trained, **frozen, **buffers}, (x,))
             return loss(logits, y, teacher, alpha, temp), (buffers, logits)
@@ -108,9 +111,7 @@ class _Extract(nn.Module):
         return features, logits
 
 
-def trace_eval(
-    module: nn.Module, tensors: Tensors, x: Tensor, *, extract: bool
-) -> fx.GraphModule:
+def trace_eval(module: nn.Module, tensors: Tensors, x: Tensor, *, extract: bool) -> fx.GraphModule:
     """Evaluation mode: (x, parameters, buffers, fixed) -> logits, or features and logits."""
     held = {**tensors.parameters, **tensors.buffers, **tensors.fixed}
     called = _Extract(module) if extract else module

@@ -13,6 +13,8 @@ image). For dx at stride 1 the transposed convolution is a convolution with the 
 which has the faster implementation.
 """
 
+# ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
+
 import itertools
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,7 @@
 """Arithmetic, comparisons and activations: one value in, one value out, with broadcasting."""
 
+# ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
+
 import math
 from typing import Any
 
@@ -25,9 +27,14 @@ def operand(g: Graph, value: Operand, dtype: torch.dtype) -> Value:
 
 
 def binary(g: Graph, op: str, a: Value, b: Value) -> Value:
-    """An arithmetic node on two values of one type."""
-    shape = torch.broadcast_shapes(a.shape, b.shape)
-    return g.node(op, a, b, shape=tuple(shape), dtype=a.dtype)
+    """An arithmetic node on two values of one type, done before they are expanded."""
+    left, right = g.small(a), g.small(b)
+    small = g.node(op, left, right, shape=_broadcast(left, right), dtype=a.dtype)
+    return g.expand(small, _broadcast(a, b))
+
+
+def _broadcast(a: Spec, b: Spec) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(a.shape, b.shape))  # type: ignore[no-untyped-call]
 
 
 def mul(g: Graph, a: Value, b: Operand) -> Value:
@@ -60,7 +67,7 @@ def _arithmetic(op: str, *operators: Any) -> None:
         left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
         if alpha != 1:
             right = mul(g, right, alpha)
-        return g.node(op, left, right, shape=out.shape, dtype=out.dtype)
+        return binary(g, op, left, right)
 
     rule(*operators)(lower)
 
@@ -251,11 +258,8 @@ _same(aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.contiguous.def
 
 
 def _filled(g: Graph, out: Spec, number: float) -> Value:
-    # One number, broadcast by whoever reads it, unless the shape itself matters there.
     scalar = g.constant(number, out.dtype)
-    if not out.shape:
-        return scalar
-    return g.node("Expand", scalar, g.ints(out.shape), shape=out.shape, dtype=out.dtype)
+    return g.expand(scalar, out.shape)
 
 
 @rule(aten.full.default, aten.full_like.default)
@@ -275,6 +279,9 @@ def _scalar_tensor(g: Graph, out: Spec, number: float, **_: Any) -> Value:
     aten.empty.memory_format,
     aten.empty_like.default,
     aten.empty_permuted.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
 )
 def _zeros(g: Graph, out: Spec, *_: Any, **__: Any) -> Value:
     return _filled(g, out, 0)

@@ -1,5 +1,7 @@
 """Operators that move values without changing them: views, slices, joins."""
 
+# ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
+
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,13 +27,6 @@ def transpose(g: Graph, a: Value, order: Sequence[int]) -> Value:
         return a
     shape = [a.shape[axis] for axis in order]
     return g.node("Transpose", a, shape=shape, dtype=a.dtype, perm=list(order))
-
-
-def expand(g: Graph, a: Value, shape: Sequence[int]) -> Value:
-    """Broadcast to a shape."""
-    if tuple(shape) == a.shape:
-        return a
-    return g.node("Expand", a, g.ints(shape), shape=shape, dtype=a.dtype)
 
 
 def concat(g: Graph, parts: Sequence[Value], axis: int) -> Value:
@@ -114,14 +109,14 @@ def _swap(g: Graph, out: Spec, a: Value, first: int, second: int) -> Value:
 
 @rule(aten.expand.default, aten.expand_copy.default)
 def _expand(g: Graph, out: Spec, a: Value, *_: Any, **__: Any) -> Value:
-    return expand(g, a, out.shape)
+    return g.expand(a, out.shape)
 
 
 @rule(aten.copy.default)
 def _copy(g: Graph, out: Spec, target: Value, source: Value, *_: Any) -> Value:
     if source.dtype != out.dtype:
         raise Unsupported(f"a copy from {source.dtype} to {out.dtype}")
-    return expand(g, source, out.shape)
+    return g.expand(source, out.shape)
 
 
 @rule(aten.repeat.default)
@@ -256,7 +251,7 @@ def _upsample(g: Graph, out: Spec, a: Value, *_: Any) -> Value:
         raise Unsupported(f"upsampling {a.shape} to {out.shape}; use a whole factor")
     batch, channels, height, width = a.shape
     grown = reshape(g, a, (batch, channels, height, 1, width, 1))
-    spread = expand(g, grown, (batch, channels, height, factors[0], width, factors[1]))
+    spread = g.expand(grown, (batch, channels, height, factors[0], width, factors[1]))
     return reshape(g, spread, out.shape)
 
 
@@ -268,3 +263,13 @@ def _upsample_backward(g: Graph, out: Spec, grad: Value, *_: Any) -> Value:
         raise Unsupported(f"upsampling {out.shape} to {grad.shape}; use a whole factor")
     split = reshape(g, grad, (batch, channels, height, rows, width, columns))
     return g.node("ReduceSum", split, g.ints([3, 5]), shape=out.shape, keepdims=0)
+
+
+@rule(aten.as_strided.default, aten.as_strided_copy.default)
+def _as_strided(
+    g: Graph, out: Spec, a: Value, size: Sequence[int], stride: Sequence[int], offset: int = 0
+) -> Value:
+    dense = [math.prod(size[place + 1 :]) for place in range(len(size))]
+    if offset or list(stride) != dense or math.prod(size) != math.prod(a.shape):
+        raise Unsupported("a view by strides; use slices, or avoid writing into a slice in place")
+    return reshape(g, a, size)

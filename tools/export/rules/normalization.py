@@ -14,6 +14,8 @@ r = 1 / sqrt(variance + eps), s = sum of dy, d = sum of dy * (x - mean):
     a = gamma r,  b = -gamma r^3 d / n,  c = -gamma r s / n
 """
 
+# ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
+
 import math
 from typing import Any
 

@@ -5,6 +5,8 @@ image this is a rearrangement (DepthToSpace); in general it is a transposed conv
 channel by itself with a fixed kernel, which ONNX Runtime does without a scatter.
 """
 
+# ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
+
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 
 from tools.export.graph import Graph, Spec, Value
 from tools.export.rules.elementwise import cast, mul, sub
-from tools.export.rules.layout import concat, expand, pad, reshape
+from tools.export.rules.layout import concat, pad, reshape
 from tools.export.rules.registry import Unsupported, rule
 
 aten: Any = torch.ops.aten
@@ -173,7 +175,7 @@ def _adaptive_backward(g: Graph, out: Spec, dy: Value, x: Value) -> Value:
     rows, columns = _divided(x.shape[-2:], dy.shape[-2:])
     *free, height, width = dy.shape
     shared = reshape(g, mul(g, dy, 1 / (rows * columns)), (*free, height, 1, width, 1))
-    return reshape(g, expand(g, shared, (*free, height, rows, width, columns)), out.shape)
+    return reshape(g, g.expand(shared, (*free, height, rows, width, columns)), out.shape)
 
 
 def _divided(size: Ints, parts: Ints) -> list[int]:

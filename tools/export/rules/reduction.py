@@ -1,5 +1,7 @@
 """Sums, means, extremes, matrix products, softmax."""
 
+# ruff: noqa: ARG001 -- a rule takes the arguments of its ATen operator, in order
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,0 +1,44 @@
+"""`python -m tools.export`, as a user types it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tools.export.__main__ import main
+from wire.artifact import open_artifact
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_command_exports_a_users_own_model(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(classes):\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),\n"
+        "                         nn.Linear(36, classes))\n"
+    )
+    command = [
+        sys.executable, "-W", "error::UserWarning", "-m", "tools.export", "--model", "mine:net",
+        "--classes", "3", "--batch", "4", "--input", "1,8,8", "--optimizer", "adam",
+        "--task", "classify", "--mean", "0.1", "--std", "0.3", "--out", str(tmp_path / "art"),
+    ]  # fmt: skip
+    path = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    artifact = open_artifact(tmp_path / "art")
+    assert artifact.digest in done.stdout
+    assert artifact.manifest.optimizer.beta2 == 0.999
+    assert artifact.manifest.preprocess.mean == (0.1,)
+
+
+def test_bad_input_ends_with_two_and_a_reason(tmp_path, capsys):
+    rest = ["--classes", "3", "--batch", "4", "--out", str(tmp_path / "art")]
+    assert main(["--model", "resnet56", *rest]) == 2
+    assert "did you mean 'resnet55'" in capsys.readouterr().err
+    assert main(["--model", "nowhere:net", *rest]) == 2
+    assert "cannot be imported" in capsys.readouterr().err
+    assert main(["--model", "resnet8", "--momentum", "2", *rest]) == 2
+    assert "momentum: expected 0 or more" in capsys.readouterr().err
+    assert not (tmp_path / "art").exists()

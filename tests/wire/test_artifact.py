@@ -1,0 +1,204 @@
+"""An artifact is what its manifest says, byte for byte, or it is refused."""
+
+import hashlib
+import json
+
+import pytest
+
+from wire.artifact import Manifest, open_artifact
+from wire.errors import ArtifactError
+
+FILES = {
+    "train.onnx": b"a training graph",
+    "eval.onnx": b"an evaluation graph",
+    "init.safetensors": b"weights",
+}
+
+
+def tensor(name, shape, dtype="float32", role="batch"):
+    return {"name": name, "shape": shape, "dtype": dtype, "role": role}
+
+
+def content():
+    state = [
+        tensor("w", [2, 3], role="parameter"),
+        tensor("optim.momentum.w", [2, 3], role="optimizer"),
+    ]
+    x = tensor("x", [4, 3])
+    given = [x, tensor("y", [4], "int64"), tensor("lr", [], role="setting")]
+    metrics = [tensor("loss", [], role="metric"), tensor("correct", [], role="metric")]
+    following = [{**spec, "name": spec["name"] + ".next"} for spec in state]
+    return {
+        "format": 1,
+        "model": {"name": "m", "classes": 2, "input": [3], "keep_rate": 1.0},
+        "task": "classify",
+        "batch": 4,
+        "preprocess": {"mean": [0.5] * 3, "std": [0.25] * 3},
+        "features": None,
+        "optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.0005},
+        "graphs": {
+            "train": {
+                "file": "train.onnx", "flops": 9, "inputs": given + state,
+                "outputs": metrics + following,
+            },
+            "eval": {
+                "file": "eval.onnx", "flops": 3, "inputs": [x, state[0]],
+                "outputs": [tensor("logits", [4, 2], role="result")],
+            },
+        },
+        "state": state,
+        "producer": {"torch": "2"},
+        "files": {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            for name, data in FILES.items()
+        },
+    }  # fmt: skip
+
+
+def encode(mapping):
+    return json.dumps(mapping, sort_keys=True, separators=(",", ":")).encode()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, data in FILES.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "manifest.json").write_bytes(encode(content()))
+    return tmp_path
+
+
+def test_manifest_keeps_its_bytes_and_its_digest():
+    data = encode(content())
+    manifest = Manifest.parse(data)
+    assert manifest.to_bytes() == data
+    assert manifest.digest == hashlib.sha256(data).hexdigest()
+    assert [spec.name for spec in manifest.state_of("parameter")] == ["w"]
+
+
+def test_whole_artifact_is_opened(folder):
+    artifact = open_artifact(folder, hashlib.sha256(encode(content())).hexdigest())
+    assert artifact.path("train") == folder / "train.onnx"
+    assert artifact.weights == folder / "init.safetensors"
+    with pytest.raises(ArtifactError, match="no 'extract' graph"):
+        artifact.path("extract")
+
+
+def test_changed_file_is_refused_by_name_and_digest(folder):
+    (folder / "train.onnx").write_bytes(b"A training graph")
+    expected = hashlib.sha256(FILES["train.onnx"]).hexdigest()
+    with pytest.raises(ArtifactError, match=rf"train\.onnx: expected SHA-256 {expected}, got"):
+        open_artifact(folder)
+    assert open_artifact(folder, verify=False).manifest.batch == 4
+
+
+def test_cut_or_missing_file_is_refused_even_unverified(folder):
+    (folder / "eval.onnx").write_bytes(b"an")
+    with pytest.raises(ArtifactError, match=r"eval\.onnx: expected 19 bytes, got 2; remove"):
+        open_artifact(folder, verify=False)
+    (folder / "eval.onnx").unlink()
+    with pytest.raises(ArtifactError, match=r"eval\.onnx: cannot be read"):
+        open_artifact(folder, verify=False)
+
+
+def test_another_artifact_than_ordered_is_refused(folder):
+    with pytest.raises(ArtifactError, match=r"expected SHA-256 0000.*another artifact"):
+        open_artifact(folder, "0" * 64)
+
+
+def test_folder_without_manifest_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=r"manifest\.json: cannot be read"):
+        open_artifact(tmp_path)
+
+
+def change(path, value):
+    """The manifest with one place changed; a value of ... removes it."""
+    mapping = content()
+    place = mapping
+    for key in path[:-1]:
+        place = place[key]
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return encode(mapping)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("format",), 2),
+        (("format",), True),
+        (("format",), "1"),
+        (("surprise",), 1),
+        (("task",), ...),
+        (("task",), "steal"),
+        (("batch",), 0),
+        (("batch",), 4.0),
+        (("batch",), 8),
+        (("model", "classes"), 1),
+        (("model", "classes"), 3),
+        (("model", "input"), []),
+        (("model", "input"), [0]),
+        (("model", "input"), [1 << 20, 1 << 20]),
+        (("model", "keep_rate"), 0.0),
+        (("model", "name"), "a b"),
+        (("preprocess", "mean"), [0.5]),
+        (("preprocess", "std"), [0.25, 0.0, 1.0]),
+        (("features",), [16, 32, 32]),
+        (("optimizer", "name"), "adam"),
+        (("optimizer", "momentum"), 1.5),
+        (("graphs", "train", "file"), "../train.onnx"),
+        (("graphs", "train", "file"), "/etc/passwd"),
+        (("graphs", "train", "file"), "manifest.json"),
+        (("graphs", "train", "file"), ".hidden"),
+        (("graphs", "train", "file"), "a\\b.onnx"),
+        (("graphs", "train", "file"), "eval.onnx"),
+        (("graphs", "train", "flops"), -1),
+        (("graphs", "eval"), ...),
+        (("graphs", "train", "inputs"), []),
+        (("graphs", "train", "inputs", 0, "shape"), [4, 4]),
+        (("graphs", "train", "inputs", 1, "dtype"), "float32"),
+        (("graphs", "train", "outputs", 2, "name"), "w.then"),
+        (("graphs", "eval", "inputs", 1, "role"), "optimizer"),
+        (("graphs", "eval", "inputs"), []),
+        (("graphs", "eval", "outputs", 0, "shape"), [4, 3]),
+        (("state", 0, "dtype"), "float64"),
+        (("state", 0, "role"), "batch"),
+        (("state", 0, "shape"), [-2, 3]),
+        (("state", 0, "shape"), [1 << 40]),
+        (("state", 1, "name"), "w"),
+        (("state", 0, "name"), "w\n"),
+        (("producer",), {"torch": 2}),
+        (("files", "train.onnx", "sha256"), "0" * 63),
+        (("files", "train.onnx", "bytes"), 0),
+        (("files", "train.onnx", "bytes"), 1 << 50),
+        (("files", "eval.onnx"), ...),
+        (("files", "../escape"), {"sha256": "0" * 64, "bytes": 1}),
+        (("files", "extra.bin"), {"sha256": "0" * 64, "bytes": 1}),
+    ],
+)
+def test_hostile_manifest_is_refused(path, value):
+    with pytest.raises(ArtifactError, match=r"manifest\.json: "):
+        Manifest.parse(change(path, value))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format":1}',
+        b" " * (5 << 20),
+        encode(content()) + b"\n",
+        encode(content()).replace(b'"batch":4', b'"batch":4,"batch":4'),
+        encode(content()).replace(b"0.9", b"NaN"),
+        json.dumps(content()).encode(),
+    ],
+    ids=range(11),
+)
+def test_bytes_that_are_no_canonical_manifest_are_refused(data):
+    with pytest.raises(ArtifactError, match=r"manifest\.json: "):
+        Manifest.parse(data)

@@ -1,0 +1,145 @@
+"""Compile a module's training step into an artifact that plain ONNX Runtime runs."""
+
+import contextlib
+import copy
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from safetensors.numpy import save
+from torch import nn
+
+from models import SplitModel
+from tools.export import parity
+from tools.export.admission import admit
+from tools.export.compiler import Compiler
+from tools.export.graph import count_flops
+from tools.export.optimizers import Optimizer, Sgd
+from tools.export.step import Task
+from wire import artifact
+from wire.artifact import Artifact, FileRef, Manifest, ModelInfo, Preprocess, TensorSpec
+from wire.errors import ExportError
+
+
+def export(
+    module: nn.Module,
+    *,
+    name: str,
+    classes: int,
+    input_shape: Sequence[int],
+    batch: int,
+    out: Path,
+    task: Task = "distill",
+    optimizer: Optimizer | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    keep_rate: float = 1.0,
+) -> Artifact:
+    """Compile, check against PyTorch, write.
+
+    Args:
+        module: x float32 (batch, *input_shape) -> logits float32 (batch, classes). It is copied,
+            not changed; its present weights become the initial ones. A `SplitModel` also gets the
+            graph that extracts feature maps.
+        name: of the model, for people.
+        classes: number of logits.
+        input_shape: of one sample, channels first.
+        batch: the fixed size of a batch.
+        out: the folder to make; it must not exist.
+        task: "distill" learns from labels and a teacher's logits, "classify" from labels alone.
+        optimizer: `Sgd` (default) or `Adam`.
+        mean: by channel, of x = (byte / 255 - mean) / std; default 0.5.
+        std: likewise; default 0.25.
+        keep_rate: of the sub-model that the module is, 1 for the whole.
+
+    Raises:
+        ExportError: the module cannot be compiled, or the compiled step is not PyTorch's. Nothing
+            is left behind.
+    """
+    if out.exists():
+        raise ExportError(f"{out}: exists; name a new folder, or remove this one")
+    shape, chosen = tuple(input_shape), Sgd() if optimizer is None else optimizer
+    module = copy.deepcopy(module).cpu()
+    tensors = admit(module, name=name, classes=classes, shape=shape, batch=batch)
+    try:
+        info = ModelInfo(name, classes, shape, float(keep_rate))
+        preprocess = Preprocess(
+            tuple(map(float, [0.5] * shape[0] if mean is None else mean)),
+            tuple(map(float, [0.25] * shape[0] if std is None else std)),
+        )
+        preprocess.check(channels=shape[0])
+    except ValueError as fault:
+        raise ExportError(f"{name}: {fault}") from fault
+    compiler = Compiler(
+        module, tensors, optimizer=chosen, task=task, shape=(batch, *shape), classes=classes
+    )
+    models = {"train": compiler.train(), "eval": compiler.evaluate(extract=False)}
+    if isinstance(module, SplitModel):
+        models["extract"] = compiler.evaluate(extract=True)
+    start = {key: value.detach().numpy() for key, value in compiler.state.items()}
+    files = {f"{key}.onnx": m.SerializeToString(deterministic=True) for key, m in models.items()}
+    files[artifact.WEIGHTS] = save(start)
+    try:
+        manifest = _manifest(compiler, models, files, info, preprocess)
+    except ValueError as fault:
+        raise ExportError(f"{name}: {fault}") from fault
+    files[artifact.MANIFEST] = manifest.to_bytes()
+    with _folder(out) as folder:
+        for key, data in files.items():
+            (folder / key).write_bytes(data)
+        parity.check(module, chosen, manifest, folder, start)
+    return artifact.open_artifact(out, manifest.digest)
+
+
+def _manifest(
+    compiler: Compiler,
+    models: Mapping[str, onnx.ModelProto],
+    files: Mapping[str, bytes],
+    info: ModelInfo,
+    preprocess: Preprocess,
+) -> Manifest:
+    graphs = {
+        key: artifact.Graph(f"{key}.onnx", count_flops(model), *compiler.tables(model))
+        for key, model in models.items()
+    }
+    return Manifest(
+        format=artifact.FORMAT,
+        model=info,
+        task=compiler.task,
+        batch=compiler.batch["x"].shape[0],
+        preprocess=preprocess,
+        features=graphs["extract"].outputs[0].shape[1:] if "extract" in graphs else None,
+        optimizer=compiler.optimizer.settings(),
+        graphs=graphs,
+        state=tuple(
+            TensorSpec(key, tuple(value.shape), "float32", compiler.role(key))
+            for key, value in compiler.state.items()
+        ),
+        producer={
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "torch": torch.__version__,
+        },
+        files={
+            key: FileRef(hashlib.sha256(data).hexdigest(), len(data)) for key, data in files.items()
+        },
+    )
+
+
+@contextlib.contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its name in the end, or leaves nothing behind."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(out)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
