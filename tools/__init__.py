@@ -1,0 +1,1 @@
+"""Tools that are run by people: the training compiler."""

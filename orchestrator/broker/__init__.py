@@ -183,7 +183,7 @@ def _check(
             )
     for path in (tls.cafile, tls.certfile, tls.keyfile) if tls else ():
         if not path.is_file():
-            raise BrokerError(f"TLS: no file {path}; `orchestrator enroll` makes certificates")
+            raise BrokerError(f"TLS: no file {path}; name a PEM file")
 
 
 def _loopback(host: str) -> bool:

@@ -17,7 +17,8 @@ def shard(n: int, seed: int, shape=(16, 8, 8)) -> Shard:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, n)
     features = rng.standard_normal((n, *shape)) + labels[:, None, None, None]
-    return Shard(features.astype(np.float32), rng.standard_normal((n, 3)).astype(np.float32), labels)
+    logits = rng.standard_normal((n, 3)).astype(np.float32)
+    return Shard(features.astype(np.float32), logits, labels)
 
 
 def test_the_loss_is_the_papers():

@@ -1,7 +1,5 @@
 """Blobs: pulled in any order, resumed after anything, believed only by their digest."""
 
-import os
-
 import numpy as np
 import pytest
 
@@ -20,6 +18,10 @@ def sender(tmp_path):
 @pytest.fixture
 def receiver(tmp_path):
     return BlobStore(tmp_path / "receiver", chunk_bytes=1024)
+
+
+def names(store: BlobStore):
+    return [path.name for path in store.folder.iterdir()]
 
 
 def answers(store: BlobStore, want: Want):
@@ -45,7 +47,7 @@ def test_a_blob_arrives_whole(sender, receiver):
     assert (ref.size, ref.chunks) == (len(DATA), 11)
     assert pull(sender, Fetch(receiver, ref)) == 11
     assert receiver.path(ref.digest).read_bytes() == DATA
-    assert os.listdir(receiver.folder) == [ref.digest]
+    assert names(receiver) == [ref.digest]
 
 
 @pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025])
@@ -100,9 +102,11 @@ def test_a_corrupt_chunk_fails_the_digest_and_the_blob_can_be_pulled_anew(sender
     ref = sender.put(DATA)
     fetch = Fetch(receiver, ref, window=64)
     want = fetch.wants(0.0)
+    first, *rest = answers(sender, want)
+    for message, body in rest:
+        fetch.chunk(message, body)
     with pytest.raises(TransferError, match="expected SHA-256"):
-        for message, body in answers(sender, want):
-            fetch.chunk(message, memoryview(bytes(len(body))) if message.index == 3 else body)
+        fetch.chunk(first[0], memoryview(bytes(1024)))
     assert not receiver.has(ref.digest)
     assert pull(sender, fetch) == 11
     assert receiver.has(ref.digest)
@@ -131,4 +135,4 @@ def test_a_failed_write_leaves_nothing(sender):
 
     with pytest.raises(OSError, match="disk full"):
         write_and_fail()
-    assert os.listdir(sender.folder) == []
+    assert names(sender) == []

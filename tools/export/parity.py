@@ -10,8 +10,8 @@ where noise is the largest difference between that PyTorch step and three more o
 images and weights are multiplied by 1 + 1e-6 * N(0, 1). It is nearly 0 for what depends smoothly on
 them, the running statistics for one. It is not where two correct programs may differ: an activation
 within a rounding error of 0 falls to either side of a ReLU, and one such flip among the 1.7 million
-of ResNet-8 at batch 8 moves a filter's gradient by 0.8 %; and a convolution's bias before batch norm
-has gradient 0, in floats a rounding error, which Adam divides by its own size.
+of ResNet-8 at batch 8 moves a filter's gradient by 0.8 %; and a convolution's bias before batch
+norm has gradient 0, in floats a rounding error, which Adam divides by its own size.
 
 Each step starts anew from PyTorch's state because training is chaotic: run freely for five steps,
 ResNet-19 under Adam ends up as far from itself after such a perturbation as its gradients are
