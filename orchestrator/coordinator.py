@@ -329,6 +329,10 @@ class Coordinator:
         entry = self.report.closed(self._attempt, metrics, seconds)
         self.store.close_round(self._attempt, state, entry)
         self._state, self._attempt = state, None
+        scores = (
+            f"{key} {100 * value:.1f} %" for key, value in metrics.items() if "accuracy" in key
+        )
+        log.info("round %d: %s, %.1f s", entry["round"], ", ".join(scores), seconds)
         self._apply(rounds.aggregated(self._rounds, self.config.cohort, time.monotonic()))
 
     def _restored(self, attempt: Attempt | None) -> rounds.State:

@@ -6,6 +6,7 @@ For fedgkt the graph is a device's extractor with the large model on top (He et 
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,15 +122,18 @@ def _write(model: nn.Module, config: RunConfig, out: Path) -> float:
     import onnxruntime
 
     example = torch.rand(2, *config.device.input, generator=torch.Generator().manual_seed(0))
-    program = torch.onnx.export(
-        model,
-        (example,),
-        input_names=["image"],
-        output_names=["logits"],
-        dynamic_shapes={"image": {0: torch.export.Dim("N")}},
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():  # torch.onnx warns of its own use of torch's older names
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.onnx.export(
+            model,
+            (example,),
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes={"image": {0: torch.export.Dim("N")}},
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None  # noqa: S101 - dynamo=True always returns a program
     partial = out.with_name(out.name + ".new")
     program.save(partial, external_data=False)

@@ -26,7 +26,6 @@ from wire.link import BrokerAddress
 log = logging.getLogger("orchestrator")
 
 
-
 def run(
     config: RunConfig,
     *,

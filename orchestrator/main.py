@@ -44,6 +44,8 @@ def start(
     chosen = config.load(config_file)
     with _display() as show:
         report = launch.run(chosen, changed=show)
+    console.print(view.rounds(report.entries))
+    console.print()
     console.print(view.agents(report.entries))
     console.print(f"report: {chosen.folder / 'report.json'}")
 
@@ -126,10 +128,12 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     split: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet split.")] = 0.5,
     rounds: Annotated[int, typer.Option(min=1)] = 6,
-    server_model: Annotated[str, typer.Option()] = "resnet19",
-    server_epochs: Annotated[int, typer.Option(min=1)] = 4,
-    batch: Annotated[int, typer.Option(help="Of the devices.")] = 32,
-    lr: Annotated[float, typer.Option(help="Of the devices.")] = 0.05,
+    server_model: Annotated[str, typer.Option()] = "resnet10",
+    server_epochs: Annotated[int, typer.Option(min=1, help="A round.")] = 4,
+    server_alpha: Annotated[float, typer.Option(help="Weight of the devices' logits.")] = 0.1,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the devices, a round.")] = 4,
+    batch: Annotated[int, typer.Option(help="Of the devices.")] = 16,
+    lr: Annotated[float, typer.Option(help="Of the devices.")] = 0.02,
     features: Annotated[str, typer.Option(help="Codec of feature maps.")] = "identity|q=8",
     augment: Annotated[bool, typer.Option(help="Random crops and flips.")] = False,
     broker: Annotated[str, typer.Option(help="embedded or mosquitto.")] = "embedded",
@@ -155,9 +159,16 @@ def demo(  # noqa: PLR0917 - typer makes options of them
         split=split,  # type: ignore[arg-type]  # datasets.build checks it
         alpha=alpha,
         rounds=rounds,
-        server=settings(config.ServerConfig, model=server_model, epochs=server_epochs),
+        server=settings(
+            config.ServerConfig, model=server_model, epochs=server_epochs, alpha=server_alpha
+        ),
         device=settings(
-            config.DeviceConfig, batch=batch, lr=lr, features=features, augment=augment
+            config.DeviceConfig,
+            epochs=epochs,
+            batch=batch,
+            lr=lr,
+            features=features,
+            augment=augment,
         ),
         broker=settings(config.BrokerConfig, kind=broker, port=0),
         runs=runs,
@@ -167,6 +178,8 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     )
     with _display() as show:
         taught, alone = demonstration.play(plan, show)
+    console.print(view.rounds(taught.entries))
+    console.print()
     console.print(view.agents(taught.entries))
     last = taught.entries[-1]
     console.print(f"\nlarge model on held-out images   {view.percent(last['server_accuracy'])}")
@@ -178,12 +191,11 @@ def demo(  # noqa: PLR0917 - typer makes options of them
 
 
 class _display:  # noqa: N801 - used as a function
-    """A live view on a terminal; plain lines elsewhere."""
+    """A live view on a terminal; elsewhere the log alone."""
 
     def __init__(self) -> None:
-        self._live = Live(console=console, refresh_per_second=4, transient=False)
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._shown = 0.0
-        self._rounds = 0
 
     def __enter__(self) -> Any:
         handler = RichHandler(console=console, show_path=False, show_level=False)
@@ -197,13 +209,9 @@ class _display:  # noqa: N801 - used as a function
             self._live.stop()
 
     def _show(self, report: Any) -> None:
-        if console.is_terminal:
-            if time.monotonic() - self._shown > 0.25:
-                self._shown = time.monotonic()
-                self._live.update(view.live(report.snapshot()))
-        elif len(report.entries) > self._rounds:
-            self._rounds = len(report.entries)
-            console.print(view.rounds(report.entries[-1:]))
+        if console.is_terminal and time.monotonic() - self._shown > 0.25:
+            self._shown = time.monotonic()
+            self._live.update(view.live(report.snapshot()))
 
 
 def main() -> None:

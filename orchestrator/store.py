@@ -156,7 +156,9 @@ class Store:
         building = final.with_suffix(".new")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        _write(building / "state.safetensors", save(dict(state.tensors)))
+        # safetensors writes memory as it lies: a channels-last view would be saved scrambled.
+        tensors = {name: np.asarray(array, order="C") for name, array in state.tensors.items()}
+        _write(building / "state.safetensors", save(tensors))
         _write(building / "state.json", json.dumps(records.plain(state.notes), indent=1).encode())
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)

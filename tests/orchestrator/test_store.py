@@ -85,6 +85,17 @@ def test_checkpoints_come_back_and_blobs_nobody_needs_go(config, opened):
     assert sorted(p.name for p in (config.folder / "checkpoints").iterdir()) == ["0002", "0003"]
 
 
+def test_tensors_of_any_memory_layout_come_back_as_they_were(config, opened):
+    store = opened(config)
+    wanted = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
+    channels_last = np.ascontiguousarray(wanted.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    state = State({"w": channels_last, "step": np.float32(7).reshape(())}, {})
+    store.close_round(store.begin(1, {}), state, {"round": 1})
+    back = store.checkpoint().tensors
+    np.testing.assert_array_equal(back["w"], wanted)
+    assert back["step"].shape == ()
+
+
 def test_a_crash_between_checkpoint_and_journal_repeats_the_round(config, opened):
     store = opened(config)
     store.begin(1, {"a": order(1)})
