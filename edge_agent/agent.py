@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save
@@ -24,7 +24,7 @@ from edge_agent.work import Desk, Outcome, perform
 from wire import blobs, messages, topics
 from wire.blobs import BlobStore
 from wire.errors import StillhouseError, WireError
-from wire.link import Link
+from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
     BlobRef,
@@ -44,23 +44,6 @@ log = logging.getLogger("edge-agent")
 TICK_S = 0.5
 
 
-class Arrived(NamedTuple):
-    """A message came."""
-
-    topic: str
-    payload: bytes
-
-
-class Connected(NamedTuple):
-    """The broker is there (again)."""
-
-
-class Lost(NamedTuple):
-    """The broker is gone."""
-
-    reason: str
-
-
 class Advanced(NamedTuple):
     """The worker is so far."""
 
@@ -76,7 +59,7 @@ class Ended(NamedTuple):
     outcome: Outcome | StillhouseError
 
 
-Event = Arrived | Connected | Lost | Advanced | Ended
+Event = LinkEvent | Advanced | Ended
 
 
 class Agent:
@@ -109,9 +92,7 @@ class Agent:
                 (self._topic("down"), 0),
                 (topics.topic(config.fleet, topics.ALL, "hello"), 1),
             ],
-            on_message=lambda topic, payload: self._events.put(Arrived(topic, payload)),
-            on_connect=lambda: self._events.put(Connected()),
-            on_disconnect=lambda reason: self._events.put(Lost(reason)),
+            emit=self._events.put,
             will=self._will,
             persistent=True,
         )
@@ -270,6 +251,17 @@ class Agent:
         if outcome.weights is not None:
             weights_file = f"weights-{order.run}-{order.sequence}.safetensors"
             self._write(weights_file, save({k: np.asarray(v) for k, v in outcome.weights.items()}))
+        log.info("round %d: done", order.round)
+        self._finish(order, weights_file, blobs=outcome.blobs, metrics=outcome.metrics)
+        self._tidy(outcome.blobs.values())
+
+    def _fail(self, order: Order, fault: StillhouseError) -> None:
+        log.error("round %d: %s", order.round, fault)
+        self._supply = None
+        self._finish(order, None, fault=str(fault))
+
+    def _finish(self, order: Order, weights_file: str | None, **outcome: Any) -> None:
+        """Journal the result, then offer it."""
         result = Result(
             device=self.config.device,
             run=order.run,
@@ -277,26 +269,9 @@ class Agent:
             round=order.round,
             samples=len(self.images.y),
             data_digest=self.images.digest,
-            blobs=outcome.blobs,
-            metrics=outcome.metrics,
+            **outcome,
         )
         self.journal.finish(order, result, weights_file)
-        self._tidy(outcome.blobs.values())
-        log.info("round %d: done", order.round)
-        self._apply(rounds.worked(self._state, result, time.monotonic(), self.config.resend_s))
-
-    def _fail(self, order: Order, fault: StillhouseError) -> None:
-        log.error("round %d: %s", order.round, fault)
-        self._supply = None
-        result = Result(
-            device=self.config.device,
-            run=order.run,
-            sequence=order.sequence,
-            round=order.round,
-            samples=len(self.images.y),
-            fault=str(fault),
-        )
-        self.journal.finish(order, result, None)
         self._apply(rounds.worked(self._state, result, time.monotonic(), self.config.resend_s))
 
     def _settle(self, receipt: Receipt) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -25,6 +26,9 @@ from numpy.typing import NDArray
 
 from wire import seeds
 from wire.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PAD = 4  # pixels on each side of the image that a crop may reach into
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -169,15 +173,26 @@ def _npz(path: Path) -> tuple[Pixels, Indices, int | None]:
 
 
 def _folder(path: Path, input_shape: tuple[int, ...]) -> tuple[Pixels, Indices, int]:
-    from PIL import Image, ImageOps
-
     channels, height, width = input_shape
-    mode = {1: "L", 3: "RGB"}.get(channels)
-    if mode is None:
+    if channels not in (1, 3):
         raise DataError(
             f"{path}: expected a model with 1 or 3 input channels, got {channels}; a folder holds "
             "grey or colour images, give other data as an .npz"
         )
+    files, classes = image_files(path)
+    x = np.empty((len(files), height, width, channels), np.uint8)
+    for pixels, (file, _) in zip(x, files, strict=True):
+        # A camera's JPEG is decoded at the nearest smaller scale that suffices.
+        pixels[:] = fit(open_image(file, 2 * max(height, width)), (height, width), channels)
+    return x, np.array([label for _, label in files], np.int64), len(classes)
+
+
+def image_files(path: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Image files of a folder with their class numbers, and the names of the classes.
+
+    Raises:
+        DataError: there is none.
+    """
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
     files = [
         (file, label)
@@ -190,21 +205,38 @@ def _folder(path: Path, input_shape: tuple[int, ...]) -> tuple[Pixels, Indices, 
             f"{path}: expected one sub-folder of images ({' '.join(SUFFIXES)}) for each class, got "
             f"{len(folders)} sub-folders and no image in them; sort the images into sub-folders"
         )
-    x = np.empty((len(files), height, width, channels), np.uint8)
-    for pixels, (file, _) in zip(x, files, strict=True):
-        try:
-            with Image.open(file) as image:
-                # A camera's JPEG is decoded at the nearest smaller scale that suffices.
-                image.draft(None, (2 * max(height, width),) * 2)
-                upright = ImageOps.exif_transpose(image).convert(mode)
-                small = upright.resize((width, height), Image.Resampling.BILINEAR)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
-            raise DataError(
-                f"{file}: expected an image, got a file that does not decode ({fault}); replace or "
-                "remove it"
-            ) from fault
-        pixels[:] = np.asarray(small).reshape(height, width, channels)
-    return x, np.array([label for _, label in files], np.int64), len(folders)
+    return files, tuple(folder.name for folder in folders)
+
+
+def open_image(file: Path, draft: int | None = None) -> "Image":
+    """An image, turned upright; `draft` pixels a side suffice where the decoder can save work.
+
+    Raises:
+        DataError: the file does not decode.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            if draft:
+                image.draft(None, (draft, draft))
+            upright = ImageOps.exif_transpose(image)
+            upright.load()
+            return upright
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
+        raise DataError(
+            f"{file}: expected an image, got a file that does not decode ({fault}); replace or "
+            "remove it"
+        ) from fault
+
+
+def fit(image: "Image", size: tuple[int, int], channels: int) -> Pixels:
+    """Pixels (height, width, channels) of an image as grey (1) or RGB (3), resized (bilinear)."""
+    from PIL.Image import Resampling
+
+    converted = image.convert({1: "L", 3: "RGB"}[channels])
+    resized = converted.resize((size[1], size[0]), Resampling.BILINEAR)
+    return np.asarray(resized, np.uint8).reshape(*size, channels)
 
 
 @dataclass(frozen=True)

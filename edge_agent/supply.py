@@ -4,6 +4,7 @@ An artifact travels once: its manifest is a blob, and names the other files by d
 blobs as well. Files that are here already are not asked for again.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from wire.artifact import Artifact, Manifest, open_artifact
 from wire.blobs import BlobStore, Fetch
 from wire.errors import ArtifactError, TransferError
 from wire.messages import BlobRef, Chunk, Gone, Order, Want
+
+log = logging.getLogger("edge-agent")
 
 
 class Supply:
@@ -42,7 +45,7 @@ class Supply:
         self._blobs, self._window, self._retry_s = blobs, window, retry_s
         self._max_bytes = max_bytes
         self._manifest: Manifest | None = None
-        self._assembled = self._folder.exists()
+        self._assembled = self._intact()
         self._queue = [ref for ref in (order.state, order.teacher) if ref]
         if not self._assembled:
             self._queue.insert(0, order.artifact)
@@ -104,6 +107,17 @@ class Supply:
         except ArtifactError:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
+
+    def _intact(self) -> bool:
+        """Whether the artifact is here and whole; a damaged one is removed, to be pulled again."""
+        if not self._folder.exists():
+            return False
+        try:
+            self.artifact()
+        except ArtifactError as fault:
+            log.warning("%s; pulling it again", fault)
+            return False
+        return True
 
     @property
     def _folder(self) -> Path:

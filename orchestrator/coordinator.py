@@ -21,7 +21,7 @@ from orchestrator.store import Attempt, Store, Verdict
 from orchestrator.strategies.strategy import Metrics, State, Strategy
 from wire import messages, topics
 from wire.errors import StillhouseError, WireError
-from wire.link import BrokerAddress, Link
+from wire.link import Arrived, BrokerAddress, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
     Chunk,
@@ -39,23 +39,6 @@ log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
 CONNECT_S = 30.0
-
-
-class Arrived(NamedTuple):
-    """A message came."""
-
-    topic: str
-    payload: bytes
-
-
-class Connected(NamedTuple):
-    """The broker is there (again)."""
-
-
-class Lost(NamedTuple):
-    """The broker is gone."""
-
-    reason: str
 
 
 class Admitted(NamedTuple):
@@ -78,7 +61,7 @@ class Failed(NamedTuple):
     fault: BaseException
 
 
-Event = Arrived | Connected | Lost | Admitted | Aggregated | Failed
+Event = LinkEvent | Admitted | Aggregated | Failed
 
 
 class Coordinator:
@@ -123,9 +106,7 @@ class Coordinator:
                 (topics.topic(config.fleet, "+", channel), 0 if channel == "up" else 1)
                 for channel in topics.FROM_DEVICE
             ],
-            on_message=lambda topic, payload: self._events.put(Arrived(topic, payload)),
-            on_connect=lambda: self._events.put(Connected()),
-            on_disconnect=lambda reason: self._events.put(Lost(reason)),
+            emit=self._events.put,
         )
 
     def run(self, changed: Callable[[], None] = lambda: None) -> None:

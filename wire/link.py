@@ -2,7 +2,7 @@
 
 MQTT 3.1.1 only, so that any broker serves. A thread of its own keeps the connection: when it
 breaks it is made again after a full-jitter back-off, uniform on (0, min(cap, base * 2^attempt)), so
-that a fleet does not come back all at once. What arrives is handed to `on_message` in that thread;
+that a fleet does not come back all at once. What happens is handed to `emit` in that thread;
 callers put it in a queue.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from paho.mqtt import client as paho
@@ -27,6 +28,26 @@ BACKOFF_CAP_S = 60.0
 # Refusals that no waiting mends (MQTT 3.1.1, table 3.1): protocol, client id, credentials, rights.
 _FINAL = {"Unsupported protocol version", "Client identifier not valid",
           "Bad user name or password", "Not authorized"}  # fmt: skip
+
+
+class Arrived(NamedTuple):
+    """A message came."""
+
+    topic: str
+    payload: bytes
+
+
+class Connected(NamedTuple):
+    """The broker is there (again), and subscriptions are made."""
+
+
+class Lost(NamedTuple):
+    """The connection broke, or an attempt to make one failed."""
+
+    reason: str
+
+
+LinkEvent = Arrived | Connected | Lost
 
 
 @dataclass(frozen=True)
@@ -77,9 +98,7 @@ class Link:
         address: the broker.
         client_id: stable, so that the broker keeps the session where `persistent`.
         subscriptions: (topic filter, QoS), subscribed at each connection.
-        on_message: called with (topic, payload).
-        on_connect: called after each connection, subscriptions made.
-        on_disconnect: called with the reason; also for each failed attempt.
+        emit: called with each event, in the connection's thread.
         will: called before each attempt; the (topic, payload) the broker publishes, retained,
             when the connection breaks.
     """
@@ -90,9 +109,7 @@ class Link:
         client_id: str,
         *,
         subscriptions: Sequence[tuple[str, int]],
-        on_message: Callable[[str, bytes], None],
-        on_connect: Callable[[], None],
-        on_disconnect: Callable[[str], None],
+        emit: Callable[[LinkEvent], None],
         will: Callable[[], tuple[str, bytes]] | None = None,
         persistent: bool = False,
     ) -> None:
@@ -101,8 +118,7 @@ class Link:
         self.bytes_out = 0
         self.refused: LinkError | None = None
         self._subscriptions = list(subscriptions)
-        self._on_message, self._on_connect = on_message, on_connect
-        self._on_disconnect, self._will = on_disconnect, will
+        self._emit, self._will = emit, will
         self._closing = threading.Event()
         self._settled = threading.Event()  # connected once, or refused for good
         self._attempt = 0
@@ -173,7 +189,7 @@ class Link:
                 self._client.connect(self.address.host, self.address.port, KEEPALIVE_S)
                 self._client.loop_forever()
             except (OSError, ValueError) as fault:
-                self._on_disconnect(f"broker {self.address.url} cannot be reached: {fault}")
+                self._emit(Lost(f"broker {self.address.url} cannot be reached: {fault}"))
             if self.refused is None:
                 ceiling = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**self._attempt)
                 self._attempt = min(self._attempt + 1, 10)
@@ -195,15 +211,15 @@ class Link:
         if self._subscriptions:
             self._client.subscribe(self._subscriptions)
         self._settled.set()
-        self._on_connect()
+        self._emit(Connected())
 
     def _disconnected(
         self, _c: paho.Client, _u: object, _f: paho.DisconnectFlags, code: ReasonCode,
         _p: Properties | None,
     ) -> None:  # fmt: skip
         if not self._closing.is_set():
-            self._on_disconnect(f"connection to {self.address.url} lost: {code.getName()}")
+            self._emit(Lost(f"connection to {self.address.url} lost: {code.getName()}"))
 
     def _received(self, _c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)
-        self._on_message(message.topic, bytes(message.payload))
+        self._emit(Arrived(message.topic, bytes(message.payload)))

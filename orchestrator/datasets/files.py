@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
+from edge_agent.data import fit, image_files, open_image
 from wire.errors import DataError
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-MODES = {1: "L", 3: "RGB"}  # channels to Pillow's name
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Images:
         x = np.empty((len(self.x), *size, channels), np.uint8)
         for source, target in zip(self.x, x, strict=True):
             image = Image.fromarray(source.squeeze(2) if source.shape[2] == 1 else source)
-            target[:] = _pixels(image, size, channels)
+            target[:] = fit(image, size, channels)
         return Images(x, self.y, self.classes)
 
 
@@ -88,7 +86,7 @@ def read_path(
     x = stored["x"] if "x" in stored else _strips(stored["webp"], stored["offsets"], path)
     x = x[..., None] if x.ndim == 3 else x
     y = stored["y"]
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in MODES:
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in {1, 3}:
         raise DataError(f"{path}: x: expected uint8 (N, H, W, 1 or 3), got {x.dtype} {x.shape}")
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or len(y) == 0:
         raise DataError(f"{path}: y: expected {len(x)} integers, got {y.dtype} {y.shape}")
@@ -117,36 +115,11 @@ def _strips(blob: NDArray[np.uint8], offsets: NDArray[np.int64], path: Path) -> 
 
 
 def _folder(path: Path, size: tuple[int, int] | None, channels: int | None) -> Images:
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [
-        (file, label)
-        for label, folder in enumerate(folders)
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    ]
-    if not files:
-        raise DataError(
-            f"{path}: expected a sub-folder of images ({' '.join(SUFFIXES)}) for each class, got "
-            f"{len(folders)} sub-folders and no image in them"
-        )
+    files, names = image_files(path)
     pixels: list[NDArray[np.uint8]] = []
     for file, _ in files:
-        try:
-            with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
-            raise DataError(
-                f"{file}: expected an image, got a file that does not decode ({fault}); replace or "
-                "remove it"
-            ) from fault
-        size = size or (upright.height, upright.width)
-        channels = channels or (1 if upright.mode in {"1", "L"} else 3)
-        pixels.append(_pixels(upright, size, channels))
-    labels = np.array([label for _, label in files], np.int64)
-    return Images(np.stack(pixels), labels, tuple(folder.name for folder in folders))
-
-
-def _pixels(image: Image.Image, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
-    converted = image.convert(MODES[channels])
-    resized = converted.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(resized, np.uint8).reshape(*size, channels)
+        image = open_image(file)
+        size = size or (image.height, image.width)
+        channels = channels or (1 if image.mode in {"1", "L"} else 3)
+        pixels.append(fit(image, size, channels))
+    return Images(np.stack(pixels), np.array([label for _, label in files], np.int64), names)

@@ -1,0 +1,195 @@
+"""Work on the device, held against PyTorch doing the same: order by order, sample by sample."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch.nn import functional as F
+
+import models
+from edge_agent import data
+from edge_agent.data import ImageSet, Preprocess
+from edge_agent.work import CancelledError, Desk, perform
+from orchestrator import distill
+from tools.export import Sgd, export
+from wire import frames, tensors
+from wire.blobs import BlobStore
+from wire.errors import ArtifactError, DataError
+from wire.messages import BlobRef, Order
+
+BATCH, SAMPLES = 8, 20
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    torch.manual_seed(1)
+    return export(
+        models.build("resnet8", classes=5),
+        name="resnet8",
+        classes=5,
+        input_shape=(3, 32, 32),
+        batch=BATCH,
+        optimizer=Sgd(0.9, nesterov=True, weight_decay=5e-4),
+        mean=MEAN,
+        std=STD,
+        out=tmp_path_factory.mktemp("artifact") / "a",
+    )
+
+
+@pytest.fixture
+def desk(tmp_path):
+    rng = np.random.default_rng(0)
+    images = ImageSet(
+        rng.integers(0, 256, (SAMPLES, 32, 32, 3)).astype(np.uint8),
+        rng.integers(0, 5, SAMPLES),
+        "cd" * 32,
+    )
+    return Desk(images, BlobStore(tmp_path / "b"), 1, lambda *_: None, threading.Event())
+
+
+def order(artifact, **changes) -> Order:
+    plain = Order("run", 1, 1, BlobRef(artifact.digest, 1, 1024), 1, 0.02, 77, {"state": "float32"})
+    return replace(plain, **changes)
+
+
+def read(desk, ref):
+    with desk.blobs.path(ref.digest).open("rb") as file:
+        return [tensors.unpack(f, where="t") for f in frames.read(file, max_bytes=1 << 30)]
+
+
+def in_pytorch(artifact, images, teacher, alpha, augment):
+    """The same epochs with torch.optim; the state dict."""
+    weights = {n: a for n, a in load_file(artifact.weights).items() if not n.startswith("optim.")}
+    model = distill.load(models.build("resnet8", classes=5), weights).train()
+    step = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    x = np.empty((BATCH, 3, 32, 32), np.float32)
+    for indices, pixels in data.epoch(images, batch=BATCH, seed=77, augment=augment):
+        Preprocess(MEAN, STD)(pixels, out=x)
+        logits = model(torch.from_numpy(x))
+        loss = F.cross_entropy(logits, torch.from_numpy(images.y[indices]))
+        if teacher is not None:
+            soft = F.kl_div(
+                F.log_softmax(logits / 2, 1),
+                F.log_softmax(torch.from_numpy(teacher[indices]) / 2, 1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            loss = loss + alpha * 4 * soft
+        step.zero_grad()
+        loss.backward()
+        step.step()
+    return model
+
+
+def assert_same(artifact, state, model):
+    """Each tensor moved from its start as in PyTorch, within 5 % (a ReLU that flips moves 1 %)."""
+    start = load_file(artifact.weights)
+    for name, array in state.items():
+        wanted = model.state_dict()[name].numpy()
+        moved = float(np.abs(wanted - start[name]).max())
+        assert np.abs(array - wanted).max() < 0.05 * moved + 1e-6, name
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_an_order_with_a_teacher_trains_as_pytorch_does_with_logits_matched_by_sample(
+    artifact, desk, augment
+):
+    teacher = np.random.default_rng(3).standard_normal((SAMPLES, 5)).astype(np.float32) * 4
+    ref = desk.blobs.put(tensors.pack([("logits", teacher, "float32")], seed=0))
+    work = order(
+        artifact, teacher=ref, data_digest="cd" * 32, alpha=1.5, temperature=2.0, epochs=1,
+        augment=augment,
+    )  # fmt: skip
+    outcome = perform(work, artifact, None, desk)
+    (state,) = read(desk, outcome.blobs["state"])
+    right = in_pytorch(artifact, desk.images, teacher, 1.5, augment)
+    assert_same(artifact, state, right)
+    # The teacher matters: logits of other samples lead elsewhere.
+    wrong = in_pytorch(artifact, desk.images, np.roll(teacher, 1, axis=0), 1.5, augment)
+    with pytest.raises(AssertionError):
+        assert_same(artifact, state, wrong)
+
+
+def test_without_a_teacher_distillation_is_off(artifact, desk):
+    outcome = perform(order(artifact, alpha=3.0), artifact, None, desk)
+    (state,) = read(desk, outcome.blobs["state"])
+    assert_same(artifact, state, in_pytorch(artifact, desk.images, None, 0, augment=False))
+    assert outcome.metrics["steps"] == 3
+    assert outcome.metrics["train_peak_bytes"] > 10e6
+
+
+def test_features_come_in_sample_order_from_the_trained_extractor(artifact, desk):
+    work = order(artifact, returns={"features": "float32", "state": "float32"})
+    outcome = perform(work, artifact, None, desk)
+    records = read(desk, outcome.blobs["features"])
+    assert [len(r["labels"]) for r in records] == [8, 8, 4]
+    joined = {key: np.concatenate([r[key] for r in records]) for key in records[0]}
+    np.testing.assert_array_equal(joined["labels"], desk.images.y)
+    (state,) = read(desk, outcome.blobs["state"])
+    model = distill.load(models.build("resnet8", classes=5), state).eval()
+    x = np.empty((SAMPLES, 3, 32, 32), np.float32)
+    Preprocess(MEAN, STD)(desk.images.x, out=x)
+    with torch.inference_mode():
+        features, logits = model.extract(torch.from_numpy(x))
+    np.testing.assert_allclose(joined["features"], features.numpy(), atol=1e-4)
+    np.testing.assert_allclose(joined["logits"], logits.numpy(), atol=1e-4)
+
+
+def test_own_weights_and_optimizer_go_on_from_order_to_order(artifact, desk, tmp_path):
+    first = perform(order(artifact), artifact, None, desk)
+    own = tmp_path / "own.safetensors"
+    save_file({name: np.asarray(array) for name, array in first.weights.items()}, own)
+    second = perform(order(artifact, sequence=2, seed=78), artifact, own, desk)
+    (state,) = read(desk, second.blobs["state"])
+    once = perform(order(artifact, epochs=2), artifact, None, desk)  # seeds 77 and 78
+    (whole,) = read(desk, once.blobs["state"])
+    for name, array in state.items():
+        np.testing.assert_array_equal(array, whole[name])
+
+
+def test_an_update_is_the_difference_to_the_given_state(artifact, desk):
+    start = {n: a for n, a in load_file(artifact.weights).items() if not n.startswith("optim.")}
+    given = {name: array * np.float32(0.9) for name, array in start.items()}
+    ref = desk.blobs.put(tensors.pack(tensors.weights(given, "float32"), seed=0))
+    work = order(artifact, state=ref, returns={"update": "float32", "state": "float32"})
+    outcome = perform(work, artifact, None, desk)
+    (update,) = read(desk, outcome.blobs["update"])
+    (state,) = read(desk, outcome.blobs["state"])
+    for name, array in update.items():
+        np.testing.assert_allclose(given[name] + array, state[name], atol=1e-6)
+    assert outcome.weights is None
+
+
+def test_logits_for_other_samples_are_refused(artifact, desk):
+    teacher = np.zeros((SAMPLES, 5), np.float32)
+    ref = desk.blobs.put(tensors.pack([("logits", teacher, "float32")], seed=0))
+    with pytest.raises(DataError, match="data changed since the last round"):
+        perform(order(artifact, teacher=ref, data_digest="ef" * 32), artifact, None, desk)
+    short = desk.blobs.put(tensors.pack([("logits", teacher[:7], "float32")], seed=0))
+    with pytest.raises(DataError, match=r"expected float32 \(20, 5\), got \('float32', \(7, 5\)\)"):
+        perform(order(artifact, teacher=short, data_digest="cd" * 32), artifact, None, desk)
+
+
+def test_foreign_weights_and_a_foreign_data_set_are_refused(artifact, desk):
+    ref = desk.blobs.put(tensors.pack([("w", np.ones((2, 2), np.float32), "float32")], seed=0))
+    with pytest.raises(ArtifactError, match="'w' is"):
+        perform(order(artifact, state=ref), artifact, None, desk)
+    odd = replace(desk, images=replace(desk.images, y=desk.images.y + 1))
+    with pytest.raises(DataError, match="expected labels from 0 to 4"):
+        perform(order(artifact), artifact, None, odd)
+
+
+def test_a_cancelled_order_stops_within_a_step(artifact, desk):
+    desk.cancel.set()
+    with pytest.raises(CancelledError):
+        perform(order(artifact), artifact, None, desk)
+
+
+def test_the_same_order_gives_the_same_bytes(artifact, desk):
+    work = order(artifact, returns={"features": "hadamard|q=4", "state": "identity|q=8"})
+    first = perform(work, artifact, None, desk).blobs
+    assert perform(work, artifact, None, desk).blobs == first
