@@ -48,14 +48,14 @@ def run(
     with contextlib.ExitStack() as stack:
         store = Store(config)
         stack.callback(store.close)
+        if address is None:
+            address = stack.enter_context(serve(config))
         report = Report(config, store)
         artifact = prepare_artifact(config, store)
         strategy = create(config.strategy, task(config, store, artifact, heldout, report))
         enrolled = None
         if config.admission == "enrolled":
             enrolled = frozenset(fleet.users(config.runs, config.fleet)) - {fleet.ORCHESTRATOR}
-        if address is None:
-            address = stack.enter_context(serve(config))
         coordinator = Coordinator(
             config, store, strategy, enrolled=enrolled, address=address, report=report
         )

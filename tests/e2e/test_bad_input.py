@@ -63,7 +63,7 @@ def test_an_agent_that_cannot_work_says_why(tmp_path, digits, changes, text):
     [
         (("[server]", "[sever]"), "unknown key 'sever'; did you mean 'server'"),
         (('"first"', '"a b"'), "run name 'a b': use 1 to 64"),
-        (("resnet8", "resnet9"), "did you mean 'resnet8'"),
+        (('"resnet8"', '"resnte8"'), "did you mean 'resnet8'"),
         (("identity|q=8", "identety|q=8"), "did you mean 'identity|q=8'"),
         (("classes = 10", "classes = 7"), "expected the 7 classes of the artifact, got 10"),
         (("[3, 32, 32]", "[3, 28, 28]"), "expected 28x28 images"),
