@@ -115,6 +115,9 @@ class Agent:
                     pass
                 except WireError as fault:
                     log.warning("message dropped: %s", fault)
+                except (ArithmeticError, LookupError, OSError, TypeError, ValueError):
+                    # No message may end the loop, whatever it provokes; the trace says what it was.
+                    log.exception("message dropped")
                 self._tick()
         finally:
             self._cancel.set()
@@ -161,7 +164,7 @@ class Agent:
             case Chunk() | Gone() if self._supply:
                 try:
                     self._supply.take(message, body)
-                except StillhouseError as fault:
+                except (StillhouseError, OSError) as fault:
                     self._fail(self._supply.order, fault)
             case _:
                 pass
@@ -176,9 +179,10 @@ class Agent:
                     for want in self._supply.wants(now):
                         self._send_up(want, b"")
                     self._report("fetch", *self._supply.progress)
-            except StillhouseError as fault:
+            except (StillhouseError, OSError) as fault:
                 self._fail(self._supply.order, fault)
-        self._apply(rounds.ticked(self._state, now, self.config.resend_s))
+        if self.link.connected:
+            self._apply(rounds.ticked(self._state, now, self.config.resend_s))
 
     def _apply(self, step: rounds.Step) -> None:
         self._state, actions = step
@@ -201,7 +205,7 @@ class Agent:
                         retry_s=self.config.retry_s,
                         max_bytes=self.config.max_download_bytes,
                     )
-                except StillhouseError as fault:
+                except (StillhouseError, OSError) as fault:
                     self._fail(order, fault)
             case Work(order):
                 self._work(order)
@@ -255,7 +259,7 @@ class Agent:
         self._finish(order, weights_file, blobs=outcome.blobs, metrics=outcome.metrics)
         self._tidy(outcome.blobs.values())
 
-    def _fail(self, order: Order, fault: StillhouseError) -> None:
+    def _fail(self, order: Order, fault: StillhouseError | OSError) -> None:
         log.error("round %d: %s", order.round, fault)
         self._supply = None
         self._finish(order, None, fault=str(fault))

@@ -6,6 +6,7 @@ in evaluation mode, without augmentation, in the order of the samples: what come
 logits is keyed by sample.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edge_agent import data, meter
@@ -23,6 +25,8 @@ from wire.artifact import Artifact
 from wire.blobs import BlobStore
 from wire.errors import ArtifactError, DataError, StillhouseError, WireError
 from wire.messages import BlobRef, Order
+
+log = logging.getLogger("edge-agent")
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,7 +79,7 @@ def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: De
         _fit(given, start)
         start |= given
     elif own_weights is not None:
-        start = load_file(own_weights)
+        start = _own(own_weights, start)
     state: State = start
     if order.epochs:
         with counts.phase("train"):
@@ -192,6 +196,14 @@ def _read(blobs: BlobStore, ref: BlobRef) -> State:
         for frame in frames.read(file, max_bytes=ref.size):
             return tensors.unpack(frame, where=where)
     raise WireError(f"{where} is empty")
+
+
+def _own(path: Path, start: State) -> State:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as fault:
+        log.warning("own weights %s cannot be read (%s); starting from the artifact's", path, fault)
+        return start
 
 
 def _fit(given: Mapping[str, NDArray[np.float32]], start: State) -> None:

@@ -16,20 +16,24 @@ from wire.messages import Order, Result
 
 Array = NDArray[Any]
 MAX_NORM_RATIO = 1e3
+MAX_VALUE = 1e5  # of a feature or a logit: beyond it, training has diverged
 
 
-def header(result: Result, order: Order | None, device: str, max_bytes: int) -> None:
+def header(
+    result: Result, order: Order | None, device: str, samples: int, limits: Mapping[str, int]
+) -> None:
     """Look over a result before its blobs are pulled.
 
     Args:
         result: as it came.
         order: the open order of that device, or None.
         device: by the topic, which the broker's access list guards.
-        max_bytes: a payload above this is refused.
+        samples: that the device was born with.
+        limits: bytes that a payload of each name may have.
 
     Raises:
         AdmissionError: another device's name, not the open order, a fault that the device reports,
-            wrong or oversized payloads.
+            another number of samples, wrong or oversized payloads, a metric that is not finite.
     """
     if result.device != device:
         raise AdmissionError(f"the result names device {result.device!r}, it came from {device!r}")
@@ -47,8 +51,12 @@ def header(result: Result, order: Order | None, device: str, max_bytes: int) -> 
             f"expected payloads {sorted(order.returns)}, got {sorted(result.blobs)}"
         )
     for name, ref in result.blobs.items():
-        if ref.size > max_bytes:
-            raise AdmissionError(f"payload {name!r} has {ref.size} bytes, limit {max_bytes}")
+        if ref.size > limits[name]:
+            raise AdmissionError(f"payload {name!r} has {ref.size} bytes, limit {limits[name]}")
+    if result.samples != samples:
+        raise AdmissionError(f"the device was born with {samples} samples, now {result.samples}")
+    if odd := [name for name, value in result.metrics.items() if not math.isfinite(value)]:
+        raise AdmissionError(f"metrics are not finite: {odd[:4]}")
     if order.data_digest and result.data_digest != order.data_digest:
         raise AdmissionError(
             f"the device's samples changed within the round: expected {order.data_digest:.12}, "
@@ -96,11 +104,11 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
         room: how many samples may still come.
 
     Raises:
-        AdmissionError: a shape, dtype, label or count is wrong, or a logit is not finite.
+        AdmissionError: a shape, dtype, label or count is wrong, or a value is not finite or absurd.
     """
     if set(record) != {"features", "logits", "labels"}:
         raise AdmissionError(f"expected features, logits and labels, got {sorted(record)}")
-    n = len(record["labels"])
+    n = record["labels"].size
     expected = {
         "features": ("float32", (n, *shape)),
         "logits": ("float32", (n, classes)),
@@ -112,10 +120,23 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
             raise AdmissionError(
                 f"{name}: expected {dtype} {list(full)}, got {array.dtype.name} {list(array.shape)}"
             )
+    for name in ("features", "logits"):
+        if not np.isfinite(record[name]).all() or np.abs(record[name]).max(initial=0) > MAX_VALUE:
+            raise AdmissionError(f"{name} hold values that are not finite or above {MAX_VALUE:g}")
     if not 1 <= n <= room:
         raise AdmissionError(f"{n} samples where at most {room} were announced")
     if int(record["labels"].max()) >= classes:
         raise AdmissionError(f"label {int(record['labels'].max())} of {classes} classes")
+
+
+def plausible(samples: int, classes: int, size: int) -> None:
+    """Whether a payload of `size` bytes can hold so many samples, before room is made for them.
+
+    Raises:
+        AdmissionError: its logits (float32) and labels (two bytes) alone would be larger.
+    """
+    if not 1 <= samples <= size // (4 * classes + 2):
+        raise AdmissionError(f"{size} bytes cannot hold {samples} samples of {classes} classes")
 
 
 def complete(samples: int, announced: int) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from wire import codecs, records, topics
+from wire.link import BrokerAddress
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,17 @@ class BrokerConfig:
                 f"kind {self.kind!r} with url {self.url!r}: an external broker, and only that, "
                 "has a url"
             )
+        if self.url:
+            self.address()
+
+    def address(self) -> BrokerAddress:
+        """Of an external broker.
+
+        Raises:
+            ValueError: the url or a file is wrong.
+        """
+        files = (self.ca_file, self.cert_file, self.key_file)
+        return BrokerAddress(self.url, self.username, self.password, *files)
 
 
 @dataclass(frozen=True)
@@ -178,8 +190,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         topics.check_name(self.name, "run name")
         topics.check_name(self.fleet, "fleet name")
-        if self.rounds < 1 or self.seed < 0 or self.transfer_chunks < 1:
-            raise ValueError("expected rounds >= 1, seed >= 0, transfer_chunks >= 1")
+        if not 1 <= self.rounds < 1 << 20 or not 0 <= self.seed < 1 << 20:
+            raise ValueError(f"expected rounds from 1 and seed from 0, both below {1 << 20}")
+        if self.transfer_chunks < 2 or len(self.name) > 48:
+            raise ValueError(
+                f"transfer_chunks {self.transfer_chunks}, name of {len(self.name)} characters: "
+                "expected 2 or more, and 48 at most"
+            )
 
     @property
     def folder(self) -> Path:

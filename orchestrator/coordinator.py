@@ -20,7 +20,7 @@ from orchestrator.rounds import Action, Close, Finish, Open, Phase, Remind
 from orchestrator.store import Attempt, Store, Verdict
 from orchestrator.strategies.strategy import Metrics, State, Strategy
 from wire import messages, topics
-from wire.errors import StillhouseError, WireError
+from wire.errors import AdmissionError, StillhouseError, WireError
 from wire.link import Arrived, BrokerAddress, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
@@ -39,6 +39,7 @@ log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
 CONNECT_S = 30.0
+MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 
 class Admitted(NamedTuple):
@@ -131,6 +132,11 @@ class Coordinator:
                     pass
                 except WireError as fault:
                     log.warning("message dropped: %s", fault)
+                except (ArithmeticError, LookupError, OSError, TypeError, ValueError):
+                    # No message may end the loop, whatever it provokes; the trace says what it was.
+                    log.exception("message dropped")
+                if self.link.refused:
+                    raise self.link.refused
                 self._tick()
                 changed()
         finally:
@@ -169,7 +175,7 @@ class Coordinator:
                 self._born(device, message, now)
             case Death(session=session):
                 self._apply(rounds.died(self._rounds, device, session))
-            case Telemetry(run=self.config.name):
+            case Telemetry() if message.run == self.store.run_id:
                 self.report.telemetry(device, message)
             case Result():
                 self._result(device, message)
@@ -199,23 +205,26 @@ class Coordinator:
         self._apply(rounds.born(self._rounds, self.config.cohort, device, birth.session, now))
 
     def _result(self, device: str, result: Result) -> None:
-        mine = result.run == self.config.name
+        mine = result.run == self.store.run_id
         if mine and (known := self.store.verdict(result.sequence, device)):
             self._receipt(known, result)
             return
+        if device not in self._births:
+            return  # not enrolled, or its birth is still on the way: it will offer again
         attempt = self._attempt
         order = attempt.orders.get(device) if attempt else None
         collecting = self._rounds.phase is Phase.COLLECTING
         try:
-            limit = self.config.max_upload_bytes
-            admit.header(result, order if collecting else None, device, limit)
+            samples = self._births[device].samples
+            open_order = order if collecting else None
+            admit.header(result, open_order, device, samples, self.strategy.task.limits)
         except StillhouseError as fault:
             if order and (result.run, result.sequence) == (order.run, order.sequence):
                 self._decide(result, fault)
             else:  # of a round that is closed, or not ours: nothing to note
                 log.warning("%s: result refused: %s", device, fault)
-                self._receipt(Verdict(device, accepted=False, reason=str(fault), result=result),
-                              result)  # fmt: skip
+                reason = str(fault)[:MAX_REASON]
+                self._receipt(Verdict(device, accepted=False, reason=reason, result=result), result)
             return
         if device not in self._checking:
             self._intake.begin(result)
@@ -234,6 +243,9 @@ class Coordinator:
             self.strategy.admit(self._state, result)
         except StillhouseError as fault:
             return Admitted(result, fault)
+        except Exception as fault:  # whatever a payload provokes, it ends that result, not the run
+            log.exception("%s: its result cannot be looked over", result.device)
+            return Admitted(result, AdmissionError(f"it cannot be read: {fault!r}"))
         return Admitted(result, None)
 
     def _give_up(self, device: str, fault: StillhouseError) -> None:
@@ -251,7 +263,10 @@ class Coordinator:
         open_ = self._rounds.phase is Phase.COLLECTING
         if not attempt or result.sequence != attempt.sequence or not open_:
             return  # the round closed meanwhile; the device hears so when it offers again
-        reason = str(fault) if fault else ""
+        if known := attempt.verdicts.get(result.device):  # the first word stands
+            self._receipt(known, result)
+            return
+        reason = str(fault)[:MAX_REASON] if fault else ""
         verdict = Verdict(result.device, fault is None, reason, result)
         self.store.decide(attempt.sequence, verdict)
         self._attempt = replace(attempt, verdicts={**attempt.verdicts, result.device: verdict})

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from orchestrator.config import ServerConfig
 from orchestrator.shards import Shard
 from wire import seeds
+from wire.errors import RunError
 
 Progress = Callable[[int, int], None]
 
@@ -73,6 +74,9 @@ def train(
 ) -> float:
     """Train `model` for `config.epochs` passes over all shards; returns the last epoch's mean loss.
 
+    Raises:
+        RunError: the loss is not finite any more.
+
     Batches are drawn from all devices' samples in one shuffled order; a last batch of a single
     sample is left out, since batch norm cannot normalize it.
     """
@@ -105,6 +109,11 @@ def train(
             seen += len(chosen)
             progress(epoch * batches + i + 1, config.epochs * batches)
         mean = total / max(seen, 1)
+        if not np.isfinite(mean):
+            raise RunError(
+                f"server training diverged in epoch {epoch + 1} (loss {mean}); lower server.lr and "
+                "start again: the run goes on after its last closed round"
+            )
     return mean
 
 

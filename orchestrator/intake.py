@@ -26,7 +26,8 @@ class Intake:
         if known and known[0] == result:
             return
         fetches = [
-            Fetch(self._blobs, ref, window=WINDOW, retry_s=RETRY_S) for ref in result.blobs.values()
+            Fetch(self._blobs, ref, window=WINDOW, retry_s=RETRY_S, owner=result.device)
+            for ref in {ref.digest: ref for ref in result.blobs.values()}.values()
         ]
         self._pulls[result.device] = (result, fetches)
 
@@ -65,6 +66,14 @@ class Intake:
 
     def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
         """What to ask of whom; the device with the fewest chunks under way goes first."""
+        for device, (_, fetches) in self._pulls.items():
+            for (
+                fetch
+            ) in fetches:  # lost, or asked of an absent device
+                if device in live:
+                    fetch.expire(now_s)
+                else:
+                    fetch.forget_asked()
         room = self._budget - sum(f.in_flight for _, fs in self._pulls.values() for f in fs)
         turn = sorted(self._pulls, key=lambda d: sum(f.in_flight for f in self._pulls[d][1]))
         for device in turn:

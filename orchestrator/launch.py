@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,14 +78,7 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
     """
     chosen = config.broker
     if chosen.kind == "external":
-        yield BrokerAddress(
-            chosen.url,
-            chosen.username,
-            chosen.password,
-            chosen.ca_file,
-            chosen.cert_file,
-            chosen.key_file,
-        )
+        yield chosen.address()
         return
     users = fleet.users(config.runs, config.fleet) if config.admission == "enrolled" else None
     with broker.start(
@@ -146,7 +138,7 @@ def prepare_artifact(config: RunConfig, store: Store) -> Artifact:
     digests |= {name: ref.sha256 for name, ref in artifact.manifest.files.items()}
     for name, digest in digests.items():
         if not store.blobs.has(digest):
-            shutil.copyfile(folder / name, store.blobs.path(digest))
+            store.blobs.put((folder / name).read_bytes())
     store.keep(frozenset(digests.values()))
     return artifact
 
@@ -168,6 +160,7 @@ def task(
     shards.mkdir(exist_ok=True)
     return Task(
         config=config,
+        run=store.run_id,
         artifact=artifact,
         artifact_ref=store.blobs.ref(artifact.digest),
         blobs=store.blobs,

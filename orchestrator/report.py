@@ -64,12 +64,12 @@ class Report:
         """The entry of a round that was aggregated."""
         devices = {
             device: {
+                **(verdict.result.metrics if verdict.accepted else {}),
                 "samples": verdict.result.samples,
                 "accepted": verdict.accepted,
                 "reason": verdict.reason,
                 "bytes_up": self._up[device],
                 "bytes_down": self._down[device],
-                **verdict.result.metrics,
             }
             for device, verdict in sorted(attempt.verdicts.items())
         }
@@ -112,7 +112,7 @@ class Report:
         if final:
             whole = {
                 "run": self._config.name,
-                "config": _without_secrets(records.plain(self._config)),
+                "config": {**records.plain(self._config), "broker": self._config.broker.kind},
                 "rounds": self.entries,
             }
             self._store.write_json("report.json", whole)
@@ -136,7 +136,3 @@ class Report:
             "bytes_up": self._up[name],
             "bytes_down": self._down[name],
         }
-
-
-def _without_secrets(config: dict[str, Any]) -> dict[str, Any]:
-    return {**config, "broker": {**config["broker"], "password": ""}}

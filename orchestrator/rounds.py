@@ -15,6 +15,8 @@ from enum import Enum
 from orchestrator.config import CohortConfig
 from wire import seeds
 
+PAUSE_S = 10.0
+
 
 class Phase(Enum):
     """Where the run stands."""
@@ -37,6 +39,7 @@ class State:
         failed: of these, who reported a fault or was refused.
         ready_at_s: when the cohort may be formed, once there are enough devices.
         deadline_s: when the open round closes.
+        not_before_s: after a round in which all failed, when the next attempt may begin.
     """
 
     rounds: int
@@ -49,6 +52,7 @@ class State:
     failed: frozenset[str] = frozenset()
     ready_at_s: float | None = None
     deadline_s: float = 0.0
+    not_before_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ def aggregated(state: State, rules: CohortConfig, now_s: float) -> Step:
 
 
 def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
+    if now_s < state.not_before_s:
+        return state, ()
     if len(state.live) < rules.min_devices:
         return replace(state, ready_at_s=None), ()
     ready_at_s = now_s + rules.wait_s if state.ready_at_s is None else state.ready_at_s
@@ -153,7 +159,7 @@ def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
 
 def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
     enough = math.ceil(rules.quorum * len(state.cohort) - 1e-9)
-    answered = len(state.returned) + len(state.failed) == len(state.cohort)
+    answered = len(state.returned | state.failed) == len(state.cohort)
     due = now_s >= state.deadline_s
     if not (len(state.returned) >= enough or answered or due):
         return state, ()
@@ -161,7 +167,7 @@ def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
         # Nothing to aggregate: the same round is formed again, after a pause, so that a fleet
         # whose every device fails is not asked in a tight loop.
         again = replace(state, phase=Phase.FORMING, round=state.round - 1, cohort=frozenset())
-        return replace(again, ready_at_s=now_s + max(rules.wait_s, 5.0)), ()
+        return replace(again, ready_at_s=now_s, not_before_s=now_s + PAUSE_S), ()
     return replace(state, phase=Phase.AGGREGATING), (Close(state.round, state.returned),)
 
 

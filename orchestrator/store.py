@@ -16,6 +16,7 @@ of a `kill -9`, a restart finds the last closed round, and of the open one the a
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import sqlite3
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ from wire.errors import RunError
 from wire.messages import Order, Result
 
 _SCHEMA = """
+CREATE TABLE IF NOT EXISTS identity (run TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS attempts (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL,
     closed INTEGER NOT NULL DEFAULT 0, report TEXT);
@@ -90,10 +92,20 @@ class Store:
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
         self._kept: frozenset[str] = frozenset()
+        self.run_id = self._identify(config.name)
 
     def keep(self, digests: frozenset[str]) -> None:
         """Never drop these blobs: the artifact's."""
         self._kept = digests
+
+    def _identify(self, name: str) -> str:
+        """The run's name for devices: another run of the same name must not be taken for it."""
+        with self._db:
+            row = self._db.execute("SELECT run FROM identity").fetchone()
+            if row is None:
+                row = (f"{name}.{secrets.token_hex(4)}",)
+                self._db.execute("INSERT INTO identity VALUES (?)", row)
+        return str(row[0])
 
     def closed_rounds(self) -> list[dict[str, Any]]:
         """The reports of all closed rounds, in order."""
@@ -168,7 +180,7 @@ class Store:
                 "UPDATE attempts SET closed = 1, report = ? WHERE sequence = ?",
                 (json.dumps(report), attempt.sequence),
             )
-        for old in sorted(final.parent.iterdir())[:-2]:
+        for old in sorted(final.parent.iterdir(), key=lambda path: int(path.name))[:-2]:
             shutil.rmtree(old)
         self.blobs.keep_only(state.blobs() | self._kept)
 
@@ -196,6 +208,7 @@ class Store:
         """A run goes on only with what decides its numbers unchanged; more rounds are welcome."""
         path = self.folder / "run.json"
         current = json.loads(json.dumps(records.plain(config)))
+        current["broker"]["password"] = ""  # the run's folder is for others to read
         if path.exists():
             for key in ("fleet", "strategy", "seed", "device", "server"):
                 if (before := json.loads(path.read_text())[key]) != current[key]:
@@ -238,10 +251,10 @@ def last_checkpoint(folder: Path) -> tuple[int, State]:
     Raises:
         RunError: there is none.
     """
-    numbers = sorted(p.name for p in folder.glob("checkpoints/*") if p.name.isdigit())
+    numbers = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
     if not numbers:
         raise RunError(f"{folder}: no round is finished yet; look with: orchestrator status")
-    return int(numbers[-1]), read_checkpoint(folder, int(numbers[-1]))
+    return max(numbers), read_checkpoint(folder, max(numbers))
 
 
 def _write(path: Path, content: bytes) -> None:

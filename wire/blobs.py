@@ -5,8 +5,8 @@ nothing. So a transfer resumes after a lost connection, a power cut or a restart
 asking for what is missing, and the receiver alone decides how much is under way: a device keeps a
 small window, an orchestrator shares one budget among all devices.
 
-On disk a whole blob is a file named by its digest. A blob under way is `<digest>.part`, beside it
-`<digest>.have`, one byte a chunk; a chunk is marked after its bytes are written, and the whole is
+On disk a whole blob is a file named by its digest. A blob under way is `<digest>.*.part`, beside it
+`<digest>.*.have`, one byte a chunk; a chunk is marked after its bytes are written, and the whole is
 verified against the digest before it takes its name, so that neither file needs to be trusted.
 """
 
@@ -111,18 +111,26 @@ class Fetch:
     """One blob being pulled into a store.
 
     Feed it the sender's answers (`chunk`, `gone`) and ask it for `wants` whenever something
-    happened; it is done when `done` is true. Times are monotonic seconds, passed in.
+    happened; it is done when `done` is true. Times are monotonic seconds, passed in. Where several
+    senders may offer one blob, `owner` keeps what each has sent apart.
     """
 
     def __init__(
-        self, store: BlobStore, ref: BlobRef, *, window: int = 8, retry_s: float = 10.0
+        self,
+        store: BlobStore,
+        ref: BlobRef,
+        *,
+        window: int = 8,
+        retry_s: float = 10.0,
+        owner: str = "",
     ) -> None:
         self.store, self.ref = store, ref
         self.window, self.retry_s = window, retry_s
         self.done = store.has(ref.digest)
         self._asked: dict[int, float] = {}
-        self._part = store.folder / f"{ref.digest}.part"
-        self._have_path = store.folder / f"{ref.digest}.have"
+        self._spoiled = False
+        self._part = store.folder / f"{ref.digest}.{owner}.part"
+        self._have_path = store.folder / f"{ref.digest}.{owner}.have"
         self._have = bytearray()
         if self.done:
             return
@@ -152,14 +160,14 @@ class Fetch:
             now: monotonic seconds.
             room: at most so many more chunks, where a budget is shared among transfers.
         """
+        self._look_around()
         if self.done:
             return None
-        for index, asked in list(self._asked.items()):
-            if now - asked > self.retry_s:
-                del self._asked[index]
+        self.expire(now)
         room = min(self.window - len(self._asked), self.window if room is None else room)
         # Asking two chunks at a time keeps the pipe full and halves the questions.
-        if room < min(2, self.ref.chunks - self._have.count(1) - len(self._asked)) or room < 1:
+        left = self.ref.chunks - self._have.count(1) - len(self._asked)
+        if room < min(2, self.window, left) or room < 1:
             return None
         missing: list[int] = []
         index = self._have.find(0)
@@ -172,6 +180,12 @@ class Fetch:
         self._asked |= dict.fromkeys(missing, now)
         return Want(self.ref.digest, self.ref.chunk_bytes, tuple(missing))
 
+    def expire(self, now: float) -> None:
+        """Chunks that have not come after `retry_s` are on their way no longer."""
+        for index, asked in list(self._asked.items()):
+            if now - asked > self.retry_s:
+                del self._asked[index]
+
     def forget_asked(self) -> None:
         """The connection was lost, or the sender is back: whatever was asked must be asked anew."""
         self._asked.clear()
@@ -180,8 +194,9 @@ class Fetch:
         """Take one chunk; one that came twice is harmless.
 
         Raises:
-            TransferError: wrong number or length, or the whole does not match its digest.
+            TransferError: wrong number or length, or the whole failed its digest twice.
         """
+        self._look_around()
         if self.done:
             return
         if not 0 <= message.index < self.ref.chunks:
@@ -213,7 +228,16 @@ class Fetch:
         """
         raise TransferError(f"blob {self.ref.digest:.12}: its sender no longer has it")
 
+    def _look_around(self) -> None:
+        """Another transfer may have brought the same blob."""
+        if not self.done and self.store.has(self.ref.digest):
+            self.done = True
+            self._asked.clear()
+            self._part.unlink(missing_ok=True)
+            self._have_path.unlink(missing_ok=True)
+
     def _restart(self) -> None:
+        self._have_path.unlink(missing_ok=True)  # first: marks never outlive the bytes
         self._have = bytearray(self.ref.chunks)
         self._asked.clear()
         with self._part.open("wb") as file:
@@ -227,11 +251,15 @@ class Fetch:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         if digest != self.ref.digest:
+            # A power cut may have kept the marks and lost the bytes: once, all is pulled again.
             self._restart()
-            raise TransferError(
-                f"blob: expected SHA-256 {self.ref.digest}, got {digest}; all chunks were "
-                "discarded and can be pulled again"
-            )
+            if self._spoiled:
+                raise TransferError(
+                    f"blob: expected SHA-256 {self.ref.digest}, got {digest}, twice; its sender or "
+                    "the disk is damaged"
+                )
+            self._spoiled = True
+            return
         self._part.replace(self.store.path(self.ref.digest))
         sync_folder(self.store.folder)
         self._have_path.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ BLOCK = 4096
 TRANSFORMS = ("identity", "hadamard")
 _SCALE = np.dtype("<f4")
 _SIGNS, _ROUNDING = 1, 2
-_SPEC = re.compile(r"(?P<transform>\w+)\|q=(?P<bits>\d+)")
+_SPEC = re.compile(r"(?P<transform>\w+)\|q=(?P<bits>\d{1,3})")
 
 
 @dataclass(frozen=True)

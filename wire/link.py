@@ -182,13 +182,13 @@ class Link:
 
     def _run(self) -> None:
         while not self._closing.is_set() and self.refused is None:
-            if self._will:
-                topic, payload = self._will()
-                self._client.will_set(topic, payload, qos=1, retain=True)
             try:
+                if self._will:
+                    topic, payload = self._will()
+                    self._client.will_set(topic, payload, qos=1, retain=True)
                 self._client.connect(self.address.host, self.address.port, KEEPALIVE_S)
                 self._client.loop_forever()
-            except (OSError, ValueError) as fault:
+            except Exception as fault:  # noqa: BLE001 - the next attempt may do better
                 self._emit(Lost(f"broker {self.address.url} cannot be reached: {fault}"))
             if self.refused is None:
                 ceiling = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**self._attempt)

@@ -27,6 +27,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_CHUNK_BYTES = frames.MAX_MESSAGE_BYTES - 4096
 MAX_BLOB_BYTES = 1 << 36
 MAX_WANT = 64
+MAX_COUNT = 1 << 53  # what SQLite, JSON and file offsets all take
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class BlobRef:
     def chunks(self) -> int:
         """How many chunks the blob has."""
         return -(-self.size // self.chunk_bytes)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not 0 <= count < MAX_COUNT:
+            raise ValueError(f"{name}: expected 0 to {MAX_COUNT - 1}, got {count}")
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,7 @@ class Birth:
 
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
-        if self.session < 1 or self.samples < 1:
-            raise ValueError(f"session {self.session} and samples {self.samples} must be positive")
+        _check_counts(session=self.session, samples=self.samples - 1)
         if not _DIGEST.fullmatch(self.data_digest):
             raise ValueError(f"data_digest: expected 64 hex digits, got {self.data_digest!r:.80}")
 
@@ -134,10 +140,10 @@ class Order:
     augment: bool = False
 
     def __post_init__(self) -> None:
-        if self.sequence < 1 or self.epochs < 0 or self.seed < 0:
-            raise ValueError(
-                f"sequence {self.sequence}, epochs {self.epochs} or seed {self.seed} out of range"
-            )
+        topics.check_name(self.run, "run name")
+        _check_counts(
+            sequence=self.sequence - 1, round=self.round, epochs=self.epochs, seed=self.seed >> 10
+        )
         unknown = set(self.returns) - {"state", "update", "features"}
         if unknown:
             raise ValueError(f"returns: cannot return {', '.join(sorted(unknown))}; known are "
@@ -159,6 +165,9 @@ class Result:
     blobs: Mapping[str, BlobRef] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     fault: str = ""
+
+    def __post_init__(self) -> None:
+        _check_counts(sequence=self.sequence, round=self.round, samples=self.samples)
 
 
 @dataclass(frozen=True)
@@ -182,8 +191,9 @@ class Want:
 
     def __post_init__(self) -> None:
         BlobRef(self.digest, 0, self.chunk_bytes)
-        if not 1 <= len(self.chunks) <= MAX_WANT or min(self.chunks) < 0:
-            raise ValueError(f"chunks: expected 1 to {MAX_WANT} numbers from 0 on")
+        most = MAX_BLOB_BYTES // self.chunk_bytes
+        if not 1 <= len(self.chunks) <= MAX_WANT or not all(0 <= c <= most for c in self.chunks):
+            raise ValueError(f"chunks: expected 1 to {MAX_WANT} numbers from 0 to {most}")
 
 
 @dataclass(frozen=True)

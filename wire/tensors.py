@@ -21,6 +21,7 @@ Array = NDArray[Any]
 Named = tuple[str, Array, str]
 
 RAW_DTYPES = ("int64", "int32", "uint16", "uint8")
+KNOWN_DTYPES = ("float32", *RAW_DTYPES)
 MAX_TENSORS = 4096
 MAX_NAME = 256
 
@@ -37,9 +38,13 @@ class Entry:
     def __post_init__(self) -> None:
         if not 1 <= len(self.name) <= MAX_NAME:
             raise ValueError(f"name of {len(self.name)} characters, expected 1 to {MAX_NAME}")
-        if len(self.shape) > 8 or any(not 0 <= d < 2**40 for d in self.shape):
+        if (
+            len(self.shape) > 8
+            or math.prod(max(d, 1) for d in self.shape) >= 2**40
+            or any(d < 0 for d in self.shape)
+        ):
             raise ValueError(f"shape of {self.name!r} is out of range: {self.shape!r:.80}")
-        if self.dtype != "float32" and (self.dtype not in RAW_DTYPES or self.spec != "raw"):
+        if (self.spec == "raw") != (self.dtype in RAW_DTYPES) or self.dtype not in KNOWN_DTYPES:
             raise ValueError(f"{self.name!r}: no {self.dtype} tensor as {self.spec!r}")
 
     @property

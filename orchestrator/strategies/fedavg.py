@@ -30,12 +30,15 @@ class FedAvg:
     def orders(
         self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
-        """The same order for all: start from the global weights, return the difference."""
+        """The same for all: start from the global weights, return the difference."""
         device = self.task.config.device
         named = tensors.weights(state.under("global"), device.state)
         ref = self.task.blobs.put(tensors.pack(named, seed=round_))
-        order = self.task.order(round_, sequence, state=ref, returns={"update": device.update})
-        return dict.fromkeys(cohort, order)
+        returns = {"update": device.update}
+        return {
+            name: self.task.order(name, round_, sequence, state=ref, returns=returns)
+            for name in cohort
+        }
 
     def admit(self, state: State, result: Result) -> None:
         """Names, shapes, finite values, and a norm that is not absurd."""

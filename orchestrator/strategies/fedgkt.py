@@ -61,6 +61,7 @@ class FedGKT:
             teacher = state.notes["teachers"].get(name)
             fits = teacher is not None and teacher["data_digest"] == birth.data_digest
             orders[name] = self.task.order(
+                name,
                 round_,
                 sequence,
                 teacher=BlobRef(**teacher["ref"]) if fits else None,

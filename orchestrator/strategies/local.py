@@ -30,8 +30,8 @@ class Local:
     ) -> dict[str, Order]:
         """Go on with your own weights."""
         del state
-        order = self.task.order(round_, sequence, returns={"state": "float32"})
-        return dict.fromkeys(cohort, order)
+        returns = {"state": "float32"}
+        return {name: self.task.order(name, round_, sequence, returns=returns) for name in cohort}
 
     def admit(self, state: State, result: Result) -> None:
         """Names, shapes and finite values."""

@@ -5,6 +5,8 @@ cohort shall do, `admit` looks a payload over, `aggregate` takes a round's resul
 I/O but blobs: the coordinator talks to devices, journals and checkpoints.
 """
 
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,7 @@ class Task:
 
     Attributes:
         config: of the run.
+        run: its name for devices, which is its alone.
         artifact: that devices train with.
         artifact_ref: its manifest as a blob.
         blobs: the run's blob store.
@@ -70,6 +73,7 @@ class Task:
     """
 
     config: RunConfig
+    run: str
     artifact: Artifact
     artifact_ref: BlobRef
     blobs: BlobStore
@@ -86,11 +90,27 @@ class Task:
         tensors = load_file(self.artifact.weights)
         return {spec.name: np.asarray(tensors[spec.name]) for spec in kept}
 
-    def order(self, round_: int, sequence: int, **settings: Any) -> Order:
-        """An order with what is the same for every strategy filled in."""
+    @property
+    def limits(self) -> dict[str, int]:
+        """Bytes that a payload may have: weights twice their size in float32, features as set."""
+        values = sum(math.prod(s.shape) for s in self.artifact.manifest.state)
+        weights = 8 * values + (1 << 20)
+        return {
+            "state": weights,
+            "update": weights,
+            "features": self.config.max_upload_bytes,
+        }
+
+    def order(self, name: str, round_: int, sequence: int, **settings: Any) -> Order:
+        """An order to device `name` with what is the same for every strategy filled in.
+
+        Each device and round has a seed of its own: were rounding errors the same everywhere, they
+        would not average out.
+        """
         device = self.config.device
+        key = hashlib.sha256(f"{self.config.seed}/{round_}/{name}".encode()).digest()
         return Order(
-            run=self.config.name,
+            run=self.run,
             sequence=sequence,
             round=round_,
             artifact=self.artifact_ref,
@@ -98,14 +118,15 @@ class Task:
             lr=device.lr,
             temperature=device.temperature,
             augment=device.augment,
-            # Streams of different rounds and of the epochs within one must not meet.
-            seed=(self.config.seed << 40) + (round_ << 20),
+            seed=int.from_bytes(key[:6], "little"),
             **settings,
         )
 
 
 class Strategy(Protocol):
     """Functions from state to state; see the module's docstring."""
+
+    task: Task
 
     def begin(self) -> State:
         """The state before round 1."""

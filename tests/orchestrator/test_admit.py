@@ -15,6 +15,7 @@ from wire.messages import BlobRef, Order, Result
 REF = BlobRef("ab" * 32, 1000, 1024)
 ORDER = Order("run", 3, 1, REF, 1, 0.1, 7, {"features": "float32"}, data_digest="cd" * 32)
 RESULT = Result("pi", "run", 3, 1, 10, "cd" * 32, {"features": REF})
+LIMITS = {"features": 1000}
 SPECS = (
     TensorSpec("w", (2, 3), "float32", "parameter"),
     TensorSpec("m", (3,), "float32", "buffer"),
@@ -23,7 +24,7 @@ GOOD = {"w": np.ones((2, 3), np.float32), "m": np.zeros(3, np.float32)}
 
 
 def test_a_proper_result_is_admitted():
-    admit.header(RESULT, ORDER, "pi", 1000)
+    admit.header(RESULT, ORDER, "pi", 10, LIMITS)
     admit.weights(GOOD, SPECS, 1.0)
 
 
@@ -37,16 +38,18 @@ def test_a_proper_result_is_admitted():
         ({"blobs": {}}, r"expected payloads \['features'\], got \[\]"),
         ({"blobs": {"features": replace(REF, size=1001)}}, "1001 bytes, limit 1000"),
         ({"data_digest": "ef" * 32}, "samples changed"),
+        ({"samples": 10**12}, "born with 10 samples, now 1000000000000"),
+        ({"metrics": {"train_loss": float("nan")}}, r"not finite: \['train_loss'\]"),
     ],
 )
 def test_a_result_that_is_not_what_was_ordered_is_refused(change, text):
     with pytest.raises(AdmissionError, match=text):
-        admit.header(replace(RESULT, **change), ORDER, "pi", 1000)
+        admit.header(replace(RESULT, **change), ORDER, "pi", 10, LIMITS)
 
 
 def test_a_device_without_an_order_is_refused():
     with pytest.raises(AdmissionError, match="has no order"):
-        admit.header(RESULT, None, "pi", 1000)
+        admit.header(RESULT, None, "pi", 10, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +102,8 @@ def test_features_become_a_shard_in_sample_order(tmp_path):
         ([record(labels=np.full(4, 5, np.uint16))], 4, "label 5 of 5 classes"),
         ([record(labels=np.arange(3).astype(np.uint16))], 4, "expected float32"),
         ([{"features": record()["features"]}], 4, "expected features, logits and labels"),
-        ([], 4, "features of 0 samples"),
+        ([], 4, "0 bytes cannot hold 4 samples"),
+        ([record(4)], 10**15, "bytes cannot hold 1000000000000000 samples"),
     ],
 )
 def test_features_that_do_not_fit_are_refused_and_leave_nothing(tmp_path, records, samples, text):

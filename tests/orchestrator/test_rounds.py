@@ -1,5 +1,6 @@
 """The orchestrator's rules: no silent device holds a round, no result counts twice."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -73,12 +74,13 @@ def test_a_fault_does_not_hold_the_round():
     assert actions == (Close(1, frozenset("a")),)
 
 
-def test_a_round_in_which_all_fail_is_formed_again_after_a_pause():
-    state, _ = rounds.failed(collecting("a", "b"), RULES, "a", 20.0)
-    state, actions = rounds.failed(state, RULES, "b", 21.0)
+@pytest.mark.parametrize("rules", [RULES, CohortConfig(min_devices=2, max_devices=2, wait_s=10)])
+def test_a_round_in_which_all_fail_is_formed_again_after_a_pause(rules):
+    state, _ = rounds.failed(collecting("a", "b"), rules, "a", 20.0)
+    state, actions = rounds.failed(state, rules, "b", 21.0)
     assert actions == ()
-    assert rounds.ticked(state, RULES, 22.0)[1] == ()
-    assert rounds.ticked(state, RULES, 31.0)[1] == (Open(1, frozenset("ab")),)
+    assert rounds.ticked(state, rules, 22.0)[1] == ()
+    assert rounds.ticked(state, rules, 31.0)[1] == (Open(1, frozenset("ab")),)
 
 
 def test_a_device_that_comes_back_gets_its_order_again_unless_it_has_returned():

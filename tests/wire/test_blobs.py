@@ -98,18 +98,27 @@ def test_a_chunk_of_wrong_number_or_length_is_refused(sender, receiver, index, s
         Fetch(receiver, ref).chunk(Chunk(ref.digest, index), memoryview(bytes(size)))
 
 
-def test_a_corrupt_chunk_fails_the_digest_and_the_blob_can_be_pulled_anew(sender, receiver):
+def test_a_corrupt_chunk_fails_the_digest_and_all_is_pulled_again_once(sender, receiver):
     ref = sender.put(DATA)
     fetch = Fetch(receiver, ref, window=64)
-    want = fetch.wants(0.0)
-    first, *rest = answers(sender, want)
-    for message, body in rest:
-        fetch.chunk(message, body)
-    with pytest.raises(TransferError, match="expected SHA-256"):
+
+    def pull_with_a_corrupt_chunk():
+        first, *rest = answers(sender, fetch.wants(0.0))
+        for message, body in rest:
+            fetch.chunk(message, body)
         fetch.chunk(first[0], memoryview(bytes(1024)))
+
+    pull_with_a_corrupt_chunk()
     assert not receiver.has(ref.digest)
+    assert fetch.received == 0
+    with pytest.raises(TransferError, match="expected SHA-256"):
+        pull_with_a_corrupt_chunk()
     assert pull(sender, fetch) == 11
     assert receiver.has(ref.digest)
+
+
+def test_a_window_of_one_chunk_is_enough(sender, receiver):
+    assert pull(sender, Fetch(receiver, sender.put(DATA), window=1)) == 11
 
 
 def test_a_declared_terabyte_takes_no_disk(receiver):
@@ -125,6 +134,20 @@ def test_a_blob_that_is_gone_says_so(sender, receiver):
     assert isinstance(message, Gone)
     with pytest.raises(TransferError, match="no longer has it"):
         fetch.gone()
+
+
+def test_one_blob_from_two_senders_arrives_once_and_neither_can_spoil_the_other(sender, receiver):
+    ref = sender.put(DATA)
+    good, bad = Fetch(receiver, ref, owner="a", window=64), Fetch(receiver, ref, owner="b")
+    every = answers(sender, good.wants(0.0))
+    bad.chunk(every[0][0], memoryview(bytes(1024)))
+    for message, body in every:
+        good.chunk(message, body)
+    assert good.done
+    assert bad.wants(1.0) is None
+    assert bad.done
+    bad.chunk(*every[5])
+    assert names(receiver) == [ref.digest]
 
 
 def test_a_failed_write_leaves_nothing(sender):

@@ -37,7 +37,9 @@ def test_round_trip(message):
     [
         ({"round": "two"}, "round: expected int, got str 'two'"),
         ({"epochs": True}, "epochs: expected int, got bool"),
-        ({"sequence": 0}, "sequence 0"),
+        ({"sequence": 0}, "sequence: expected 0 to"),
+        ({"sequence": 2**60}, "sequence: expected 0 to"),
+        ({"run": "../../etc"}, "run name"),
         ({"teecher": None}, "unknown key 'teecher'; did you mean 'teacher'"),
         ({"artifact": {"digest": "x", "size": 1, "chunk_bytes": 1024}}, "64 hex digits"),
         ({"artifact": {"digest": "ab" * 32, "size": 2**60, "chunk_bytes": 1024}}, "size"),
