@@ -67,9 +67,7 @@ class Intake:
     def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
         """What to ask of whom; the device with the fewest chunks under way goes first."""
         for device, (_, fetches) in self._pulls.items():
-            for (
-                fetch
-            ) in fetches:  # lost, or asked of an absent device
+            for fetch in fetches:  # what is lost holds no room
                 if device in live:
                     fetch.expire(now_s)
                 else:

@@ -169,7 +169,7 @@ def test_a_device_that_dies_delays_no_longer_than_the_deadline(processes, digits
     fleet = Fleet(processes, digits, any_broker.url, rounds=2, epochs=4)
     text = (fleet.folder / "run.toml").read_text()
     text = text.replace("deadline_s = 100.0", "deadline_s = 15.0").replace(
-        "min_devices = 3", "min_devices = 2\nmax_devices = 3"
+        "min_devices = 3\nwait_s = 0.0", "min_devices = 2\nmax_devices = 3\nwait_s = 100.0"
     )
     (fleet.folder / "run.toml").write_text(text)
     fleet.start()
