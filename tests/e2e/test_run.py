@@ -1,12 +1,15 @@
 """The main job with real processes: commands as a user starts them, killed as a fleet is."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
+from orchestrator import broker
 from orchestrator.deploy import export_run
 from tests.conftest import Processes
 
@@ -180,3 +183,17 @@ def test_a_device_that_dies_delays_no_longer_than_the_deadline(processes, digits
     assert sorted(first["devices"]) == ["device-0", "device-1"]
     assert first["seconds"] < 60
     assert second["cohort"] == ["device-0", "device-1"]
+
+
+@pytest.mark.e2e
+def test_kill_9_of_the_broker_in_mid_round_is_no_more_than_a_pause(processes, digits, tmp_path):
+    if broker.find() is None:
+        pytest.skip("mosquitto is not installed: sudo apt install mosquitto")
+    with broker.start("mosquitto", folder=tmp_path / "broker", fleet="fleet", port=0) as running:
+        fleet = Fleet(processes, digits, running.url, rounds=2, epochs=6)
+        fleet.start()
+        processes.wait_for("training in round 1", lambda: fleet.stands("train", 1))
+        os.kill(running.pid, signal.SIGKILL)  # its supervisor starts it again
+        report = fleet.finish()
+    check_every_round_counts_each_device_once(report, 2)
+    assert "lost" in processes.log("agent-0")
