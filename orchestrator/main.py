@@ -74,7 +74,10 @@ def enroll(
         .replace("[3, 32, 32]", json.dumps(list(chosen.device.input)))
     )
     path = out or Path(f"{device}.toml")
-    path.touch(0o600)
+    try:
+        path.touch(0o600, exist_ok=False)
+    except FileExistsError as fault:
+        raise StillhouseError(f"{path} is there already; name another with --out") from fault
     path.write_text(text)
     console.print(f"{path} written; on the device: edge-agent run --config {path.name}")
 

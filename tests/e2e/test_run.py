@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +198,31 @@ def test_kill_9_of_the_broker_in_mid_round_is_no_more_than_a_pause(processes, di
         report = fleet.finish()
     check_every_round_counts_each_device_once(report, 2)
     assert "lost" in processes.log("agent-0")
+
+
+@pytest.mark.e2e
+def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wrote(
+    processes, digits
+):
+    if broker.find() is None:
+        pytest.skip("mosquitto is not installed: sudo apt install mosquitto")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fleet = Fleet(processes, digits, "mqtt://unused", rounds=1)
+    path = fleet.folder / "run.toml"
+    text = path.read_text().replace('"open"', '"enrolled"').replace('"external"', '"mosquitto"')
+    path.write_text(text.replace('url = "mqtt://unused"', f"port = {port}"))
+    for n in range(3):
+        kit = fleet.folder / f"agent-{n}.toml"
+        kit.unlink()
+        enroll = ("orchestrator.main", "enroll", f"device-{n}", "--config", "run.toml")
+        assert processes.start("enroll", *enroll, "--out", kit.name).wait(60) == 0
+        assert kit.stat().st_mode & 0o077 == 0  # it holds the password
+        ours = kit.read_text().replace('"images"', f'"{digits}/device-{n}.npz"')
+        kit.write_text(ours.replace('"state"', f'"state-{n}"'))
+    fleet.start()
+    check_every_round_counts_each_device_once(fleet.finish(), 1)
+    shown = processes.start("status", "orchestrator.main", "status", "runs/run").wait(60)
+    assert shown == 0
+    assert "round 1 of 1" in processes.log("status")
