@@ -3,6 +3,7 @@
 One thread owns all state; the network thread and the worker thread only put events in its queue.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -109,15 +110,8 @@ class Agent:
         self.link.start()
         try:
             while not self._stopping.is_set() and self.link.refused is None:
-                try:
+                with contextlib.suppress(queue.Empty):
                     self._handle(self._events.get(timeout=TICK_S))
-                except queue.Empty:
-                    pass
-                except WireError as fault:
-                    log.warning("message dropped: %s", fault)
-                except (ArithmeticError, LookupError, OSError, TypeError, ValueError):
-                    # No message may end the loop, whatever it provokes; the trace says what it was.
-                    log.exception("message dropped")
                 self._tick()
         finally:
             self._cancel.set()
@@ -135,7 +129,11 @@ class Agent:
     def _handle(self, event: Event) -> None:
         match event:
             case Arrived(topic, payload):
-                message, body = messages.decode(payload, sender=topic)
+                try:
+                    message, body = messages.decode(payload, sender=topic)
+                except WireError as fault:
+                    log.warning("message dropped: %s", fault)
+                    return
                 self._received(message, body)
             case Connected():
                 log.info("connected to %s as %s", self.config.broker.url, self.config.device)
@@ -145,7 +143,10 @@ class Agent:
             case Advanced(phase, done, total):
                 self._report(phase, done, total)
             case Ended(order, outcome):
-                self._ended(order, outcome)
+                try:
+                    self._ended(order, outcome)
+                except OSError as fault:  # the disk is full, say
+                    self._fail(order, fault)
 
     def _received(self, message: messages.Message, body: memoryview) -> None:
         now = time.monotonic()

@@ -4,10 +4,11 @@ One thread owns all state. The network thread puts messages in its queue; a work
 heavy part (looking payloads over, aggregation) and puts its outcome there too.
 """
 
+import contextlib
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -126,15 +127,8 @@ class Coordinator:
             if self._rounds.phase is Phase.COLLECTING:
                 self._apply(rounds.ticked(self._rounds, self.config.cohort, time.monotonic()))
             while not self.finished():
-                try:
+                with contextlib.suppress(queue.Empty):
                     self._handle(self._events.get(timeout=TICK_S))
-                except queue.Empty:
-                    pass
-                except WireError as fault:
-                    log.warning("message dropped: %s", fault)
-                except (ArithmeticError, LookupError, OSError, TypeError, ValueError):
-                    # No message may end the loop, whatever it provokes; the trace says what it was.
-                    log.exception("message dropped")
                 if self.link.refused:
                     raise self.link.refused
                 self._tick()
@@ -150,9 +144,13 @@ class Coordinator:
     def _handle(self, event: Event) -> None:
         match event:
             case Arrived(topic, payload):
-                address = topics.parse(topic)
+                try:
+                    address = topics.parse(topic)
+                    message, body = messages.decode(payload, sender=topic)
+                except WireError as fault:
+                    log.warning("message dropped: %s", fault)
+                    return
                 self.report.received(address.device, len(payload))
-                message, body = messages.decode(payload, sender=topic)
                 self._received(address.device, message, body)
             case Connected():
                 log.info("connected to %s", self._address.url)
@@ -182,16 +180,15 @@ class Coordinator:
             case Want():
                 self.store.blobs.answer(message, lambda m, b: self._send(device, "down", m, b))
             case Chunk() | Gone():
-                try:
+                with self._giving_up(device):
                     self._intake.take(device, message, body)
-                except StillhouseError as fault:
-                    self._give_up(device, fault)
             case _:
                 pass
 
     def _born(self, device: str, birth: Birth, now: float) -> None:
         if birth.device != device:
-            raise WireError(f"birth message of {birth.device!r} on the topic of {device!r}")
+            log.warning("dropped: birth message of %r on the topic of %r", birth.device, device)
+            return
         if self._enrolled is not None and device not in self._enrolled:
             reason = (
                 f"device {device!r} is not enrolled in fleet {self.config.fleet!r}; "
@@ -227,7 +224,8 @@ class Coordinator:
                 self._receipt(Verdict(device, accepted=False, reason=reason, result=result), result)
             return
         if device not in self._checking:
-            self._intake.begin(result)
+            with self._giving_up(device):
+                self._intake.begin(result)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -248,14 +246,18 @@ class Coordinator:
             return Admitted(result, AdmissionError(f"it cannot be read: {fault!r}"))
         return Admitted(result, None)
 
-    def _give_up(self, device: str, fault: StillhouseError) -> None:
-        """A device's blobs cannot be had: its result is refused, the round goes on."""
-        self._intake.drop(device)
-        attempt = self._attempt
-        if attempt and device in attempt.orders:
-            order = attempt.orders[device]
-            result = Result(device, order.run, order.sequence, order.round, 0)
-            self._decide(result, fault)
+    @contextlib.contextmanager
+    def _giving_up(self, device: str) -> Iterator[None]:
+        """If a device's blobs cannot be had, its result is refused and the round goes on."""
+        try:
+            yield
+        except (StillhouseError, OSError) as fault:
+            self._intake.drop(device)
+            attempt = self._attempt
+            if attempt and device in attempt.orders:
+                order = attempt.orders[device]
+                result = Result(device, order.run, order.sequence, order.round, 0)
+                self._decide(result, AdmissionError(str(fault)))
 
     def _decide(self, result: Result, fault: StillhouseError | None) -> None:
         """Note the verdict, then tell the device, then let the rules go on."""
