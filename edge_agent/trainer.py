@@ -117,7 +117,7 @@ def _session(artifact: Artifact, graph: Graph, threads: int) -> ort.InferenceSes
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Denormal weights appear late in training and cost up to 100x a normal multiplication on x86.
+    # Values that fade to denormals in training are slow on x86; elsewhere this changes nothing.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     # A Pi often shares its cores: idle threads must not spin between operators.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
