@@ -74,7 +74,7 @@ def test_resnet8_is_compiled_and_equal_to_pytorch(tmp_path, optimizer):
     assert manifest.features == (16, 32, 32)
     assert set(manifest.graphs) == {"train", "eval", "extract"}
     assert manifest.graphs["eval"].flops == 4 * 19_236_096
-    assert 2.5 < manifest.graphs["train"].flops / manifest.graphs["eval"].flops < 3
+    assert 2.5 < manifest.graphs["train"].flops / manifest.graphs["eval"].flops < 3.3
     assert sum(int(np.prod(s.shape)) for s in manifest.state_of("parameter")) == 10_586
     assert [p.name for p in tmp_path.iterdir()] == ["art"]
     assert open_artifact(out, artifact.digest) == artifact

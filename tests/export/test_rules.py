@@ -8,7 +8,8 @@ from torch import nn
 from torch.func import functional_call, vjp
 from torch.nn import functional as F
 
-from tools.export.graph import Graph, count_flops
+from tools.export.cost import flops
+from tools.export.graph import Graph
 from tools.export.lower import lower, trace
 
 
@@ -20,7 +21,7 @@ def compiled(function, inputs, module):
     results = lower(g, trace(function, inputs, module), arguments)
     for number, value in enumerate(results):
         g.output(f"out{number}", value)
-    model = g.build("rule")
+    model = g.program("rule").model()
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
@@ -236,4 +237,4 @@ def test_flops_are_those_of_the_nodes():
     y = g.node("Conv", x, w, shape=(2, 4, 6, 6), group=2)
     z = g.node("Reshape", y, g.ints((8, 36)), shape=(8, 36))
     g.output("o", g.node("Gemm", z, z, shape=(36, 36), transA=1))
-    assert count_flops(g.build("flops")) == 2 * (2 * 4 * 36 * 27) + 2 * (36 * 36 * 8)
+    assert flops(g.program("flops")) == 2 * (2 * 4 * 36 * 27) + 2 * (36 * 36 * 8)

@@ -18,8 +18,9 @@ from models import SplitModel
 from tools.export import parity
 from tools.export.admission import admit
 from tools.export.compiler import Compiler
-from tools.export.graph import count_flops
+from tools.export.cost import flops
 from tools.export.optimizers import Optimizer, Sgd
+from tools.export.program import Program
 from tools.export.step import Task
 from wire import artifact
 from wire.artifact import Artifact, FileRef, Manifest, ModelInfo, Preprocess, TensorSpec
@@ -78,14 +79,17 @@ def export(
     compiler = Compiler(
         module, tensors, optimizer=chosen, task=task, shape=(batch, *shape), classes=classes
     )
-    models = {"train": compiler.train(), "eval": compiler.evaluate(extract=False)}
+    programs = {"train": compiler.train(), "eval": compiler.evaluate(extract=False)}
     if isinstance(module, SplitModel):
-        models["extract"] = compiler.evaluate(extract=True)
+        programs["extract"] = compiler.evaluate(extract=True)
     start = {key: value.detach().numpy() for key, value in compiler.state.items()}
-    files = {f"{key}.onnx": m.SerializeToString(deterministic=True) for key, m in models.items()}
+    files = {
+        f"{key}.onnx": program.model().SerializeToString(deterministic=True)
+        for key, program in programs.items()
+    }
     files[artifact.WEIGHTS] = save(start)
     try:
-        manifest = _manifest(compiler, models, files, info, preprocess)
+        manifest = _manifest(compiler, programs, files, info, preprocess)
     except ValueError as fault:
         raise ExportError(f"{name}: {fault}") from fault
     files[artifact.MANIFEST] = manifest.to_bytes()
@@ -98,14 +102,14 @@ def export(
 
 def _manifest(
     compiler: Compiler,
-    models: Mapping[str, onnx.ModelProto],
+    programs: Mapping[str, Program],
     files: Mapping[str, bytes],
     info: ModelInfo,
     preprocess: Preprocess,
 ) -> Manifest:
     graphs = {
-        key: artifact.Graph(f"{key}.onnx", count_flops(model), *compiler.tables(model))
-        for key, model in models.items()
+        key: artifact.Graph(f"{key}.onnx", flops(program), *compiler.tables(program))
+        for key, program in programs.items()
     }
     return Manifest(
         format=artifact.FORMAT,

@@ -4,20 +4,20 @@ import copy
 from collections.abc import Iterable
 from typing import Literal
 
-import onnx
 import torch
 from torch import Tensor, nn
 
 from tools.export.graph import Graph, Value
 from tools.export.lower import lower
 from tools.export.optimizers import Optimizer
+from tools.export.program import Program
 from tools.export.step import Task, Tensors, trace_eval, trace_train
 from wire.artifact import Role, TensorSpec
 from wire.errors import ExportError
 
-_DTYPES: dict[int, Literal["float32", "int64"]] = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.INT64: "int64",
+_DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {
+    torch.float32: "float32",
+    torch.int64: "int64",
 }
 _GIVEN: dict[str, Role] = {
     "x": "batch",
@@ -72,7 +72,7 @@ class Compiler:
             return "optimizer"
         return "parameter" if name in self.tensors.parameters else "buffer"
 
-    def train(self) -> onnx.ModelProto:
+    def train(self) -> Program:
         """The graph of one training step."""
         traced, outputs = trace_train(
             copy.deepcopy(self.module),  # functional_call leaves traces in tied weights
@@ -94,9 +94,9 @@ class Compiler:
                     f"buffer {name!r} changes in training, but only float32 buffers in the "
                     f"state_dict can; register it as one"
                 )
-        return g.build("train")
+        return g.program("train")
 
-    def evaluate(self, *, extract: bool) -> onnx.ModelProto:
+    def evaluate(self, *, extract: bool) -> Program:
         """The graph of the evaluation mode: logits, or features and logits."""
         x = self.batch["x"]
         traced = trace_eval(copy.deepcopy(self.module), self.tensors, x, extract=extract)
@@ -105,7 +105,7 @@ class Compiler:
         results = lower(g, traced, self._inputs(g, {"x": x, **own}))
         for name, value in zip(["features", "logits"][-len(results) :], results, strict=True):
             g.output(name, value)
-        return g.build("extract" if extract else "eval")
+        return g.program("extract" if extract else "eval")
 
     def _inputs(self, g: Graph, tensors: dict[str, Tensor]) -> list[Value]:
         """Inputs for all tensors, constants for the fixed ones."""
@@ -113,19 +113,12 @@ class Compiler:
         fixed = self.tensors.fixed.values()
         return inputs + [g.constant(value.numpy(), value.dtype) for value in fixed]
 
-    def tables(
-        self, model: onnx.ModelProto
-    ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    def tables(self, program: Program) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The table of a graph's inputs, and that of its outputs."""
-        return self._table(model.graph.input), self._table(model.graph.output)
+        return self._table(program, program.inputs), self._table(program, program.outputs)
 
-    def _table(self, side: Iterable[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:
+    def _table(self, program: Program, names: Iterable[str]) -> tuple[TensorSpec, ...]:
         return tuple(
-            TensorSpec(
-                info.name,
-                tuple(d.dim_value for d in info.type.tensor_type.shape.dim),
-                _DTYPES[info.type.tensor_type.elem_type],
-                self.role(info.name),
-            )
-            for info in side
+            TensorSpec(name, spec.shape, _DTYPES[spec.dtype], self.role(name))
+            for name, spec in ((name, program.specs[name]) for name in names)
         )

@@ -1,33 +1,20 @@
-"""An ONNX graph under construction: values with static shapes, no duplicate work, no dead nodes.
+"""A graph under construction: values with static shapes, no duplicate work, no dead nodes.
 
 Every value is named by its place (v0, v1, ...), so that the same calls give the same bytes. A node
 that repeats an earlier one (same operator, inputs and attributes) is that earlier one; constants
-are shared by content. Nodes that no output needs are dropped in the end.
+are shared by content. Nodes that no output needs are dropped in the end, so that a rule may offer
+two ways to one value and let a later rule choose: what it knows of the value it leaves in a note.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
-import onnx
 import torch
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
 
-Array = NDArray[Any]
+from tools.export.program import Array, Node, Place, Program, Spec
 
-OPSET = 18  # the newest that every onnxruntime since 1.15 runs
-IR_VERSION = 9
-
-_ONNX_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float64: onnx.TensorProto.DOUBLE,
-    torch.int64: onnx.TensorProto.INT64,
-    torch.int32: onnx.TensorProto.INT32,
-    torch.bool: onnx.TensorProto.BOOL,
-}
 _NUMPY_TYPES = {
     torch.float32: np.float32,
     torch.float64: np.float64,
@@ -36,13 +23,7 @@ _NUMPY_TYPES = {
     torch.bool: np.bool_,
 }
 
-
-@dataclass(frozen=True)
-class Spec:
-    """Shape and type of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
+N = TypeVar("N")
 
 
 @dataclass(frozen=True)
@@ -52,31 +33,30 @@ class Value(Spec):
     name: str = ""
 
 
-@dataclass(frozen=True)
-class _Node:
-    op: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attributes: tuple[tuple[str, Any], ...]
-
-
 class Graph:
-    """Nodes in the order of execution, with the inputs and outputs named by the caller."""
+    """Nodes in the order of execution, with the inputs and outputs named by the caller.
+
+    Attributes:
+        place: of the nodes to come.
+    """
 
     def __init__(self) -> None:
-        self._nodes: list[_Node] = []
+        self.place = Place()
+        self._nodes: list[Node] = []
         self._known: dict[tuple[Any, ...], tuple[Value, ...]] = {}
-        self._constants: dict[str, onnx.TensorProto] = {}
+        self._makers: dict[str, Node] = {}
+        self._values: dict[str, Value] = {}
+        self._constants: dict[str, Array] = {}
         self._constant_names: dict[tuple[Any, ...], Value] = {}
         self._inputs: dict[str, Value] = {}
         self._outputs: dict[str, Value] = {}
         self._small: dict[str, Value] = {}
-        self._count = 0
+        self._notes: dict[tuple[type, str], Any] = {}
 
     def input(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Value:
         """Declare an input; it is dropped again if nothing reads it."""
         value = Value(tuple(shape), dtype, name)
-        self._inputs[name] = value
+        self._inputs[name] = self._values[name] = value
         return value
 
     def output(self, name: str, value: Value) -> None:
@@ -89,8 +69,8 @@ class Graph:
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constant_names:
             name = f"c{len(self._constants)}"
-            self._constants[name] = numpy_helper.from_array(array, name)
-            self._constant_names[key] = Value(array.shape, dtype, name)
+            self._constants[name] = array
+            self._constant_names[key] = self._values[name] = Value(array.shape, dtype, name)
         return self._constant_names[key]
 
     def ints(self, values: Sequence[int]) -> Value:
@@ -119,13 +99,33 @@ class Graph:
         )
         key = (op, names, pairs, tuple((spec.shape, spec.dtype) for spec in outputs))
         if key not in self._known:
-            results = []
-            for spec in outputs:
-                results.append(Value(spec.shape, spec.dtype, f"v{self._count}"))
-                self._count += 1
-            self._nodes.append(_Node(op, names, tuple(v.name for v in results), pairs))
+            count = len(self._values)
+            results = [
+                Value(spec.shape, spec.dtype, f"v{count + i}") for i, spec in enumerate(outputs)
+            ]
+            node = Node(op, names, tuple(v.name for v in results), pairs, self.place)
+            self._nodes.append(node)
+            self._makers |= {value.name: node for value in results}
+            self._values |= {value.name: value for value in results}
             self._known[key] = tuple(results)
         return self._known[key]
+
+    def maker(self, value: Value) -> Node | None:
+        """The node whose output the value is; None for an input or a constant."""
+        return self._makers.get(value.name)
+
+    def value(self, name: str) -> Value:
+        """The value of this name."""
+        return self._values[name]
+
+    def note(self, value: Value, fact: Any) -> None:
+        """Keep what a rule knows of a value; one note of each type."""
+        self._notes[type(fact), value.name] = fact
+
+    def noted(self, value: Value, kind: type[N]) -> N | None:
+        """The note of this type on the value."""
+        found: N | None = self._notes.get((kind, value.name))
+        return found
 
     def expand(self, value: Value, shape: Sequence[int]) -> Value:
         """Broadcast to a shape; `small` finds the value again."""
@@ -139,92 +139,25 @@ class Graph:
         """What the value was before it was expanded: enough for an operator that broadcasts."""
         return self._small.get(value.name, value)
 
-    def build(self, name: str) -> onnx.ModelProto:
-        """The checked model, with the live nodes, constants and inputs only."""
-        rename, copies = self._name_outputs()
-        needed = {value.name for value in self._outputs.values()}
-        live: list[_Node] = []
-        for node in reversed(self._nodes):
-            if needed.intersection(node.outputs):
-                live.append(node)
-                needed.update(node.inputs)
-        protos = [
-            helper.make_node(
-                node.op,
-                [rename.get(i, i) for i in node.inputs],
-                [rename.get(o, o) for o in _wanted(node.outputs, needed)],
-                name=f"n{number}",
-                **{key: list(v) if isinstance(v, tuple) else v for key, v in node.attributes},
-            )
-            for number, node in enumerate(reversed(live))
-        ]
-        protos += [helper.make_node("Identity", [source], [to]) for source, to in copies]
-        graph = helper.make_graph(
-            protos,
-            name,
-            [_info(key, v) for key, v in self._inputs.items() if key in needed],
-            [_info(key, v) for key, v in self._outputs.items()],
-            [proto for key, proto in self._constants.items() if key in needed],
-        )
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="stillhouse",
-        )
-        onnx.checker.check_model(model, full_check=True)
-        return model
-
-    def _name_outputs(self) -> tuple[Mapping[str, str], list[tuple[str, str]]]:
-        """Give computed outputs their names in place; copy inputs, constants and repeats."""
+    def program(self, name: str) -> Program:
+        """The graph with its live nodes, constants and inputs only, outputs under their names."""
         rename: dict[str, str] = {}
-        copies: list[tuple[str, str]] = []
-        for name, value in self._outputs.items():
-            if value.name in self._inputs or value.name in self._constants:
-                copies.append((value.name, name))
-            elif value.name in rename:
-                copies.append((rename[value.name], name))
-            else:
-                rename[value.name] = name
-        return rename, copies
-
-
-def _info(name: str, value: Value) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, _ONNX_TYPES[value.dtype], list(value.shape))
-
-
-def _wanted(outputs: tuple[str, ...], needed: set[str]) -> tuple[str, ...]:
-    """The outputs up to the last that is needed: those at the end are optional."""
-    last = max(place for place, name in enumerate(outputs) if name in needed)
-    return outputs[: last + 1]
-
-
-def onnx_type(dtype: torch.dtype) -> int:
-    """The number ONNX gives to a torch type."""
-    return int(_ONNX_TYPES[dtype])
-
-
-def count_flops(model: onnx.ModelProto) -> int:
-    """2 x multiply-accumulates of the Conv, ConvTranspose, MatMul and Gemm nodes, in one run."""
-    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
-    shapes = {
-        info.name: [d.dim_value for d in info.type.tensor_type.shape.dim]
-        for info in [*inferred.input, *inferred.value_info, *inferred.output]
-    }
-    shapes |= {constant.name: list(constant.dims) for constant in inferred.initializer}
-    return sum(_flops(node, shapes) for node in inferred.node)
-
-
-def _flops(node: onnx.NodeProto, shapes: dict[str, list[int]]) -> int:
-    if node.op_type not in {"Conv", "ConvTranspose", "MatMul", "Gemm"}:
-        return 0
-    left, right = shapes[node.input[0]], shapes[node.input[1]]
-    out = shapes[node.output[0]]
-    if node.op_type == "Conv":  # weight (outputs, inputs / groups, *kernel)
-        return 2 * math.prod(out) * math.prod(right[1:])
-    if node.op_type == "ConvTranspose":  # weight (inputs, outputs / groups, *kernel)
-        return 2 * math.prod(left) * math.prod(right[1:])
-    if node.op_type == "MatMul":
-        return 2 * math.prod(out) * left[-1]
-    flipped = any(a.name == "transA" and a.i for a in node.attribute)
-    return 2 * math.prod(out) * left[0 if flipped else 1]
+        copies: list[Node] = []
+        specs: dict[str, Spec] = {key: Spec(v.shape, v.dtype) for key, v in self._values.items()}
+        for key, value in self._outputs.items():
+            specs[key] = Spec(value.shape, value.dtype)
+            if value.name in self._makers and value.name not in rename:
+                rename[value.name] = key
+            else:  # an input, a constant or a second name for a value
+                source = rename.get(value.name, value.name)
+                copies.append(Node("Identity", (source,), (key,), (), Place("", "update")))
+        nodes = [
+            replace(
+                node,
+                inputs=tuple(rename.get(i, i) for i in node.inputs),
+                outputs=tuple(rename.get(o, o) for o in node.outputs),
+            )
+            for node in self._nodes
+        ]
+        whole = Program(name, (), specs, tuple(self._inputs), tuple(self._outputs), self._constants)
+        return whole.with_nodes([*nodes, *copies])

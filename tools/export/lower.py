@@ -19,7 +19,8 @@ from torch._decomp import core_aten_decompositions
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
-from tools.export.graph import Graph, Spec, Value
+from tools.export.graph import Graph, Value
+from tools.export.program import Spec
 from tools.export.rules import RULES
 from tools.export.rules.registry import Unsupported
 from wire.errors import ExportError

@@ -16,15 +16,18 @@ which has the faster implementation.
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Spec, Value
+from tools.export.graph import Graph, Value
+from tools.export.program import Spec
+from tools.export.rules import pointwise
 from tools.export.rules.elementwise import mul
 from tools.export.rules.layout import concat, flip, pad, reshape, slice_, transpose
-from tools.export.rules.reduction import reduce
+from tools.export.rules.reduction import outer, reduce
 from tools.export.rules.registry import rule
 
 aten: Any = torch.ops.aten
@@ -50,6 +53,14 @@ def _convolution_backward(
     groups: int, mask: Sequence[bool],
 ) -> tuple[Value | None, ...]:  # fmt: skip
     dx = dw = db = None
+    through = g.noted(grad, pointwise.Gradient)
+    if through is not None and through.of.z == x and through.of.weight == weight:
+        # batch norm takes any bias away, so that its gradient is 0
+        return (
+            pointwise.input_gradient(g, through) if mask[0] else None,
+            pointwise.weight_gradient(g, through) if mask[1] else None,
+            g.constant([0.0] * weight.shape[0]) if mask[2] else None,
+        )
     if transposed:  # forward and backward change places
         if mask[0]:
             dx = _forward(g, x.shape, grad, weight, None, stride, padding, dilation, groups)
@@ -140,27 +151,64 @@ def _weight_gradient(
     groups: int,
 ) -> Value:  # fmt: skip
     outputs, inputs, *kernel = shape
-    batch, places = x.shape[0], list(grad.shape[2:])
-    axes = range(len(kernel))
-    length = 1
-    for n in places:
-        length *= n
+    batch, places, taps = x.shape[0], list(grad.shape[2:]), math.prod(kernel)
     padded = pad(g, x, padding, padding)
+    if inputs == 1 and outputs == groups:  # depthwise: too small for matrix products
+        wide = (batch, groups, *places)
+        parts = [
+            reduce(g, "ReduceSum", mul(g, reshape(g, grad, wide), seen), [0, *_axes(wide)])
+            for seen in _windows(g, padded, kernel, places, stride, dilation)
+        ]
+        return reshape(g, concat(g, [reshape(g, p, (groups, 1)) for p in parts], 1), shape)
+    plain = groups == 1 and all(s == 1 for s in stride) and len(kernel) == 2
+    if plain and taps * inputs > kernel[1] * inputs + kernel[0] * outputs:
+        return _split_gradient(g, shape, padded, grad, dilation)
+    seen = concat(g, list(_windows(g, padded, kernel, places, stride, dilation)), 1)
+    length = math.prod(places)
+    # (N, taps, groups, inputs, L) -> (N, groups, taps * inputs, L); one group needs no move
+    columns = reshape(g, seen, (batch, taps, groups, inputs, length))
+    columns = transpose(g, columns, [0, 2, 1, 3, 4]) if groups > 1 else columns
+    columns = reshape(g, columns, (batch, groups, taps * inputs, length))
     left = reshape(g, grad, (batch, groups, outputs // groups, length))
-    taps = []
+    apart = reshape(g, outer(g, left, columns), (outputs, taps, inputs))
+    return reshape(g, transpose(g, apart, [0, 2, 1]), shape)
+
+
+def _axes(shape: Ints) -> range:
+    return range(2, len(shape))
+
+
+def _windows(
+    g: Graph, padded: Value, kernel: Ints, places: Ints, stride: Ints, dilation: Ints
+) -> Iterator[Value]:
+    """By tap of the kernel: what the tap sees of the image, (N, C, *places)."""
+    axes = range(len(kernel))
     for tap in itertools.product(*(range(k) for k in kernel)):
         starts = [dilation[i] * tap[i] for i in axes]
         stops = [starts[i] + (places[i] - 1) * stride[i] + 1 for i in axes]
-        seen = slice_(g, padded, [2 + i for i in axes], starts, stops, stride)
-        product = _outer(g, left, reshape(g, seen, (batch, groups, inputs, length)))
-        taps.append(reduce(g, "ReduceSum", product, [0], keep=True))
-    # (taps, groups, outputs / groups, inputs), small by now, -> (outputs, inputs, *kernel)
-    return reshape(g, transpose(g, concat(g, taps, 0), [1, 2, 3, 0]), shape)
+        yield slice_(g, padded, [2 + i for i in axes], starts, stops, stride)
 
 
-def _outer(g: Graph, a: Value, b: Value) -> Value:
-    """(N, G, O, L) and (N, G, I, L) -> (N, G, O, I): the sum over L of their products."""
-    shape = (*a.shape[:2], a.shape[2], b.shape[2])
-    if a.shape[2] == 1 and b.shape[2] == 1:  # depthwise: too small for a matrix product
-        return reduce(g, "ReduceSum", mul(g, a, b), [3], keep=True)
-    return g.node("MatMul", a, transpose(g, b, [0, 1, 3, 2]), shape=shape)
+def _split_gradient(g: Graph, shape: Ints, padded: Value, grad: Value, dilation: Ints) -> Value:
+    """The taps' columns on x's side, their rows on the gradient's: one product a column.
+
+    With X_j = xp from column j on and D_i = dy moved down by i rows in an image as high as xp,
+    dw[o, c, i, j] = sum of D_i[o] X_j[c]. With all D_i in one matrix (k Co, L) there are k copies
+    of dy and k of x instead of k^2 of x, and k large products instead of k^2 small ones.
+    """
+    outputs, inputs, down, along = shape
+    batch, _, height, _ = padded.shape
+    rows, width = grad.shape[2:]
+    # Moved by i rows, with as many zeros in all: copies of dy with gaps between them that make
+    # each as long as the image and start it i rows later than the one before.
+    length = height * width
+    gap = g.expand(g.constant(0.0), (batch, outputs, (height - rows + dilation[0]) * width))
+    flat = reshape(g, grad, (batch, outputs, rows * width))
+    moved = concat(g, [flat, *itertools.chain(*((gap, flat) for _ in range(down - 1)))], 2)
+    left = reshape(g, moved, (batch, outputs * down, length))
+    products = []
+    for start in range(0, dilation[1] * along, dilation[1]):
+        column = slice_(g, padded, [3], [start], [start + width], [1])
+        product = outer(g, left, reshape(g, column, (batch, inputs, length)))
+        products.append(reshape(g, product, (outputs, down, inputs, 1)))
+    return transpose(g, concat(g, products, 3), [0, 2, 1, 3])

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Spec, Value, onnx_type
+from tools.export.graph import Graph, Value
+from tools.export.program import Spec, onnx_type
 from tools.export.rules.registry import Unsupported, rule
 
 aten: Any = torch.ops.aten
@@ -234,9 +235,13 @@ def _where(g: Graph, out: Spec, condition: Value, a: Operand, b: Operand) -> Val
 
 @rule(aten.threshold_backward.default)
 def _relu_backward(g: Graph, out: Spec, grad: Value, result: Value, threshold: float) -> Value:
-    # A mask and a product are cheaper than ONNX Runtime's three-pass Where.
+    maker = g.maker(result)
+    if threshold == 0 and out.dtype == torch.float32 and maker is not None and maker.op == "Relu":
+        # min(1, 3e38 y) is 1 for every y > 0 but a denormal one: the mask in one pass, where a
+        # comparison and a cast take two, `Sign` is not vectorized and `Where` takes three.
+        return mul(g, grad, unary(g, "HardSigmoid", result, alpha=3e38, beta=0.0))
     positive = g.node(
-        "Greater", result, g.constant(threshold), shape=result.shape, dtype=torch.bool
+        "Greater", result, g.constant(threshold, out.dtype), shape=result.shape, dtype=torch.bool
     )
     return mul(g, grad, cast(g, positive, out.dtype))
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Spec, Value
+from tools.export.graph import Graph, Value
+from tools.export.program import Spec
 from tools.export.rules.registry import Unsupported, rule
 
 aten: Any = torch.ops.aten

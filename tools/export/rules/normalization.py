@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Spec, Value
+from tools.export.graph import Graph, Value
+from tools.export.program import Spec
+from tools.export.rules import pointwise
 from tools.export.rules.elementwise import add, mul, rsqrt, sub
 from tools.export.rules.layout import reshape
 from tools.export.rules.reduction import reduce
@@ -80,13 +82,27 @@ def batch_norm(
         variance = _vector(g, running_var, channels, 1.0)
         y = _fixed(g, x, scale, shift, mean, variance, eps)
         return y, mean, _inverse(g, variance, eps), running_mean, running_var
-    y, mean, variance = _normalised(g, x, scale, shift, eps)
+    through = pointwise.seen_through(g, x)
+    if through is None:
+        y, mean, variance = _normalised(g, x, scale, shift, eps)
+    else:
+        mean, variance = pointwise.statistics(g, through)
+        factor = mul(g, scale, _inverse(g, variance, eps))
+        y = pointwise.normalised(g, through, mean=mean, scale=factor, bias=shift)
+        mean = _with_bias(g, x, mean)
     count = math.prod(x.shape) // channels
     unbiased = mul(g, variance, count / (count - 1))
     return (
         y, mean, _inverse(g, variance, eps),
         _blend(g, running_mean, mean, momentum), _blend(g, running_var, unbiased, momentum),
     )  # fmt: skip
+
+
+def _with_bias(g: Graph, x: Value, mean: Value) -> Value:
+    """The mean of x, with the bias of the convolution that makes it."""
+    maker = g.maker(x)
+    bias = None if maker is None or len(maker.inputs) < 3 else g.value(maker.inputs[2])
+    return mean if bias is None else add(g, mean, bias)
 
 
 @rule(aten._native_batch_norm_legit_no_training.default)  # noqa: SLF001
@@ -119,16 +135,25 @@ def _batch_norm_backward(
         raise TypeError("batch norm's backward pass in training mode without saved statistics")
     distance = _distance(g, x, mean)
     total = reduce(g, "ReduceSum", dy, _rest(x))
-    dgamma = mul(g, reduce(g, "ReduceSum", mul(g, dy, distance), _rest(x)), inverse)
+    through = pointwise.seen_through(g, x) if training else None
+    if through is None:
+        joint = reduce(g, "ReduceSum", mul(g, dy, distance), _rest(x))
+    else:
+        joint = pointwise.joint(g, through, dy, total)
+    dgamma = mul(g, joint, inverse)
     a = mul(g, _vector(g, weight, channels, 1.0), inverse)
     wide = [channels] + [1] * (len(x.shape) - 2)
     dx = mul(g, dy, reshape(g, a, wide))
-    if training:
-        per_value = channels / math.prod(x.shape)
-        b = mul(g, mul(g, mul(g, a, inverse), dgamma), -per_value)
-        c = mul(g, mul(g, a, total), -per_value)
-        ones, zeros = g.constant([1.0] * channels), g.constant([0.0] * channels)
-        dx = add(g, dx, _fixed(g, distance, b, c, zeros, ones, 0.0))
+    if not training:
+        return dx, dgamma, total
+    per_value = channels / math.prod(x.shape)
+    b = mul(g, mul(g, mul(g, a, inverse), dgamma), -per_value)
+    c = mul(g, mul(g, a, total), -per_value)
+    ones, zeros = g.constant([1.0] * channels), g.constant([0.0] * channels)
+    dx = add(g, dx, _fixed(g, distance, b, c, zeros, ones, 0.0))
+    if through is not None:
+        tall = [reshape(g, vector, (channels, 1)) for vector in (a, b, c)]
+        g.note(dx, pointwise.Gradient(through, dy, *tall))
     return dx, dgamma, total
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Spec, Value
+from tools.export.graph import Graph, Value
+from tools.export.program import Spec
 from tools.export.rules.elementwise import add, cast, mul, sub
 from tools.export.rules.layout import reshape
 from tools.export.rules.registry import rule
@@ -76,6 +77,37 @@ def var_mean(
     variance = mul(g, total, 1.0 / divisor)
     shape = mean.shape if keepdim else out[0].shape
     return reshape(g, variance, shape), reshape(g, mean, shape)
+
+
+def matmul(
+    g: Graph, a: Value, b: Value, *, left: bool = False, right: bool = False, alpha: float = 1.0
+) -> Value:
+    """Alpha * a b over the last two axes, with the left or the right factor transposed or not."""
+    rows = a.shape[-1] if left else a.shape[-2]
+    columns = b.shape[-2] if right else b.shape[-1]
+    free = max(a.shape[:-2], b.shape[:-2], key=len)
+    shape = (*free, rows, columns)
+    if not left and not right and alpha == 1:
+        return g.node("MatMul", a, b, shape=shape, dtype=a.dtype)
+    return g.node(
+        "FusedMatMul", a, b, shape=shape, dtype=a.dtype, transA=int(left), transB=int(right),
+        alpha=float(alpha),
+    )  # fmt: skip
+
+
+def outer(g: Graph, a: Value, b: Value, alpha: float = 1.0) -> Value:
+    """(N, ..., A, L), (N, ..., B, L) -> (..., A, B): alpha * the sum over N and L of products.
+
+    ONNX Runtime transposes the right factor as it reads it, so that the one with fewer rows goes
+    there; of two ways this is up to a third faster.
+    """
+    if a.shape[-2] < b.shape[-2]:
+        whole = outer(g, b, a, alpha)
+        rank = len(whole.shape)
+        shape = (*whole.shape[:-2], whole.shape[-1], whole.shape[-2])
+        order = [*range(rank - 2), rank - 1, rank - 2]
+        return g.node("Transpose", whole, shape=shape, dtype=a.dtype, perm=order)
+    return reduce(g, "ReduceSum", matmul(g, a, b, right=True, alpha=alpha), [0])
 
 
 @rule(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
