@@ -8,6 +8,7 @@ channel by itself with a fixed kernel, which ONNX Runtime does without a scatter
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from tools.export.graph import Graph, Value
 from tools.export.program import Spec
 from tools.export.rules.elementwise import cast, mul, sub
-from tools.export.rules.layout import concat, pad, reshape
+from tools.export.rules.layout import concat, enlarge, pad, reshape, slice_
 from tools.export.rules.registry import Unsupported, rule
 
 aten: Any = torch.ops.aten
@@ -71,6 +72,11 @@ def _max_pool_backward(
     height, width = x.shape[-2:]
     batch, channels, rows, columns = indices.shape
     grad = reshape(g, dy, indices.shape)
+    if kernel == stride and not any(padding) and dilation == [1, 1]:
+        image = reshape(g, x, (batch, channels, height, width))
+        spread = _tiled_max_pool_backward(g, grad, image, kernel, indices)
+        if spread is not None:
+            return reshape(g, spread, out.shape)
     # Index minus the index of the window's first tap: one small number a tap.
     planes = np.arange(batch * channels).reshape(batch, channels, 1, 1) * (height * width)
     down = np.arange(rows).reshape(rows, 1) * stride[0] - padding[0]
@@ -83,18 +89,41 @@ def _max_pool_backward(
         number = g.constant(tap[0] * dilation[0] * width + tap[1] * dilation[1], torch.int64)
         chosen = g.node("Equal", local, number, shape=grad.shape, dtype=torch.bool)
         parts.append(mul(g, grad, cast(g, chosen, torch.float32)))
-    if kernel == stride and kernel[0] == kernel[1] and not any(padding) and dilation == [1, 1]:
-        joined = concat(g, [reshape(g, p, (batch, channels, 1, rows, columns)) for p in parts], 2)
-        deep = reshape(g, joined, (batch, channels * len(taps), rows, columns))
-        size = (batch, channels, rows * kernel[0], columns * kernel[1])
-        tiled = g.node("DepthToSpace", deep, shape=size, blocksize=kernel[0], mode="CRD")
-        lack = [height - size[2], width - size[3]]
-        return reshape(g, pad(g, tiled, [0, 0], lack), out.shape)
     alone = (batch * channels, 1, rows, columns)
     stacked = concat(g, [reshape(g, part, alone) for part in parts], 1)
     one_hot = np.eye(len(taps), dtype=np.float32).reshape(len(taps), 1, *kernel)
     spread = _spread(g, stacked, one_hot, stride, padding, dilation, (height, width))
     return reshape(g, spread, out.shape)
+
+
+def _tiled_max_pool_backward(
+    g: Graph, dy: Value, x: Value, kernel: Ints, indices: Value
+) -> Value | None:
+    """Windows that tile the image: the gradient goes to the first tap that equals the maximum.
+
+    Nothing here reads the indices, so that the forward pass need not make them: without, ONNX
+    Runtime's MaxPool is 20 times faster. None where a window reaches past the end.
+    """
+    rows, columns = dy.shape[2:]
+    size = [rows * kernel[0], columns * kernel[1]]
+    lack = [n - s for n, s in zip(x.shape[2:], size, strict=True)]
+    maker = g.maker(indices)
+    if min(lack) < 0 or maker is None:
+        return None
+    image = slice_(g, x, [2, 3], [0, 0], size, [1, 1])
+    equal = _equals(g, image, enlarge(g, g.value(maker.outputs[0]), kernel))
+    # Among equals the one with the greatest rank is the first.
+    rank = np.arange(kernel[0] * kernel[1], 0, -1, dtype=np.float32).reshape(kernel)
+    ranked = mul(g, equal, g.constant(np.tile(rank, (rows, columns))))
+    first = g.node("MaxPool", ranked, shape=dy.shape, kernel_shape=kernel, strides=kernel)
+    chosen = _equals(g, ranked, enlarge(g, first, kernel))
+    return pad(g, mul(g, enlarge(g, dy, kernel), chosen), [0, 0], lack)
+
+
+def _equals(g: Graph, a: Value, b: Value) -> Value:
+    """1 where a equals b, 0 elsewhere."""
+    equal = g.node("Equal", a, b, shape=a.shape, dtype=torch.bool)
+    return cast(g, equal, torch.float32)
 
 
 def _spread(
@@ -160,7 +189,11 @@ def _avg_pool_backward(
         ]
         counts = np.outer(*inside).astype(np.float32)
     shared = mul(g, dy, g.constant(1 / counts))
-    alone = reshape(g, shared, (np.prod(dy.shape[:-2], dtype=int).item(), 1, rows, columns))
+    if kernel == stride and not any(padding):
+        tiled = enlarge(g, reshape(g, shared, (math.prod(dy.shape[:-2]), 1, rows, columns)), kernel)
+        lack = [height - rows * kernel[0], width - columns * kernel[1]]
+        return reshape(g, pad(g, tiled, [0, 0], lack), out.shape)
+    alone = reshape(g, shared, (math.prod(dy.shape[:-2]), 1, rows, columns))
     ones = np.ones((1, 1, *kernel), np.float32)
     return reshape(g, _spread(g, alone, ones, stride, padding, [1, 1], (height, width)), out.shape)
 
@@ -175,8 +208,11 @@ def _adaptive(g: Graph, out: Spec, x: Value, size: Ints) -> Value:
 def _adaptive_backward(g: Graph, out: Spec, dy: Value, x: Value) -> Value:
     rows, columns = _divided(x.shape[-2:], dy.shape[-2:])
     *free, height, width = dy.shape
-    shared = reshape(g, mul(g, dy, 1 / (rows * columns)), (*free, height, 1, width, 1))
-    return reshape(g, g.expand(shared, (*free, height, rows, width, columns)), out.shape)
+    shared = mul(g, dy, 1 / (rows * columns))
+    if (height, width) == (1, 1):
+        return g.expand(shared, out.shape)
+    alone = reshape(g, shared, (math.prod(free), 1, height, width))
+    return reshape(g, enlarge(g, alone, (rows, columns)), out.shape)
 
 
 def _divided(size: Ints, parts: Ints) -> list[int]:

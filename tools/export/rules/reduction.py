@@ -82,7 +82,12 @@ def var_mean(
 def matmul(
     g: Graph, a: Value, b: Value, *, left: bool = False, right: bool = False, alpha: float = 1.0
 ) -> Value:
-    """Alpha * a b over the last two axes, with the left or the right factor transposed or not."""
+    """Alpha * a b over the last two axes, with the left or the right factor transposed or not.
+
+    A factor that is a transposed matrix is read as it lies.
+    """
+    a, left = _as_it_lies(g, a, turned=left)
+    b, right = _as_it_lies(g, b, turned=right)
     rows = a.shape[-1] if left else a.shape[-2]
     columns = b.shape[-2] if right else b.shape[-1]
     free = max(a.shape[:-2], b.shape[:-2], key=len)
@@ -93,6 +98,15 @@ def matmul(
         "FusedMatMul", a, b, shape=shape, dtype=a.dtype, transA=int(left), transB=int(right),
         alpha=float(alpha),
     )  # fmt: skip
+
+
+def _as_it_lies(g: Graph, a: Value, *, turned: bool) -> tuple[Value, bool]:
+    maker = g.maker(a)
+    rank = len(a.shape)
+    last = (*range(rank - 2), rank - 1, rank - 2)
+    if maker is None or maker.op != "Transpose" or maker.attribute("perm") != last:
+        return a, turned
+    return g.value(maker.inputs[0]), not turned
 
 
 def outer(g: Graph, a: Value, b: Value, alpha: float = 1.0) -> Value:
@@ -112,21 +126,28 @@ def outer(g: Graph, a: Value, b: Value, alpha: float = 1.0) -> Value:
 
 @rule(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
 def _matmul(g: Graph, out: Spec, a: Value, b: Value) -> Value:
-    return g.node("MatMul", a, b, shape=out.shape, dtype=out.dtype)
+    if len(a.shape) == 1 or len(b.shape) == 1:
+        return g.node("MatMul", a, b, shape=out.shape, dtype=out.dtype)
+    return matmul(g, a, b)
 
 
 @rule(aten.addmm.default)
 def _addmm(
     g: Graph, out: Spec, c: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1
 ) -> Value:
-    return g.node("Gemm", a, b, c, shape=out.shape, alpha=float(alpha), beta=float(beta))
+    a, left = _as_it_lies(g, a, turned=False)
+    b, right = _as_it_lies(g, b, turned=False)
+    return g.node(
+        "Gemm", a, b, c, shape=out.shape, dtype=out.dtype, alpha=float(alpha), beta=float(beta),
+        transA=int(left), transB=int(right),
+    )  # fmt: skip
 
 
 @rule(aten.baddbmm.default)
 def _baddbmm(
     g: Graph, out: Spec, c: Value, a: Value, b: Value, *, beta: float = 1, alpha: float = 1
 ) -> Value:
-    product = g.node("MatMul", a, b, shape=out.shape)
+    product = matmul(g, a, b)
     return add(g, mul(g, product, float(alpha)), mul(g, c, float(beta)))
 
 
