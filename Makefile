@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := edge_agent models orchestrator tools wire tests
+PACKAGES := benchmarks edge_agent models orchestrator tools wire tests
 
 .PHONY: demo test lint format mosquitto clean
 
