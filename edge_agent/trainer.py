@@ -1,19 +1,20 @@
 """Training and inference of an artifact by stock ONNX Runtime: the one file that imports it.
 
-The training graph is one functional step: state in, state out. Two sets of state buffers take
-turns (step k reads A and writes B, step k+1 the other way round), both bound once through
-IOBinding, so that a step copies nothing and no reader can meet a value of the wrong step. Batches
-are written by the data pipeline straight into the bound input buffers.
+The training graph is one functional step: state in, state out. The state is one float32 vector,
+and what the graph reads and writes are ranges of it. Two such vectors take turns (step k reads A
+and writes B, step k+1 the other way round), both bound once through IOBinding, so that a step
+copies nothing and no reader can meet a value of the wrong step. Batches are written by the data
+pipeline straight into the bound input buffers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from wire.artifact import Artifact, Graph
+from wire.artifact import Artifact, Graph, TensorSpec
 from wire.errors import ArtifactError
 
 Array = NDArray[Any]
@@ -44,29 +45,35 @@ class TrainStep:
         _check_state(manifest.state, state)
         graph = manifest.graphs["train"]
         self._session = _session(artifact, graph, threads)
-        self._names = [spec.name for spec in manifest.state]
-        sets = (
-            {name: np.array(state[name]) for name in self._names},
-            {name: np.empty_like(state[name]) for name in self._names},
-        )
+        vector = np.concatenate([state[spec.name].reshape(-1) for spec in manifest.state])
+        self._vectors = (vector, vector.copy())
+        self._manifest = manifest
         self.inputs: State = {
             spec.name: np.zeros(spec.shape, spec.dtype)
             for spec in graph.inputs
-            if spec.name not in sets[0]
+            if manifest.place_of(spec) is None
         }
         self.loss, self.correct = np.zeros((), np.float32), np.zeros((), np.float32)
         scalars = {"loss": self.loss, "correct": self.correct}
-        self._sets = sets
         self._bindings = tuple(
             _bind(
                 self._session,
                 graph,
-                self.inputs | sets[source],
-                scalars | {f"{name}.next": sets[1 - source][name] for name in self._names},
+                self.inputs | self._ranges(graph.inputs, source),
+                scalars | self._ranges(graph.outputs, target),
             )
-            for source in (0, 1)
+            for source, target in (self._vectors, self._vectors[::-1])
         )
         self._current = 0
+
+    def _ranges(self, specs: Sequence[TensorSpec], vector: Floats) -> State:
+        """Views of the state vector for those of the specs that are ranges of it."""
+        places = ((spec, self._manifest.place_of(spec)) for spec in specs)
+        return {
+            spec.name: vector[start : start + spec.size].reshape(spec.shape)
+            for spec, start in places
+            if start is not None
+        }
 
     def __call__(self) -> None:
         """One step on what the input buffers hold."""
@@ -75,8 +82,8 @@ class TrainStep:
 
     @property
     def state(self) -> State:
-        """The state now: views that the next step but one overwrites."""
-        return self._sets[self._current]
+        """The state now: views that later steps overwrite."""
+        return self._ranges(self._manifest.state, self._vectors[self._current])
 
 
 class Inference:
@@ -117,6 +124,15 @@ def _session(artifact: Artifact, graph: Graph, threads: int) -> ort.InferenceSes
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # The exporter has fused and ordered the nodes: run them as they stand. The order keeps few
+    # tensors alive at a time, and what is left for onnxruntime to fuse saves no time.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # A planned block for all tensors comes on top of what the first run took from the arena; a
+    # buffer that onnxruntime plans to reuse stays allocated between its uses, from the forward
+    # pass to the backward pass. The arena alone needs least.
+    options.enable_mem_pattern = False
+    options.enable_mem_reuse = False
     # Values that fade to denormals in training are slow on x86; elsewhere this changes nothing.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     # A Pi often shares its cores: idle threads must not spin between operators.
@@ -149,7 +165,7 @@ def _bind(
     return binding
 
 
-def _check_state(specs: Iterator[Any] | tuple[Any, ...], state: Mapping[str, Array]) -> None:
+def _check_state(specs: Sequence[TensorSpec], state: Mapping[str, Array]) -> None:
     for spec in specs:
         if spec.name not in state:
             raise ArtifactError(f"state tensor {spec.name!r} of the artifact is missing")

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from models.allconv import AllCNN
 from models.caldas import CaldasCNN
 from models.resnet import DeviceResNet, ServerResNet
 from wire.errors import StillhouseError
@@ -49,6 +50,7 @@ _MODELS = {
     "resnet55": _server(6),
     "resnet109": _server(12),
     "caldas_cnn": _Entry(_caldas, (1, 28, 28)),
+    "allconv": _Entry(AllCNN, (3, 32, 32)),
 }
 
 

@@ -7,10 +7,12 @@
     init.safetensors    the initial value of every state tensor
 
 Inputs of train.onnx: `x` float32 (B, *input), `y` int64 (B), `lr` float32 (); for the task
-`distill` also `teacher` float32 (B, classes), `alpha` and `temperature` float32 (); then every
-state tensor under its own name. Outputs: `loss` and `correct`, float32 (), and `<name>.next` for
-every state tensor. The tables hold exactly the inputs that a graph has: one that it does not read
-is not there.
+`distill` also `teacher` float32 (B, classes), `alpha` and `temperature` float32 (); and of the
+state what it reads. The state is one float32 vector: its tensors flat, one after the other in the
+order of the manifest. An input that is a tensor has the tensor's name; one that is a range of the
+vector, across tensors or within one, is called `state[start:stop]`. Outputs: `loss` and `correct`,
+float32 (), and the ranges that the step changes, `next[start:stop]`; no two overlap. The tables
+hold exactly the inputs that a graph has: one that it does not read is not there.
 
 Roles: `batch` (x, y, teacher), `setting` (lr, alpha, temperature), `metric` (loss, correct),
 `result` (logits, features), and of the state `parameter`, `buffer`, `optimizer`.
@@ -20,6 +22,7 @@ JSON must be in canonical form (sorted keys, no spaces), so that one manifest ha
 """
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -29,7 +32,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from wire import records
+from wire import costs, records
+from wire.costs import LayerCost, NodeCosts
 from wire.errors import ArtifactError
 
 FORMAT = 1
@@ -45,6 +49,7 @@ STATE_ROLES = ("parameter", "buffer", "optimizer")
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9_-]{1,32}){0,3}")
 _NAME = re.compile(r"[!-~]{1,256}")
+_RANGE = re.compile(r"(state|next)\[(0|[1-9][0-9]{0,9}):([1-9][0-9]{0,9})\]")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -62,22 +67,33 @@ class TensorSpec:
             raise ValueError(f"tensor name: expected 1 to 256 printable, got {self.name!r:.80}")
         _check_shape(f"tensor {self.name!r}", self.shape, 0, 8)
 
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX file and what goes in and out of it; `flops` (2 x MAC) for one run of the batch."""
+    """One ONNX file and what goes in and out of it.
+
+    Attributes:
+        flops: 2 x multiply-adds, for one run of the batch.
+        layers, nodes: what a run of the batch costs, see wire.costs.
+    """
 
     file: str
     flops: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    layers: tuple[LayerCost, ...]
+    nodes: NodeCosts
 
     def __post_init__(self) -> None:
         _check_file(self.file)
-        if not 0 <= self.flops < 1 << 62:
-            raise ValueError(f"flops: expected 0 or more, got {self.flops}")
         _check_names(f"inputs of {self.file}", self.inputs)
         _check_names(f"outputs of {self.file}", self.outputs)
+        costs.check(self.layers, self.nodes, flops=self.flops)
 
 
 @dataclass(frozen=True)
@@ -207,9 +223,12 @@ class Manifest:
             given.append(replace(logits, name="teacher", role="batch"))
             given += [TensorSpec(n, (), "float32", "setting") for n in ("alpha", "temperature")]
         metrics = [TensorSpec(n, (), "float32", "metric") for n in ("loss", "correct")]
-        _expect("inputs of train", self.graphs["train"].inputs, [*given, *self.state])
-        following = [replace(spec, name=f"{spec.name}.next") for spec in self.state]
-        _expect("outputs of train", self.graphs["train"].outputs, [*metrics, *following])
+        train = self.graphs["train"]
+        own = [spec for spec in train.inputs if self.place_of(spec) is None]
+        _expect("inputs of train", tuple(own), given)
+        moved = [spec for spec in train.outputs if spec not in metrics]
+        _expect("outputs of train", train.outputs, [*metrics, *moved])
+        self._check_moved(moved)
         readable = [x, *(spec for spec in self.state if spec.role != "optimizer")]
         results = {"eval": [logits]}
         if self.features is not None:
@@ -223,6 +242,39 @@ class Manifest:
                     f"inputs of {name}: expected 'x', parameters and buffers; got {wrong}"
                 )
             _expect(f"outputs of {name}", self.graphs[name].outputs, outputs)
+            if {layer.phase for layer in self.graphs[name].layers} - {"forward"}:
+                raise ValueError(f"layers of {name}: expected the phase 'forward' alone")
+
+    def _check_moved(self, moved: list[TensorSpec]) -> None:
+        """The outputs that are state: ranges of it, and no two overlap."""
+        end, last = 0, ""
+        ranges = [(_range("next", spec), spec) for spec in moved]
+        for span, spec in sorted(ranges, key=lambda pair: pair[0] or (-1, -1)):
+            if span is None or span[1] > self.values:
+                raise ValueError(
+                    f"outputs of train: {spec.name!r} is no range of {self.values} state values"
+                )
+            if span[0] < end:
+                raise ValueError(f"outputs of train: {last!r} and {spec.name!r} overlap")
+            end, last = span[1], spec.name
+
+    @cached_property
+    def offsets(self) -> Mapping[str, int]:
+        """By state tensor: where it begins in the state vector."""
+        ends = itertools.accumulate(spec.size for spec in self.state)
+        return {spec.name: end - spec.size for spec, end in zip(self.state, ends, strict=True)}
+
+    @cached_property
+    def values(self) -> int:
+        """Length of the state vector."""
+        return sum(spec.size for spec in self.state)
+
+    def place_of(self, spec: TensorSpec) -> int | None:
+        """Where in the state vector an input or an output begins; None for one that is no state."""
+        if spec.name in self.offsets:
+            return self.offsets[spec.name] if spec in self.state else None
+        span = _range("state", spec) or _range("next", spec)
+        return span[0] if span is not None and span[1] <= self.values else None
 
     @classmethod
     def parse(cls, data: bytes, *, where: str = MANIFEST) -> "Manifest":
@@ -359,6 +411,15 @@ def _check_shape(what: str, shape: tuple[int, ...], least: int, most: int) -> No
         raise ValueError(f"{what}: expected {least} to {most} axes, got {len(shape)}")
     if any(n < 1 for n in shape) or math.prod(shape) > MAX_VALUES:
         raise ValueError(f"{what}: shape {shape!r:.80} is empty or over {MAX_VALUES} values")
+
+
+def _range(word: str, spec: TensorSpec) -> tuple[int, int] | None:
+    """Start and stop of a tensor that is called, say, next[0:12] and has so many values."""
+    found = _RANGE.fullmatch(spec.name)
+    if found is None or found[1] != word or spec.dtype != "float32":
+        return None
+    start, stop = int(found[2]), int(found[3])
+    return (start, stop) if stop - start == spec.size > 0 else None
 
 
 def _check_names(what: str, specs: tuple[TensorSpec, ...]) -> None:

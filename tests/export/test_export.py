@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
+from edge_agent.trainer import TrainStep
 from tools.export import Adam, Sgd, export
 from tools.export.rules import RULES
 from tools.export.rules.elementwise import mul
@@ -54,12 +54,6 @@ class Plain(nn.Module):
 def compile_plain(module, out, **changes):
     settings = {"classes": 5, "input_shape": (3, 2, 2), "batch": 4, "task": "classify"} | changes
     return export(module, name="plain", out=out, **settings)
-
-
-def step(artifact, graph="train"):
-    session = onnxruntime.InferenceSession(artifact.path(graph), providers=["CPUExecutionProvider"])
-    outputs = [o.name for o in session.get_outputs()]
-    return lambda feed: dict(zip(outputs, session.run(outputs, feed), strict=True))
 
 
 @pytest.mark.parametrize("optimizer", [Sgd(), Adam(weight_decay=0.01)], ids=["sgd", "adam"])
@@ -108,24 +102,22 @@ def test_module_is_compiled_and_equal_to_pytorch(tmp_path, module, classes, shap
 def test_step_learns_and_teacher_at_alpha_zero_is_ignored(tmp_path):
     torch.manual_seed(0)
     artifact = compile_plain(Plain(), tmp_path / "art", task="distill", optimizer=Sgd(0, False, 0))
-    run, state = step(artifact), load_file(artifact.weights)
-    random = np.random.default_rng(0)
-    lr, alpha, temperature = (np.array(v, np.float32) for v in (0.5, 0, 3))
-    feed = {
-        "x": random.standard_normal((4, 3, 2, 2), dtype=np.float32), "y": np.arange(4),
-        "lr": lr, "alpha": alpha, "temperature": temperature,
-    }  # fmt: skip
-    calm = run({**feed, "teacher": np.zeros((4, 5), np.float32), **state})
     largest = np.finfo(np.float32).max
     wild = np.where(np.eye(4, 5) > 0, largest, -largest).astype(np.float32)
-    assert run({**feed, "teacher": wild, **state})["loss"] == calm["loss"]
     losses = []
-    for _ in range(60):
-        out = run({**feed, "teacher": wild, **state})
-        state = {name: out[f"{name}.next"] for name in state}
-        losses.append(float(out["loss"]))
-    assert losses[-1] < 0.2 * losses[0]
-    assert out["correct"] == 4
+    for teacher in (np.zeros((4, 5), np.float32), wild):
+        step = TrainStep(artifact, load_file(artifact.weights), threads=1)
+        random = np.random.default_rng(0)
+        feed = {"x": random.standard_normal((4, 3, 2, 2)), "y": np.arange(4), "teacher": teacher}
+        for name, value in (feed | {"lr": 0.5, "alpha": 0, "temperature": 3}).items():
+            step.inputs[name][...] = value
+        losses.append([])
+        for _ in range(60):
+            step()
+            losses[-1].append(float(step.loss))
+    assert losses[0] == losses[1]
+    assert losses[-1][-1] < 0.2 * losses[-1][0]
+    assert step.correct == 4
 
 
 def test_frozen_parameters_and_constant_buffers_stay_as_they_are(tmp_path):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from wire.artifact import Manifest, open_artifact
+from wire.costs import LayerCost, total
 from wire.errors import ArtifactError
 
 FILES = {
@@ -19,6 +20,21 @@ def tensor(name, shape, dtype="float32", role="batch"):
     return {"name": name, "shape": shape, "dtype": dtype, "role": role}
 
 
+def costs(*rows):
+    """The two tables of a graph with one node in each (name, phase, flops)."""
+    keys = ("name", "phase", "flops")
+    sizes = {"bytes": 100, "activation_bytes": 0, "nodes": 1}
+    return {
+        "layers": [{**dict(zip(keys, row, strict=True)), **sizes} for row in rows],
+        "nodes": {
+            "row": [*range(len(rows))],
+            "flops": [row[2] for row in rows],
+            "bytes": [100] * len(rows),
+            "activation_bytes": [0] * len(rows),
+        },
+    }
+
+
 def content():
     state = [
         tensor("w", [2, 3], role="parameter"),
@@ -27,7 +43,8 @@ def content():
     x = tensor("x", [4, 3])
     given = [x, tensor("y", [4], "int64"), tensor("lr", [], role="setting")]
     metrics = [tensor("loss", [], role="metric"), tensor("correct", [], role="metric")]
-    following = [{**spec, "name": spec["name"] + ".next"} for spec in state]
+    following = [tensor("next[0:6]", [6], role="parameter")]
+    following += [tensor("next[6:12]", [6], role="optimizer")]
     return {
         "format": 1,
         "model": {"name": "m", "classes": 2, "input": [3], "keep_rate": 1.0},
@@ -39,10 +56,12 @@ def content():
         "graphs": {
             "train": {
                 "file": "train.onnx", "flops": 9, "inputs": given + state,
+                **costs(("fc", "forward", 3), ("fc", "backward", 6), ("optimizer", "update", 0)),
                 "outputs": metrics + following,
             },
             "eval": {
                 "file": "eval.onnx", "flops": 3, "inputs": [x, state[0]],
+                **costs(("fc", "forward", 3)),
                 "outputs": [tensor("logits", [4, 2], role="result")],
             },
         },
@@ -154,6 +173,28 @@ def change(path, value):
         (("graphs", "train", "file"), "a\\b.onnx"),
         (("graphs", "train", "file"), "eval.onnx"),
         (("graphs", "train", "flops"), -1),
+        (("graphs", "train", "flops"), 10),
+        (("graphs", "train", "layers"), []),
+        (("graphs", "train", "layers", 0, "flops"), 4),
+        (("graphs", "train", "layers", 0, "flops"), -3),
+        (("graphs", "train", "layers", 0, "bytes"), 101),
+        (("graphs", "train", "layers", 0, "activation_bytes"), 1),
+        (("graphs", "train", "layers", 0, "nodes"), 2),
+        (("graphs", "train", "layers", 0, "name"), "f c"),
+        (("graphs", "train", "layers", 0, "name"), "fc" * 129),
+        (("graphs", "train", "layers", 0, "phase"), "sideways"),
+        (("graphs", "train", "layers", 0, "phase"), "backward"),
+        (("graphs", "train", "layers"), costs(*3 * [("fc", "forward", 3)])["layers"]),
+        (("graphs", "train", "nodes"), ...),
+        (("graphs", "train", "nodes", "row"), [0, 1]),
+        (("graphs", "train", "nodes", "row"), [0, 1, 3]),
+        (("graphs", "train", "nodes", "row"), [0, 1, -1]),
+        (("graphs", "train", "nodes", "row"), [0, 1, True]),
+        (("graphs", "train", "nodes", "flops"), [6, 3, 0]),
+        (("graphs", "train", "nodes", "flops"), [12, -3, 0]),
+        (("graphs", "train", "nodes", "bytes", 2), 1 << 62),
+        (("graphs", "train", "nodes", "bytes", 2), 100.0),
+        (("graphs", "eval", "layers", 0, "phase"), "backward"),
         (("graphs", "eval"), ...),
         (("graphs", "train", "inputs"), []),
         (("graphs", "train", "inputs", 0, "shape"), [4, 4]),
@@ -180,6 +221,30 @@ def change(path, value):
 def test_hostile_manifest_is_refused(path, value):
     with pytest.raises(ArtifactError, match=r"manifest\.json: "):
         Manifest.parse(change(path, value))
+
+
+def test_cost_table_says_which_sum_is_wrong():
+    with pytest.raises(ArtifactError, match=r"flops: expected the sum of the layers' 9, got 10"):
+        Manifest.parse(change(("graphs", "train", "flops"), 10))
+    with pytest.raises(ArtifactError, match=r"add up to .*'fc'.*flops=3.*got .*'fc'.*flops=4"):
+        Manifest.parse(change(("graphs", "train", "layers", 0, "flops"), 4))
+
+
+def test_cost_table_is_limited():
+    rows = [(f"l{i}", "forward", 0) for i in range((1 << 14) + 1)]
+    mapping = content()
+    mapping["graphs"]["eval"] |= {"flops": 0, **costs(*rows)}
+    with pytest.raises(ArtifactError, match=r"layers: 16385 rows, limit 16384"):
+        Manifest.parse(encode(mapping))
+    mapping = content()
+    mapping["graphs"]["eval"]["nodes"] = costs(*[("fc", "forward", 0)] * 65537)["nodes"]
+    with pytest.raises(ArtifactError, match=r"columns of one length to 65536, got \[65537, 65537"):
+        Manifest.parse(encode(mapping))
+
+
+def test_cost_of_a_phase_is_that_of_its_layers():
+    layers = Manifest.parse(encode(content())).graphs["train"].layers
+    assert total(layers, "backward") == LayerCost("", "backward", 6, 100, 0, 1)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import nn
 
 import models
 from tools.export import Adam, Optimizer, Sgd, export
+from tools.export.cost import table
 from wire.errors import ExportError, StillhouseError
 
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     flops = artifact.manifest.graphs["train"].flops / artifact.manifest.batch / 1e6
     print(f"{artifact.folder}: {artifact.digest}, {flops:.1f} MFLOPs a sample and step")
+    if options.costs:
+        print(table(artifact.manifest.graphs["train"].layers, artifact.manifest.batch))
     return 0
 
 
@@ -59,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eps", type=float, default=1e-8, help="adam")
     parser.add_argument("--weight-decay", type=float, help="default: sgd 0.0005, adam 0")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--costs", action="store_true", help="print what each layer costs")
     return parser
 
 

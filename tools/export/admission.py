@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm  # the one class that all batch norms share
 
-from tools.export.step import Tensors
+from tools.export.state import Tensors
 from wire.errors import ExportError
 
 RESERVED = frozenset(

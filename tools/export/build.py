@@ -18,7 +18,7 @@ from models import SplitModel
 from tools.export import parity
 from tools.export.admission import admit
 from tools.export.compiler import Compiler
-from tools.export.cost import flops
+from tools.export.cost import costs, flops
 from tools.export.optimizers import Optimizer, Sgd
 from tools.export.program import Program
 from tools.export.step import Task
@@ -108,7 +108,12 @@ def _manifest(
     preprocess: Preprocess,
 ) -> Manifest:
     graphs = {
-        key: artifact.Graph(f"{key}.onnx", flops(program), *compiler.tables(program))
+        key: artifact.Graph(
+            f"{key}.onnx",
+            flops(program),
+            *compiler.tables(program),
+            *costs(program),
+        )
         for key, program in programs.items()
     }
     return Manifest(

@@ -1,17 +1,23 @@
 """One module's training step and evaluation as ONNX graphs, and the roles of their tensors."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tools.export.graph import Graph, Value
 from tools.export.lower import lower
-from tools.export.optimizers import Optimizer
-from tools.export.program import Program
-from tools.export.step import Task, Tensors, trace_eval, trace_train
+from tools.export.optimizers import STEP, Optimizer
+from tools.export.program import Place, Program
+from tools.export.provenance import settled
+from tools.export.rules.elementwise import add, mul
+from tools.export.rules.layout import concat, reshape
+from tools.export.rules.normalization import Blend
+from tools.export.state import Piece, Tensors, offsets, pieces, span
+from tools.export.step import Task, trace_eval, trace_train
 from wire.artifact import Role, TensorSpec
 from wire.errors import ExportError
 
@@ -37,7 +43,8 @@ class Compiler:
     """Traces and lowers one module.
 
     Attributes:
-        state: every state tensor with its initial value: parameters, buffers, optimizer.
+        state: every state tensor with its initial value: parameters (those that are trained
+            first), buffers, optimizer.
     """
 
     def __init__(
@@ -52,66 +59,114 @@ class Compiler:
     ) -> None:
         self.module, self.tensors, self.optimizer, self.task = module, tensors, optimizer, task
         batch, scalar = shape[0], torch.ones(())
-        self.batch = {
-            "x": torch.zeros(shape),
-            "y": torch.zeros(batch, dtype=torch.int64),
-            "lr": scalar,
-        }
+        self.batch = {"x": torch.zeros(shape), "y": torch.zeros(batch, dtype=torch.int64)}
+        settings = {"lr": scalar}
         if task == "distill":
-            teacher = torch.zeros(batch, classes)
-            self.batch |= {"teacher": teacher, "alpha": scalar, "temperature": scalar}
+            self.batch |= {"teacher": torch.zeros(batch, classes)}
+            settings |= {"alpha": scalar, "temperature": scalar}
+        self.batch |= settings
         self.moments = optimizer.initial(tensors.trained)
-        self.state = {**tensors.parameters, **tensors.buffers, **self.moments}
+        parameters = {**tensors.trained, **tensors.parameters}
+        self.state = {**parameters, **tensors.buffers, **self.moments}
+        self._offsets = offsets({name: value.numel() for name, value in self.state.items()})
 
-    def role(self, name: str) -> Role:
-        """Of an input or an output."""
-        if name in _GIVEN:
-            return _GIVEN[name]
-        name = name.removesuffix(".next")
-        if name in self.moments:
-            return "optimizer"
-        return "parameter" if name in self.tensors.parameters else "buffer"
+    def train(self, micro_batches: int = 1) -> Program:
+        """The graph of one training step, each micro-batch of which has B / micro_batches samples.
 
-    def train(self) -> Program:
-        """The graph of one training step."""
-        traced, outputs = trace_train(
+        Raises:
+            ExportError: an operator has no rule, or a buffer changes that is not of the state.
+        """
+        cut = pieces(self.tensors)
+        traced, names = trace_train(
             copy.deepcopy(self.module),  # functional_call leaves traces in tied weights
             self.tensors,
             task=self.task,
             optimizer=self.optimizer,
-            state=self.moments,
+            pieces=cut,
             batch=list(self.batch.values()),
+            micro_batches=micro_batches,
         )
+        places = self._places(cut)
         g = Graph()
-        inputs = self._inputs(g, {**self.batch, **self.state})
-        results = lower(g, traced, inputs)
-        fixed = dict(zip(self.tensors.fixed, inputs[-len(self.tensors.fixed) :], strict=False))
-        for name, value in zip(outputs, results, strict=True):
-            if name not in self.tensors.fixed:
-                g.output(name, value)
-            elif value != fixed[name] and not name.endswith("num_batches_tracked"):
+        held = {**self.batch, **self.tensors.parameters, **self.tensors.buffers}
+        inputs = {key: g.input(key, value.shape, value.dtype) for key, value in held.items()}
+        inputs |= {
+            key: g.input(span("state", start, size), () if key == STEP else (size,))
+            for key, (start, size) in places.items()
+        }
+        fixed = {key: g.constant(v.numpy(), v.dtype) for key, v in self.tensors.fixed.items()}
+        results = dict(
+            zip(names, lower(g, traced, [*inputs.values(), *fixed.values()]), strict=True)
+        )
+        for name in ("loss", "correct"):
+            g.output(name, results[name])
+        for key, (start, size) in places.items():
+            g.output(span("next", start, size), results[key])
+        self._buffers(g, {name: (inputs[name], results[name]) for name in self.tensors.buffers})
+        for name, value in fixed.items():
+            if results[name] != value and not name.endswith("num_batches_tracked"):
                 raise ExportError(
                     f"buffer {name!r} changes in training, but only float32 buffers in the "
                     f"state_dict can; register it as one"
                 )
-        return g.program("train")
+        return settled(g.program("train"))
+
+    def _places(self, cut: Sequence[Piece]) -> dict[str, tuple[int, int]]:
+        """Where the pieces of the parameters and of the optimizer's tensors lie: start, size."""
+        places = {piece.key: (piece.start, piece.size) for piece in cut}
+        first = next(iter(self.tensors.trained))
+        for key in self.optimizer.initial({piece.key: torch.zeros(1) for piece in cut}):
+            if key == STEP:
+                places[key] = (self._offsets[key], 1)
+                continue
+            piece = next(piece for piece in cut if key.endswith(f".{piece.key}"))
+            block = self._offsets[key.removesuffix(piece.key) + first]
+            places[key] = (block + piece.start, piece.size)
+        return places
+
+    def _buffers(self, g: Graph, buffers: Mapping[str, tuple[Value, Value]]) -> None:
+        """The buffers that change; neighbours that are running statistics become one vector."""
+        g.place = Place("", "update")
+        run: list[tuple[Blend, ...]] = []
+        start = 0
+        for name, (old, new) in buffers.items():
+            chain = _blends(g, old, new)
+            if run and len(chain) != len(run[-1]):
+                _blend_all(g, start, run)
+                run = []
+            if chain:
+                start = start if run else self._offsets[name]
+                run.append(chain)
+            elif new != old:
+                flat = reshape(g, new, (old.size,))
+                g.output(span("next", self._offsets[name], old.size), flat)
+        if run:
+            _blend_all(g, start, run)
 
     def evaluate(self, *, extract: bool) -> Program:
         """The graph of the evaluation mode: logits, or features and logits."""
         x = self.batch["x"]
         traced = trace_eval(copy.deepcopy(self.module), self.tensors, x, extract=extract)
         g = Graph()
-        own = {**self.tensors.parameters, **self.tensors.buffers}
-        results = lower(g, traced, self._inputs(g, {"x": x, **own}))
+        held = {"x": x, **self.tensors.parameters, **self.tensors.buffers}
+        inputs = [g.input(key, value.shape, value.dtype) for key, value in held.items()]
+        fixed = self.tensors.fixed.values()
+        inputs += [g.constant(value.numpy(), value.dtype) for value in fixed]
+        results = lower(g, traced, inputs)
         for name, value in zip(["features", "logits"][-len(results) :], results, strict=True):
             g.output(name, value)
         return g.program("extract" if extract else "eval")
 
-    def _inputs(self, g: Graph, tensors: dict[str, Tensor]) -> list[Value]:
-        """Inputs for all tensors, constants for the fixed ones."""
-        inputs = [g.input(key, value.shape, value.dtype) for key, value in tensors.items()]
-        fixed = self.tensors.fixed.values()
-        return inputs + [g.constant(value.numpy(), value.dtype) for value in fixed]
+    def role(self, name: str) -> Role:
+        """Of an input, an output or a state tensor; a range has that of what it begins with."""
+        if name in _GIVEN:
+            return _GIVEN[name]
+        if name not in self._offsets:
+            start = int(name.partition("[")[2].partition(":")[0])
+            name = [key for key, offset in self._offsets.items() if offset <= start][-1]
+        if name in self.moments:
+            return "optimizer"
+        return "parameter" if name in self.tensors.parameters else "buffer"
 
     def tables(self, program: Program) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The table of a graph's inputs, and that of its outputs."""
@@ -122,3 +177,28 @@ class Compiler:
             TensorSpec(name, spec.shape, _DTYPES[spec.dtype], self.role(name))
             for name, spec in ((name, program.specs[name]) for name in names)
         )
+
+
+def _blends(g: Graph, old: Value, new: Value) -> tuple[Blend, ...]:
+    """From a buffer to its successor by running averages alone, the oldest first; or nothing."""
+    found: list[Blend] = []
+    while new != old:
+        blend = g.noted(new, Blend)
+        if blend is None:
+            return ()
+        found.insert(0, blend)
+        new = blend.old
+    return tuple(found)
+
+
+def _blend_all(g: Graph, start: int, run: Sequence[tuple[Blend, ...]]) -> None:
+    """Neighbouring buffers, each by as many running averages: all of them in one vector."""
+    sizes = [chain[0].old.size for chain in run]
+    size = sum(sizes)
+    moved = g.input(span("state", start, size), (size,))
+    for blends in zip(*run, strict=True):
+        new = concat(g, [reshape(g, blend.new, (blend.old.size,)) for blend in blends], 0)
+        keep = g.constant(np.repeat([blend.keep for blend in blends], sizes))
+        take = g.constant(np.repeat([blend.take for blend in blends], sizes))
+        moved = add(g, mul(g, moved, keep), mul(g, new, take))
+    g.output(span("next", start, size), moved)

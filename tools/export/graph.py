@@ -6,14 +6,15 @@ are shared by content. Nodes that no output needs are dropped in the end, so tha
 two ways to one value and let a later rule choose: what it knows of the value it leaves in a note.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from tools.export.program import Array, Node, Place, Program, Spec
+from tools.export.program import PRODUCTS, Array, Node, Place, Program, Spec
 
 _NUMPY_TYPES = {
     torch.float32: np.float32,
@@ -37,11 +38,11 @@ class Graph:
     """Nodes in the order of execution, with the inputs and outputs named by the caller.
 
     Attributes:
-        place: of the nodes to come.
+        place: of the nodes to come; place_of_products: of the products among them.
     """
 
     def __init__(self) -> None:
-        self.place = Place()
+        self.place = self.place_of_products = Place()
         self._nodes: list[Node] = []
         self._known: dict[tuple[Any, ...], tuple[Value, ...]] = {}
         self._makers: dict[str, Node] = {}
@@ -103,12 +104,23 @@ class Graph:
             results = [
                 Value(spec.shape, spec.dtype, f"v{count + i}") for i, spec in enumerate(outputs)
             ]
-            node = Node(op, names, tuple(v.name for v in results), pairs, self.place)
+            place = self.place_of_products if op in PRODUCTS else self.place
+            node = Node(op, names, tuple(v.name for v in results), pairs, place)
             self._nodes.append(node)
             self._makers |= {value.name: node for value in results}
             self._values |= {value.name: value for value in results}
             self._known[key] = tuple(results)
         return self._known[key]
+
+    @contextmanager
+    def placed(self, place: Place) -> Iterator[None]:
+        """For a while, nodes are of this place."""
+        kept = self.place, self.place_of_products
+        self.place = self.place_of_products = place
+        try:
+            yield
+        finally:
+            self.place, self.place_of_products = kept
 
     def maker(self, value: Value) -> Node | None:
         """The node whose output the value is; None for an input or a constant."""
@@ -150,7 +162,7 @@ class Graph:
                 rename[value.name] = key
             else:  # an input, a constant or a second name for a value
                 source = rename.get(value.name, value.name)
-                copies.append(Node("Identity", (source,), (key,), (), Place("", "update")))
+                copies.append(Node("Identity", (source,), (key,), ()))
         nodes = [
             replace(
                 node,

@@ -8,7 +8,6 @@ What stays in place is batch norm's update of the running statistics, hidden in 
 gives the changed buffers their new values.
 """
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,17 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tools.export.graph import Graph, Value
 from tools.export.program import Spec
+from tools.export.provenance import describe, place_of, place_of_products, recorded
 from tools.export.rules import RULES
 from tools.export.rules.registry import Unsupported
 from wire.errors import ExportError
 
 aten: Any = torch.ops.aten
-_PATH = "stillhouse_module"  # key in a node's meta: the path of the module that ran it
-_NOWHERE = "\0"
 
 _REMEDIES = {
     "dropout": "a compiled step has no random numbers; leave dropout out, or set p=0",
@@ -44,20 +42,20 @@ _REMEDIES = {
 def trace(
     function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], module: nn.Module
 ) -> fx.GraphModule:
-    """The operators that `function` runs on `inputs`; `module` is what it calls, for messages.
+    """The operators that `function` runs on `inputs`; `module` is what it calls, for their places.
 
     Raises:
         ExportError: the function looks at its data.
     """
     table = {op: how for op, how in _core() if op not in RULES}
-    marks: list[tuple[int, str]] = []
-    hooks = []
-    for path, part in module.named_modules():
-        hooks.append(part.register_forward_pre_hook(functools.partial(_enter, marks, path)))
-        hooks.append(part.register_forward_hook(functools.partial(_leave, marks, path)))
+
+    def observed(*tensors: Tensor) -> list[Tensor]:
+        with recorded(module):
+            return function(*tensors)
+
     try:
         graph = make_fx(
-            functionalize(function, remove="mutations_and_views"),
+            functionalize(observed, remove="mutations_and_views"),
             decomposition_table=table,
             tracing_mode="fake",
             _allow_non_fake_inputs=True,
@@ -67,10 +65,6 @@ def trace(
             f"the model cannot be traced ({str(fault).strip().splitlines()[0]}); a compiled step "
             f"has fixed shapes and a fixed flow: no branch, loop or .item() that depends on data"
         ) from fault
-    finally:
-        for hook in hooks:
-            hook.remove()
-    _note_paths(graph.graph, marks)
     graph.graph.eliminate_dead_code()
     return graph
 
@@ -109,18 +103,21 @@ def lower(g: Graph, traced: fx.GraphModule, inputs: Sequence[Value]) -> list[Val
 
 def _apply(g: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     name = str(node.target).removesuffix(".default")
+    place = place_of(node)
+    where = f"{name} in {describe(place)}"
     rule = RULES.get(node.target)  # type: ignore[call-overload]
     if rule is None:
-        raise ExportError(f"{name} in {_module_of(node)} cannot be compiled; {_remedy(name)}")
+        raise ExportError(f"{where} cannot be compiled; {_remedy(name)}")
+    g.place, g.place_of_products = place, place_of_products(node)
     arguments = fx.node.map_arg(node.args, values.__getitem__)
     settings = fx.node.map_arg(node.kwargs, values.__getitem__)
     try:
         result = rule(g, _spec(node), *arguments, **settings)
     except Unsupported as fault:
-        raise ExportError(f"{name} in {_module_of(node)} cannot be compiled: {fault}") from fault
+        raise ExportError(f"{where} cannot be compiled: {fault}") from fault
     except KeyError as fault:
         raise ExportError(
-            f"{name} in {_module_of(node)} makes {fault.args[0]} tensors; a compiled step has "
+            f"{where} makes {fault.args[0]} tensors; a compiled step has "
             f"float32, float64, int32, int64 and bool"
         ) from fault
     if node.target is aten.native_batch_norm.default:
@@ -144,47 +141,3 @@ def _remedy(name: str) -> str:
         if word in name:
             return remedy
     return "write it with other operators, or add a rule for it to tools/export/rules"
-
-
-def _module_of(node: fx.Node) -> str:
-    """Where an operator comes from, in words: a module's path, or that it is a gradient of one."""
-    backward = False
-    seen = {node}
-    level = [node]
-    while level:
-        for candidate in level:
-            path = candidate.meta.get(_PATH)
-            if path is not None:
-                where = f"module {path!r}" if path else "the model's own forward"
-                return f"the gradient of {where}" if backward else where
-        backward = True
-        level = [i for n in level for i in n.all_input_nodes if i not in seen]
-        seen.update(level)
-    return "the training step"
-
-
-def _count() -> int:
-    mode = get_proxy_mode()
-    return 0 if mode is None else len(mode.tracer.graph.nodes)
-
-
-def _enter(marks: list[tuple[int, str]], path: str, _: nn.Module, __: Any) -> None:
-    marks.append((_count(), path))
-
-
-def _leave(marks: list[tuple[int, str]], path: str, _: nn.Module, __: Any, ___: Any) -> None:
-    outer = None if not path else path.rpartition(".")[0]
-    marks.append((_count(), _NOWHERE if outer is None else outer))
-
-
-def _note_paths(graph: fx.Graph, marks: list[tuple[int, str]]) -> None:
-    """Each mark names the module that runs from the given number of nodes on."""
-    path = _NOWHERE
-    waiting = iter([*marks, (len(graph.nodes) + 1, _NOWHERE)])
-    at, following = next(waiting)
-    for number, node in enumerate(graph.nodes):
-        while at <= number:
-            path = following
-            at, following = next(waiting)
-        if path != _NOWHERE and node.op == "call_function":
-            node.meta[_PATH] = path

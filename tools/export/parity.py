@@ -126,12 +126,12 @@ def _trial(
             others.append(copy.deepcopy(eager).perturbed(random).step(near))
         exact = eager.step(batch)
         out = runs["train"]({**batch, **_SETTINGS, **state})
-        compiled = {name: out[f"{name}.next"] for name in state}
-        compiled |= {"loss": out["loss"], "correct": out["correct"]}
+        compiled = {name: out[name] for name in (*state, "loss", "correct")}
         state = {name: exact[name] for name in state}
         for name in sorted(set(runs) - {"train"}):
             out = runs[name]({"x": batch["x"], **state})
-            compiled |= {f"{key} of {name}": value for key, value in out.items()}
+            results = [spec.name for spec in manifest.graphs[name].outputs]
+            compiled |= {f"{key} of {name}": out[key] for key in results}
         if set(exact) != set(compiled):
             odd = sorted(set(exact) ^ set(compiled))
             raise ExportError(f"{manifest.model.name}: only one side has the tensors {odd}")
@@ -231,10 +231,25 @@ def _session(manifest: Manifest, folder: Path, name: str) -> Callable[[Named], N
     session = onnxruntime.InferenceSession(
         folder / graph.file, options, providers=["CPUExecutionProvider"]
     )
-    outputs = [spec.name for spec in graph.outputs]
 
     def run(values: Named) -> Named:
-        feed = {spec.name: values[spec.name] for spec in graph.inputs}
-        return dict(zip(outputs, session.run(outputs, feed), strict=True))
+        """The outputs, and the state with what the graph moves of it."""
+        state = np.concatenate([values[spec.name].reshape(-1) for spec in manifest.state])
+        feed, found = {}, {}
+        for spec in graph.inputs:
+            start = manifest.place_of(spec)
+            held = None if start is None else state[start : start + spec.size]
+            feed[spec.name] = values[spec.name] if held is None else held.reshape(spec.shape)
+        outputs = session.run(None, feed)
+        for spec, value in zip(graph.outputs, outputs, strict=True):
+            start = manifest.place_of(spec)
+            if start is None:
+                found[spec.name] = value
+            else:
+                state[start : start + spec.size] = value.reshape(-1)
+        for spec in manifest.state:
+            own = state[manifest.offsets[spec.name] :][: spec.size]
+            found[spec.name] = own.reshape(spec.shape)
+        return found
 
     return run

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,13 +10,15 @@ import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from wire.costs import Phase
+
 Array = NDArray[Any]
-Phase = Literal["forward", "backward", "update"]
 
 OPSET = 18  # the newest that every onnxruntime since 1.15 runs
 IR_VERSION = 9
 CONTRIB = "com.microsoft"  # operators beyond the standard that every onnxruntime has
 CONTRIB_OPS = frozenset(["FusedConv", "FusedMatMul"])
+PRODUCTS = frozenset(["Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm"])
 
 _ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,

@@ -7,8 +7,7 @@ equations 3 and 5: l_c = l_CE + alpha * l_KD with temperature-softened predictio
 of Hinton et al. 2015 (arXiv 1503.02531, section 2) that keeps the two gradients of one size.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,26 +17,18 @@ from torch.nn import functional as F
 
 from tools.export.lower import trace
 from tools.export.optimizers import Optimizer
+from tools.export.provenance import LOSS, OPTIMIZER, at
+from tools.export.state import Piece, Tensors
 
 Task = Literal["distill", "classify"]
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """The module's own tensors by role; `fixed` are buffers that no training step may change."""
-
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    fixed: dict[str, Tensor]
-
-    @property
-    def trained(self) -> dict[str, Tensor]:
-        """The parameters that the optimizer moves."""
-        return {name: p for name, p in self.parameters.items() if p.requires_grad}
-
-
 def loss(
-    logits: Tensor, y: Tensor, teacher: Tensor | None, alpha: Tensor | None, temp: Tensor | None
+    logits: Tensor,
+    y: Tensor,
+    teacher: Tensor | None = None,
+    alpha: Tensor | None = None,
+    temp: Tensor | None = None,
 ) -> Tensor:
     """The objective above; logits and teacher (B, C), y int64 (B), alpha and temp scalars."""
     batch, classes = logits.shape
@@ -59,43 +50,71 @@ def trace_train(
     *,
     task: Task,
     optimizer: Optimizer,
-    state: Mapping[str, Tensor],
+    pieces: Sequence[Piece],
     batch: Sequence[Tensor],
+    micro_batches: int = 1,
 ) -> tuple[fx.GraphModule, list[str]]:
-    """One step: (x, y, lr, [teacher, alpha, temperature], parameters, buffers, state, fixed).
+    """One step on (batch, settings, parameters, buffers, pieces, their optimizer state, fixed).
+
+    With several micro-batches the gradients are summed over them, one after the other, and the
+    optimizer moves once. The loss is the mean over the batch all the same; batch norm normalizes
+    each micro-batch by itself and updates its running statistics once for each ("ghost batch norm",
+    Hoffer et al. 2017, arXiv 1705.08741, algorithm 1).
 
     Returns:
-        The trace, and the names of its outputs: loss, correct, then `<name>.next` for every
-        parameter, buffer and optimizer tensor, and last the fixed buffers under their own names.
+        The trace, and the names of its outputs: loss, correct, then buffers, pieces, optimizer
+        state and fixed buffers under the names of the inputs that they follow.
     """
-    names = [*tensors.parameters, *tensors.buffers, *state, *tensors.fixed]
+    theta = {piece.key: piece.gradient(tensors.trained).detach() for piece in pieces}
+    state = optimizer.initial(theta)
+    sources = {**tensors.parameters, **tensors.buffers, **theta, **state, **tensors.fixed}
     outputs: list[str] = []
-    scalars = 4 if task == "distill" else 0
+    settings = 1 if task == "classify" else 3
 
     def step(*flat: Tensor) -> list[Tensor]:
-        x, y, lr, *rest = flat
-        teacher, alpha, temp = rest[:3] if scalars else (None, None, None)
-        held = dict(zip(names, rest[3 if scalars else 0 :], strict=True))
+        samples = flat[: len(batch) - settings]
+        lr, *kd = flat[len(samples) : len(batch)]
+        held = dict(zip(sources, flat[len(batch) :], strict=True))
         frozen = {n: held[n] for n in tensors.parameters if n not in tensors.trained}
+        trained = {n: held[n] for n in tensors.trained}
+        buffers = {n: held[n] for n in (*tensors.buffers, *tensors.fixed)}
 
         def objective(
-            trained: dict[str, Tensor],
+            trained: dict[str, Tensor], x: Tensor, y: Tensor, *teacher: Tensor
         ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
-            buffers = {n: held[n].clone() for n in (*tensors.buffers, *tensors.fixed)}
-            logits = functional_call(module, {**trained, **frozen, **buffers}, (x,))
-            return loss(logits, y, teacher, alpha, temp), (buffers, logits)
+            changed = {n: buffer.clone() for n, buffer in buffers.items()}
+            at("")
+            logits = functional_call(module, {**trained, **frozen, **changed}, (x,))
+            at(LOSS)
+            correct = (logits.argmax(1) == y).to(torch.float32).sum()
+            value = loss(logits, y, *teacher, *kd)
+            return value if micro_batches == 1 else value / micro_batches, (changed, correct)
 
-        trained = {n: held[n] for n in tensors.trained}
-        grads, (value, (buffers, logits)) = grad_and_value(objective, has_aux=True)(trained)
-        moved, changed = optimizer.update(trained, grads, {n: held[n] for n in state}, lr)
-        correct = (logits.argmax(1) == y).to(torch.float32).sum()
-        following = {**{n: held[n] for n in tensors.parameters}, **moved}
-        following |= {n: buffers[n] for n in tensors.buffers} | changed
-        outputs[:] = ["loss", "correct", *(f"{n}.next" for n in following), *tensors.fixed]
-        return [value, correct, *following.values(), *(buffers[n] for n in tensors.fixed)]
+        sums: list[Tensor] = []
+        grads: dict[str, Tensor] = {}
+        for part in zip(*(sample.chunk(micro_batches) for sample in samples), strict=True):
+            own, (value, (buffers, correct)) = grad_and_value(objective, has_aux=True)(
+                trained, *part
+            )
+            at(OPTIMIZER, "update")
+            grads = {n: grads[n] + g if grads else g for n, g in own.items()}
+            at(LOSS)
+            sums = (
+                [a + b for a, b in zip(sums, (value, correct), strict=True)]
+                if sums
+                else [value, correct]
+            )
+        at(OPTIMIZER, "update")
+        gradients = {piece.key: piece.gradient(grads) for piece in pieces}
+        moved, changed = optimizer.update(
+            {n: held[n] for n in theta}, gradients, {n: held[n] for n in state}, lr
+        )
+        own_buffers = {n: buffers[n] for n in tensors.buffers}
+        following = {**own_buffers, **moved, **changed, **{n: buffers[n] for n in tensors.fixed}}
+        outputs[:] = ["loss", "correct", *following]
+        return [*sums, *following.values()]
 
-    held = {**tensors.parameters, **tensors.buffers, **state, **tensors.fixed}
-    graph = trace(step, [*batch, *(held[n] for n in names)], module.train())
+    graph = trace(step, [*batch, *sources.values()], module.train())
     return graph, outputs
 
 

@@ -56,23 +56,19 @@ def _convolution_backward(
     through = g.noted(grad, pointwise.Gradient)
     if through is not None and through.of.z == x and through.of.weight == weight:
         # batch norm takes any bias away, so that its gradient is 0
-        return (
-            pointwise.input_gradient(g, through) if mask[0] else None,
-            pointwise.weight_gradient(g, through) if mask[1] else None,
-            g.constant([0.0] * weight.shape[0]) if mask[2] else None,
-        )
-    if transposed:  # forward and backward change places
-        if mask[0]:
-            dx = _forward(g, x.shape, grad, weight, None, stride, padding, dilation, groups)
-        if mask[1]:
-            dw = _weight_gradient(g, weight.shape, grad, x, stride, padding, dilation, groups)
-    else:
-        if mask[0]:
-            dx = _input_gradient(g, x, grad, weight, stride, padding, dilation, groups)
-        if mask[1]:
-            dw = _weight_gradient(g, weight.shape, x, grad, stride, padding, dilation, groups)
+        dw = pointwise.weight_gradient(g, through) if mask[1] else None
+        dx = pointwise.input_gradient(g, through) if mask[0] else None
+        return dx, dw, g.constant([0.0] * weight.shape[0]) if mask[2] else None
+    # The large result last: fewer large tensors are alive at a time.
     if mask[2]:
         db = reduce(g, "ReduceSum", grad, [0, *range(2, len(grad.shape))])
+    if mask[1]:
+        left, right = (grad, x) if transposed else (x, grad)  # the two change places
+        dw = _weight_gradient(g, weight.shape, left, right, stride, padding, dilation, groups)
+    if mask[0] and transposed:
+        dx = _forward(g, x.shape, grad, weight, None, stride, padding, dilation, groups)
+    elif mask[0]:
+        dx = _input_gradient(g, x, grad, weight, stride, padding, dilation, groups)
     return dx, dw, db
 
 

@@ -1,6 +1,6 @@
 """Arithmetic, comparisons and activations: one value in, one value out, with broadcasting."""
 
-# ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
+# ruff: noqa: ARG001 -- a rule takes the arguments of its ATen operator, in order
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from tools.export.graph import Graph, Value
 from tools.export.program import Spec, onnx_type
-from tools.export.rules.registry import Unsupported, rule
+from tools.export.rules.registry import RULES, Unsupported, rule
 
 aten: Any = torch.ops.aten
 Operand = Value | float | int | bool
@@ -63,12 +63,15 @@ def unary(g: Graph, op: str, a: Value, **attributes: Any) -> Value:
     return g.node(op, a, shape=a.shape, dtype=a.dtype, **attributes)
 
 
+_OF_BOOLEANS = {"Add": "Or", "Max": "Or", "Mul": "And", "Min": "And"}
+
+
 def _arithmetic(op: str, *operators: Any) -> None:
     def lower(g: Graph, out: Spec, a: Operand, b: Operand, *, alpha: float = 1) -> Value:
         left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
         if alpha != 1:
             right = mul(g, right, alpha)
-        return binary(g, op, left, right)
+        return binary(g, _OF_BOOLEANS.get(op, op) if out.dtype == torch.bool else op, left, right)
 
     rule(*operators)(lower)
 
@@ -165,8 +168,63 @@ for _op, _name in {
     "Floor": "floor",
     "Ceil": "ceil",
     "Round": "round",
+    "Tan": "tan",
+    "Asin": "asin",
+    "Acos": "acos",
+    "Atan": "atan",
+    "Sinh": "sinh",
+    "Cosh": "cosh",
+    "Asinh": "asinh",
+    "Acosh": "acosh",
+    "Atanh": "atanh",
 }.items():
     _function(_op, getattr(aten, _name).default)
+
+
+def _scaled(op: str, operator: Any, before: float, after: float) -> None:
+    def lower(g: Graph, out: Spec, a: Value) -> Value:
+        return mul(g, unary(g, op, mul(g, cast(g, a, out.dtype), before)), after)
+
+    rule(operator)(lower)
+
+
+_scaled("Log", aten.log2.default, 1, 1 / math.log(2))
+_scaled("Log", aten.log10.default, 1, 1 / math.log(10))
+_scaled("Exp", aten.exp2.default, math.log(2), 1)
+
+
+@rule(aten.erfc.default)
+def _erfc(g: Graph, out: Spec, a: Value) -> Value:
+    return sub(g, g.constant(1.0, out.dtype), unary(g, "Erf", cast(g, a, out.dtype)))
+
+
+@rule(aten.isnan.default)
+def _isnan(g: Graph, out: Spec, a: Value) -> Value:
+    return g.node("IsNaN", a, shape=out.shape, dtype=torch.bool)
+
+
+@rule(aten.isinf.default)
+def _isinf(g: Graph, out: Spec, a: Value) -> Value:
+    return g.node("IsInf", a, shape=out.shape, dtype=torch.bool)
+
+
+@rule(aten.trunc.default)
+def _trunc(g: Graph, out: Spec, a: Value) -> Value:
+    return mul(g, unary(g, "Sign", a), unary(g, "Floor", unary(g, "Abs", a)))
+
+
+@rule(aten.fmod.Scalar, aten.fmod.Tensor)
+def _fmod(g: Graph, out: Spec, a: Operand, b: Operand) -> Value:
+    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    return g.node("Mod", left, right, shape=out.shape, dtype=out.dtype, fmod=1)
+
+
+@rule(aten.remainder.Scalar, aten.remainder.Tensor)
+def _remainder(g: Graph, out: Spec, a: Operand, b: Operand) -> Value:
+    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    if not out.dtype.is_floating_point:
+        return g.node("Mod", left, right, shape=out.shape, dtype=out.dtype)
+    return sub(g, left, mul(g, unary(g, "Floor", div(g, left, right)), right))
 
 
 @rule(aten.rsqrt.default)
@@ -195,36 +253,22 @@ def _expm1(g: Graph, out: Spec, a: Value) -> Value:
     return mul(g, half, add(g, unary(g, "Exp", a), 1.0))
 
 
-@rule(aten.gelu.default)
-def _gelu(g: Graph, out: Spec, a: Value, *, approximate: str = "none") -> Value:
-    if approximate == "tanh":
-        cube = mul(g, mul(g, mul(g, a, a), a), 0.044715)
-        gate = unary(g, "Tanh", mul(g, add(g, a, cube), math.sqrt(2 / math.pi)))
-    else:
-        gate = unary(g, "Erf", mul(g, a, math.sqrt(0.5)))
-    return mul(g, mul(g, a, 0.5), add(g, gate, 1.0))
-
-
-@rule(aten.leaky_relu.default)
-def _leaky_relu(g: Graph, out: Spec, a: Value, slope: float = 0.01) -> Value:
-    return unary(g, "LeakyRelu", a, alpha=float(slope))
-
-
-@rule(aten.elu.default)
-def _elu(
-    g: Graph, out: Spec, a: Value, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
-) -> Value:
-    if input_scale != 1:
-        raise Unsupported(f"ELU with input scale {input_scale}")
-    return mul(g, unary(g, "Elu", a, alpha=float(alpha)), float(scale))
-
-
 @rule(aten.hardtanh.default, aten.clamp.default)
 def _clamp(
     g: Graph, out: Spec, a: Value, low: float | None = None, high: float | None = None
 ) -> Value:
     bounds = [None if b is None else g.constant(b, out.dtype) for b in (low, high)]
     return g.node("Clip", cast(g, a, out.dtype), *bounds, shape=out.shape, dtype=out.dtype)
+
+
+@rule(aten.clamp.Tensor)
+def _clamp_between(
+    g: Graph, out: Spec, a: Value, low: Value | None = None, high: Value | None = None
+) -> Value:
+    value = cast(g, a, out.dtype)
+    if low is not None:
+        value = binary(g, "Max", value, cast(g, low, out.dtype))
+    return value if high is None else binary(g, "Min", value, cast(g, high, out.dtype))
 
 
 @rule(aten.where.self)
@@ -258,7 +302,8 @@ def _same(*operators: Any) -> None:
     rule(*operators)(lower)
 
 
-_same(aten.clone.default, aten.alias.default, aten.alias_copy.default, aten.detach.default)
+_same(aten.clone.default, aten.alias.default, aten.alias_copy.default)
+_same(aten.detach.default, aten.detach_copy.default)
 _same(aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.contiguous.default)
 
 
@@ -301,3 +346,12 @@ def _ones(g: Graph, out: Spec, *_: Any, **__: Any) -> Value:
 def _arange(g: Graph, out: Spec, start: float, end: float, step: float = 1, **_: Any) -> Value:
     values = torch.arange(start, end, step, dtype=out.dtype)
     return g.constant(values.numpy(), out.dtype)
+
+
+# PyTorch's GRU writes into values of its own that functionalization doesn't see in evaluation
+# mode. The tracer has pointed every later reader to the operator's result.
+for _name in ("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "sigmoid_.default", "tanh_.default"):
+    _base, _overload = _name.split("_.")
+    RULES[getattr(getattr(aten, f"{_base}_"), _overload)] = RULES[
+        getattr(getattr(aten, _base), _overload)
+    ]

@@ -23,7 +23,11 @@ def reshape(g: Graph, a: Value, shape: Sequence[int]) -> Value:
 
 
 def transpose(g: Graph, a: Value, order: Sequence[int]) -> Value:
-    """Axes in another order."""
+    """Axes in another order; two such in a row are one, or none."""
+    maker = g.maker(a)
+    if maker is not None and maker.op == "Transpose":
+        a, first = g.value(maker.inputs[0]), maker.attribute("perm")
+        return transpose(g, a, [first[axis] for axis in order])
     if list(order) == list(range(len(a.shape))):
         return a
     shape = [a.shape[axis] for axis in order]
@@ -74,6 +78,12 @@ def pad(g: Graph, a: Value, before: Sequence[int], after: Sequence[int], value: 
     return g.node("Pad", a, g.ints(pads), fill, shape=shape, dtype=a.dtype)
 
 
+def pad_axis(g: Graph, a: Value, axis: int, before: int, after: int) -> Value:
+    """Zeros before and after along one axis; negative amounts crop."""
+    rest = [0] * (len(a.shape) - axis - 1)
+    return pad(g, a, [before, *rest], [after, *rest])
+
+
 @rule(
     aten.view.default,
     aten.view_copy.default,
@@ -110,7 +120,7 @@ def _matrix_transpose(g: Graph, out: Spec, a: Value) -> Value:
     return transpose(g, a, list(reversed(range(len(a.shape)))))
 
 
-@rule(aten.transpose.int, aten.transpose_copy.int)
+@rule(aten.transpose.int, aten.transpose_copy.int, aten.transpose_.default)
 def _swap(g: Graph, out: Spec, a: Value, first: int, second: int) -> Value:
     order = list(range(len(a.shape)))
     order[first], order[second] = order[second], order[first]
@@ -158,7 +168,26 @@ def _slice(
 ) -> Value:
     axis %= len(a.shape)
     first, last = _bounds(a.shape[axis], start, stop)
+    if axis == 0 and step == 1 and len(a.shape) == 2:
+        return _rows(g, a, first, last)
     return slice_(g, a, [axis], [first], [last], [step])
+
+
+def _rows(g: Graph, a: Value, first: int, last: int) -> Value:
+    """Rows of a matrix; those of a product are the product of rows, and of a sum the sum."""
+    maker = g.maker(a)
+    if maker is not None and maker.op == "Add":
+        parts = [g.value(name) for name in maker.inputs]
+        if all(part.shape == a.shape for part in parts):
+            rows = [_rows(g, part, first, last) for part in parts]
+            return g.node("Add", *rows, shape=rows[0].shape, dtype=a.dtype)
+    if maker is None or maker.op not in {"MatMul", "FusedMatMul"}:
+        return slice_(g, a, [0], [first], [last], [1])
+    left, right = (g.value(name) for name in maker.inputs)
+    kept = slice_(g, left, [maker.attribute("transA", 0)], [first], [last], [1])
+    shape = (last - first, a.shape[1])
+    with g.placed(maker.place):
+        return g.node(maker.op, kept, right, shape=shape, dtype=a.dtype, **dict(maker.attributes))
 
 
 @rule(aten.select.int, aten.select_copy.int)
@@ -179,16 +208,30 @@ def _slice_scatter(
     stop: int | None = None,
     step: int = 1,
 ) -> Value:
-    if step != 1:
-        raise Unsupported(f"writing every {step}th place; build the tensor with stack or concat")
     axis %= len(a.shape)
     first, last = _bounds(a.shape[axis], start, stop)
+    if step != 1:
+        return spaced(g, a, source, axis, first, step)
     parts = [source]
     if first > 0:
         parts.insert(0, slice_(g, a, [axis], [0], [first], [1]))
     if last < a.shape[axis]:
         parts.append(slice_(g, a, [axis], [last], [a.shape[axis]], [1]))
     return concat(g, parts, axis)
+
+
+def spaced(g: Graph, a: Value, source: Value, axis: int, first: int, step: int) -> Value:
+    """A with the source on every step-th place from the first on."""
+    length, count = a.shape[axis], source.shape[axis]
+    before, after = a.shape[:axis], a.shape[axis + 1 :]
+    apart = pad_axis(g, reshape(g, source, (*before, count, 1, *after)), axis + 1, 0, step - 1)
+    joined = reshape(g, apart, (*before, count * step, *after))
+    placed = pad_axis(g, joined, axis, first, length - first - count * step)
+    if g.small(a) == g.constant(0.0, a.dtype):
+        return placed
+    chosen = [[place in range(first, first + count * step, step)] for place in range(length)]
+    mask = reshape(g, g.constant(chosen, torch.bool), (length, *(1 for _ in after)))
+    return g.node("Where", mask, placed, a, shape=a.shape, dtype=a.dtype)
 
 
 @rule(aten.select_scatter.default)
@@ -217,6 +260,29 @@ def _split_even(
     g: Graph, out: tuple[Spec, ...], a: Value, size: int, axis: int = 0
 ) -> tuple[Value, ...]:
     return _split(g, out, a, [spec.shape[axis] for spec in out], axis)
+
+
+@rule(aten.unbind.int, aten.unbind_copy.int)
+def _unbind(g: Graph, out: tuple[Spec, ...], a: Value, axis: int = 0) -> tuple[Value, ...]:
+    return tuple(_select(g, spec, a, axis, number) for number, spec in enumerate(out))
+
+
+@rule(aten.roll.default)
+def _roll(g: Graph, out: Spec, a: Value, shifts: Sequence[int], axes: Sequence[int] = ()) -> Value:
+    if not axes:
+        return reshape(g, _roll(g, out, reshape(g, a, (-1,)), shifts, [0]), out.shape)
+    for shift, axis in zip(shifts, axes, strict=True):
+        a = _rolled(g, a, shift, axis % len(a.shape))
+    return a
+
+
+def _rolled(g: Graph, a: Value, shift: int, axis: int) -> Value:
+    length = a.shape[axis]
+    cut = -shift % length
+    if cut == 0:
+        return a
+    end = slice_(g, a, [axis], [cut], [length], [1])
+    return concat(g, [end, slice_(g, a, [axis], [0], [cut], [1])], axis)
 
 
 @rule(aten.constant_pad_nd.default)
@@ -254,14 +320,6 @@ def _pixel_unshuffle(g: Graph, out: Spec, a: Value, factor: int) -> Value:
     return reshape(g, moved, out.shape)
 
 
-@rule(aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
-def _upsample(g: Graph, out: Spec, a: Value, *_: Any) -> Value:
-    factors = [new // old for new, old in zip(out.shape[2:], a.shape[2:], strict=True)]
-    if math.prod(factors) * math.prod(a.shape) != math.prod(out.shape):
-        raise Unsupported(f"upsampling {a.shape} to {out.shape}; use a whole factor")
-    return enlarge(g, a, factors)
-
-
 def enlarge(g: Graph, a: Value, factors: Sequence[int]) -> Value:
     """(N, C, H, W) with every value repeated by the factors along the last two axes.
 
@@ -276,21 +334,14 @@ def enlarge(g: Graph, a: Value, factors: Sequence[int]) -> Value:
     )  # fmt: skip
 
 
-@rule(aten.upsample_nearest2d_backward.default)
-def _upsample_backward(g: Graph, out: Spec, grad: Value, *_: Any) -> Value:
-    batch, channels, height, width = out.shape
-    rows, columns = grad.shape[2] // height, grad.shape[3] // width
-    if (height * rows, width * columns) != grad.shape[2:]:
-        raise Unsupported(f"upsampling {out.shape} to {grad.shape}; use a whole factor")
-    split = reshape(g, grad, (batch, channels, height, rows, width, columns))
-    return g.node("ReduceSum", split, g.ints([3, 5]), shape=out.shape, keepdims=0)
-
-
 @rule(aten.as_strided.default, aten.as_strided_copy.default)
 def _as_strided(
     g: Graph, out: Spec, a: Value, size: Sequence[int], stride: Sequence[int], offset: int = 0
 ) -> Value:
     dense = [math.prod(size[place + 1 :]) for place in range(len(size))]
     if offset or list(stride) != dense or math.prod(size) != math.prod(a.shape):
-        raise Unsupported("a view by strides; use slices, or avoid writing into a slice in place")
+        raise Unsupported(
+            "a view by strides; use slices, avoid writing into a slice in place, and pad with "
+            "torch.cat or 'reflect' instead of 'circular'"
+        )
     return reshape(g, a, size)

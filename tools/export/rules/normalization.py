@@ -17,6 +17,7 @@ r = 1 / sqrt(variance + eps), s = sum of dy, d = sum of dy * (x - mean):
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,11 +92,9 @@ def batch_norm(
         y = pointwise.normalised(g, through, mean=mean, scale=factor, bias=shift)
         mean = _with_bias(g, x, mean)
     count = math.prod(x.shape) // channels
-    unbiased = mul(g, variance, count / (count - 1))
-    return (
-        y, mean, _inverse(g, variance, eps),
-        _blend(g, running_mean, mean, momentum), _blend(g, running_var, unbiased, momentum),
-    )  # fmt: skip
+    new_mean = _blend(g, running_mean, mean, momentum)
+    new_var = _blend(g, running_var, variance, momentum, count / (count - 1))
+    return y, mean, _inverse(g, variance, eps), new_mean, new_var
 
 
 def _with_bias(g: Graph, x: Value, mean: Value) -> Value:
@@ -117,8 +116,25 @@ def _inverse(g: Graph, variance: Value, eps: float) -> Value:
     return rsqrt(g, variance, add(g, variance, eps))
 
 
-def _blend(g: Graph, old: Value | None, new: Value, momentum: float) -> Value | None:
-    return None if old is None else add(g, mul(g, old, 1 - momentum), mul(g, new, momentum))
+@dataclass(frozen=True)
+class Blend:
+    """A note on a new running statistic: keep * old + take * new."""
+
+    old: Value
+    new: Value
+    keep: float
+    take: float
+
+
+def _blend(
+    g: Graph, old: Value | None, new: Value, momentum: float, factor: float = 1.0
+) -> Value | None:
+    if old is None:
+        return None
+    blend = Blend(old, new, 1 - momentum, momentum * factor)
+    value = add(g, mul(g, old, blend.keep), mul(g, new, blend.take))
+    g.note(value, blend)
+    return value
 
 
 @rule(aten.native_batch_norm_backward.default)

@@ -1,15 +1,16 @@
-"""Max and average pooling over two axes, and their gradients.
+"""Max and average pooling over two or three axes, and their gradients.
 
 Both gradients spread one number per window back over the window's taps. For windows that tile the
-image this is a rearrangement (DepthToSpace); in general it is a transposed convolution of each
-channel by itself with a fixed kernel, which ONNX Runtime does without a scatter.
+image this is an enlargement with a mask; in general it is a transposed convolution of each channel
+by itself with a fixed kernel, which ONNX Runtime does without a scatter.
 """
 
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,20 @@ from tools.export.program import Spec
 from tools.export.rules.elementwise import cast, mul, sub
 from tools.export.rules.layout import concat, enlarge, pad, reshape, slice_
 from tools.export.rules.registry import Unsupported, rule
+from tools.export.rules.resizing import averages, resized
 
 aten: Any = torch.ops.aten
 Ints = Sequence[int]
 
 
-def _pair(values: Ints | int | None, default: Ints) -> list[int]:
-    if isinstance(values, int):
-        return [values, values]
-    listed = list(values or default)
-    return listed * 2 if len(listed) == 1 else listed
+def _each(values: Ints | int | None, default: Ints, axes: int) -> list[int]:
+    """One number an axis."""
+    listed = [values] if isinstance(values, int) else list(values or default)
+    return listed * axes if len(listed) == 1 else listed
+
+
+def _batched(g: Graph, x: Value, axes: int) -> Value:
+    return x if len(x.shape) == axes + 2 else reshape(g, x, (1, *x.shape))
 
 
 def _overhang(a: Ints, out: Ints, kernel: Ints, stride: Ints, padding: Ints, dil: Ints) -> Ints:
@@ -40,121 +45,135 @@ def _overhang(a: Ints, out: Ints, kernel: Ints, stride: Ints, padding: Ints, dil
     ]
 
 
-@rule(aten.max_pool2d_with_indices.default)
+def _largest(
+    g: Graph, x: Value, places: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    ceil_mode: bool,
+) -> tuple[Value, ...]:  # fmt: skip
+    """ONNX's max pooling of (N, C, *size): values, and indices that count through all of x."""
+    past = _overhang(x.shape[2:], places, kernel, stride, padding, dilation)
+    after = [max(0, n) for n in past] if ceil_mode else padding
+    shape = (*x.shape[:2], *places)
+    return g.nodes(
+        "MaxPool", x, outputs=[Spec(shape, x.dtype), Spec(shape, torch.int64)],
+        kernel_shape=list(kernel), strides=list(stride), pads=[*padding, *after],
+        dilations=list(dilation),
+    )  # fmt: skip
+
+
+def _planes(shape: Ints, size: Ints) -> Any:
+    """The index of the first place of each plane of (N, C, *size), to subtract from (N, C, ...)."""
+    planes = np.arange(shape[0] * shape[1]) * math.prod(size)
+    return planes.reshape(*shape[:2], *(1 for _ in size))
+
+
 def _max_pool(
-    g: Graph, out: tuple[Spec, ...], x: Value, kernel: Ints, stride: Ints = (),
+    axes: int, g: Graph, out: tuple[Spec, ...], x: Value, kernel: Ints, stride: Ints = (),
     padding: Ints | int = 0, dilation: Ints | int = 1, ceil_mode: bool = False,
 ) -> tuple[Value, ...]:  # fmt: skip
-    # Indices count through the whole tensor here, not through one plane as in PyTorch; our own
-    # backward rule is their only reader.
-    kernel = _pair(kernel, ())
-    stride, padding, dilation = _pair(stride, kernel), _pair(padding, ()), _pair(dilation, ())
-    whole = len(x.shape) == 4
-    image = x if whole else reshape(g, x, (1, *x.shape))
-    places = out[0].shape[-2:]
-    past = _overhang(x.shape[-2:], places, kernel, stride, padding, dilation)
-    after = [max(0, n) for n in past] if ceil_mode else padding
-    shape = (*image.shape[:2], *places)
-    y, indices = g.nodes(
-        "MaxPool", image, outputs=[Spec(shape), Spec(shape, torch.int64)], kernel_shape=kernel,
-        strides=stride, pads=[*padding, *after], dilations=dilation,
-    )  # fmt: skip
-    return (y if whole else reshape(g, y, out[0].shape)), indices
+    kernel = _each(kernel, (), axes)
+    stride, padding = _each(stride, kernel, axes), _each(padding, (), axes)
+    image, dilation = _batched(g, x, axes), _each(dilation, (), axes)
+    places = out[0].shape[-axes:]
+    y, indices = _largest(g, image, places, kernel, stride, padding, dilation, ceil_mode)
+    planes = g.constant(_planes(image.shape, image.shape[2:]), torch.int64)
+    return reshape(g, y, out[0].shape), reshape(g, sub(g, indices, planes), out[0].shape)
 
 
-@rule(aten.max_pool2d_with_indices_backward.default)
 def _max_pool_backward(
-    g: Graph, out: Spec, dy: Value, x: Value, kernel: Ints, stride: Ints, padding: Ints,
-    dilation: Ints, ceil_mode: bool, indices: Value,
+    axes: int, g: Graph, out: Spec, dy: Value, x: Value, kernel: Ints, stride: Ints, padding: Ints,
+    dilation: Ints, ceil_mode: bool, _: Value,
 ) -> Value:  # fmt: skip
-    kernel = _pair(kernel, ())
-    stride, padding, dilation = _pair(stride, kernel), _pair(padding, ()), _pair(dilation, ())
-    height, width = x.shape[-2:]
-    batch, channels, rows, columns = indices.shape
-    grad = reshape(g, dy, indices.shape)
-    if kernel == stride and not any(padding) and dilation == [1, 1]:
-        image = reshape(g, x, (batch, channels, height, width))
-        spread = _tiled_max_pool_backward(g, grad, image, kernel, indices)
-        if spread is not None:
-            return reshape(g, spread, out.shape)
+    kernel = _each(kernel, (), axes)
+    stride, padding = _each(stride, kernel, axes), _each(padding, (), axes)
+    dilation = _each(dilation, (), axes)
+    image = _batched(g, x, axes)
+    size, places = image.shape[2:], dy.shape[-axes:]
+    # the forward pass's node again
+    y, indices = _largest(g, image, places, kernel, stride, padding, dilation, ceil_mode)
+    planes = y.shape[0] * y.shape[1]
+    grad = reshape(g, dy, y.shape)
+    tiles = kernel == stride and not any(padding) and all(d == 1 for d in dilation)
+    if (
+        axes == 2
+        and tiles
+        and all(p * k <= n for p, k, n in zip(places, kernel, size, strict=True))
+    ):
+        return reshape(g, _tiled_max_pool_backward(g, grad, image, y, kernel), out.shape)
     # Index minus the index of the window's first tap: one small number a tap.
-    planes = np.arange(batch * channels).reshape(batch, channels, 1, 1) * (height * width)
-    down = np.arange(rows).reshape(rows, 1) * stride[0] - padding[0]
-    along = np.arange(columns) * stride[1] - padding[1]
-    local = sub(g, sub(g, indices, g.constant(planes, torch.int64)),
-                g.constant(down * width + along, torch.int64))  # fmt: skip
-    taps = list(itertools.product(range(kernel[0]), range(kernel[1])))
+    steps = [math.prod(size[i + 1 :]) for i in range(axes)]
+    first = _planes(indices.shape, size)
+    for i in range(axes):
+        along = (np.arange(places[i]) * stride[i] - padding[i]) * steps[i]
+        first = first + along.reshape(-1, *(1 for _ in size[i + 1 :]))
+    local = sub(g, indices, g.constant(first, torch.int64))
+    taps = list(itertools.product(*(range(k) for k in kernel)))
     parts = []
     for tap in taps:
-        number = g.constant(tap[0] * dilation[0] * width + tap[1] * dilation[1], torch.int64)
-        chosen = g.node("Equal", local, number, shape=grad.shape, dtype=torch.bool)
-        parts.append(mul(g, grad, cast(g, chosen, torch.float32)))
-    alone = (batch * channels, 1, rows, columns)
-    stacked = concat(g, [reshape(g, part, alone) for part in parts], 1)
-    one_hot = np.eye(len(taps), dtype=np.float32).reshape(len(taps), 1, *kernel)
-    spread = _spread(g, stacked, one_hot, stride, padding, dilation, (height, width))
-    return reshape(g, spread, out.shape)
+        number = sum(tap[i] * dilation[i] * steps[i] for i in range(axes))
+        chosen = g.node(
+            "Equal", local, g.constant(number, torch.int64), shape=grad.shape, dtype=torch.bool
+        )
+        parts.append(mul(g, grad, cast(g, chosen, grad.dtype)))
+    stacked = concat(g, [reshape(g, part, (planes, 1, *places)) for part in parts], 1)
+    one_hot = np.eye(len(taps)).reshape(len(taps), 1, *kernel)
+    return reshape(g, _spread(g, stacked, one_hot, stride, padding, dilation, size), out.shape)
 
 
-def _tiled_max_pool_backward(
-    g: Graph, dy: Value, x: Value, kernel: Ints, indices: Value
-) -> Value | None:
+def _tiled_max_pool_backward(g: Graph, dy: Value, x: Value, y: Value, kernel: Ints) -> Value:
     """Windows that tile the image: the gradient goes to the first tap that equals the maximum.
 
     Nothing here reads the indices, so that the forward pass need not make them: without, ONNX
-    Runtime's MaxPool is 20 times faster. None where a window reaches past the end.
+    Runtime's MaxPool is 20 times faster.
     """
     rows, columns = dy.shape[2:]
     size = [rows * kernel[0], columns * kernel[1]]
-    lack = [n - s for n, s in zip(x.shape[2:], size, strict=True)]
-    maker = g.maker(indices)
-    if min(lack) < 0 or maker is None:
-        return None
     image = slice_(g, x, [2, 3], [0, 0], size, [1, 1])
-    equal = _equals(g, image, enlarge(g, g.value(maker.outputs[0]), kernel))
+    equal = _equals(g, image, enlarge(g, y, kernel))
     # Among equals the one with the greatest rank is the first.
-    rank = np.arange(kernel[0] * kernel[1], 0, -1, dtype=np.float32).reshape(kernel)
-    ranked = mul(g, equal, g.constant(np.tile(rank, (rows, columns))))
-    first = g.node("MaxPool", ranked, shape=dy.shape, kernel_shape=kernel, strides=kernel)
+    rank = np.arange(kernel[0] * kernel[1], 0, -1).reshape(kernel)
+    ranked = mul(g, equal, g.constant(np.tile(rank, (rows, columns)), dy.dtype))
+    first = g.node(
+        "MaxPool", ranked, shape=dy.shape, dtype=dy.dtype, kernel_shape=kernel, strides=kernel
+    )
     chosen = _equals(g, ranked, enlarge(g, first, kernel))
+    lack = [n - s for n, s in zip(x.shape[2:], size, strict=True)]
     return pad(g, mul(g, enlarge(g, dy, kernel), chosen), [0, 0], lack)
 
 
 def _equals(g: Graph, a: Value, b: Value) -> Value:
     """1 where a equals b, 0 elsewhere."""
-    equal = g.node("Equal", a, b, shape=a.shape, dtype=torch.bool)
-    return cast(g, equal, torch.float32)
+    return cast(g, g.node("Equal", a, b, shape=a.shape, dtype=torch.bool), a.dtype)
 
 
 def _spread(
     g: Graph, a: Value, weight: Any, stride: Ints, padding: Ints, dilation: Ints, size: Ints
 ) -> Value:
-    """Transposed convolution of (M, taps, rows, columns) to (M, 1, *size)."""
+    """Transposed convolution of (M, taps, *places) to (M, 1, *size)."""
     kernel, places = weight.shape[2:], a.shape[2:]
     full = [
         (places[i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 for i in range(len(kernel))
     ]
     y = g.node(
-        "ConvTranspose", a, g.constant(weight), shape=(a.shape[0], 1, *full),
-        kernel_shape=list(kernel), strides=list(stride), dilations=list(dilation),
+        "ConvTranspose", a, g.constant(weight, a.dtype), shape=(a.shape[0], 1, *full),
+        dtype=a.dtype, kernel_shape=list(kernel), strides=list(stride), dilations=list(dilation),
     )  # fmt: skip
     cut = [-p for p in padding]
     return pad(g, y, cut, [size[i] - full[i] + padding[i] for i in range(len(kernel))])
 
 
-@rule(aten.avg_pool2d.default)
 def _avg_pool(
-    g: Graph, out: Spec, x: Value, kernel: Ints, stride: Ints = (), padding: Ints | int = 0,
-    ceil_mode: bool = False, count_pads: bool = True, divisor: int | None = None,
+    axes: int, g: Graph, out: Spec, x: Value, kernel: Ints, stride: Ints = (),
+    padding: Ints | int = 0, ceil_mode: bool = False, count_pads: bool = True,
+    divisor: int | None = None,
 ) -> Value:  # fmt: skip
-    kernel = _pair(kernel, ())
-    stride, padding = _pair(stride, kernel), _pair(padding, ())
+    kernel = _each(kernel, (), axes)
+    stride, padding = _each(stride, kernel, axes), _each(padding, (), axes)
     _check_average(x, out.shape, kernel, stride, padding, divisor)
-    whole = len(x.shape) == 4
-    image = x if whole else reshape(g, x, (1, *x.shape))
+    image = _batched(g, x, axes)
     y = g.node(
-        "AveragePool", image, shape=(*image.shape[:2], *out.shape[-2:]), kernel_shape=kernel,
-        strides=stride, pads=[*padding, *padding], count_include_pad=int(count_pads),
+        "AveragePool", image, shape=(*image.shape[:2], *out.shape[-axes:]), dtype=x.dtype,
+        kernel_shape=kernel, strides=stride, pads=[*padding, *padding],
+        count_include_pad=int(count_pads),
     )  # fmt: skip
     return reshape(g, y, out.shape)
 
@@ -162,62 +181,91 @@ def _avg_pool(
 def _check_average(
     x: Value, out: Ints, kernel: Ints, stride: Ints, padding: Ints, divisor: int | None
 ) -> None:
-    past = _overhang(x.shape[-2:], out[-2:], kernel, stride, padding, [1, 1])
-    if any(past[i] > padding[i] for i in range(2)) or divisor is not None:
+    axes = len(kernel)
+    past = _overhang(x.shape[-axes:], out[-axes:], kernel, stride, padding, [1] * axes)
+    if any(past[i] > padding[i] for i in range(axes)) or divisor is not None:
         raise Unsupported(
             "average pooling whose windows reach past the padded image, or with a divisor of its "
             "own; pad the image first (ceil_mode=False, divisor_override=None)"
         )
 
 
-@rule(aten.avg_pool2d_backward.default)
 def _avg_pool_backward(
-    g: Graph, out: Spec, dy: Value, x: Value, kernel: Ints, stride: Ints, padding: Ints,
+    axes: int, g: Graph, out: Spec, dy: Value, x: Value, kernel: Ints, stride: Ints, padding: Ints,
     ceil_mode: bool, count_pads: bool, divisor: int | None,
 ) -> Value:  # fmt: skip
-    kernel = _pair(kernel, ())
-    stride, padding = _pair(stride, kernel), _pair(padding, ())
+    kernel = _each(kernel, (), axes)
+    stride, padding = _each(stride, kernel, axes), _each(padding, (), axes)
     _check_average(x, dy.shape, kernel, stride, padding, divisor)
-    height, width = x.shape[-2:]
-    rows, columns = dy.shape[-2:]
-    counts = np.ones((rows, columns), np.float32) * (kernel[0] * kernel[1])
+    size, places = x.shape[-axes:], dy.shape[-axes:]
+    counts = np.full(places, math.prod(kernel))
     if not count_pads:
+        firsts = [np.arange(places[i]) * stride[i] - padding[i] for i in range(axes)]
         inside = [
-            np.minimum(np.arange(n) * stride[i] - padding[i] + kernel[i], size)
-            - np.maximum(np.arange(n) * stride[i] - padding[i], 0)
-            for i, (n, size) in enumerate([(rows, height), (columns, width)])
+            np.minimum(first + kernel[i], size[i]) - np.maximum(first, 0)
+            for i, first in enumerate(firsts)
         ]
-        counts = np.outer(*inside).astype(np.float32)
-    shared = mul(g, dy, g.constant(1 / counts))
-    if kernel == stride and not any(padding):
-        tiled = enlarge(g, reshape(g, shared, (math.prod(dy.shape[:-2]), 1, rows, columns)), kernel)
-        lack = [height - rows * kernel[0], width - columns * kernel[1]]
-        return reshape(g, pad(g, tiled, [0, 0], lack), out.shape)
-    alone = reshape(g, shared, (math.prod(dy.shape[:-2]), 1, rows, columns))
-    ones = np.ones((1, 1, *kernel), np.float32)
-    return reshape(g, _spread(g, alone, ones, stride, padding, [1, 1], (height, width)), out.shape)
+        counts = functools.reduce(np.multiply.outer, inside)
+    shared = mul(g, dy, g.constant(1 / counts, dy.dtype))
+    alone = reshape(g, shared, (math.prod(dy.shape[:-axes]), 1, *places))
+    if axes == 2 and kernel == stride and not any(padding):
+        lack = [n - p * k for n, p, k in zip(size, places, kernel, strict=True)]
+        return reshape(g, pad(g, enlarge(g, alone, kernel), [0, 0], lack), out.shape)
+    ones = np.ones((1, 1, *kernel))
+    return reshape(g, _spread(g, alone, ones, stride, padding, [1] * axes, size), out.shape)
+
+
+_RULES: dict[str, Callable[..., Any]] = {
+    "max_pool{}d_with_indices": _max_pool,
+    "max_pool{}d_with_indices_backward": _max_pool_backward,
+    "avg_pool{}d": _avg_pool,
+    "avg_pool{}d_backward": _avg_pool_backward,
+}
+for _axes in (2, 3):
+    for _name, _lower in _RULES.items():
+        rule(getattr(aten, _name.format(_axes)).default)(functools.partial(_lower, _axes))
+
+
+def _divides(size: Ints, parts: Ints) -> bool:
+    return not any(n % p for n, p in zip(size, parts, strict=True))
+
+
+@rule(aten.adaptive_max_pool2d.default)
+def _adaptive_max(g: Graph, out: tuple[Spec, ...], x: Value, size: Ints) -> tuple[Value, ...]:
+    return _max_pool(2, g, out, x, _window(x.shape[-2:], out[0].shape[-2:]))
+
+
+@rule(aten.adaptive_max_pool2d_backward.default)
+def _adaptive_max_backward(g: Graph, out: Spec, dy: Value, x: Value, indices: Value) -> Value:
+    kernel = _window(x.shape[-2:], dy.shape[-2:])
+    return _max_pool_backward(2, g, out, dy, x, kernel, kernel, (0,), (1,), False, indices)
+
+
+def _window(size: Ints, parts: Ints) -> Ints:
+    if not _divides(size, parts):
+        raise Unsupported(
+            f"adaptive max pooling of {list(size)} to {list(parts)}, whose windows overlap; use "
+            f"MaxPool2d, AdaptiveAvgPool2d, or a size that divides"
+        )
+    return [n // p for n, p in zip(size, parts, strict=True)]
 
 
 @rule(aten._adaptive_avg_pool2d.default)  # noqa: SLF001
 def _adaptive(g: Graph, out: Spec, x: Value, size: Ints) -> Value:
-    kernel = _divided(x.shape[-2:], out.shape[-2:])
-    return _avg_pool(g, out, x, kernel)
+    whole, parts = x.shape[-2:], out.shape[-2:]
+    if _divides(whole, parts):
+        return _avg_pool(2, g, out, x, _window(whole, parts))
+    return resized(g, x, averages(whole, parts))
 
 
 @rule(aten._adaptive_avg_pool2d_backward.default)  # noqa: SLF001
 def _adaptive_backward(g: Graph, out: Spec, dy: Value, x: Value) -> Value:
-    rows, columns = _divided(x.shape[-2:], dy.shape[-2:])
-    *free, height, width = dy.shape
-    shared = mul(g, dy, 1 / (rows * columns))
-    if (height, width) == (1, 1):
+    whole, parts = x.shape[-2:], dy.shape[-2:]
+    if not _divides(whole, parts):
+        return resized(g, dy, [matrix.T for matrix in averages(whole, parts)])
+    kernel = _window(whole, parts)
+    shared = mul(g, dy, 1 / math.prod(kernel))
+    if parts == (1, 1):
         return g.expand(shared, out.shape)
-    alone = reshape(g, shared, (math.prod(free), 1, height, width))
-    return reshape(g, enlarge(g, alone, (rows, columns)), out.shape)
-
-
-def _divided(size: Ints, parts: Ints) -> list[int]:
-    if any(n % p for n, p in zip(size, parts, strict=True)):
-        raise Unsupported(
-            f"adaptive average pooling of {list(size)} to {list(parts)}; use a size that divides"
-        )
-    return [n // p for n, p in zip(size, parts, strict=True)]
+    alone = reshape(g, shared, (math.prod(dy.shape[:-2]), 1, *parts))
+    return reshape(g, enlarge(g, alone, kernel), out.shape)

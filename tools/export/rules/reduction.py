@@ -1,7 +1,8 @@
-"""Sums, means, extremes, matrix products, softmax."""
+"""Sums, means, norms, extremes, matrix products."""
 
-# ruff: noqa: ARG001 -- a rule takes the arguments of its ATen operator, in order
+# ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 
 from tools.export.graph import Graph, Value
 from tools.export.program import Spec
-from tools.export.rules.elementwise import add, cast, mul, sub
+from tools.export.rules.elementwise import add, binary, cast, mul, sub, unary
 from tools.export.rules.layout import reshape
-from tools.export.rules.registry import rule
+from tools.export.rules.registry import Unsupported, rule
 
 aten: Any = torch.ops.aten
 
@@ -43,14 +44,60 @@ _reduction("ReduceMax", aten.amax.default, aten.max.default)
 _reduction("ReduceMin", aten.amin.default, aten.min.default)
 
 
-@rule(aten.argmax.default)
-def _argmax(g: Graph, out: Spec, a: Value, axis: int | None = None, keep: bool = False) -> Value:
-    if axis is None:
-        a, axis = reshape(g, a, (-1,)), 0
-    return g.node(
-        "ArgMax", a, shape=out.shape, dtype=torch.int64, axis=axis % len(a.shape),
-        keepdims=int(keep),
-    )  # fmt: skip
+def _arg(op: str, operator: Any) -> None:
+    def lower(g: Graph, out: Spec, a: Value, axis: int | None = None, keep: bool = False) -> Value:
+        if axis is None:
+            a, axis = reshape(g, a, (math.prod(a.shape),)), 0
+        return g.node(
+            op, a, shape=out.shape, dtype=torch.int64, axis=axis % len(a.shape), keepdims=int(keep)
+        )
+
+    rule(operator)(lower)
+
+
+_arg("ArgMax", aten.argmax.default)
+_arg("ArgMin", aten.argmin.default)
+
+
+def _quantifier(op: str, *operators: Any) -> None:
+    def lower(
+        g: Graph, out: Spec, a: Value, axes: Sequence[int] | int | None = None, keep: bool = False
+    ) -> Value:
+        chosen = [axes] if isinstance(axes, int) else list(axes or ())
+        truth = cast(g, cast(g, a, torch.bool), torch.int32)
+        return cast(g, reduce(g, op, truth, chosen, keep=keep), torch.bool)
+
+    rule(*operators)(lower)
+
+
+_quantifier("ReduceMax", aten.any.dim, aten.any.dims, aten.any.default)
+_quantifier("ReduceMin", aten.all.dim, aten.all.dims, aten.all.default)
+
+
+@rule(aten.cumsum.default)
+def _cumsum(g: Graph, out: Spec, a: Value, axis: int, **_: Any) -> Value:
+    number = g.constant(axis % len(a.shape), torch.int64)
+    return g.node("CumSum", cast(g, a, out.dtype), number, shape=out.shape, dtype=out.dtype)
+
+
+@rule(aten.linalg_vector_norm.default)
+def _norm(
+    g: Graph, out: Spec, a: Value, order: float = 2, axes: Sequence[int] | None = None,
+    keep: bool = False, **_: Any,
+) -> Value:  # fmt: skip
+    a, axes = cast(g, a, out.dtype), axes or ()
+    if order == 2:
+        return unary(g, "Sqrt", reduce(g, "ReduceSum", mul(g, a, a), axes, keep=keep))
+    size = unary(g, "Abs", a)
+    if math.isinf(order):
+        return reduce(g, "ReduceMax" if order > 0 else "ReduceMin", size, axes, keep=keep)
+    if order == 1:
+        return reduce(g, "ReduceSum", size, axes, keep=keep)
+    if order == 0:
+        raise Unsupported("a norm of order 0, which has no gradient; use order 1 or 2")
+    power = binary(g, "Pow", size, g.constant(order, out.dtype))
+    total = reduce(g, "ReduceSum", power, axes, keep=keep)
+    return binary(g, "Pow", total, g.constant(1 / order, out.dtype))
 
 
 @rule(aten.var.correction)
@@ -149,13 +196,3 @@ def _baddbmm(
 ) -> Value:
     product = matmul(g, a, b)
     return add(g, mul(g, product, float(alpha)), mul(g, c, float(beta)))
-
-
-@rule(aten._softmax.default)  # noqa: SLF001
-def _softmax(g: Graph, out: Spec, a: Value, axis: int, half_to_float: bool) -> Value:
-    return g.node("Softmax", a, shape=out.shape, axis=axis % len(a.shape))
-
-
-@rule(aten._log_softmax.default)  # noqa: SLF001
-def _log_softmax(g: Graph, out: Spec, a: Value, axis: int, half_to_float: bool) -> Value:
-    return g.node("LogSoftmax", a, shape=out.shape, axis=axis % len(a.shape))

@@ -1,0 +1,151 @@
+"""Trade time for memory: compute activations a second time instead of keeping them.
+
+What the forward pass makes and the backward pass reads is kept in between, and most of a step's
+memory is that. An activation may as well be dropped and made again just before the backward pass
+needs it, from what is kept anyway (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).
+Results stay the same to the bit; only the order of nodes and their number change.
+
+Chen et al. cut the network into blocks and keep what flows between them. Here a search does it for
+any network: while the memory is over the budget, at the moment of the greatest need, drop the
+activation that frees most bytes for the least additional work. Batch norms and ReLUs come first
+(a pass over memory each), blocks of convolutions follow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tools.export import cost, memory
+from tools.export.program import Node, Program
+
+SMALL = 1 << 16  # bytes; what is smaller is not worth its second computation, and is kept
+_AGAIN = "~"  # appended to the name of what is computed again
+_BYTE_FLOPS = 10  # a byte moved takes about the time of so many operations in a product
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One activation to drop: its second computation is `nodes`, to come before node `at`."""
+
+    name: str
+    at: int
+    nodes: tuple[int, ...]
+    work: float
+
+
+def recompute(program: Program, budget: int) -> Program:
+    """The program with as few second computations as bring its peak to the budget, in bytes.
+
+    If no number of them does, the one with the lowest peak that was found.
+    """
+    best, need = program, memory.peak(program)
+    refused: set[str] = set()
+    while need.bytes > budget:
+        candidates = [p for p in _plans(best, need) if p.name not in refused]
+        if not candidates:
+            break
+        sizes = need.alive
+        chosen = max(candidates, key=lambda plan: (sizes[plan.name] / plan.work, plan.name))
+        trial = _apply(best, chosen)
+        after = memory.peak(trial)
+        # At several moments of the same need the first drop alone gains nothing yet.
+        if after.bytes > need.bytes or (after.bytes == need.bytes and after.node == need.node):
+            refused.add(chosen.name)
+            continue
+        best, need = trial, after
+    return best
+
+
+def _plans(program: Program, need: memory.Moment) -> list[_Plan]:
+    """What is kept over the moment of need and could be computed again after it."""
+    last = memory.last_readers(program)
+    makers = {name: i for i, node in enumerate(program.nodes) for name in node.outputs}
+    readers = program.readers()
+    found = []
+    for name, size in need.alive.items():
+        node = program.nodes[makers[name]]
+        if size <= SMALL or node.place.phase != "forward" or name.endswith(_AGAIN):
+            continue
+        later = [i for i in _all_readers(program, readers, name) if i > need.node]
+        if not later or min(later) <= makers[name]:
+            continue
+        at = min(later)
+        nodes = _again(program, makers, last, name, at)
+        if nodes is not None:
+            work = sum(
+                cost.node_flops(program, program.nodes[i])
+                + _BYTE_FLOPS * cost.node_bytes(program, program.nodes[i])
+                for i in nodes
+            )
+            found.append(_Plan(name, at, nodes, work))
+    return found
+
+
+def _all_readers(program: Program, readers: Mapping[str, list[int]], name: str) -> list[int]:
+    """The nodes that read a tensor or a view of it, the views themselves left out."""
+    found = []
+    for number in readers.get(name, []):
+        node = program.nodes[number]
+        if node.op in cost.VIEWS and node.outputs[0] not in program.outputs:
+            found += _all_readers(program, readers, node.outputs[0])
+        else:
+            found.append(number)
+    return found
+
+
+def _again(
+    program: Program, makers: Mapping[str, int], last: Mapping[str, int], name: str, at: int
+) -> tuple[int, ...] | None:
+    """The nodes that make `name` from what is alive at node `at`; None if one cannot run twice."""
+    nodes: set[int] = set()
+    waiting = [name]
+    while waiting:
+        wanted = waiting.pop()
+        number = makers.get(wanted)
+        if number is None or number in nodes:
+            continue
+        node = program.nodes[number]
+        if program.outputs and set(node.outputs) & set(program.outputs):
+            return None
+        nodes.add(number)
+        for source in filter(None, node.inputs):
+            alive = source in program.inputs or source in program.constants
+            kept = last.get(_root(program, makers, source), -1) >= at and source != name
+            if not alive and not kept and not _is_small(program, source):
+                waiting.append(source)
+    return tuple(sorted(nodes))
+
+
+def _is_small(program: Program, name: str) -> bool:
+    return program.specs[name].bytes <= SMALL
+
+
+def _root(program: Program, makers: Mapping[str, int], name: str) -> str:
+    while name in makers and program.nodes[makers[name]].op in cost.VIEWS:
+        name = program.nodes[makers[name]].inputs[0]
+    return name
+
+
+def _apply(program: Program, plan: _Plan) -> Program:
+    """The nodes of the plan once more before node `at`; whoever comes later reads their results."""
+    fresh = {
+        output: output + _AGAIN for i in plan.nodes for output in program.nodes[i].outputs if output
+    }
+    again = [_renamed(program.nodes[i], fresh, both=True) for i in plan.nodes]
+    # A view of the dropped tensor that was made in the forward pass would keep it alive.
+    views = {plan.name}
+    moved: list[Node] = []
+    for number, node in enumerate(program.nodes[: plan.at]):
+        if node.op in cost.VIEWS and node.inputs[0] in views and number not in plan.nodes:
+            views.add(node.outputs[0])
+            fresh[node.outputs[0]] = node.outputs[0] + _AGAIN
+            moved.append(_renamed(node, fresh, both=True))
+    head = program.nodes[: plan.at]
+    tail = [_renamed(node, fresh, both=False) for node in program.nodes[plan.at :]]
+    specs = {**program.specs, **{new: program.specs[old] for old, new in fresh.items()}}
+    return program.with_nodes([*head, *again, *moved, *tail], specs)
+
+
+def _renamed(node: Node, fresh: Mapping[str, str], *, both: bool) -> Node:
+    inputs = tuple(fresh.get(name, name) for name in node.inputs)
+    outputs = tuple(fresh.get(name, name) for name in node.outputs) if both else node.outputs
+    return replace(node, inputs=inputs, outputs=outputs)

@@ -1,0 +1,84 @@
+"""Padding with what stands at the border, windows along an axis, and their gradients."""
+
+# ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tools.export.graph import Graph, Value
+from tools.export.program import Spec
+from tools.export.rules.elementwise import add
+from tools.export.rules.layout import concat, flip, pad_axis, reshape, slice_, spaced
+from tools.export.rules.reduction import reduce
+from tools.export.rules.registry import Unsupported, rule
+
+aten: Any = torch.ops.aten
+
+
+def _borders(op: str, mode: str) -> None:
+    """Padding with what stands at the border: "reflect" mirrors it, "edge" repeats it."""
+
+    def lower(g: Graph, out: Spec, a: Value, pads: Sequence[int]) -> Value:
+        if min(pads) < 0:
+            raise Unsupported(f"padding by {list(pads)}; crop with slices")
+        free = [0] * (len(a.shape) - len(pads) // 2)
+        ends = g.ints([*free, *pads[-2::-2], *free, *pads[::-2]])
+        return g.node("Pad", a, ends, shape=out.shape, dtype=a.dtype, mode=mode)
+
+    def backward(g: Graph, out: Spec, grad: Value, a: Value, pads: Sequence[int]) -> Value:
+        for number in range(len(pads) // 2):
+            axis = len(a.shape) - 1 - number
+            grad = _folded(g, grad, axis, pads[2 * number], pads[2 * number + 1], mode)
+        return grad
+
+    for axes in (1, 2, 3):
+        rule(getattr(aten, f"{op}_pad{axes}d").default)(lower)
+        rule(getattr(aten, f"{op}_pad{axes}d_backward").default)(backward)
+
+
+def _folded(g: Graph, grad: Value, axis: int, before: int, after: int, mode: str) -> Value:
+    """The gradients of the borders, added to those of what they show."""
+    length = grad.shape[axis] - before - after
+    mirrors = mode == "reflect"
+    ends = [  # from, to, and the first place of what is shown there
+        (0, before, 1 if mirrors else 0),
+        (before + length, grad.shape[axis], length - 1 - (after if mirrors else 0)),
+    ]
+    total = slice_(g, grad, [axis], [before], [before + length], [1])
+    for start, stop, offset in ends:
+        if start == stop:
+            continue
+        part = slice_(g, grad, [axis], [start], [stop], [1])
+        part = flip(g, part, [axis]) if mirrors else reduce(g, "ReduceSum", part, [axis], keep=True)
+        placed = pad_axis(g, part, axis, offset, length - offset - part.shape[axis])
+        total = add(g, total, placed)
+    return total
+
+
+_borders("reflection", "reflect")
+_borders("replication", "edge")
+
+
+@rule(aten.unfold.default, aten.unfold_copy.default)
+def _unfold(g: Graph, out: Spec, a: Value, axis: int, size: int, step: int) -> Value:
+    axis %= len(a.shape)
+    last = (out.shape[axis] - 1) * step + 1
+    parts = [slice_(g, a, [axis], [k], [k + last], [step]) for k in range(size)]
+    return concat(g, [reshape(g, part, (*part.shape, 1)) for part in parts], len(a.shape))
+
+
+@rule(aten.unfold_backward.default)
+def _unfold_backward(
+    g: Graph, out: Spec, grad: Value, sizes: Sequence[int], axis: int, size: int, step: int
+) -> Value:
+    axis %= len(sizes)
+    zeros = g.expand(g.constant(0.0, grad.dtype), sizes)
+    columns = [slice_(g, grad, [len(sizes)], [k], [k + 1], [1]) for k in range(size)]
+    placed = [
+        spaced(g, zeros, reshape(g, column, grad.shape[:-1]), axis, k, step)
+        for k, column in enumerate(columns)
+    ]
+    return functools.reduce(functools.partial(add, g), placed)
