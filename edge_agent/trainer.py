@@ -21,6 +21,8 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 State = dict[str, Array]
 
+_TURNS = (np.zeros((), np.float32), np.ones((), np.float32))
+
 
 class TrainStep:
     """The training step of an artifact, with the state it works on.
@@ -32,8 +34,8 @@ class TrainStep:
 
     Attributes:
         inputs: the bound buffers to write before a step: `x` (B, *input) float32, `y` (B,) int64,
-            and for distillation `teacher` (B, C) float32; and the scalars `lr`, `alpha`,
-            `temperature`, arrays of shape ().
+            and for distillation `teacher` (B, C) float32, B the whole batch; and the scalars `lr`,
+            `alpha`, `temperature`, arrays of shape ().
         loss, correct: of the last step, arrays of shape ().
 
     Raises:
@@ -45,26 +47,45 @@ class TrainStep:
         _check_state(manifest.state, state)
         graph = manifest.graphs["train"]
         self._session = _session(artifact, graph, threads)
+        self._manifest = manifest
         vector = np.concatenate([state[spec.name].reshape(-1) for spec in manifest.state])
         self._vectors = (vector, vector.copy())
-        self._manifest = manifest
+        parts = manifest.micro_batches
         self.inputs: State = {
-            spec.name: np.zeros(spec.shape, spec.dtype)
+            spec.name: np.zeros((spec.shape[0] * parts, *spec.shape[1:]), spec.dtype)
+            if spec.role == "batch"
+            else np.zeros(spec.shape, spec.dtype)
             for spec in graph.inputs
-            if manifest.place_of(spec) is None
+            if manifest.place_of(spec) is None and spec.name not in {"first", "last"}
         }
         self.loss, self.correct = np.zeros((), np.float32), np.zeros((), np.float32)
-        scalars = {"loss": self.loss, "correct": self.correct}
-        self._bindings = tuple(
-            _bind(
-                self._session,
-                graph,
-                self.inputs | self._ranges(graph.inputs, source),
-                scalars | self._ranges(graph.outputs, target),
-            )
-            for source, target in (self._vectors, self._vectors[::-1])
-        )
+        self._metrics = np.zeros((parts, 2), np.float32)
+        # One binding for each micro-batch and direction between the vectors.
+        self._bindings = [
+            [
+                _bind(
+                    self._session,
+                    graph,
+                    self._part(graph.inputs, part) | self._ranges(graph.inputs, source),
+                    {"loss": self._metrics[part, :1], "correct": self._metrics[part, 1:]}
+                    | self._ranges(graph.outputs, target),
+                )
+                for source, target in (self._vectors, self._vectors[::-1])
+            ]
+            for part in range(parts)
+        ]
         self._current = 0
+
+    def _part(self, specs: Sequence[TensorSpec], part: int) -> State:
+        """The inputs of one micro-batch: views of the samples, the settings, whose turn it is."""
+        turns = {"first": part == 0, "last": part == self._manifest.micro_batches - 1}
+        found: State = {name: _TURNS[int(turn)] for name, turn in turns.items()}
+        for spec in specs:
+            if spec.name in self.inputs:
+                whole = self.inputs[spec.name]
+                size = spec.shape[0] if spec.role == "batch" else 0
+                found[spec.name] = whole[part * size :][:size] if size else whole
+        return found
 
     def _ranges(self, specs: Sequence[TensorSpec], vector: Floats) -> State:
         """Views of the state vector for those of the specs that are ranges of it."""
@@ -77,8 +98,10 @@ class TrainStep:
 
     def __call__(self) -> None:
         """One step on what the input buffers hold."""
-        self._session.run_with_iobinding(self._bindings[self._current])
-        self._current = 1 - self._current
+        for bindings in self._bindings:
+            self._session.run_with_iobinding(bindings[self._current])
+            self._current = 1 - self._current
+        self.loss[...], self.correct[...] = self._metrics.sum(axis=0)
 
     @property
     def state(self) -> State:
@@ -161,7 +184,7 @@ def _bind(
         binding.bind_input(spec.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
     for spec in graph.outputs:
         array = outputs[spec.name]
-        binding.bind_output(spec.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        binding.bind_output(spec.name, "cpu", 0, array.dtype, spec.shape, array.ctypes.data)
     return binding
 
 

@@ -136,7 +136,8 @@ def _train(
             correct += float(step.correct)
             desk.progress("train", epoch * per_epoch + i + 1, order.epochs * per_epoch)
     metrics["steps"] = float(order.epochs * per_epoch)
-    metrics["train_flops"] = metrics["steps"] * manifest.graphs["train"].flops
+    runs = metrics["steps"] * manifest.micro_batches
+    metrics["train_flops"] = runs * manifest.graphs["train"].flops
     metrics["train_loss"] = loss / per_epoch
     metrics["train_accuracy"] = correct / (per_epoch * manifest.batch)
     return step.state
@@ -152,7 +153,7 @@ def _extract(
     spec, labels = order.returns["features"], desk.images.y
     right = done = batches = 0
     with desk.blobs.create() as sink:
-        for indices, pixels, valid in data.batches(desk.images, manifest.batch):
+        for indices, pixels, valid in data.batches(desk.images, manifest.micro_batch):
             if desk.cancel.is_set():
                 raise CancelledError("a newer order replaced this one")
             preprocess(pixels, out=run.x)

@@ -6,16 +6,20 @@
     extract.onnx        x, parameters, buffers -> features, logits (split models only)
     init.safetensors    the initial value of every state tensor
 
-Inputs of train.onnx: `x` float32 (B, *input), `y` int64 (B), `lr` float32 (); for the task
-`distill` also `teacher` float32 (B, classes), `alpha` and `temperature` float32 (); and of the
-state what it reads. The state is one float32 vector: its tensors flat, one after the other in the
-order of the manifest. An input that is a tensor has the tensor's name; one that is a range of the
-vector, across tensors or within one, is called `state[start:stop]`. Outputs: `loss` and `correct`,
-float32 (), and the ranges that the step changes, `next[start:stop]`; no two overlap. The tables
-hold exactly the inputs that a graph has: one that it does not read is not there.
+One step on a batch takes as many runs of train.onnx as there are micro-batches; a graph's own batch
+B is that of one of them, and the step's loss and number of correct samples are the sums over them.
 
-Roles: `batch` (x, y, teacher), `setting` (lr, alpha, temperature), `metric` (loss, correct),
-`result` (logits, features), and of the state `parameter`, `buffer`, `optimizer`.
+Inputs of train.onnx: `x` float32 (B, *input), `y` int64 (B), `lr` float32 (); for the task
+`distill` also `teacher` float32 (B, classes), `alpha` and `temperature` float32 (); with several
+micro-batches `first` and `last` float32 (), 1 in the first and in the last of them and 0 in others;
+and of the state what it reads. The state is one float32 vector: its tensors flat, one after the
+other in the order of the manifest. An input that is a tensor has the tensor's name; one that is a
+range of the vector, across tensors or within one, is called `state[start:stop]`. Outputs: `loss`
+and `correct`, float32 (), and the ranges that the step changes, `next[start:stop]`; no two overlap.
+The tables hold exactly the inputs that a graph has: one that it does not read is not there.
+
+Roles: `batch` (x, y, teacher), `setting` (lr, alpha, temperature, first, last), `metric` (loss,
+correct), `result` (logits, features), and of the state `parameter`, `buffer`, `optimizer`.
 
 The manifest comes from the network: names, sizes, shapes and types are checked before use, and its
 JSON must be in canonical form (sorted keys, no spaces), so that one manifest has one digest.
@@ -175,6 +179,28 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What the exporter expects training to take on the device, bytes.
+
+    Attributes:
+        tensors: activations and gradients, as ONNX Runtime allocates them.
+        process: the agent's whole process at its peak (VmHWM), without its images.
+        recomputed: nodes that run a second time so that their results need not be kept.
+    """
+
+    tensors: int
+    process: int
+    recomputed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tensors <= self.process < 1 << 62 or self.recomputed < 0:
+            raise ValueError(
+                f"memory: {self.tensors} bytes of tensors in {self.process}, {self.recomputed} "
+                f"nodes run again"
+            )
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What an artifact is; see the module's text for the tensors."""
 
@@ -182,6 +208,8 @@ class Manifest:
     model: ModelInfo
     task: Literal["distill", "classify"]
     batch: int
+    micro_batches: int
+    memory: Memory
     preprocess: Preprocess
     features: tuple[int, ...] | None
     optimizer: OptimizerSettings
@@ -193,6 +221,11 @@ class Manifest:
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= 1 << 16:
             raise ValueError(f"batch: expected 1 to {1 << 16}, got {self.batch}")
+        if self.micro_batches < 1 or self.batch % self.micro_batches:
+            raise ValueError(
+                f"micro_batches: expected a divisor of the batch of {self.batch}, got "
+                f"{self.micro_batches}"
+            )
         self.preprocess.check(channels=self.model.input[0])
         _check_names("state", self.state)
         for spec in self.state:
@@ -211,7 +244,7 @@ class Manifest:
         self._check_graphs()
 
     def _check_graphs(self) -> None:
-        batch = self.batch
+        batch = self.micro_batch
         x = TensorSpec("x", (batch, *self.model.input), "float32", "batch")
         logits = TensorSpec("logits", (batch, self.model.classes), "float32", "result")
         given = [
@@ -222,6 +255,8 @@ class Manifest:
         if self.task == "distill":
             given.append(replace(logits, name="teacher", role="batch"))
             given += [TensorSpec(n, (), "float32", "setting") for n in ("alpha", "temperature")]
+        if self.micro_batches > 1:
+            given += [TensorSpec(n, (), "float32", "setting") for n in ("first", "last")]
         metrics = [TensorSpec(n, (), "float32", "metric") for n in ("loss", "correct")]
         train = self.graphs["train"]
         own = [spec for spec in train.inputs if self.place_of(spec) is None]
@@ -257,6 +292,11 @@ class Manifest:
             if span[0] < end:
                 raise ValueError(f"outputs of train: {last!r} and {spec.name!r} overlap")
             end, last = span[1], spec.name
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples in one run of a graph."""
+        return self.batch // self.micro_batches
 
     @cached_property
     def offsets(self) -> Mapping[str, int]:

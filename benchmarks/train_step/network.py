@@ -26,7 +26,7 @@ OPSET = 17  # what onnxruntime-training 1.19 has gradients for
 
 
 class Objective(nn.Module):
-    """The loss of a batch, as `tools.export.step` derives it; the same weights at every call."""
+    """The loss of a batch, as tools.export.tracing.step has it; the same weights at every call."""
 
     def __init__(self, chosen: Setting) -> None:
         super().__init__()

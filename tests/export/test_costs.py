@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from tools.export import export
 from tools.export.__main__ import main
-from tools.export.cost import costs
-from tools.export.graph import Graph
-from tools.export.program import Place
+from tools.export.graphs.cost import costs
+from tools.export.graphs.graph import Graph
+from tools.export.graphs.program import Place
 from wire.artifact import open_artifact
 from wire.costs import PHASES, LayerCost, total
 
@@ -211,7 +211,9 @@ def test_bytes_and_kept_activations_are_counted_where_they_are_made():
 def test_command_prints_the_table(tmp_path, capsys):
     command = ["--model", "caldas_cnn", "--classes", "10", "--batch", "2"]
     assert main([*command, "--out", str(tmp_path / "art"), "--costs"]) == 0
-    _, phases, heads, *rows = capsys.readouterr().out.splitlines()
+    _, flops, memory, phases, heads, *rows = capsys.readouterr().out.splitlines()
+    assert "MFLOPs a sample" in flops
+    assert "everything kept, one batch" in memory
     assert phases.split() == list(PHASES)
     assert heads.split() == ["by", "sample", *["MFLOPs", "kB"] * 3, "kB", "kept"]
     assert len({len(row) for row in [heads, *rows]}) == 1

@@ -15,6 +15,7 @@ TABLE = {
     "resnet55": (590_858, 173.5),
     "resnet109": (1_147_274, 334.0),
     "caldas_cnn": (1_663_370, 24.55),
+    "allconv": (1_369_738, 541.6),
 }
 
 
@@ -63,6 +64,13 @@ def test_misspelt_name_is_answered_with_the_nearest():
         models.build("resnet56", classes=10)
     with pytest.raises(StillhouseError, match="known are: resnet8"):
         models.input_shape("?")
+
+
+def test_allconv_refuses_images_too_small_for_its_unpadded_filter():
+    model = models.build("allconv", classes=10, input_shape=(3, 9, 9))
+    assert model(torch.zeros(1, 3, 9, 9)).shape == (1, 10)
+    with pytest.raises(StillhouseError, match=r"9 pixels a side or more, got \(3, 8, 9\)"):
+        models.build("allconv", classes=10, input_shape=(3, 8, 9))
 
 
 @pytest.mark.parametrize(("classes", "shape"), [(1, None), (10, (3, 2, 2)), (10, (3, 32))])

@@ -50,6 +50,8 @@ def content():
         "model": {"name": "m", "classes": 2, "input": [3], "keep_rate": 1.0},
         "task": "classify",
         "batch": 4,
+        "micro_batches": 1,
+        "memory": {"tensors": 1000, "process": 5000, "recomputed": 0},
         "preprocess": {"mean": [0.5] * 3, "std": [0.25] * 3},
         "features": None,
         "optimizer": {"name": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.0005},

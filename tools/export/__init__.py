@@ -1,6 +1,6 @@
 """The training compiler: PyTorch module in, artifact for plain ONNX Runtime out."""
 
 from tools.export.build import export
-from tools.export.optimizers import Adam, Optimizer, Sgd
+from tools.export.tracing.optimizers import Adam, Optimizer, Sgd
 
 __all__ = ["Adam", "Optimizer", "Sgd", "export"]

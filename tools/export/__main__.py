@@ -11,7 +11,8 @@ from torch import nn
 
 import models
 from tools.export import Adam, Optimizer, Sgd, export
-from tools.export.cost import table
+from tools.export.graphs.cost import table
+from tools.export.plan import describe
 from wire.errors import ExportError, StillhouseError
 
 
@@ -32,14 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             optimizer=_optimizer(options),
             mean=options.mean,
             std=options.std,
+            micro_batches=options.micro_batches,
+            memory_mb=options.memory_mb,
         )
     except StillhouseError as fault:
         print(f"export: {fault}", file=sys.stderr)
         return 2
-    flops = artifact.manifest.graphs["train"].flops / artifact.manifest.batch / 1e6
-    print(f"{artifact.folder}: {artifact.digest}, {flops:.1f} MFLOPs a sample and step")
+    manifest = artifact.manifest
+    train = manifest.graphs["train"]
+    print(f"{artifact.folder}: {artifact.digest}")
+    print(f"{train.flops / manifest.micro_batch / 1e6:.1f} MFLOPs a sample and step")
+    print(f"training takes {describe(manifest.memory, manifest.batch, manifest.micro_batches)}")
     if options.costs:
-        print(table(artifact.manifest.graphs["train"].layers, artifact.manifest.batch))
+        print(table(train.layers, manifest.micro_batch))
     return 0
 
 
@@ -48,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="a known name, or package.module:factory")
     parser.add_argument("--classes", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True, help="samples a step, fixed")
+    parser.add_argument("--micro-batches", type=int, default=1,
+                        help="parts of a batch that are run one by one")  # fmt: skip
+    parser.add_argument("--memory-mb", type=float,
+                        help="most for the agent's process in training, 10^6 bytes")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--task", choices=["distill", "classify"], default="distill")
     parser.add_argument("--input", type=_ints, help="shape of a sample, like 3,32,32")

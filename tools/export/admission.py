@@ -1,19 +1,38 @@
 """What a module must be before its training step is compiled; everything else is refused here."""
 
 import copy
+import functools
+import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm  # the one class that all batch norms share
 
-from tools.export.state import Tensors
+from tools.export.tracing.state import Tensors
 from wire.errors import ExportError
 
 RESERVED = frozenset(
-    ["x", "y", "lr", "teacher", "alpha", "temperature", "loss", "correct", "logits", "features"]
+    [
+        "x",
+        "y",
+        "lr",
+        "teacher",
+        "alpha",
+        "temperature",
+        "first",
+        "last",
+        "loss",
+        "correct",
+        "logits",
+        "features",
+    ]
 )
+_HOOKS = "hooks on saved tensors cannot be compiled; call the module without checkpointing"
 _FLOATS = (torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -33,6 +52,7 @@ def admit(
     tensors = _by_role(module, name)
     _check_norms(module, name, batch)
     _check_learning(module, name, classes, (batch, *shape), tensors)
+    _check_flow(module, name, (batch, *shape))
     return tensors
 
 
@@ -87,17 +107,39 @@ def _check_norms(module: nn.Module, name: str, batch: int) -> None:
             )
 
 
+class _Trail:
+    """In words: which of a module's parts runs, or was running when the forward pass failed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._running: list[tuple[str, nn.Module]] = []
+        for path, part in module.named_modules():
+            part.register_forward_pre_hook(functools.partial(self._enter, path))
+            part.register_forward_hook(self._leave)
+
+    def _enter(self, path: str, part: nn.Module, _: Any) -> None:
+        self._running.append((path, part))
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def __str__(self) -> str:
+        path, part = self._running[-1] if self._running else ("", None)
+        return f"module {path!r} ({type(part).__name__})" if path else "the model's own forward"
+
+
 def _check_learning(
     module: nn.Module, name: str, classes: int, shape: tuple[int, ...], tensors: Tensors
 ) -> None:
     """One real forward and backward pass on a copy: shapes, and who gets a gradient."""
     module = copy.deepcopy(module).train()
+    trail = _Trail(module)
     random = torch.Generator().manual_seed(0)
     try:
-        logits = module(torch.randn(shape, generator=random))
-    except (RuntimeError, ValueError, TypeError, IndexError) as fault:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
+            logits = module(torch.randn(shape, generator=random))
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as fault:
         raise ExportError(
-            f"{name}: its forward pass fails on a batch of shape {shape}: {fault}"
+            f"{name}: its forward pass fails on a batch of shape {shape}, in {trail}: {fault}"
         ) from fault
     expected = (shape[0], classes)
     if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
@@ -106,8 +148,9 @@ def _check_learning(
             f"{name}: expected logits of shape {expected}, got {got}; state the number of classes "
             f"that the network has"
         )
-    labels = torch.arange(shape[0]) % classes
-    F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
+    if logits.requires_grad:
+        labels = torch.arange(shape[0]) % classes
+        F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
     own = dict(module.named_parameters())
     idle = [key for key in tensors.trained if own[key].grad is None]
     if idle:
@@ -115,3 +158,22 @@ def _check_learning(
             f"{name}: parameter {idle[0]!r} gets no gradient ({len(idle)} such); remove it, or set "
             f"requires_grad=False to send it along unchanged"
         )
+
+
+def _check_flow(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    """Forward passes on tensors without data: whoever asks for their values is refused."""
+    module = copy.deepcopy(module)
+    trail = _Trail(module)
+    own = itertools.chain(module.named_parameters(), module.named_buffers())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake: dict[str, Tensor] = {key: mode.from_tensor(tensor.detach()) for key, tensor in own}
+        try:
+            for training in (True, False):
+                functional_call(module.train(training), fake, (torch.empty(shape),))
+        except RuntimeError as fault:
+            reason = str(fault).strip().splitlines()[0]
+            raise ExportError(
+                f"{name}: {trail} looks at its data ({reason}); a compiled step has fixed shapes "
+                f"and a fixed flow: no branch, loop, .item() or look-up by a mask that depends on "
+                f"data. Use torch.where, or a product with the mask"
+            ) from fault

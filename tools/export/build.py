@@ -15,13 +15,13 @@ from safetensors.numpy import save
 from torch import nn
 
 from models import SplitModel
-from tools.export import parity
+from tools.export import parity, plan
 from tools.export.admission import admit
 from tools.export.compiler import Compiler
-from tools.export.cost import costs, flops
-from tools.export.optimizers import Optimizer, Sgd
-from tools.export.program import Program
-from tools.export.step import Task
+from tools.export.graphs.cost import costs, flops
+from tools.export.graphs.program import Program
+from tools.export.tracing.optimizers import Optimizer, Sgd
+from tools.export.tracing.step import Task
 from wire import artifact
 from wire.artifact import Artifact, FileRef, Manifest, ModelInfo, Preprocess, TensorSpec
 from wire.errors import ExportError
@@ -40,6 +40,8 @@ def export(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     keep_rate: float = 1.0,
+    micro_batches: int = 1,
+    memory_mb: float | None = None,
 ) -> Artifact:
     """Compile, check against PyTorch, write.
 
@@ -57,6 +59,11 @@ def export(
         mean: by channel, of x = (byte / 255 - mean) / std; default 0.5.
         std: likewise; default 0.25.
         keep_rate: of the sub-model that the module is, 1 for the whole.
+        micro_batches: parts of a batch that are run one after the other before the optimizer
+            moves; batch norm normalizes each part by itself.
+        memory_mb: the most that the agent's process may take while it trains, 10^6 bytes, its
+            images not counted; activations are computed again, and then the batch is split into
+            more parts, as far as needed. See `tools.export.plan`.
 
     Raises:
         ExportError: the module cannot be compiled, or the compiled step is not PyTorch's. Nothing
@@ -76,10 +83,22 @@ def export(
         preprocess.check(channels=shape[0])
     except ValueError as fault:
         raise ExportError(f"{name}: {fault}") from fault
-    compiler = Compiler(
-        module, tensors, optimizer=chosen, task=task, shape=(batch, *shape), classes=classes
-    )
-    programs = {"train": compiler.train(), "eval": compiler.evaluate(extract=False)}
+
+    def compile_for(parts: int) -> Compiler:
+        if batch % parts == 0 and batch > parts > 1:
+            admit(module, name=name, classes=classes, shape=shape, batch=batch // parts)
+        return Compiler(
+            module, tensors, optimizer=chosen, task=task, shape=(batch, *shape), classes=classes,
+            micro_batches=parts,
+        )  # fmt: skip
+
+    budget = None if memory_mb is None else int(memory_mb * 1e6)
+    try:
+        chosen_plan = plan.fit(compile_for, batch=batch, micro_batches=micro_batches, budget=budget)
+    except ExportError as fault:
+        raise ExportError(f"{name}: {fault}") from fault
+    compiler = chosen_plan.compiler
+    programs = {"train": chosen_plan.program, "eval": compiler.evaluate(extract=False)}
     if isinstance(module, SplitModel):
         programs["extract"] = compiler.evaluate(extract=True)
     start = {key: value.detach().numpy() for key, value in compiler.state.items()}
@@ -89,7 +108,7 @@ def export(
     }
     files[artifact.WEIGHTS] = save(start)
     try:
-        manifest = _manifest(compiler, programs, files, info, preprocess)
+        manifest = _manifest(chosen_plan, programs, files, info, preprocess)
     except ValueError as fault:
         raise ExportError(f"{name}: {fault}") from fault
     files[artifact.MANIFEST] = manifest.to_bytes()
@@ -101,12 +120,13 @@ def export(
 
 
 def _manifest(
-    compiler: Compiler,
+    chosen: plan.Plan,
     programs: Mapping[str, Program],
     files: Mapping[str, bytes],
     info: ModelInfo,
     preprocess: Preprocess,
 ) -> Manifest:
+    compiler = chosen.compiler
     graphs = {
         key: artifact.Graph(
             f"{key}.onnx",
@@ -120,7 +140,9 @@ def _manifest(
         format=artifact.FORMAT,
         model=info,
         task=compiler.task,
-        batch=compiler.batch["x"].shape[0],
+        batch=compiler.batch["x"].shape[0] * compiler.micro_batches,
+        micro_batches=compiler.micro_batches,
+        memory=chosen.memory,
         preprocess=preprocess,
         features=graphs["extract"].outputs[0].shape[1:] if "extract" in graphs else None,
         optimizer=compiler.optimizer.settings(),

@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from tools.export.graph import Graph, Value
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Place, Program
 from tools.export.lower import lower
-from tools.export.optimizers import STEP, Optimizer
-from tools.export.program import Place, Program
-from tools.export.provenance import settled
 from tools.export.rules.elementwise import add, mul
+from tools.export.rules.layers.normalization import Blend
 from tools.export.rules.layout import concat, reshape
-from tools.export.rules.normalization import Blend
-from tools.export.state import Piece, Tensors, offsets, pieces, span
-from tools.export.step import Task, trace_eval, trace_train
+from tools.export.tracing.optimizers import STEP, Optimizer
+from tools.export.tracing.provenance import settled
+from tools.export.tracing.state import Piece, Tensors, offsets, pieces, span
+from tools.export.tracing.step import Task, moments, trace_eval, trace_train
 from wire.artifact import Role, TensorSpec
 from wire.errors import ExportError
 
@@ -32,6 +32,8 @@ _GIVEN: dict[str, Role] = {
     "teacher": "batch",
     "alpha": "setting",
     "temperature": "setting",
+    "first": "setting",
+    "last": "setting",
     "loss": "metric",
     "correct": "metric",
     "logits": "result",
@@ -45,6 +47,7 @@ class Compiler:
     Attributes:
         state: every state tensor with its initial value: parameters (those that are trained
             first), buffers, optimizer.
+        batch: what a micro-batch brings, zeros of the right shapes.
     """
 
     def __init__(
@@ -56,22 +59,28 @@ class Compiler:
         task: Task,
         shape: tuple[int, ...],
         classes: int,
+        micro_batches: int = 1,
     ) -> None:
         self.module, self.tensors, self.optimizer, self.task = module, tensors, optimizer, task
-        batch, scalar = shape[0], torch.ones(())
-        self.batch = {"x": torch.zeros(shape), "y": torch.zeros(batch, dtype=torch.int64)}
-        settings = {"lr": scalar}
+        self.micro_batches = micro_batches
+        samples, scalar = shape[0] // micro_batches, torch.ones(())
+        self.batch = {
+            "x": torch.zeros(samples, *shape[1:]),
+            "y": torch.zeros(samples, dtype=torch.int64),
+        }
+        self.settings = {"lr": scalar}
         if task == "distill":
-            self.batch |= {"teacher": torch.zeros(batch, classes)}
-            settings |= {"alpha": scalar, "temperature": scalar}
-        self.batch |= settings
-        self.moments = optimizer.initial(tensors.trained)
+            self.batch |= {"teacher": torch.zeros(samples, classes)}
+            self.settings |= {"alpha": scalar, "temperature": scalar}
+        if micro_batches > 1:
+            self.settings |= {"first": scalar, "last": scalar}
+        self.moments = moments(optimizer, tensors.trained, micro_batches)
         parameters = {**tensors.trained, **tensors.parameters}
         self.state = {**parameters, **tensors.buffers, **self.moments}
         self._offsets = offsets({name: value.numel() for name, value in self.state.items()})
 
-    def train(self, micro_batches: int = 1) -> Program:
-        """The graph of one training step, each micro-batch of which has B / micro_batches samples.
+    def train(self) -> Program:
+        """The graph of one training step, or of the part of it that one micro-batch takes.
 
         Raises:
             ExportError: an operator has no rule, or a buffer changes that is not of the state.
@@ -80,15 +89,15 @@ class Compiler:
         traced, names = trace_train(
             copy.deepcopy(self.module),  # functional_call leaves traces in tied weights
             self.tensors,
-            task=self.task,
             optimizer=self.optimizer,
             pieces=cut,
-            batch=list(self.batch.values()),
-            micro_batches=micro_batches,
+            batch=self.batch,
+            settings=self.settings,
+            micro_batches=self.micro_batches,
         )
         places = self._places(cut)
         g = Graph()
-        held = {**self.batch, **self.tensors.parameters, **self.tensors.buffers}
+        held = {**self.batch, **self.settings, **self.tensors.parameters, **self.tensors.buffers}
         inputs = {key: g.input(key, value.shape, value.dtype) for key, value in held.items()}
         inputs |= {
             key: g.input(span("state", start, size), () if key == STEP else (size,))
@@ -115,7 +124,8 @@ class Compiler:
         """Where the pieces of the parameters and of the optimizer's tensors lie: start, size."""
         places = {piece.key: (piece.start, piece.size) for piece in cut}
         first = next(iter(self.tensors.trained))
-        for key in self.optimizer.initial({piece.key: torch.zeros(1) for piece in cut}):
+        keys = {piece.key: torch.zeros(1) for piece in cut}
+        for key in moments(self.optimizer, keys, self.micro_batches):
             if key == STEP:
                 places[key] = (self._offsets[key], 1)
                 continue

@@ -18,25 +18,15 @@ from torch._decomp import core_aten_decompositions
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
-from tools.export.provenance import describe, place_of, place_of_products, recorded
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
+from tools.export.remedies import remedy
 from tools.export.rules import RULES
 from tools.export.rules.registry import Unsupported
+from tools.export.tracing.provenance import describe, place_of, place_of_products, recorded
 from wire.errors import ExportError
 
 aten: Any = torch.ops.aten
-
-_REMEDIES = {
-    "dropout": "a compiled step has no random numbers; leave dropout out, or set p=0",
-    "bernoulli": "a compiled step has no random numbers; leave dropout out, or set p=0",
-    "rand": "a compiled step has no random numbers; leave the noise out",
-    "adaptive_max_pool": "use MaxPool2d with a fixed kernel",
-    "upsample": "use nearest-neighbour upsampling by a whole factor",
-    "index": "use slices, or a product with a one-hot matrix",
-    "scatter": "use slices and concat",
-    "_local_scalar_dense": "the shapes and the flow of a compiled step are fixed; avoid .item()",
-}
 
 
 def trace(
@@ -107,7 +97,7 @@ def _apply(g: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     where = f"{name} in {describe(place)}"
     rule = RULES.get(node.target)  # type: ignore[call-overload]
     if rule is None:
-        raise ExportError(f"{where} cannot be compiled; {_remedy(name)}")
+        raise ExportError(f"{where} cannot be compiled; {remedy(name)}")
     g.place, g.place_of_products = place, place_of_products(node)
     arguments = fx.node.map_arg(node.args, values.__getitem__)
     settings = fx.node.map_arg(node.kwargs, values.__getitem__)
@@ -134,10 +124,3 @@ def _spec(node: fx.Node) -> Any:
         Spec(tuple(part.shape), part.dtype) if isinstance(part, torch.Tensor) else None
         for part in result
     )
-
-
-def _remedy(name: str) -> str:
-    for word, remedy in _REMEDIES.items():
-        if word in name:
-            return remedy
-    return "write it with other operators, or add a rule for it to tools/export/rules"

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import SplitModel
-from tools.export.optimizers import STEP, Optimizer
+from tools.export.tracing.optimizers import STEP, Optimizer
+from tools.export.tracing.step import GRADIENT
 from wire.artifact import Manifest
 from wire.errors import ExportError
 
@@ -125,11 +126,10 @@ def _trial(
             near = {**batch, "x": batch["x"] * _near_one(random, batch["x"].shape)}
             others.append(copy.deepcopy(eager).perturbed(random).step(near))
         exact = eager.step(batch)
-        out = runs["train"]({**batch, **_SETTINGS, **state})
-        compiled = {name: out[name] for name in (*state, "loss", "correct")}
+        compiled = _compiled_step(runs["train"], manifest, batch, state)
         state = {name: exact[name] for name in state}
         for name in sorted(set(runs) - {"train"}):
-            out = runs[name]({"x": batch["x"], **state})
+            out = runs[name]({"x": batch["x"][: manifest.micro_batch], **state})
             results = [spec.name for spec in manifest.graphs[name].outputs]
             compiled |= {f"{key} of {name}": out[key] for key in results}
         if set(exact) != set(compiled):
@@ -140,6 +140,23 @@ def _trial(
             for name, value in exact.items()
         ]
     return max(differences, key=lambda difference: difference.share)
+
+
+def _compiled_step(
+    run: Callable[[Named], Named], manifest: Manifest, batch: Named, state: Named
+) -> Named:
+    """The state, the loss and the number of correct samples after all micro-batches."""
+    parts, sums = manifest.micro_batches, {"loss": np.zeros(()), "correct": np.zeros(())}
+    for part in range(parts):
+        own = {key: np.split(value, parts)[part] for key, value in batch.items()}
+        turn = {
+            "first": np.array(part == 0, np.float32),
+            "last": np.array(part == parts - 1, np.float32),
+        }
+        out = run({**own, **_SETTINGS, **turn, **state})
+        state = {name: out[name] for name in state}
+        sums = {name: value + out[name] for name, value in sums.items()}
+    return state | sums
 
 
 def _near_one(random: np.random.Generator, shape: Sequence[int]) -> Array:
@@ -184,20 +201,26 @@ class _Eager:
 
     def step(self, batch: Named) -> Named:
         """One step; the state after it, the metrics, and what evaluation then gives."""
-        x, y, teacher = (torch.tensor(batch[key]) for key in ("x", "y", "teacher"))
-        logits = self.module.train()(x)
-        value = F.cross_entropy(logits, y)
-        if self.manifest.task == "distill":
-            student = F.log_softmax(logits / TEMPERATURE, 1)
-            target = F.softmax(teacher / TEMPERATURE, 1)
-            kl = F.kl_div(student, target, reduction="batchmean")
-            value = value + ALPHA * TEMPERATURE**2 * kl
+        parts = self.manifest.micro_batches
+        samples = [torch.tensor(batch[key]).chunk(parts) for key in ("x", "y", "teacher")]
+        self.module.train()
         self.optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
+        loss, correct = torch.zeros(()), torch.zeros(())
+        for x, y, teacher in zip(*samples, strict=True):
+            logits = self.module(x)
+            value = F.cross_entropy(logits, y)
+            if self.manifest.task == "distill":
+                student = F.log_softmax(logits / TEMPERATURE, 1)
+                target = F.softmax(teacher / TEMPERATURE, 1)
+                kl = F.kl_div(student, target, reduction="batchmean")
+                value = value + ALPHA * TEMPERATURE**2 * kl
+            (value / parts).backward()  # type: ignore[no-untyped-call]
+            loss = loss + value.detach() / parts
+            correct = correct + (logits.argmax(1) == y).sum()
         self.optimizer.step()
-        tensors = {"loss": value, "correct": (logits.argmax(1) == y).sum().float()}
-        tensors |= self._state()
+        tensors = {"loss": loss, "correct": correct, **self._state()}
         self.module.eval()
+        x = samples[0][0]
         with torch.no_grad():
             tensors["logits of eval"] = self.module(x)
             if isinstance(self.module, SplitModel):
@@ -214,7 +237,10 @@ class _Eager:
             spec.name: own[spec.name] for spec in self.manifest.state_of("parameter", "buffer")
         }
         words = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+        waiting = {spec.name for spec in self.manifest.state_of("optimizer")}
         for name, parameter in parameters.items():
+            if GRADIENT + name in waiting and parameter.grad is not None:
+                tensors[GRADIENT + name] = parameter.grad
             state = self.optimizer.state.get(parameter, {})
             for key, word in words.items():
                 if isinstance(state.get(key), Tensor):

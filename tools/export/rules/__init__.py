@@ -1,31 +1,15 @@
-"""How each ATen operator of a training step is written in standard ONNX operators."""
+"""How each ATen operator of a training step is written in ONNX operators."""
 
-from tools.export.rules import (
-    activation,
-    attention,
-    borders,
-    convolution,
-    elementwise,
-    indexing,
-    layout,
-    normalization,
-    pooling,
-    reduction,
-    resizing,
-)
+from tools.export.rules import borders, elementwise, indexing, layers, layout, reduction, resizing
 from tools.export.rules.registry import RULES
 
 __all__ = [
     "RULES",
-    "activation",
-    "attention",
     "borders",
-    "convolution",
     "elementwise",
     "indexing",
+    "layers",
     "layout",
-    "normalization",
-    "pooling",
     "reduction",
     "resizing",
 ]

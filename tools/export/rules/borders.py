@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.elementwise import add
 from tools.export.rules.layout import concat, flip, pad_axis, reshape, slice_, spaced
 from tools.export.rules.reduction import reduce

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec, onnx_type
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec, onnx_type
 from tools.export.rules.registry import RULES, Unsupported, rule
 
 aten: Any = torch.ops.aten
@@ -225,6 +225,21 @@ def _remainder(g: Graph, out: Spec, a: Operand, b: Operand) -> Value:
     if not out.dtype.is_floating_point:
         return g.node("Mod", left, right, shape=out.shape, dtype=out.dtype)
     return sub(g, left, mul(g, unary(g, "Floor", div(g, left, right)), right))
+
+
+@rule(aten.div.Tensor_mode, aten.div.Scalar_mode)
+def _div_rounded(
+    g: Graph, out: Spec, a: Operand, b: Operand, *, rounding_mode: str | None = None
+) -> Value:
+    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    if rounding_mode == "floor" and not out.dtype.is_floating_point:
+        left = sub(g, left, _remainder(g, out, left, right))  # ONNX's quotient rounds towards 0
+    quotient = div(g, left, right)
+    if rounding_mode is None or not out.dtype.is_floating_point:
+        return quotient
+    if rounding_mode == "floor":
+        return unary(g, "Floor", quotient)
+    return _trunc(g, out, quotient)
 
 
 @rule(aten.rsqrt.default)

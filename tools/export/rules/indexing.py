@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.elementwise import add, mul
 from tools.export.rules.layout import reshape, slice_, transpose
 from tools.export.rules.reduction import reduce

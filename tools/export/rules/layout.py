@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.registry import Unsupported, rule
 
 aten: Any = torch.ops.aten
@@ -270,7 +270,7 @@ def _unbind(g: Graph, out: tuple[Spec, ...], a: Value, axis: int = 0) -> tuple[V
 @rule(aten.roll.default)
 def _roll(g: Graph, out: Spec, a: Value, shifts: Sequence[int], axes: Sequence[int] = ()) -> Value:
     if not axes:
-        return reshape(g, _roll(g, out, reshape(g, a, (-1,)), shifts, [0]), out.shape)
+        return reshape(g, _rolled(g, reshape(g, a, (math.prod(a.shape),)), shifts[0], 0), out.shape)
     for shift, axis in zip(shifts, axes, strict=True):
         a = _rolled(g, a, shift, axis % len(a.shape))
     return a

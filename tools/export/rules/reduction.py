@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.elementwise import add, binary, cast, mul, sub, unary
 from tools.export.rules.layout import reshape
 from tools.export.rules.registry import Unsupported, rule
@@ -173,9 +173,11 @@ def outer(g: Graph, a: Value, b: Value, alpha: float = 1.0) -> Value:
 
 @rule(aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default)
 def _matmul(g: Graph, out: Spec, a: Value, b: Value) -> Value:
-    if len(a.shape) == 1 or len(b.shape) == 1:
-        return g.node("MatMul", a, b, shape=out.shape, dtype=out.dtype)
-    return matmul(g, a, b)
+    # Vectors as matrices: onnxruntime 1.31 takes a transposed matrix times a vector for another
+    # product when it fuses the two nodes.
+    left = reshape(g, a, (1, a.shape[0])) if len(a.shape) == 1 else a
+    right = reshape(g, b, (b.shape[0], 1)) if len(b.shape) == 1 else b
+    return reshape(g, matmul(g, left, right), out.shape)
 
 
 @rule(aten.addmm.default)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.elementwise import add, cast, mul, sub, unary
 from tools.export.rules.registry import Unsupported, rule
 

@@ -24,7 +24,7 @@ plain way takes eight passes over them; on ResNet-8 a step takes a fifth less ti
 import math
 from dataclasses import dataclass
 
-from tools.export.graph import Graph, Value
+from tools.export.graphs.graph import Graph, Value
 from tools.export.rules.elementwise import add, mul, sub, unary
 from tools.export.rules.layout import reshape, transpose
 from tools.export.rules.reduction import matmul, outer, reduce

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
-from tools.export.rules import pointwise
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.elementwise import mul
+from tools.export.rules.layers import pointwise
 from tools.export.rules.layout import concat, flip, pad, reshape, slice_, transpose
 from tools.export.rules.reduction import outer, reduce
 from tools.export.rules.registry import rule

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE = 1 << 16  # values; with gradient and momentum about a megabyte
+PIECE = 1 << 17  # values, half a megabyte
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
-from tools.export.rules import pointwise
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.elementwise import add, mul, rsqrt, sub
+from tools.export.rules.layers import pointwise
 from tools.export.rules.layout import reshape
 from tools.export.rules.reduction import reduce
 from tools.export.rules.registry import rule

@@ -6,16 +6,16 @@ needs it, from what is kept anyway (gradient checkpointing, Chen et al. 2016, ar
 Results stay the same to the bit; only the order of nodes and their number change.
 
 Chen et al. cut the network into blocks and keep what flows between them. Here a search does it for
-any network: while the memory is over the budget, at the moment of the greatest need, drop the
-activation that frees most bytes for the least additional work. Batch norms and ReLUs come first
-(a pass over memory each), blocks of convolutions follow.
+any network: time and again, at the moment of the greatest need, drop the activation that frees most
+bytes for the least additional work. Batch norms and ReLUs come first (a pass over memory each),
+blocks of convolutions follow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from tools.export import cost, memory
-from tools.export.program import Node, Program
+from tools.export.graphs import cost, memory
+from tools.export.graphs.program import Node, Program
 
 SMALL = 1 << 16  # bytes; what is smaller is not worth its second computation, and is kept
 _AGAIN = "~"  # appended to the name of what is computed again
@@ -32,17 +32,14 @@ class _Plan:
     work: float
 
 
-def recompute(program: Program, budget: int) -> Program:
-    """The program with as few second computations as bring its peak to the budget, in bytes.
-
-    If no number of them does, the one with the lowest peak that was found.
-    """
+def recompute(program: Program) -> Iterator[Program]:
+    """The program with one more activation computed again each time, until that lowers no peak."""
     best, need = program, memory.peak(program)
     refused: set[str] = set()
-    while need.bytes > budget:
+    while True:
         candidates = [p for p in _plans(best, need) if p.name not in refused]
         if not candidates:
-            break
+            return
         sizes = need.alive
         chosen = max(candidates, key=lambda plan: (sizes[plan.name] / plan.work, plan.name))
         trial = _apply(best, chosen)
@@ -52,7 +49,7 @@ def recompute(program: Program, budget: int) -> Program:
             refused.add(chosen.name)
             continue
         best, need = trial, after
-    return best
+        yield best
 
 
 def _plans(program: Program, need: memory.Moment) -> list[_Plan]:

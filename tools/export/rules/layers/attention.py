@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.elementwise import add, binary, cast, mul, operand, sub
 from tools.export.rules.reduction import matmul, reduce
 from tools.export.rules.registry import Unsupported, rule

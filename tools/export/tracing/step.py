@@ -7,7 +7,7 @@ equations 3 and 5: l_c = l_CE + alpha * l_KD with temperature-softened predictio
 of Hinton et al. 2015 (arXiv 1503.02531, section 2) that keeps the two gradients of one size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,11 +16,12 @@ from torch.func import functional_call, grad_and_value
 from torch.nn import functional as F
 
 from tools.export.lower import trace
-from tools.export.optimizers import Optimizer
-from tools.export.provenance import LOSS, OPTIMIZER, at
-from tools.export.state import Piece, Tensors
+from tools.export.tracing.optimizers import Optimizer, State
+from tools.export.tracing.provenance import LOSS, OPTIMIZER, at
+from tools.export.tracing.state import Piece, Tensors
 
 Task = Literal["distill", "classify"]
+GRADIENT = "optim.gradient."
 
 
 def loss(
@@ -48,74 +49,88 @@ def trace_train(
     module: nn.Module,
     tensors: Tensors,
     *,
-    task: Task,
     optimizer: Optimizer,
     pieces: Sequence[Piece],
-    batch: Sequence[Tensor],
-    micro_batches: int = 1,
+    batch: Mapping[str, Tensor],
+    settings: Mapping[str, Tensor],
+    micro_batches: int,
 ) -> tuple[fx.GraphModule, list[str]]:
     """One step on (batch, settings, parameters, buffers, pieces, their optimizer state, fixed).
 
-    With several micro-batches the gradients are summed over them, one after the other, and the
-    optimizer moves once. The loss is the mean over the batch all the same; batch norm normalizes
-    each micro-batch by itself and updates its running statistics once for each ("ghost batch norm",
-    Hoffer et al. 2017, arXiv 1705.08741, algorithm 1).
+    With several micro-batches one step of the optimizer takes as many runs, and the step's loss is
+    the sum of theirs. The gradients wait in the state between the runs; the setting `first` is 1 in
+    the run that begins with none, and `last` in the one that moves the parameters, 0 in others.
+    Batch norm normalizes each micro-batch by itself and updates its running statistics once for
+    each ("ghost batch norm", Hoffer et al. 2017, arXiv 1705.08741, algorithm 1).
 
     Returns:
         The trace, and the names of its outputs: loss, correct, then buffers, pieces, optimizer
         state and fixed buffers under the names of the inputs that they follow.
     """
     theta = {piece.key: piece.gradient(tensors.trained).detach() for piece in pieces}
-    state = optimizer.initial(theta)
-    sources = {**tensors.parameters, **tensors.buffers, **theta, **state, **tensors.fixed}
+    state = moments(optimizer, theta, micro_batches)
+    sources = {
+        **batch, **settings, **tensors.parameters, **tensors.buffers, **theta, **state,
+        **tensors.fixed,
+    }  # fmt: skip
     outputs: list[str] = []
-    settings = 1 if task == "classify" else 3
 
     def step(*flat: Tensor) -> list[Tensor]:
-        samples = flat[: len(batch) - settings]
-        lr, *kd = flat[len(samples) : len(batch)]
-        held = dict(zip(sources, flat[len(batch) :], strict=True))
+        held = dict(zip(sources, flat, strict=True))
         frozen = {n: held[n] for n in tensors.parameters if n not in tensors.trained}
-        trained = {n: held[n] for n in tensors.trained}
-        buffers = {n: held[n] for n in (*tensors.buffers, *tensors.fixed)}
+        kd = (held.get(n) for n in ("teacher", "alpha", "temperature"))
 
         def objective(
-            trained: dict[str, Tensor], x: Tensor, y: Tensor, *teacher: Tensor
+            trained: dict[str, Tensor],
         ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
-            changed = {n: buffer.clone() for n, buffer in buffers.items()}
+            buffers = {n: held[n].clone() for n in (*tensors.buffers, *tensors.fixed)}
             at("")
-            logits = functional_call(module, {**trained, **frozen, **changed}, (x,))
+            logits = functional_call(module, {**trained, **frozen, **buffers}, (held["x"],))
             at(LOSS)
-            correct = (logits.argmax(1) == y).to(torch.float32).sum()
-            value = loss(logits, y, *teacher, *kd)
-            return value if micro_batches == 1 else value / micro_batches, (changed, correct)
+            correct = (logits.argmax(1) == held["y"]).to(torch.float32).sum()
+            value = loss(logits, held["y"], *kd)
+            return value / micro_batches if micro_batches > 1 else value, (buffers, correct)
 
-        sums: list[Tensor] = []
-        grads: dict[str, Tensor] = {}
-        for part in zip(*(sample.chunk(micro_batches) for sample in samples), strict=True):
-            own, (value, (buffers, correct)) = grad_and_value(objective, has_aux=True)(
-                trained, *part
-            )
-            at(OPTIMIZER, "update")
-            grads = {n: grads[n] + g if grads else g for n, g in own.items()}
-            at(LOSS)
-            sums = (
-                [a + b for a, b in zip(sums, (value, correct), strict=True)]
-                if sums
-                else [value, correct]
-            )
+        grads, (value, (buffers, correct)) = grad_and_value(objective, has_aux=True)(
+            {n: held[n] for n in tensors.trained}
+        )
         at(OPTIMIZER, "update")
         gradients = {piece.key: piece.gradient(grads) for piece in pieces}
-        moved, changed = optimizer.update(
-            {n: held[n] for n in theta}, gradients, {n: held[n] for n in state}, lr
-        )
-        own_buffers = {n: buffers[n] for n in tensors.buffers}
-        following = {**own_buffers, **moved, **changed, **{n: buffers[n] for n in tensors.fixed}}
-        outputs[:] = ["loss", "correct", *following]
-        return [*sums, *following.values()]
+        old = {n: held[n] for n in (*theta, *state)}
+        new = _moved(optimizer, old, gradients, held)
+        following = {n: buffers[n] for n in tensors.buffers} | new
+        outputs[:] = ["loss", "correct", *following, *tensors.fixed]
+        return [value, correct, *following.values(), *(buffers[n] for n in tensors.fixed)]
 
-    graph = trace(step, [*batch, *sources.values()], module.train())
+    graph = trace(step, list(sources.values()), module.train())
     return graph, outputs
+
+
+def moments(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], micro_batches: int
+) -> dict[str, Tensor]:
+    """What a step keeps besides the parameters: the optimizer's own, and waiting gradients."""
+    own = optimizer.initial(parameters)
+    if micro_batches == 1:
+        return own
+    return own | {GRADIENT + name: torch.zeros_like(p) for name, p in parameters.items()}
+
+
+def _moved(
+    optimizer: Optimizer, old: State, gradients: Mapping[str, Tensor], held: Mapping[str, Tensor]
+) -> State:
+    """Parameters, optimizer state and waiting gradients after a run."""
+    theta = {n: old[n] for n in gradients}
+    waiting = {n: GRADIENT + n for n in gradients if GRADIENT + n in old}
+    if not waiting:
+        moved, changed = optimizer.update(theta, gradients, old, held["lr"])
+        return moved | changed
+    others = 1 - held["first"]
+    sums = {n: old[key] * others + gradients[n] for n, key in waiting.items()}
+    moved, changed = optimizer.update(theta, sums, old, held["lr"])
+    stay, move = 1 - held["last"], held["last"]
+    blended = {n: old[n] * stay + value * move for n, value in (moved | changed).items()}
+    return blended | {key: sums[n] for n, key in waiting.items()}
 
 
 class _Extract(nn.Module):

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tools.export.graph import Graph, Value
-from tools.export.program import Spec
+from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.program import Spec
 from tools.export.rules.elementwise import cast, mul, sub
 from tools.export.rules.layout import concat, enlarge, pad, reshape, slice_
 from tools.export.rules.registry import Unsupported, rule

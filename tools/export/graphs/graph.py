@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from tools.export.program import PRODUCTS, Array, Node, Place, Program, Spec
+from tools.export.graphs.program import PRODUCTS, Array, Node, Place, Program, Spec
 
 _NUMPY_TYPES = {
     torch.float32: np.float32,

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from tools.export.program import PRODUCTS, Node, Program
+from tools.export.graphs.program import PRODUCTS, Node, Program
 from wire.costs import PHASES, LayerCost, NodeCosts, Phase, layer_costs, total
 
 VIEWS = frozenset(["Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"])

@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tools.export.program import Node, Place, Program
+from tools.export.graphs.program import Node, Place, Program
 from wire.costs import Phase
 
 aten: Any = torch.ops.aten
@@ -120,7 +120,7 @@ def place_of_products(node: fx.Node) -> Place:
     """Of the products that the rule for this operator makes.
 
     Batch norm has none of its own. Where it goes through the second moments of a convolution's
-    input (see rules/pointwise.py) they are that convolution, which is not there otherwise.
+    input (see rules/layers/pointwise.py) they are that convolution, which is not there otherwise.
     """
     place = place_of(node)
     inputs = {aten.native_batch_norm.default: 0, aten.native_batch_norm_backward.default: 1}

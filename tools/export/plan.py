@@ -1,0 +1,110 @@
+"""Fit a training step into a memory budget: which activations to keep, how many micro-batches.
+
+The memory of the agent's process while it trains is
+
+    agent    the interpreter and its libraries, and what an agent at work holds besides a step
+    session  ONNX Runtime's code and its picture of the graph, by node
+    state    the state vector: as it came, and twice for the step
+    tensors  activations and gradients, as the arena lays them out (memory.py)
+
+where the first two are measured (x86-64, Python 3.11, onnxruntime 1.31, `benchmarks.train_step`).
+The images that the device trains on come on top.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tools.export.compiler import Compiler
+from tools.export.graphs import memory
+from tools.export.graphs.program import Program
+from tools.export.graphs.recompute import recompute
+from wire.artifact import Memory
+from wire.errors import ExportError
+
+AGENT = 66_000_000
+SESSION, NODE = 11_500_000, 4_500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A compiled step, and what was done to make it fit."""
+
+    compiler: Compiler
+    program: Program
+    memory: Memory
+
+
+def fit(
+    compile_for: Callable[[int], Compiler], *, batch: int, micro_batches: int, budget: int | None
+) -> Plan:
+    """The plan that changes least.
+
+    Args:
+        compile_for: of a number of micro-batches.
+        batch: samples in a step.
+        micro_batches: the least number to use.
+        budget: bytes of the agent's process at its peak, or None for no limit. Activations are
+            computed again before a batch is split, for that changes no result; a micro-batch has
+            two samples at least.
+
+    Raises:
+        ExportError: the budget is too small; the message names the least that was found.
+    """
+    least: Plan | None = None
+    for parts in range(micro_batches, batch // 2 + 1 if budget else micro_batches + 1):
+        if batch % parts:
+            continue
+        compiler = compile_for(parts)
+        plan = _within(compiler, compiler.train(), budget)
+        if budget is None or plan.memory.process <= budget:
+            return plan
+        if least is None or plan.memory.process < least.memory.process:
+            least = plan
+    if least is None or budget is None:
+        raise ExportError(
+            f"expected a number of micro-batches that divides the batch of {batch}, got "
+            f"{micro_batches}"
+        )
+    described = describe(least.memory, batch, least.compiler.micro_batches)
+    raise ExportError(
+        f"a budget of {budget / 1e6:.0f} MB is too small: the agent alone takes "
+        f"{(AGENT + SESSION) / 1e6:.0f} MB, and the least that was found for a batch of {batch} is "
+        f"{described}; raise the budget or lower the batch"
+    )
+
+
+def _within(compiler: Compiler, program: Program, budget: int | None) -> Plan:
+    """As few activations computed again as the budget allows, or else the least memory found."""
+    best = _plan(compiler, program, program)
+    if budget is None or best.memory.process <= budget:
+        return best
+    for trial in recompute(program):
+        plan = _plan(compiler, trial, program)
+        best = min(best, plan, key=lambda p: p.memory.process)
+        if best.memory.process <= budget:
+            break
+    return best
+
+
+def _plan(compiler: Compiler, program: Program, plain: Program) -> Plan:
+    tensors = memory.arena_bytes(program)
+    state = 4 * sum(value.numel() for value in compiler.state.values())
+    process = AGENT + SESSION + NODE * len(program.nodes) + 3 * state + tensors
+    again = len(program.nodes) - len(plain.nodes)
+    return Plan(compiler, program, Memory(tensors, process, again))
+
+
+def describe(memory: Memory, batch: int, micro_batches: int) -> str:
+    """A plan in words."""
+    done = []
+    if micro_batches > 1:
+        done.append(
+            f"{micro_batches} micro-batches of {batch // micro_batches}, each with a batch norm of "
+            f"its own"
+        )
+    if memory.recomputed:
+        done.append(f"{memory.recomputed} nodes run twice instead of keeping what they make")
+    return (
+        f"{memory.process / 1e6:.0f} MB at the peak, {memory.tensors / 1e6:.0f} MB of it tensors "
+        f"({', '.join(done) or 'everything kept, one batch'})"
+    )
