@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from wire.artifact import Artifact, Graph, TensorSpec
+from wire.artifact import ANCHOR, Artifact, Graph, TensorSpec
 from wire.errors import ArtifactError
 
 Array = NDArray[Any]
@@ -35,7 +35,7 @@ class TrainStep:
     Attributes:
         inputs: the bound buffers to write before a step: `x` (B, *input) float32, `y` (B,) int64,
             and for distillation `teacher` (B, C) float32, B the whole batch; and the scalars `lr`,
-            `alpha`, `temperature`, arrays of shape ().
+            `alpha`, `temperature`, `mu` (of a proximal term), arrays of shape ().
         loss, correct: of the last step, arrays of shape ().
 
     Raises:
@@ -48,7 +48,9 @@ class TrainStep:
         graph = manifest.graphs["train"]
         self._session = _session(artifact, graph, threads)
         self._manifest = manifest
-        vector = np.concatenate([state[spec.name].reshape(-1) for spec in manifest.state])
+        # What a proximal term pulls toward is where this training begins.
+        sources = [spec.name.removeprefix(ANCHOR) for spec in manifest.state]
+        vector = np.concatenate([state[name].reshape(-1) for name in sources])
         self._vectors = (vector, vector.copy())
         parts = manifest.micro_batches
         self.inputs: State = {

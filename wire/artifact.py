@@ -12,13 +12,15 @@ B is that of one of them, and the step's loss and number of correct samples are 
 Inputs of train.onnx: `x` float32 (B, *input), `y` int64 (B), `lr` float32 (); for the task
 `distill` also `teacher` float32 (B, classes), `alpha` and `temperature` float32 (); with several
 micro-batches `first` and `last` float32 (), 1 in the first and in the last of them and 0 in others;
-and of the state what it reads. The state is one float32 vector: its tensors flat, one after the
-other in the order of the manifest. An input that is a tensor has the tensor's name; one that is a
-range of the vector, across tensors or within one, is called `state[start:stop]`. Outputs: `loss`
-and `correct`, float32 (), and the ranges that the step changes, `next[start:stop]`; no two overlap.
-The tables hold exactly the inputs that a graph has: one that it does not read is not there.
+with a proximal term its weight `mu` float32 (); and of the state what it reads.
 
-Roles: `batch` (x, y, teacher), `setting` (lr, alpha, temperature, first, last), `metric` (loss,
+The state is one float32 vector: its tensors flat, one after the other in the order of the manifest.
+An input that is a tensor has the tensor's name; one that is a range of the vector, across tensors
+or within one, is called `state[start:stop]`. Outputs: `loss` and `correct`, float32 (), and the
+ranges that the step changes, `next[start:stop]`; no two overlap. The tables hold exactly the inputs
+that a graph has: one that it does not read is not there.
+
+Roles: `batch` (x, y, teacher), `setting` (lr, alpha, temperature, first, last, mu), `metric` (loss,
 correct), `result` (logits, features), and of the state `parameter`, `buffer`, `optimizer`.
 
 The manifest comes from the network: names, sizes, shapes and types are checked before use, and its
@@ -49,6 +51,7 @@ MAX_TENSORS = 4096
 MAX_VALUES = 1 << 28
 
 Role = Literal["batch", "setting", "metric", "result", "parameter", "buffer", "optimizer"]
+ANCHOR = "optim.anchor."  # + a parameter's name: what it was when training began
 STATE_ROLES = ("parameter", "buffer", "optimizer")
 
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9_-]{1,32}){0,3}")
@@ -255,6 +258,8 @@ class Manifest:
         if self.task == "distill":
             given.append(replace(logits, name="teacher", role="batch"))
             given += [TensorSpec(n, (), "float32", "setting") for n in ("alpha", "temperature")]
+        if any(spec.name.startswith(ANCHOR) for spec in self.state):
+            given.append(TensorSpec("mu", (), "float32", "setting"))
         if self.micro_batches > 1:
             given += [TensorSpec(n, (), "float32", "setting") for n in ("first", "last")]
         metrics = [TensorSpec(n, (), "float32", "metric") for n in ("loss", "correct")]

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             std=options.std,
             micro_batches=options.micro_batches,
             memory_mb=options.memory_mb,
+            proximal=options.proximal,
         )
     except StillhouseError as fault:
         print(f"export: {fault}", file=sys.stderr)
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="parts of a batch that are run one by one")  # fmt: skip
     parser.add_argument("--memory-mb", type=float,
                         help="most for the agent's process in training, 10^6 bytes")  # fmt: skip
+    parser.add_argument("--proximal", action="store_true", help="FedProx's term, weighed by mu")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--task", choices=["distill", "classify"], default="distill")
     parser.add_argument("--input", type=_ints, help="shape of a sample, like 3,32,32")

@@ -26,6 +26,7 @@ RESERVED = frozenset(
         "temperature",
         "first",
         "last",
+        "mu",
         "loss",
         "correct",
         "logits",

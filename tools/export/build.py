@@ -21,7 +21,7 @@ from tools.export.compiler import Compiler
 from tools.export.graphs.cost import costs, flops
 from tools.export.graphs.program import Program
 from tools.export.tracing.optimizers import Optimizer, Sgd
-from tools.export.tracing.step import Task
+from tools.export.tracing.step import Moments, Task
 from wire import artifact
 from wire.artifact import Artifact, FileRef, Manifest, ModelInfo, Preprocess, TensorSpec
 from wire.errors import ExportError
@@ -42,6 +42,7 @@ def export(
     keep_rate: float = 1.0,
     micro_batches: int = 1,
     memory_mb: float | None = None,
+    proximal: bool = False,
 ) -> Artifact:
     """Compile, check against PyTorch, write.
 
@@ -64,6 +65,7 @@ def export(
         memory_mb: the most that the agent's process may take while it trains, 10^6 bytes, its
             images not counted; activations are computed again, and then the batch is split into
             more parts, as far as needed. See `tools.export.plan`.
+        proximal: add FedProx's proximal term to the loss; its weight `mu` is an input of the step.
 
     Raises:
         ExportError: the module cannot be compiled, or the compiled step is not PyTorch's. Nothing
@@ -89,7 +91,7 @@ def export(
             admit(module, name=name, classes=classes, shape=shape, batch=batch // parts)
         return Compiler(
             module, tensors, optimizer=chosen, task=task, shape=(batch, *shape), classes=classes,
-            micro_batches=parts,
+            moments=Moments(parts, proximal),
         )  # fmt: skip
 
     budget = None if memory_mb is None else int(memory_mb * 1e6)
@@ -140,8 +142,8 @@ def _manifest(
         format=artifact.FORMAT,
         model=info,
         task=compiler.task,
-        batch=compiler.batch["x"].shape[0] * compiler.micro_batches,
-        micro_batches=compiler.micro_batches,
+        batch=compiler.batch["x"].shape[0] * compiler.kept.micro_batches,
+        micro_batches=compiler.kept.micro_batches,
         memory=chosen.memory,
         preprocess=preprocess,
         features=graphs["extract"].outputs[0].shape[1:] if "extract" in graphs else None,

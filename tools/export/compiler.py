@@ -17,7 +17,7 @@ from tools.export.rules.layout import concat, reshape
 from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.provenance import settled
 from tools.export.tracing.state import Piece, Tensors, offsets, pieces, span
-from tools.export.tracing.step import Task, moments, trace_eval, trace_train
+from tools.export.tracing.step import Moments, Task, trace_eval, trace_train
 from wire.artifact import Role, TensorSpec
 from wire.errors import ExportError
 
@@ -34,6 +34,7 @@ _GIVEN: dict[str, Role] = {
     "temperature": "setting",
     "first": "setting",
     "last": "setting",
+    "mu": "setting",
     "loss": "metric",
     "correct": "metric",
     "logits": "result",
@@ -59,11 +60,11 @@ class Compiler:
         task: Task,
         shape: tuple[int, ...],
         classes: int,
-        micro_batches: int = 1,
+        moments: Moments,
     ) -> None:
         self.module, self.tensors, self.optimizer, self.task = module, tensors, optimizer, task
-        self.micro_batches = micro_batches
-        samples, scalar = shape[0] // micro_batches, torch.ones(())
+        self.kept = moments
+        samples, scalar = shape[0] // moments.micro_batches, torch.ones(())
         self.batch = {
             "x": torch.zeros(samples, *shape[1:]),
             "y": torch.zeros(samples, dtype=torch.int64),
@@ -72,9 +73,11 @@ class Compiler:
         if task == "distill":
             self.batch |= {"teacher": torch.zeros(samples, classes)}
             self.settings |= {"alpha": scalar, "temperature": scalar}
-        if micro_batches > 1:
+        if moments.micro_batches > 1:
             self.settings |= {"first": scalar, "last": scalar}
-        self.moments = moments(optimizer, tensors.trained, micro_batches)
+        if moments.proximal:
+            self.settings |= {"mu": scalar}
+        self.moments = moments.initial(optimizer, tensors.trained)
         parameters = {**tensors.trained, **tensors.parameters}
         self.state = {**parameters, **tensors.buffers, **self.moments}
         self._offsets = offsets({name: value.numel() for name, value in self.state.items()})
@@ -93,7 +96,7 @@ class Compiler:
             pieces=cut,
             batch=self.batch,
             settings=self.settings,
-            micro_batches=self.micro_batches,
+            moments=self.kept,
         )
         places = self._places(cut)
         g = Graph()
@@ -110,7 +113,8 @@ class Compiler:
         for name in ("loss", "correct"):
             g.output(name, results[name])
         for key, (start, size) in places.items():
-            g.output(span("next", start, size), results[key])
+            if key in results:
+                g.output(span("next", start, size), results[key])
         self._buffers(g, {name: (inputs[name], results[name]) for name in self.tensors.buffers})
         for name, value in fixed.items():
             if results[name] != value and not name.endswith("num_batches_tracked"):
@@ -125,7 +129,7 @@ class Compiler:
         places = {piece.key: (piece.start, piece.size) for piece in cut}
         first = next(iter(self.tensors.trained))
         keys = {piece.key: torch.zeros(1) for piece in cut}
-        for key in moments(self.optimizer, keys, self.micro_batches):
+        for key in self.kept.initial(self.optimizer, keys):
             if key == STEP:
                 places[key] = (self._offsets[key], 1)
                 continue

@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from models import SplitModel
 from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.step import GRADIENT
-from wire.artifact import Manifest
+from wire.artifact import ANCHOR, Manifest
 from wire.errors import ExportError
 
 STEPS = 5
@@ -51,13 +51,14 @@ TRIALS = 3
 LR = 0.01
 ALPHA = 0.5
 TEMPERATURE = 3.0
+MU = 0.1
 
 Array = NDArray[Any]
 Named = dict[str, Array]
 
 _SETTINGS = {
     name: np.array(value, np.float32)
-    for name, value in {"lr": LR, "alpha": ALPHA, "temperature": TEMPERATURE}.items()
+    for name, value in {"lr": LR, "alpha": ALPHA, "temperature": TEMPERATURE, "mu": MU}.items()
 }
 
 
@@ -188,10 +189,18 @@ class _Eager:
         self, module: nn.Module, optimizer: torch.optim.Optimizer, manifest: Manifest
     ) -> None:
         self.module, self.optimizer, self.manifest = module, optimizer, manifest
+        parameters = dict(module.named_parameters())
+        self.anchors = {
+            spec.name: parameters[spec.name.removeprefix(ANCHOR)].detach().clone()
+            for spec in manifest.state
+            if spec.name.startswith(ANCHOR)
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Eager":
         module, optimizer = copy.deepcopy((self.module, self.optimizer), memo)
-        return _Eager(module, optimizer, self.manifest)
+        twin = _Eager(module, optimizer, self.manifest)
+        twin.anchors = self.anchors
+        return twin
 
     def perturbed(self, random: np.random.Generator) -> "_Eager":
         with torch.no_grad():
@@ -217,6 +226,8 @@ class _Eager:
             (value / parts).backward()  # type: ignore[no-untyped-call]
             loss = loss + value.detach() / parts
             correct = correct + (logits.argmax(1) == y).sum()
+        if self.anchors:
+            loss = loss + self._pull()
         self.optimizer.step()
         tensors = {"loss": loss, "correct": correct, **self._state()}
         self.module.eval()
@@ -229,6 +240,15 @@ class _Eager:
                 )
         return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
+    def _pull(self) -> Tensor:
+        """The proximal term, its gradient added to the parameters'."""
+        parameters = dict(self.module.named_parameters())
+        term = torch.zeros(())
+        for name, anchor in self.anchors.items():
+            term = term + MU / 2 * (parameters[name.removeprefix(ANCHOR)] - anchor).square().sum()
+        term.backward()  # type: ignore[no-untyped-call]
+        return term.detach()
+
     def _state(self) -> dict[str, Tensor]:
         """Parameters, buffers and the optimizer's state under the manifest's names."""
         parameters = dict(self.module.named_parameters())
@@ -236,6 +256,7 @@ class _Eager:
         tensors = {
             spec.name: own[spec.name] for spec in self.manifest.state_of("parameter", "buffer")
         }
+        tensors |= self.anchors
         words = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
         waiting = {spec.name for spec in self.manifest.state_of("optimizer")}
         for name, parameter in parameters.items():

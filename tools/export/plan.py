@@ -65,7 +65,7 @@ def fit(
             f"expected a number of micro-batches that divides the batch of {batch}, got "
             f"{micro_batches}"
         )
-    described = describe(least.memory, batch, least.compiler.micro_batches)
+    described = describe(least.memory, batch, least.compiler.kept.micro_batches)
     raise ExportError(
         f"a budget of {budget / 1e6:.0f} MB is too small: the agent alone takes "
         f"{(AGENT + SESSION) / 1e6:.0f} MB, and the least that was found for a batch of {batch} is "

@@ -4,10 +4,13 @@
 
 which is the device's objective in FedGKT (He, Annavaram, Avestimehr 2020, arXiv 2007.14513,
 equations 3 and 5: l_c = l_CE + alpha * l_KD with temperature-softened predictions), with the T^2
-of Hinton et al. 2015 (arXiv 1503.02531, section 2) that keeps the two gradients of one size.
+of Hinton et al. 2015 (arXiv 1503.02531, section 2) that keeps the two gradients of one size. With a
+proximal term, mu / 2 * |w - w0|^2 is added, where w0 are the parameters that training starts from
+(FedProx, Li et al. 2018, arXiv 1812.06127, equation 2).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,6 +22,7 @@ from tools.export.lower import trace
 from tools.export.tracing.optimizers import Optimizer, State
 from tools.export.tracing.provenance import LOSS, OPTIMIZER, at
 from tools.export.tracing.state import Piece, Tensors
+from wire.artifact import ANCHOR
 
 Task = Literal["distill", "classify"]
 GRADIENT = "optim.gradient."
@@ -45,6 +49,23 @@ def loss(
     return ce + alpha * temp * temp * kl
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What a step keeps besides parameters and buffers."""
+
+    micro_batches: int = 1
+    proximal: bool = False
+
+    def initial(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> State:
+        """The optimizer's own tensors, waiting gradients, and where the parameters began."""
+        own = optimizer.initial(parameters)
+        if self.micro_batches > 1:
+            own |= {GRADIENT + name: torch.zeros_like(p) for name, p in parameters.items()}
+        if self.proximal:
+            own |= {ANCHOR + name: p.detach().clone() for name, p in parameters.items()}
+        return own
+
+
 def trace_train(
     module: nn.Module,
     tensors: Tensors,
@@ -53,7 +74,7 @@ def trace_train(
     pieces: Sequence[Piece],
     batch: Mapping[str, Tensor],
     settings: Mapping[str, Tensor],
-    micro_batches: int,
+    moments: Moments,
 ) -> tuple[fx.GraphModule, list[str]]:
     """One step on (batch, settings, parameters, buffers, pieces, their optimizer state, fixed).
 
@@ -68,7 +89,7 @@ def trace_train(
         state and fixed buffers under the names of the inputs that they follow.
     """
     theta = {piece.key: piece.gradient(tensors.trained).detach() for piece in pieces}
-    state = moments(optimizer, theta, micro_batches)
+    state = moments.initial(optimizer, theta)
     sources = {
         **batch, **settings, **tensors.parameters, **tensors.buffers, **theta, **state,
         **tensors.fixed,
@@ -89,7 +110,8 @@ def trace_train(
             at(LOSS)
             correct = (logits.argmax(1) == held["y"]).to(torch.float32).sum()
             value = loss(logits, held["y"], *kd)
-            return value / micro_batches if micro_batches > 1 else value, (buffers, correct)
+            parts = moments.micro_batches
+            return value / parts if parts > 1 else value, (buffers, correct)
 
         grads, (value, (buffers, correct)) = grad_and_value(objective, has_aux=True)(
             {n: held[n] for n in tensors.trained}
@@ -97,6 +119,8 @@ def trace_train(
         at(OPTIMIZER, "update")
         gradients = {piece.key: piece.gradient(grads) for piece in pieces}
         old = {n: held[n] for n in (*theta, *state)}
+        if moments.proximal:
+            value = value + _pulled(old, gradients, held)
         new = _moved(optimizer, old, gradients, held)
         following = {n: buffers[n] for n in tensors.buffers} | new
         outputs[:] = ["loss", "correct", *following, *tensors.fixed]
@@ -106,14 +130,18 @@ def trace_train(
     return graph, outputs
 
 
-def moments(
-    optimizer: Optimizer, parameters: Mapping[str, Tensor], micro_batches: int
-) -> dict[str, Tensor]:
-    """What a step keeps besides the parameters: the optimizer's own, and waiting gradients."""
-    own = optimizer.initial(parameters)
-    if micro_batches == 1:
-        return own
-    return own | {GRADIENT + name: torch.zeros_like(p) for name, p in parameters.items()}
+def _pulled(old: State, gradients: State, held: Mapping[str, Tensor]) -> Tensor:
+    """The proximal term of a step, whose gradient mu (w - w0) is added to `gradients`.
+
+    Of several micro-batches the first has all of it.
+    """
+    pull = held["mu"] * held["first"] if "first" in held else held["mu"]
+    squares = []
+    for name in gradients:
+        distance = old[name] - old[ANCHOR + name]
+        gradients[name] = gradients[name] + pull * distance
+        squares.append((distance * distance).sum())
+    return pull / 2 * torch.stack(squares).sum()
 
 
 def _moved(
