@@ -1,0 +1,166 @@
+"""What each choice of the compiler and of the agent's session is worth.
+
+    python -m benchmarks.choices --model resnet8 --batch 32 --threads 1
+
+The step as it is compiled and run, and beside it the same step without one of its parts: each in a
+process of its own, in turns (`race`). A variant's speed is its images/s over those of the whole
+step in the same round, the median of that; its memory is the peak of a bare process with the step.
+
+Measured: see docs/benchmarks.md.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from benchmarks import race, worker
+from benchmarks.race import Entry
+from benchmarks.train_step import contenders
+from benchmarks.train_step.setting import Setting
+from wire.errors import StillhouseError
+
+WHOLE = "as it is"
+
+
+def _one_by_one(tensors: Any) -> Any:
+    from tools.export.tracing.state import Part, Piece
+
+    found: list[Piece] = []
+    for name, tensor in tensors.trained.items():
+        start = found[-1].start + found[-1].size if found else 0
+        found.append(Piece(f"piece{len(found)}", start, (Part(name, tensor.numel()),)))
+    return tuple(found)
+
+
+def _compared(g: Any, out: Any, grad: Any, result: Any, threshold: float) -> Any:
+    import torch
+
+    from tools.export.rules.elementwise import cast, mul
+
+    bound = g.constant(threshold, out.dtype)
+    positive = g.node("Greater", result, bound, shape=result.shape, dtype=torch.bool)
+    return mul(g, grad, cast(g, positive, out.dtype))
+
+
+@contextlib.contextmanager
+def _graph_without(part: str) -> Iterator[None]:
+    """While the step is compiled, leave a part of the compiler out."""
+    import torch
+
+    from tools.export import compiler
+    from tools.export.rules import RULES
+    from tools.export.rules.layers import pointwise
+
+    relu = torch.ops.aten.threshold_backward.default
+    patches: dict[str, Any] = {
+        "second moments": mock.patch.object(pointwise, "WIDER", 1 << 30),
+        "flat optimizer": mock.patch.object(compiler, "pieces", _one_by_one),
+        "one-pass masks": mock.patch.dict(RULES, {relu: _compared}),
+    }
+    with patches.get(part, contextlib.nullcontext()):
+        yield
+
+
+GRAPHS = ("second moments", "flat optimizer", "one-pass masks")
+SESSIONS: dict[str, Callable[[Any, Any], object]] = {
+    "onnxruntime's order": lambda ort, o: setattr(o, "execution_order", ort.ExecutionOrder.DEFAULT),
+    "onnxruntime's fusions": lambda ort, o: setattr(
+        o, "graph_optimization_level", ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    ),
+    "memory pattern": lambda _, o: setattr(o, "enable_mem_pattern", True),
+    "planned reuse": lambda _, o: setattr(o, "enable_mem_reuse", True),
+    "no arena": lambda _, o: setattr(o, "enable_cpu_mem_arena", False),
+    "spinning": lambda _, o: o.add_session_config_entry("session.intra_op.allow_spinning", "1"),
+}
+
+
+def _changed(variant: str) -> None:
+    """From here on sessions get one setting other than the agent's."""
+    import onnxruntime as ort
+
+    make, change = ort.InferenceSession, SESSIONS[variant]
+
+    def session(path: Path, options: Any, **others: Any) -> Any:
+        change(ort, options)
+        return make(path, options, **others)
+
+    mock.patch.object(ort, "InferenceSession", session).start()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; 0, or 2 where the input is bad."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["worker"]:
+        return _worker(*given[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.choices",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="resnet8")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
+    try:
+        _measure(parser.parse_args(given))
+    except StillhouseError as fault:
+        print(f"choices: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _worker(variant: str, folder: str, threads: str) -> int:
+    if variant in SESSIONS:
+        _changed(variant)
+    return worker.serve(lambda: contenders.stillhouse(Path(folder), int(threads)))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    import models  # not above: a worker's memory is measured, and torch is none of it
+    from benchmarks.train_step import network
+
+    shape = models.input_shape(options.model)
+    task = network.default_task(options.model, shape)
+    chosen = Setting(options.model, task, options.batch, shape)
+    with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
+        folders = {}
+        for name in (WHOLE, *GRAPHS):
+            folder = folders[name] = Path(scratch) / name.replace(" ", "-")
+            folder.mkdir()
+            chosen.write(folder)
+            with _graph_without(name):
+                network.export_step(chosen, folder)
+        places = {name: folders.get(name, folders[WHOLE]) for name in (WHOLE, *GRAPHS, *SESSIONS)}
+        entries = [
+            Entry(name, ["benchmarks.choices", "worker", name, str(folder)])
+            for name, folder in places.items()
+        ]
+        courses = race.run(
+            entries, threads=options.threads, rounds=options.rounds, seconds=options.seconds,
+            logs=Path(scratch), say=lambda _: None,
+        )  # fmt: skip
+    print(f"{options.model}, batch {options.batch}, {options.threads} threads")
+    print(f"{'':32}{'images/s':>10}{'x whole':>10}{'lowest - highest':>20}{'memory':>10}")
+    whole = courses[0].turns
+    for course in courses:
+        prefix = {"": "", **dict.fromkeys(GRAPHS, "without "), **dict.fromkeys(SESSIONS, "with ")}
+        name = prefix.get(course.entry.name, "") + course.entry.name
+        if course.failed:
+            print(f"{name:32} {course.failed}")
+            continue
+        ratios = [own / other for own, other in zip(course.turns, whole, strict=True)]
+        print(
+            f"{name:32}{statistics.median(course.turns):10.1f}{statistics.median(ratios):10.2f}"
+            f"{min(ratios):11.2f} - {max(ratios):.2f}  {course.peak_bytes / 1e6:8.0f} MB"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
