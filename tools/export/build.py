@@ -87,7 +87,7 @@ def export(
         raise ExportError(f"{name}: {fault}") from fault
 
     def compile_for(parts: int) -> Compiler:
-        if batch % parts == 0 and batch > parts > 1:
+        if parts > 1:
             admit(module, name=name, classes=classes, shape=shape, batch=batch // parts)
         return Compiler(
             module, tensors, optimizer=chosen, task=task, shape=(batch, *shape), classes=classes,
@@ -98,7 +98,8 @@ def export(
     try:
         chosen_plan = plan.fit(compile_for, batch=batch, micro_batches=micro_batches, budget=budget)
     except ExportError as fault:
-        raise ExportError(f"{name}: {fault}") from fault
+        reason = str(fault).removeprefix(f"{name}: ")  # admission names the module by itself
+        raise ExportError(f"{name}: {reason}") from fault
     compiler = chosen_plan.compiler
     programs = {"train": chosen_plan.program, "eval": compiler.evaluate(extract=False)}
     if isinstance(module, SplitModel):

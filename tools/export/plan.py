@@ -45,14 +45,15 @@ def fit(
         micro_batches: the least number to use.
         budget: bytes of the agent's process at its peak, or None for no limit. Activations are
             computed again before a batch is split, for that changes no result; a micro-batch has
-            two samples at least.
+            two samples at least, unless `micro_batches` asks for less.
 
     Raises:
         ExportError: the budget is too small; the message names the least that was found.
     """
     least: Plan | None = None
-    for parts in range(micro_batches, batch // 2 + 1 if budget else micro_batches + 1):
-        if batch % parts:
+    most = micro_batches if budget is None else max(micro_batches, batch // 2)
+    for parts in range(micro_batches, most + 1):
+        if parts < 1 or batch % parts:
             continue
         compiler = compile_for(parts)
         plan = _within(compiler, compiler.train(), budget)

@@ -125,7 +125,10 @@ def _root(program: Program, makers: Mapping[str, int], name: str) -> str:
 def _apply(program: Program, plan: _Plan) -> Program:
     """The nodes of the plan once more before node `at`; whoever comes later reads their results."""
     fresh = {
-        output: output + _AGAIN for i in plan.nodes for output in program.nodes[i].outputs if output
+        output: _unused(program, output)
+        for i in plan.nodes
+        for output in program.nodes[i].outputs
+        if output
     }
     again = [_renamed(program.nodes[i], fresh, both=True) for i in plan.nodes]
     # A view of the dropped tensor that was made in the forward pass would keep it alive.
@@ -134,12 +137,19 @@ def _apply(program: Program, plan: _Plan) -> Program:
     for number, node in enumerate(program.nodes[: plan.at]):
         if node.op in cost.VIEWS and node.inputs[0] in views and number not in plan.nodes:
             views.add(node.outputs[0])
-            fresh[node.outputs[0]] = node.outputs[0] + _AGAIN
+            fresh[node.outputs[0]] = _unused(program, node.outputs[0])
             moved.append(_renamed(node, fresh, both=True))
     head = program.nodes[: plan.at]
     tail = [_renamed(node, fresh, both=False) for node in program.nodes[plan.at :]]
     specs = {**program.specs, **{new: program.specs[old] for old, new in fresh.items()}}
     return program.with_nodes([*head, *again, *moved, *tail], specs)
+
+
+def _unused(program: Program, name: str) -> str:
+    """A name for what is computed again, be it for the second time."""
+    while name in program.specs:
+        name += _AGAIN
+    return name
 
 
 def _renamed(node: Node, fresh: Mapping[str, str], *, both: bool) -> Node:
