@@ -234,6 +234,8 @@ class Manifest:
         for spec in self.state:
             if spec.role not in STATE_ROLES or spec.dtype != "float32":
                 raise ValueError(f"state: {spec.name!r} is {spec.dtype} with role {spec.role!r}")
+            if _RANGE.fullmatch(spec.name):
+                raise ValueError(f"state: a tensor may not have the name of a range, {spec.name!r}")
         if self.features is not None:
             _check_shape("features", self.features, 1, 4)
         expected = {"train", "eval"} | ({"extract"} if self.features else set())

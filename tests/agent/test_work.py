@@ -24,8 +24,7 @@ BATCH, SAMPLES = 8, 20
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
+def compiled(out, micro_batches=1):
     torch.manual_seed(1)
     return export(
         models.build("resnet8", classes=5),
@@ -36,8 +35,14 @@ def artifact(tmp_path_factory):
         optimizer=Sgd(0.9, nesterov=True, weight_decay=5e-4),
         mean=MEAN,
         std=STD,
-        out=tmp_path_factory.mktemp("artifact") / "a",
+        out=out,
+        micro_batches=micro_batches,
     )
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("artifact") / "a")
 
 
 @pytest.fixture
@@ -61,7 +66,7 @@ def read(desk, ref):
         return [tensors.unpack(f, where="t") for f in frames.read(file, max_bytes=1 << 30)]
 
 
-def in_pytorch(artifact, images, teacher, alpha, augment):
+def in_pytorch(artifact, images, teacher, alpha, *, augment, parts=1):
     """The same epochs with torch.optim; the state dict."""
     weights = {n: a for n, a in load_file(artifact.weights).items() if not n.startswith("optim.")}
     model = distill.load(models.build("resnet8", classes=5), weights).train()
@@ -69,7 +74,7 @@ def in_pytorch(artifact, images, teacher, alpha, augment):
     x = np.empty((BATCH, 3, 32, 32), np.float32)
     for indices, pixels in data.epoch(images, batch=BATCH, seed=77, augment=augment):
         Preprocess(MEAN, STD)(pixels, out=x)
-        logits = model(torch.from_numpy(x))
+        logits = torch.cat([model(part) for part in torch.from_numpy(x).chunk(parts)])
         loss = F.cross_entropy(logits, torch.from_numpy(images.y[indices]))
         if teacher is not None:
             soft = F.kl_div(
@@ -106,10 +111,10 @@ def test_an_order_with_a_teacher_trains_as_pytorch_does_with_logits_matched_by_s
     )  # fmt: skip
     outcome = perform(work, artifact, None, desk)
     (state,) = read(desk, outcome.blobs["state"])
-    right = in_pytorch(artifact, desk.images, teacher, 1.5, augment)
+    right = in_pytorch(artifact, desk.images, teacher, 1.5, augment=augment)
     assert_same(artifact, state, right)
     # The teacher matters: logits of other samples lead elsewhere.
-    wrong = in_pytorch(artifact, desk.images, np.roll(teacher, 1, axis=0), 1.5, augment)
+    wrong = in_pytorch(artifact, desk.images, np.roll(teacher, 1, axis=0), 1.5, augment=augment)
     with pytest.raises(AssertionError):
         assert_same(artifact, state, wrong)
 
@@ -137,6 +142,50 @@ def test_features_come_in_sample_order_from_the_trained_extractor(artifact, desk
         features, logits = model.extract(torch.from_numpy(x))
     np.testing.assert_allclose(joined["features"], features.numpy(), atol=1e-4)
     np.testing.assert_allclose(joined["logits"], logits.numpy(), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """The artifact, but with two micro-batches."""
+    return compiled(tmp_path_factory.mktemp("halved") / "a", micro_batches=2)
+
+
+def test_an_order_in_micro_batches_trains_as_pytorch_does_and_counts_every_run(
+    artifact, halved, desk
+):
+    teacher = np.random.default_rng(3).standard_normal((SAMPLES, 5)).astype(np.float32) * 4
+    ref = desk.blobs.put(tensors.pack([("logits", teacher, "float32")], seed=0))
+    changes = {"teacher": ref, "data_digest": "cd" * 32, "alpha": 1.5, "temperature": 2.0}
+    outcome = perform(order(halved, **changes, augment=True), halved, None, desk)
+    (state,) = read(desk, outcome.blobs["state"])
+    right = in_pytorch(halved, desk.images, teacher, 1.5, augment=True, parts=2)
+    assert_same(halved, state, right)
+    whole = in_pytorch(halved, desk.images, teacher, 1.5, augment=True)
+    with pytest.raises(AssertionError):  # batch norm sees other batches
+        assert_same(halved, state, whole)
+    assert outcome.metrics["steps"] == 3
+    runs = outcome.metrics["train_flops"] / halved.manifest.graphs["train"].flops
+    assert runs == 6
+    unsplit = perform(order(artifact, **changes, augment=True), artifact, None, desk).metrics
+    # The same products on half the samples twice; only the smallest do not depend on samples.
+    assert outcome.metrics["train_flops"] == pytest.approx(unsplit["train_flops"], rel=0.01)
+    assert 0 <= outcome.metrics["train_accuracy"] <= 1
+
+
+def test_features_come_in_sample_order_from_an_extractor_of_micro_batches(halved, desk):
+    work = order(halved, returns={"features": "float32", "state": "float32"})
+    outcome = perform(work, halved, None, desk)
+    records = read(desk, outcome.blobs["features"])
+    assert [len(r["labels"]) for r in records] == [4] * 5
+    np.testing.assert_array_equal(np.concatenate([r["labels"] for r in records]), desk.images.y)
+    (state,) = read(desk, outcome.blobs["state"])
+    model = distill.load(models.build("resnet8", classes=5), state).eval()
+    x = np.empty((SAMPLES, 3, 32, 32), np.float32)
+    Preprocess(MEAN, STD)(desk.images.x, out=x)
+    with torch.inference_mode():
+        features, _ = model.extract(torch.from_numpy(x))
+    joined = np.concatenate([r["features"] for r in records])
+    np.testing.assert_allclose(joined, features.numpy(), atol=1e-4)
 
 
 def test_own_weights_and_optimizer_go_on_from_order_to_order(artifact, desk, tmp_path):

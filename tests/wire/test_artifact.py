@@ -202,6 +202,25 @@ def change(path, value):
         (("graphs", "train", "inputs", 0, "shape"), [4, 4]),
         (("graphs", "train", "inputs", 1, "dtype"), "float32"),
         (("graphs", "train", "outputs", 2, "name"), "w.then"),
+        (("graphs", "train", "outputs", 3, "name"), "next[0:6]"),
+        (("graphs", "train", "outputs", 3, "name"), "next[5:11]"),
+        (("graphs", "train", "outputs", 3, "name"), "next[9:15]"),
+        (("graphs", "train", "outputs", 3, "name"), "next[12:18]"),
+        (("graphs", "train", "outputs", 3, "name"), "next[6:13]"),
+        (("graphs", "train", "outputs", 3, "name"), "next[06:12]"),
+        (("graphs", "train", "outputs", 3, "name"), "next[-6:0]"),
+        (("graphs", "train", "outputs", 3, "name"), "state[6:12]"),
+        (("graphs", "train", "outputs", 3, "dtype"), "int64"),
+        (("graphs", "train", "inputs", 4), tensor("state[7:13]", [6], role="optimizer")),
+        (("graphs", "train", "inputs", 4), tensor("state[6:11]", [6], role="optimizer")),
+        (("graphs", "train", "inputs", 4), tensor("state[12:6]", [6], role="optimizer")),
+        (("state", 1, "name"), "next[0:6]"),
+        (("micro_batches",), 0),
+        (("micro_batches",), 2),
+        (("micro_batches",), 3),
+        (("memory", "tensors"), -1),
+        (("memory", "tensors"), 5001),
+        (("memory", "recomputed"), -1),
         (("graphs", "eval", "inputs", 1, "role"), "optimizer"),
         (("graphs", "eval", "inputs"), []),
         (("graphs", "eval", "outputs", 0, "shape"), [4, 3]),
@@ -223,6 +242,22 @@ def change(path, value):
 def test_hostile_manifest_is_refused(path, value):
     with pytest.raises(ArtifactError, match=r"manifest\.json: "):
         Manifest.parse(change(path, value))
+
+
+def test_overlapping_and_distant_ranges_of_the_state_are_named():
+    name = ("graphs", "train", "outputs", 3, "name")
+    with pytest.raises(ArtifactError, match=r"'next\[0:6\]' and 'next\[5:11\]' overlap"):
+        Manifest.parse(change(name, "next[5:11]"))
+    with pytest.raises(ArtifactError, match=r"'next\[7:13\]' is no range of 12 state values"):
+        Manifest.parse(change(name, "next[7:13]"))
+
+
+def test_input_that_is_a_range_across_tensors_has_its_place_in_the_state():
+    mapping = content()
+    mapping["graphs"]["train"]["inputs"][3:] = [tensor("state[2:9]", [7], role="parameter")]
+    manifest = Manifest.parse(encode(mapping))
+    places = {spec.name: manifest.place_of(spec) for spec in manifest.graphs["train"].inputs}
+    assert places == {"x": None, "y": None, "lr": None, "state[2:9]": 2}
 
 
 def test_cost_table_says_which_sum_is_wrong():

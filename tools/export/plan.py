@@ -52,8 +52,9 @@ def fit(
     """
     least: Plan | None = None
     most = micro_batches if budget is None else max(micro_batches, batch // 2)
-    for parts in range(micro_batches, most + 1):
-        if parts < 1 or batch % parts:
+    allowed = range(micro_batches, most + 1) if micro_batches > 0 else ()
+    for parts in allowed:
+        if batch % parts:
             continue
         compiler = compile_for(parts)
         plan = _within(compiler, compiler.train(), budget)

@@ -1,0 +1,46 @@
+"""Compiled steps without the files around them, and how the agent has ONNX Runtime run them."""
+
+import numpy as np
+import onnxruntime
+import torch
+
+from tools.export import Sgd
+from tools.export.admission import admit
+from tools.export.compiler import Compiler
+from tools.export.tracing.step import Moments
+
+
+def compiler(module, shape, *, batch, classes, parts=1):
+    """Of a classifier under SGD."""
+    tensors = admit(module, name="net", classes=classes, shape=shape, batch=batch // parts)
+    return Compiler(
+        module, tensors, optimizer=Sgd(), task="classify", shape=(batch, *shape), classes=classes,
+        moments=Moments(parts),
+    )  # fmt: skip
+
+
+def random_inputs(program, *, classes, seed=0):
+    """By name; what is a scale, a variance or a step count is over 0."""
+    random = np.random.default_rng(seed)
+    found = {}
+    for name in program.inputs:
+        spec = program.specs[name]
+        if spec.dtype == torch.int64:
+            found[name] = random.integers(0, classes, spec.shape)
+        else:
+            values = random.standard_normal(spec.shape) * 0.1
+            one = spec.shape == () or "var" in name
+            found[name] = np.asarray(values + 1 if one else values, np.float32)
+    return found
+
+
+def run(program, feed):
+    """The outputs by name, of the nodes as they stand."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        program.model().SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
