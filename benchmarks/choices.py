@@ -11,6 +11,7 @@ Measured: see docs/benchmarks.md.
 
 import argparse
 import contextlib
+import math
 import statistics
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks import race, worker
-from benchmarks.race import Entry
+from benchmarks.race import ContenderError, Entry
 from benchmarks.train_step import contenders
 from benchmarks.train_step.setting import Setting
 from wire.errors import StillhouseError
@@ -34,7 +35,7 @@ def _one_by_one(tensors: Any) -> Any:
     found: list[Piece] = []
     for name, tensor in tensors.trained.items():
         start = found[-1].start + found[-1].size if found else 0
-        found.append(Piece(f"piece{len(found)}", start, (Part(name, tensor.numel()),)))
+        found.append(Piece(f"optim.piece{len(found)}", start, (Part(name, tensor.numel()),)))
     return tuple(found)
 
 
@@ -94,7 +95,7 @@ def _changed(variant: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 0, or 2 where the input is bad."""
+    """Measure; 0, or 2 where the input is bad or the whole step itself fails."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["worker"]:
         return _worker(*given[1:])
@@ -104,16 +105,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="resnet8")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
+    parser.add_argument("--batch", type=_count, default=32)
+    parser.add_argument("--threads", type=_count, default=1)
+    parser.add_argument("--rounds", type=_count, default=5)
+    parser.add_argument("--seconds", type=_seconds, default=1.0, help="of a turn")
     try:
         _measure(parser.parse_args(given))
     except StillhouseError as fault:
         print(f"choices: {fault}", file=sys.stderr)
         return 2
     return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 600:
+        raise argparse.ArgumentTypeError(f"expected over 0 to 600, got {text!r}")
+    return value
 
 
 def _worker(variant: str, folder: str, threads: str) -> int:
@@ -146,6 +163,8 @@ def _measure(options: argparse.Namespace) -> None:
             entries, threads=options.threads, rounds=options.rounds, seconds=options.seconds,
             logs=Path(scratch), say=lambda _: None,
         )  # fmt: skip
+    if courses[0].failed:
+        raise ContenderError(f"the whole step fails, so nothing compares: {courses[0].failed}")
     print(f"{options.model}, batch {options.batch}, {options.threads} threads")
     print(f"{'':32}{'images/s':>10}{'x whole':>10}{'lowest - highest':>20}{'memory':>10}")
     whole = courses[0].turns

@@ -116,6 +116,13 @@ def _train(
             f"artifact {artifact.digest:.12} is of task {manifest.task!r} and takes no teacher "
             "logits; export it with --task distill"
         )
+    if "mu" in inputs:
+        inputs["mu"][...] = order.mu
+    elif order.mu:
+        raise ArtifactError(
+            f"artifact {artifact.digest:.12} has no proximal term for mu = {order.mu}; export it "
+            "with --proximal"
+        )
     preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
     per_epoch = -(-len(desk.images.y) // manifest.batch)
     loss = correct = 0.0

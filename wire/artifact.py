@@ -42,12 +42,13 @@ from wire import costs, records
 from wire.costs import LayerCost, NodeCosts
 from wire.errors import ArtifactError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "init.safetensors"
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FILE_BYTES = 2 << 30
 MAX_TENSORS = 4096
+MAX_MICRO_BATCHES = 1024
 MAX_VALUES = 1 << 28
 
 Role = Literal["batch", "setting", "metric", "result", "parameter", "buffer", "optimizer"]
@@ -85,8 +86,8 @@ class Graph:
     """One ONNX file and what goes in and out of it.
 
     Attributes:
-        flops: 2 x multiply-adds, for one run of the batch.
-        layers, nodes: what a run of the batch costs, see wire.costs.
+        flops: 2 x multiply-adds, for one run of the graph.
+        layers, nodes: what a run costs, see wire.costs.
     """
 
     file: str
@@ -196,7 +197,8 @@ class Memory:
     recomputed: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tensors <= self.process < 1 << 62 or self.recomputed < 0:
+        sizes = 0 <= self.tensors <= self.process < 1 << 62
+        if not sizes or not 0 <= self.recomputed <= costs.MAX_NODES:
             raise ValueError(
                 f"memory: {self.tensors} bytes of tensors in {self.process}, {self.recomputed} "
                 f"nodes run again"
@@ -224,11 +226,12 @@ class Manifest:
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= 1 << 16:
             raise ValueError(f"batch: expected 1 to {1 << 16}, got {self.batch}")
-        if self.micro_batches < 1 or self.batch % self.micro_batches:
+        if not 1 <= self.micro_batches <= MAX_MICRO_BATCHES or self.batch % self.micro_batches:
             raise ValueError(
-                f"micro_batches: expected a divisor of the batch of {self.batch}, got "
-                f"{self.micro_batches}"
+                f"micro_batches: expected a divisor of the batch of {self.batch}, at most "
+                f"{MAX_MICRO_BATCHES}, got {self.micro_batches}"
             )
+        _check_shape("a batch", (self.batch, *self.model.input), 2, 5)
         self.preprocess.check(channels=self.model.input[0])
         _check_names("state", self.state)
         for spec in self.state:
@@ -236,6 +239,10 @@ class Manifest:
                 raise ValueError(f"state: {spec.name!r} is {spec.dtype} with role {spec.role!r}")
             if _RANGE.fullmatch(spec.name):
                 raise ValueError(f"state: a tensor may not have the name of a range, {spec.name!r}")
+            if spec.name.startswith(ANCHOR):
+                begun = replace(spec, name=spec.name.removeprefix(ANCHOR), role="parameter")
+                if spec.role != "optimizer" or self._known.get(begun.name) != begun:
+                    raise ValueError(f"state: {spec.name!r} is no parameter's beginning")
         if self.features is not None:
             _check_shape("features", self.features, 1, 4)
         expected = {"train", "eval"} | ({"extract"} if self.features else set())
@@ -266,9 +273,12 @@ class Manifest:
             given += [TensorSpec(n, (), "float32", "setting") for n in ("first", "last")]
         metrics = [TensorSpec(n, (), "float32", "metric") for n in ("loss", "correct")]
         train = self.graphs["train"]
-        own = [spec for spec in train.inputs if self.place_of(spec) is None]
+        own = [s for s in train.inputs if self.place_of(s) is None or s.name.startswith("next[")]
         _expect("inputs of train", tuple(own), given)
         moved = [spec for spec in train.outputs if spec not in metrics]
+        for spec in (*train.inputs, *moved):
+            if _RANGE.fullmatch(spec.name) and spec.role not in STATE_ROLES:
+                raise ValueError(f"train: the range {spec.name!r} has the role {spec.role!r}")
         _expect("outputs of train", train.outputs, [*metrics, *moved])
         self._check_moved(moved)
         readable = [x, *(spec for spec in self.state if spec.role != "optimizer")]
@@ -306,6 +316,10 @@ class Manifest:
         return self.batch // self.micro_batches
 
     @cached_property
+    def _known(self) -> Mapping[str, TensorSpec]:
+        return {spec.name: spec for spec in self.state}
+
+    @cached_property
     def offsets(self) -> Mapping[str, int]:
         """By state tensor: where it begins in the state vector."""
         ends = itertools.accumulate(spec.size for spec in self.state)
@@ -319,7 +333,7 @@ class Manifest:
     def place_of(self, spec: TensorSpec) -> int | None:
         """Where in the state vector an input or an output begins; None for one that is no state."""
         if spec.name in self.offsets:
-            return self.offsets[spec.name] if spec in self.state else None
+            return self.offsets[spec.name] if self._known[spec.name] == spec else None
         span = _range("state", spec) or _range("next", spec)
         return span[0] if span is not None and span[1] <= self.values else None
 

@@ -1,10 +1,12 @@
 """What a graph costs, counted when it is compiled: by layer and phase, and by node.
 
-    flops               2 x multiply-adds of convolutions and matrix products, of one run of the
-                        batch; what else a node computes is not in this column
+    flops               2 x multiply-adds of convolutions and matrix products, of one run;
+                        what else a node computes is not in this column
     bytes               read and written by the nodes; a view (a reshape, say) moves none
     activation_bytes    what the forward pass makes and the backward pass still reads, counted where
-                        it is made; of all micro-batches together
+                        it is made
+
+A run is one of the graph: of the batch, or of one of its micro-batches.
 
 Phases: `forward` is the model, the loss and its metric, `backward` the gradients, `update` the
 optimizer, running statistics and sums over micro-batches. Layers are the paths of the model's

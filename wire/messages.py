@@ -117,6 +117,7 @@ class Order:
         lr: learning rate.
         alpha: weight of the distillation term; 0 turns it off (FedGKT).
         temperature: softens both softmaxes of the distillation term.
+        mu: weight of the proximal term; over 0 takes an artifact that has one (FedProx).
         augment: random crop (padding 4) and horizontal flip of each training image.
         seed: of shuffling, augmentation and stochastic rounding.
         returns: what to send back and the codec spec of each: "state" (parameters and buffers),
@@ -137,6 +138,7 @@ class Order:
     data_digest: str = ""
     alpha: float = 0.0
     temperature: float = 1.0
+    mu: float = 0.0
     augment: bool = False
 
     def __post_init__(self) -> None:

@@ -223,6 +223,11 @@ def test_logits_for_other_samples_are_refused(artifact, desk):
         perform(order(artifact, teacher=short, data_digest="cd" * 32), artifact, None, desk)
 
 
+def test_a_proximal_weight_is_refused_where_the_artifact_has_no_such_term(artifact, desk):
+    with pytest.raises(ArtifactError, match=r"no proximal term for mu = 0\.1; export it"):
+        perform(order(artifact, mu=0.1), artifact, None, desk)
+
+
 def test_foreign_weights_and_a_foreign_data_set_are_refused(artifact, desk):
     ref = desk.blobs.put(tensors.pack([("w", np.ones((2, 2), np.float32), "float32")], seed=0))
     with pytest.raises(ArtifactError, match="'w' is"):

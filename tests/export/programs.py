@@ -7,7 +7,7 @@ import torch
 from tools.export import Sgd
 from tools.export.admission import admit
 from tools.export.compiler import Compiler
-from tools.export.tracing.step import Moments
+from tools.export.tracing.step import Extras
 
 
 def compiler(module, shape, *, batch, classes, parts=1):
@@ -15,7 +15,7 @@ def compiler(module, shape, *, batch, classes, parts=1):
     tensors = admit(module, name="net", classes=classes, shape=shape, batch=batch // parts)
     return Compiler(
         module, tensors, optimizer=Sgd(), task="classify", shape=(batch, *shape), classes=classes,
-        moments=Moments(parts),
+        extras=Extras(parts),
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tools.export.__main__ import main
 from wire.artifact import open_artifact
 
@@ -42,3 +44,37 @@ def test_bad_input_ends_with_two_and_a_reason(tmp_path, capsys):
     assert main(["--model", "resnet8", "--momentum", "2", *rest]) == 2
     assert "momentum: expected 0 or more" in capsys.readouterr().err
     assert not (tmp_path / "art").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--input", "3,x"], "--input: expected numbers like 3,32,32, got '3,x'"),
+        (["--mean", "0.5,"], "--mean: expected numbers like 0.5,0.5,0.5, got '0.5,'"),
+        *(
+            (
+                ["--memory-mb", value],
+                f"--memory-mb: expected megabytes over 0, like 250, got '{value}'",
+            )
+            for value in ("nan", "inf", "0", "-1", "much")
+        ),
+    ],
+)
+def test_argument_that_is_no_number_ends_with_two_and_a_reason(tmp_path, arguments, reason, capsys):
+    out = tmp_path / "art"
+    rest = ["--model", "resnet8", "--classes", "3", "--batch", "4", "--out", str(out)]
+    with pytest.raises(SystemExit) as end:
+        main([*rest, f"{arguments[0]}={arguments[1]}"])
+    assert end.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_help_says_what_the_command_does_and_what_less_memory_costs(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Compile a model's training step into an artifact" in text
+    assert "activations are computed again, and if that is not enough the batch is split" in text
+    assert text.count("batch norm then sees one part at a time") == 2

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tools.export import export
-from tools.export.remedies import remedy
+from tools.export.remedies import _FAMILIES, remedy
 from wire.errors import ExportError
 
 
@@ -158,7 +158,112 @@ def test_parameter_that_cannot_be_trained_is_named(tmp_path, change, words):
 def test_batch_of_one_is_refused_for_a_batch_norm_by_its_place(tmp_path):
     message = refusal(Network(nn.BatchNorm2d(3)), tmp_path, batch=1)
     assert "'block.1' is a batch norm" in message
+    assert "normalizes by that one sample's own statistics" in message
     assert "export with a batch of 2 or more, or use GroupNorm" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["x", "y", "lr", "loss", "correct", "logits", "state[0:12]", "next[3:4]", "c0", "v12"]
+)
+@pytest.mark.parametrize("kind", ["parameter", "state buffer", "integer buffer", "constant buffer"])
+def test_tensor_with_a_name_of_the_compiled_steps_own_is_refused(tmp_path, key, kind):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+    if kind == "parameter":
+        network.register_parameter(key, nn.Parameter(torch.zeros(2), requires_grad=False))
+    elif kind == "integer buffer":
+        network.register_buffer(key, torch.arange(2))
+    else:
+        network.register_buffer(key, torch.zeros(2), persistent=kind == "state buffer")
+    message = refusal(network, tmp_path)
+    assert f"a tensor is called {key!r}, which the compiled step uses itself; rename" in message
+
+
+def test_module_called_optim_is_refused(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+    network.add_module("optim", nn.Linear(5, 5))
+    assert "a tensor is called 'optim.weight'" in refusal(network, tmp_path)
+
+
+def test_tensor_whose_name_only_resembles_a_range_is_kept(tmp_path):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(108, 5)
+            for key in ("next", "state[0]", "state[0:2]s", "v", "c1x"):
+                self.register_parameter(key, nn.Parameter(torch.zeros(5)))
+
+        def forward(self, x):
+            return self.head(x.flatten(1)) + sum(self._parameters.values())
+
+    artifact = export(
+        Shifted(), name="net", classes=5, input_shape=(3, 6, 6), batch=4, task="classify",
+        out=tmp_path / "art",
+    )  # fmt: skip
+    assert {"next", "state[0]", "state[0:2]s", "v", "c1x"} <= {
+        spec.name for spec in artifact.manifest.state
+    }
+
+
+def test_parameter_without_values_is_named(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+    network.register_parameter("gap", nn.Parameter(torch.zeros(0)))
+    assert "parameter 'gap' has no values (shape (0,))" in refusal(network, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.complex64], ids=str)
+@pytest.mark.parametrize("persistent", [True, False], ids=["saved", "not saved"])
+def test_buffer_of_another_type_is_named(tmp_path, dtype, persistent):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(108, 5))
+    network.register_buffer("table", torch.zeros(3, dtype=dtype), persistent=persistent)
+    message = refusal(network, tmp_path)
+    assert f"buffer 'table' is {dtype}, expected torch.float32, int64, int32 or bool" in message
+    assert "cast it to int64 or float32" in message
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "words"),
+    [
+        (lambda x: x.no_such, "in evaluation mode fails on a batch of shape (4, 3, 6, 6), in mod"),
+        (lambda x: x + "s", "in evaluation mode fails on a batch of shape (4, 3, 6, 6), in mod"),
+        (lambda x: x @ x[0, 0, :2], "in evaluation mode fails on a batch of shape (4, 3, 6, 6), "),
+        (lambda _: 1 / 0, "in evaluation mode fails on a batch of shape (4, 3, 6, 6), in module"),
+    ],
+    ids=["attribute", "type", "shapes", "arithmetic"],
+)
+def test_evaluation_mode_that_fails_is_refused_with_its_place(tmp_path, evaluate, words):
+    class Moody(Part):
+        def forward(self, x):
+            return self.conv(x) if self.training else super().forward(x)
+
+    message = refusal(Network(Moody(evaluate)), tmp_path)
+    assert words in message
+    assert "module 'block.1' (Moody): " in message
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "got"),
+    [(lambda y: (y, y), "tuple"), (lambda y: y[:, :2], "(4, 2)"), (lambda _: None, "NoneType")],
+    ids=["tuple", "shape", "nothing"],
+)
+def test_evaluation_mode_that_returns_anything_but_logits_is_refused(tmp_path, evaluate, got):
+    class Moody(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if self.training else evaluate(y)
+
+    message = refusal(Moody(nn.Flatten(), nn.Linear(108, 5)), tmp_path)
+    assert f"expected logits of shape (4, 5) in evaluation mode, got {got}; return what" in message
+
+
+def test_logits_of_another_type_are_refused(tmp_path):
+    network = Network(nn.Identity())
+    network.register_forward_hook(lambda *args: args[-1].double())
+    assert "expected logits of torch.float32, got torch.float64" in refusal(network, tmp_path)
+
+
+@pytest.mark.parametrize("word", _FAMILIES)
+def test_every_family_gives_its_own_remedy(word):
+    assert remedy(f"aten.{word}.default") == _FAMILIES[word]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,14 @@ def test_widening_convolution_with_batch_norm_however_it_is_used(use, bias):
     assert_same(Widening(use=use, bias=bias), SHAPE)
 
 
+@pytest.mark.parametrize("side", [2, 3, 8])
+def test_strided_and_padded_convolution_is_not_taken_for_a_plain_one(side):
+    # With a stride of 2 and a padding of 1 an image of 2 or 3 pixels keeps its size.
+    module = nn.Sequential(nn.Conv2d(4, 16, 1, 2, 1, bias=False), nn.BatchNorm2d(16))
+    module[1].num_batches_tracked = None
+    assert_same(module, (4, 4, side, side))
+
+
 class Classifier(nn.Module):
     """A trained convolution, the widening one, a linear layer."""
 
@@ -104,11 +112,12 @@ def test_input_with_a_mean_of_a_few_deviations_costs_no_digits():
     assert_same(Widening(shift=3.0), SHAPE)
 
 
-def test_large_mean_keeps_the_variance_to_a_thousandth():
-    (y, mean, variance), (true_y, true_mean, true_variance) = forwarded(Widening(shift=30.0))
+def test_large_mean_keeps_the_variance():
+    # Second moments less the squared mean would be off by 3 % here.
+    (y, mean, variance), (true_y, true_mean, true_variance) = forwarded(Widening(shift=300.0))
     np.testing.assert_allclose(mean, true_mean, rtol=1e-6, atol=1e-5)
-    np.testing.assert_allclose(variance, true_variance, rtol=1e-3)
-    np.testing.assert_allclose(y, true_y, atol=2e-3)
+    np.testing.assert_allclose(variance, true_variance, rtol=1e-5)
+    np.testing.assert_allclose(y, true_y, atol=2e-4)
 
 
 @pytest.mark.parametrize("level", [0.0, 3.0, -300.0])
@@ -118,7 +127,7 @@ def test_constant_input_has_no_variance_and_gives_no_nan(level):
     np.testing.assert_allclose(mean, true_mean, rtol=1e-6, atol=1e-5)
     assert (variance >= 0).all()
     # What is left is rounding: products of the level with itself, to float32's 24 bits.
-    assert variance.max() <= level**2 * 2**-20
+    assert variance.max() <= level**2 * 2**-40
     assert np.abs(y).max() <= 0.05
 
 

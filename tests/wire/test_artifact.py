@@ -46,7 +46,7 @@ def content():
     following = [tensor("next[0:6]", [6], role="parameter")]
     following += [tensor("next[6:12]", [6], role="optimizer")]
     return {
-        "format": 1,
+        "format": 2,
         "model": {"name": "m", "classes": 2, "input": [3], "keep_rate": 1.0},
         "task": "classify",
         "batch": 4,
@@ -147,7 +147,7 @@ def change(path, value):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("format",), 2),
+        (("format",), 1),
         (("format",), True),
         (("format",), "1"),
         (("surprise",), 1),
@@ -221,6 +221,12 @@ def change(path, value):
         (("memory", "tensors"), -1),
         (("memory", "tensors"), 5001),
         (("memory", "recomputed"), -1),
+        (("memory", "recomputed"), 1 << 40),
+        (("graphs", "train", "inputs", 4), tensor("next[6:12]", [6], role="optimizer")),
+        (("graphs", "train", "inputs", 4), tensor("state[6:12]", [6], role="metric")),
+        (("graphs", "train", "outputs", 3, "role"), "result"),
+        (("state", 1, "name"), "optim.anchor.ghost"),
+        (("state", 1), tensor("optim.anchor.w", [3, 2], role="optimizer")),
         (("graphs", "eval", "inputs", 1, "role"), "optimizer"),
         (("graphs", "eval", "inputs"), []),
         (("graphs", "eval", "outputs", 0, "shape"), [4, 3]),
@@ -242,6 +248,17 @@ def change(path, value):
 def test_hostile_manifest_is_refused(path, value):
     with pytest.raises(ArtifactError, match=r"manifest\.json: "):
         Manifest.parse(change(path, value))
+
+
+def test_a_batch_is_bounded_as_a_whole_whatever_its_micro_batches():
+    mapping = content()
+    mapping["batch"] = mapping["micro_batches"] = 1024
+    mapping["model"]["input"] = [3, 8192, 8192]
+    with pytest.raises(ArtifactError, match="a batch: shape"):
+        Manifest.parse(encode(mapping))
+    mapping["batch"] = mapping["micro_batches"] = 1 << 16
+    with pytest.raises(ArtifactError, match="at most 1024"):
+        Manifest.parse(encode(mapping))
 
 
 def test_overlapping_and_distant_ranges_of_the_state_are_named():
@@ -292,7 +309,7 @@ def test_cost_of_a_phase_is_that_of_its_layers():
         b"null",
         b"\xff\xfe",
         b"[" * 100_000,
-        b'{"format":1}',
+        b'{"format":2}',
         b" " * (5 << 20),
         encode(content()) + b"\n",
         encode(content()).replace(b'"batch":4', b'"batch":4,"batch":4'),

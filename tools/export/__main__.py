@@ -1,7 +1,11 @@
-"""Command line: `python -m tools.export --model resnet8 --classes 10 --batch 32 --out DIR`."""
+"""Compile a model's training step into an artifact that the edge agent trains with.
+
+python -m tools.export --model resnet8 --classes 10 --batch 32 --out DIR
+"""
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,14 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", required=True, help="a known name, or package.module:factory")
     parser.add_argument("--classes", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True, help="samples a step, fixed")
     parser.add_argument("--micro-batches", type=int, default=1,
-                        help="parts of a batch that are run one by one")  # fmt: skip
-    parser.add_argument("--memory-mb", type=float,
-                        help="most for the agent's process in training, 10^6 bytes")  # fmt: skip
+                        help="parts of a batch that are run one by one, to save memory; "
+                        "batch norm then sees one part at a time")  # fmt: skip
+    parser.add_argument("--memory-mb", type=_megabytes,
+                        help="most for the agent's process in training, 10^6 bytes; to fit, "
+                        "activations are computed again, and if that is not enough the batch is "
+                        "split into micro-batches; batch norm then sees one part at a "
+                        "time")  # fmt: skip
     parser.add_argument("--proximal", action="store_true", help="FedProx's term, weighed by mu")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--task", choices=["distill", "classify"], default="distill")
@@ -79,11 +91,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers like 3,32,32, got {text!r}") from None
 
 
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers like 0.5,0.5,0.5, got {text!r}"
+        ) from None
+
+
+def _megabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected megabytes over 0, like 250, got {text!r}")
+    return value
 
 
 def _optimizer(options: argparse.Namespace) -> Optimizer:

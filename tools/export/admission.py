@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,6 +36,20 @@ RESERVED = frozenset(
 )
 _HOOKS = "hooks on saved tensors cannot be compiled; call the module without checkpointing"
 _FLOATS = (torch.float64, torch.float16, torch.bfloat16)
+_BUFFERS = (torch.float32, torch.int64, torch.int32, torch.bool)
+# Ranges of the state vector (tracing/state.py); constants and values of a graph (graphs/graph.py).
+_MADE = re.compile(r"(state|next)\[\d+:\d+\]|[cv]\d+")
+# What a module's own forward raises when it fails on a batch that it was said to take.
+_FAULTS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NameError,
+    ArithmeticError,
+    AssertionError,
+)
 
 
 def admit(
@@ -65,6 +80,11 @@ def _by_role(module: nn.Module, name: str) -> Tensors:
             raise ExportError(
                 f"{name}: parameter {key!r} is {parameter.dtype}, expected torch.float32; {remedy}"
             )
+        if parameter.numel() == 0:
+            raise ExportError(
+                f"{name}: parameter {key!r} has no values (shape {tuple(parameter.shape)}), "
+                f"expected 1 or more; remove it"
+            )
     saved = module.state_dict().keys()
     buffers: dict[str, Tensor] = {}
     fixed: dict[str, Tensor] = {}
@@ -74,18 +94,23 @@ def _by_role(module: nn.Module, name: str) -> Tensors:
                 f"{name}: buffer {key!r} is {buffer.dtype}, expected torch.float32; "
                 f"call .float() on the module"
             )
+        if buffer.dtype not in _BUFFERS:
+            raise ExportError(
+                f"{name}: buffer {key!r} is {buffer.dtype}, expected torch.float32, int64, int32 "
+                f"or bool; cast it to int64 or float32"
+            )
         own = buffer.dtype == torch.float32 and key in saved
         (buffers if own else fixed)[key] = buffer
     tensors = Tensors(parameters, buffers, fixed)
     if not tensors.trained:
         raise ExportError(f"{name}: no parameter requires a gradient; there is nothing to train")
-    _check_names(name, [*parameters, *buffers])
+    _check_names(name, [*parameters, *buffers, *fixed])
     return tensors
 
 
 def _check_names(name: str, keys: Iterable[str]) -> None:
     for key in keys:
-        if key in RESERVED or key.startswith("optim.") or key.endswith(".next"):
+        if key in RESERVED or key.startswith("optim.") or _MADE.fullmatch(key):
             raise ExportError(
                 f"{name}: a tensor is called {key!r}, which the compiled step uses itself; "
                 f"rename the attribute"
@@ -98,7 +123,8 @@ def _check_norms(module: nn.Module, name: str, batch: int) -> None:
             continue
         if batch == 1:
             raise ExportError(
-                f"{name}: {path!r} is a batch norm, which has no variance over a batch of 1; "
+                f"{name}: {path!r} is a batch norm; with a batch of 1 it normalizes by that one "
+                f"sample's own statistics, and PyTorch refuses it where a channel has one value; "
                 f"export with a batch of 2 or more, or use GroupNorm"
             )
         if part.momentum is None and part.track_running_stats:
@@ -131,24 +157,10 @@ class _Trail:
 def _check_learning(
     module: nn.Module, name: str, classes: int, shape: tuple[int, ...], tensors: Tensors
 ) -> None:
-    """One real forward and backward pass on a copy: shapes, and who gets a gradient."""
-    module = copy.deepcopy(module).train()
+    """Real forward passes on a copy in both modes, one backward: shapes, who gets a gradient."""
+    module = copy.deepcopy(module)
     trail = _Trail(module)
-    random = torch.Generator().manual_seed(0)
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
-            logits = module(torch.randn(shape, generator=random))
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as fault:
-        raise ExportError(
-            f"{name}: its forward pass fails on a batch of shape {shape}, in {trail}: {fault}"
-        ) from fault
-    expected = (shape[0], classes)
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ExportError(
-            f"{name}: expected logits of shape {expected}, got {got}; state the number of classes "
-            f"that the network has"
-        )
+    logits = _logits(module.train(), trail, name, classes, shape)
     if logits.requires_grad:
         labels = torch.arange(shape[0]) % classes
         F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
@@ -159,6 +171,36 @@ def _check_learning(
             f"{name}: parameter {idle[0]!r} gets no gradient ({len(idle)} such); remove it, or set "
             f"requires_grad=False to send it along unchanged"
         )
+    _logits(module.eval(), trail, name, classes, shape)
+
+
+def _logits(
+    module: nn.Module, trail: _Trail, name: str, classes: int, shape: tuple[int, ...]
+) -> Tensor:
+    """Of random images, in the mode that the module is in."""
+    mode = "" if module.training else " in evaluation mode"
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
+            logits = module(images)
+    except _FAULTS as fault:
+        raise ExportError(
+            f"{name}: its forward pass{mode} fails on a batch of shape {shape}, in {trail}: {fault}"
+        ) from fault
+    expected = (shape[0], classes)
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        remedy = "state the number of classes that the network has"
+        raise ExportError(
+            f"{name}: expected logits of shape {expected}{mode}, got {got}; "
+            f"{'return what training returns' if mode else remedy}"
+        )
+    if logits.dtype != torch.float32:
+        raise ExportError(
+            f"{name}: expected logits of torch.float32{mode}, got {logits.dtype}; "
+            f"call .float() on them"
+        )
+    return logits
 
 
 def _check_flow(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
@@ -171,8 +213,8 @@ def _check_flow(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
         try:
             for training in (True, False):
                 functional_call(module.train(training), fake, (torch.empty(shape),))
-        except RuntimeError as fault:
-            reason = str(fault).strip().splitlines()[0]
+        except _FAULTS as fault:
+            reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
             raise ExportError(
                 f"{name}: {trail} looks at its data ({reason}); a compiled step has fixed shapes "
                 f"and a fixed flow: no branch, loop, .item() or look-up by a mask that depends on "

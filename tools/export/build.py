@@ -21,7 +21,7 @@ from tools.export.compiler import Compiler
 from tools.export.graphs.cost import costs, flops
 from tools.export.graphs.program import Program
 from tools.export.tracing.optimizers import Optimizer, Sgd
-from tools.export.tracing.step import Moments, Task
+from tools.export.tracing.step import Extras, Task
 from wire import artifact
 from wire.artifact import Artifact, FileRef, Manifest, ModelInfo, Preprocess, TensorSpec
 from wire.errors import ExportError
@@ -91,7 +91,7 @@ def export(
             admit(module, name=name, classes=classes, shape=shape, batch=batch // parts)
         return Compiler(
             module, tensors, optimizer=chosen, task=task, shape=(batch, *shape), classes=classes,
-            moments=Moments(parts, proximal),
+            extras=Extras(parts, proximal),
         )  # fmt: skip
 
     budget = None if memory_mb is None else int(memory_mb * 1e6)
@@ -143,8 +143,8 @@ def _manifest(
         format=artifact.FORMAT,
         model=info,
         task=compiler.task,
-        batch=compiler.batch["x"].shape[0] * compiler.kept.micro_batches,
-        micro_batches=compiler.kept.micro_batches,
+        batch=compiler.batch["x"].shape[0] * compiler.extras.micro_batches,
+        micro_batches=compiler.extras.micro_batches,
         memory=chosen.memory,
         preprocess=preprocess,
         features=graphs["extract"].outputs[0].shape[1:] if "extract" in graphs else None,

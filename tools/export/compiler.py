@@ -17,7 +17,7 @@ from tools.export.rules.layout import concat, reshape
 from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.provenance import settled
 from tools.export.tracing.state import Piece, Tensors, offsets, pieces, span
-from tools.export.tracing.step import Moments, Task, trace_eval, trace_train
+from tools.export.tracing.step import Extras, Task, trace_eval, trace_train
 from wire.artifact import Role, TensorSpec
 from wire.errors import ExportError
 
@@ -60,11 +60,11 @@ class Compiler:
         task: Task,
         shape: tuple[int, ...],
         classes: int,
-        moments: Moments,
+        extras: Extras,
     ) -> None:
         self.module, self.tensors, self.optimizer, self.task = module, tensors, optimizer, task
-        self.kept = moments
-        samples, scalar = shape[0] // moments.micro_batches, torch.ones(())
+        self.extras = extras
+        samples, scalar = shape[0] // extras.micro_batches, torch.ones(())
         self.batch = {
             "x": torch.zeros(samples, *shape[1:]),
             "y": torch.zeros(samples, dtype=torch.int64),
@@ -73,13 +73,13 @@ class Compiler:
         if task == "distill":
             self.batch |= {"teacher": torch.zeros(samples, classes)}
             self.settings |= {"alpha": scalar, "temperature": scalar}
-        if moments.micro_batches > 1:
+        if extras.micro_batches > 1:
             self.settings |= {"first": scalar, "last": scalar}
-        if moments.proximal:
+        if extras.proximal:
             self.settings |= {"mu": scalar}
-        self.moments = moments.initial(optimizer, tensors.trained)
+        self.kept = extras.initial(optimizer, tensors.trained)
         parameters = {**tensors.trained, **tensors.parameters}
-        self.state = {**parameters, **tensors.buffers, **self.moments}
+        self.state = {**parameters, **tensors.buffers, **self.kept}
         self._offsets = offsets({name: value.numel() for name, value in self.state.items()})
 
     def train(self) -> Program:
@@ -96,7 +96,7 @@ class Compiler:
             pieces=cut,
             batch=self.batch,
             settings=self.settings,
-            moments=self.kept,
+            extras=self.extras,
         )
         places = self._places(cut)
         g = Graph()
@@ -129,7 +129,7 @@ class Compiler:
         places = {piece.key: (piece.start, piece.size) for piece in cut}
         first = next(iter(self.tensors.trained))
         keys = {piece.key: torch.zeros(1) for piece in cut}
-        for key in self.kept.initial(self.optimizer, keys):
+        for key in self.extras.initial(self.optimizer, keys):
             if key == STEP:
                 places[key] = (self._offsets[key], 1)
                 continue
@@ -178,7 +178,7 @@ class Compiler:
         if name not in self._offsets:
             start = int(name.partition("[")[2].partition(":")[0])
             name = [key for key, offset in self._offsets.items() if offset <= start][-1]
-        if name in self.moments:
+        if name in self.kept:
             return "optimizer"
         return "parameter" if name in self.tensors.parameters else "buffer"
 

@@ -1,8 +1,8 @@
 """Does the compiled step do what PyTorch does? Five steps side by side after every export.
 
 PyTorch's own modules, autograd and torch.optim train for five steps on random batches. The compiled
-step runs each of them from the same state. After each, every parameter, buffer and optimizer tensor
-must satisfy
+step runs each of them from the same state, by the agent's own trainer. After each, every parameter,
+buffer and optimizer tensor must satisfy
 
     max |onnx - torch| <= 1e-4 * max(max |torch|, 1e-6) + 4 * noise
 
@@ -23,22 +23,22 @@ where they had none, other batches are tried, three times in all; a wrong rule f
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edge_agent.trainer import Inference, TrainStep
 from models import SplitModel
 from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.step import GRADIENT
-from wire.artifact import ANCHOR, Manifest
+from wire.artifact import ANCHOR, Artifact, Manifest, open_artifact
 from wire.errors import ExportError
 
 STEPS = 5
@@ -114,7 +114,8 @@ def _trial(
     seed: int,
 ) -> Difference:  # fmt: skip
     random = np.random.default_rng(seed)
-    runs = {name: _session(manifest, folder, name) for name in manifest.graphs}
+    artifact = open_artifact(folder)
+    compiled_step = TrainStep(artifact, start, threads=1)
     module = copy.deepcopy(module).train()
     trained = [p for p in module.parameters() if p.requires_grad]
     eager = _Eager(module, optimizer.reference(trained, LR), manifest)
@@ -127,12 +128,9 @@ def _trial(
             near = {**batch, "x": batch["x"] * _near_one(random, batch["x"].shape)}
             others.append(copy.deepcopy(eager).perturbed(random).step(near))
         exact = eager.step(batch)
-        compiled = _compiled_step(runs["train"], manifest, batch, state)
+        compiled = _run(compiled_step, batch, state)
         state = {name: exact[name] for name in state}
-        for name in sorted(set(runs) - {"train"}):
-            out = runs[name]({"x": batch["x"][: manifest.micro_batch], **state})
-            results = [spec.name for spec in manifest.graphs[name].outputs]
-            compiled |= {f"{key} of {name}": out[key] for key in results}
+        compiled |= _evaluate(artifact, batch["x"][: manifest.micro_batch], state)
         if set(exact) != set(compiled):
             odd = sorted(set(exact) ^ set(compiled))
             raise ExportError(f"{manifest.model.name}: only one side has the tensors {odd}")
@@ -143,21 +141,26 @@ def _trial(
     return max(differences, key=lambda difference: difference.share)
 
 
-def _compiled_step(
-    run: Callable[[Named], Named], manifest: Manifest, batch: Named, state: Named
-) -> Named:
-    """The state, the loss and the number of correct samples after all micro-batches."""
-    parts, sums = manifest.micro_batches, {"loss": np.zeros(()), "correct": np.zeros(())}
-    for part in range(parts):
-        own = {key: np.split(value, parts)[part] for key, value in batch.items()}
-        turn = {
-            "first": np.array(part == 0, np.float32),
-            "last": np.array(part == parts - 1, np.float32),
-        }
-        out = run({**own, **_SETTINGS, **turn, **state})
-        state = {name: out[name] for name in state}
-        sums = {name: value + out[name] for name, value in sums.items()}
-    return state | sums
+def _run(step: TrainStep, batch: Named, state: Named) -> Named:
+    """One compiled step from the state: the state after it and the metrics."""
+    for name, view in step.state.items():
+        view[...] = state[name]
+    for name, buffer in step.inputs.items():
+        buffer[...] = batch[name] if name in batch else _SETTINGS[name]
+    step()
+    found = {name: view.copy() for name, view in step.state.items()}
+    return found | {"loss": step.loss.copy(), "correct": step.correct.copy()}
+
+
+def _evaluate(artifact: Artifact, x: Array, state: Named) -> Named:
+    """What the graphs for evaluation make of a micro-batch."""
+    found: Named = {}
+    for name in sorted(set(artifact.manifest.graphs) - {"train"}):
+        run = Inference(artifact, name, state, threads=1)
+        run.x[...] = x
+        run()
+        found |= {f"{key} of {name}": value for key, value in run.outputs.items()}
+    return found
 
 
 def _near_one(random: np.random.Generator, shape: Sequence[int]) -> Array:
@@ -269,34 +272,3 @@ class _Eager:
             if "step" in state:
                 tensors[STEP] = state["step"]
         return tensors
-
-
-def _session(manifest: Manifest, folder: Path, name: str) -> Callable[[Named], Named]:
-    graph = manifest.graphs[name]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        folder / graph.file, options, providers=["CPUExecutionProvider"]
-    )
-
-    def run(values: Named) -> Named:
-        """The outputs, and the state with what the graph moves of it."""
-        state = np.concatenate([values[spec.name].reshape(-1) for spec in manifest.state])
-        feed, found = {}, {}
-        for spec in graph.inputs:
-            start = manifest.place_of(spec)
-            held = None if start is None else state[start : start + spec.size]
-            feed[spec.name] = values[spec.name] if held is None else held.reshape(spec.shape)
-        outputs = session.run(None, feed)
-        for spec, value in zip(graph.outputs, outputs, strict=True):
-            start = manifest.place_of(spec)
-            if start is None:
-                found[spec.name] = value
-            else:
-                state[start : start + spec.size] = value.reshape(-1)
-        for spec in manifest.state:
-            own = state[manifest.offsets[spec.name] :][: spec.size]
-            found[spec.name] = own.reshape(spec.shape)
-        return found
-
-    return run

@@ -42,7 +42,7 @@ def node_flops(program: Program, node: Node) -> int:
         return 0
     left, right = (program.specs[name].shape for name in node.inputs[:2])
     out = program.specs[node.outputs[0]].shape
-    if node.op in {"Conv", "FusedConv"}:  # weight (outputs, inputs / groups, *kernel)
+    if node.op == "Conv":  # weight (outputs, inputs / groups, *kernel)
         return 2 * math.prod(out) * math.prod(right[1:])
     if node.op == "ConvTranspose":  # weight (inputs, outputs / groups, *kernel)
         return 2 * math.prod(left) * math.prod(right[1:])

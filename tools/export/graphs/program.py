@@ -17,8 +17,8 @@ Array = NDArray[Any]
 OPSET = 18  # the newest that every onnxruntime since 1.15 runs
 IR_VERSION = 9
 CONTRIB = "com.microsoft"  # operators beyond the standard that every onnxruntime has
-CONTRIB_OPS = frozenset(["FusedConv", "FusedMatMul"])
-PRODUCTS = frozenset(["Conv", "FusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm"])
+CONTRIB_OPS = frozenset(["FusedMatMul"])
+PRODUCTS = frozenset(["Conv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm"])
 
 _ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,

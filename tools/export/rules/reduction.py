@@ -160,7 +160,7 @@ def outer(g: Graph, a: Value, b: Value, alpha: float = 1.0) -> Value:
     """(N, ..., A, L), (N, ..., B, L) -> (..., A, B): alpha * the sum over N and L of products.
 
     ONNX Runtime transposes the right factor as it reads it, so that the one with fewer rows goes
-    there; of two ways this is up to a third faster.
+    there; this is the faster of two ways.
     """
     if a.shape[-2] < b.shape[-2]:
         whole = outer(g, b, a, alpha)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PIECES = "optim.piece"  # + number: the names of pieces, which no tensor of a module can have
 PIECE = 1 << 17  # values, half a megabyte
 
 
@@ -78,7 +79,7 @@ def pieces(tensors: Tensors) -> tuple[Piece, ...]:
 def _close(found: list[Piece], waiting: list[Part]) -> None:
     if waiting:
         start = found[-1].start + found[-1].size if found else 0
-        found.append(Piece(f"piece{len(found)}", start, tuple(waiting)))
+        found.append(Piece(f"{PIECES}{len(found)}", start, tuple(waiting)))
         waiting.clear()
 
 

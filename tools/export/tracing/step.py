@@ -50,7 +50,7 @@ def loss(
 
 
 @dataclass(frozen=True)
-class Moments:
+class Extras:
     """What a step keeps besides parameters and buffers."""
 
     micro_batches: int = 1
@@ -74,7 +74,7 @@ def trace_train(
     pieces: Sequence[Piece],
     batch: Mapping[str, Tensor],
     settings: Mapping[str, Tensor],
-    moments: Moments,
+    extras: Extras,
 ) -> tuple[fx.GraphModule, list[str]]:
     """One step on (batch, settings, parameters, buffers, pieces, their optimizer state, fixed).
 
@@ -89,7 +89,7 @@ def trace_train(
         state and fixed buffers under the names of the inputs that they follow.
     """
     theta = {piece.key: piece.gradient(tensors.trained).detach() for piece in pieces}
-    state = moments.initial(optimizer, theta)
+    state = extras.initial(optimizer, theta)
     sources = {
         **batch, **settings, **tensors.parameters, **tensors.buffers, **theta, **state,
         **tensors.fixed,
@@ -110,7 +110,7 @@ def trace_train(
             at(LOSS)
             correct = (logits.argmax(1) == held["y"]).to(torch.float32).sum()
             value = loss(logits, held["y"], *kd)
-            parts = moments.micro_batches
+            parts = extras.micro_batches
             return value / parts if parts > 1 else value, (buffers, correct)
 
         grads, (value, (buffers, correct)) = grad_and_value(objective, has_aux=True)(
@@ -119,7 +119,7 @@ def trace_train(
         at(OPTIMIZER, "update")
         gradients = {piece.key: piece.gradient(grads) for piece in pieces}
         old = {n: held[n] for n in (*theta, *state)}
-        if moments.proximal:
+        if extras.proximal:
             value = value + _pulled(old, gradients, held)
         new = _moved(optimizer, old, gradients, held)
         following = {n: buffers[n] for n in tensors.buffers} | new

@@ -2,7 +2,7 @@
 
 Forward and backward share their costly part: a graph holds a repeated node once. A mask is one
 `HardSigmoid` of a huge slope, min(1, max(0, 3e38 v)), which is 1 for every v > 0 but a denormal
-one; ONNX Runtime takes twice as long for a comparison and a cast, and three passes for `Where`.
+one; a comparison and a cast are two passes, `Where` is three.
 Tanh, sigmoid, ELU, softplus, mish, log-sigmoid and the clamps are left to PyTorch's decompositions.
 """
 

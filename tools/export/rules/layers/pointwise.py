@@ -18,7 +18,9 @@ channel. With P = dy z^T (M, K) and t = the sums of dy:
     dz = (diag(a) W)^T dy + (W^T diag(b) W) z + W^T (c - b W m)
 
 Neither x nor dx is there in memory. The wide tensors are read twice (for P and for dz) where the
-plain way takes eight passes over them; on ResNet-8 a step takes a fifth less time.
+plain way takes eight passes over them. All of it holds as well for z - m in place of z, with m = 0.
+
+Measured: `python -m benchmarks.choices`, see docs/benchmarks.md.
 """
 
 import math
@@ -34,11 +36,21 @@ WIDER = 2  # how many times as many outputs as inputs make the detour by C pay
 
 @dataclass(frozen=True)
 class Pointwise:
-    """A note on x: what it is made of. mean (K, 1), covariance (K, K)."""
+    """A note on x: what it is made of.
+
+    Attributes:
+        z, weight: the convolution's input and weight.
+        mean: m, (K, 1).
+        seen: z, or z - m where S - m m^T could lose digits: all that follows reads this.
+        rest: the mean of `seen`, (K, 1), or None where that is 0.
+        covariance: C, (K, K).
+    """
 
     z: Value
     weight: Value
     mean: Value
+    seen: Value
+    rest: Value | None
     covariance: Value
 
     @property
@@ -70,19 +82,29 @@ def seen_through(g: Graph, x: Value) -> Pointwise | None:
         return None
     z, weight = (g.value(name) for name in node.inputs[:2])
     outputs, inputs, *kernel = weight.shape
-    plain = all(k == 1 for k in kernel) and z.shape[2:] == x.shape[2:] and inputs == z.shape[1]
+    steps = (*kernel, *node.attribute("strides"), node.attribute("group"))
+    plain = all(n == 1 for n in steps) and not any(node.attribute("pads"))
     if not plain or outputs < WIDER * inputs:
         return None
     known = g.noted(x, Pointwise)
     if known is None:
-        flat = columns(g, z)
-        mean = reshape(g, reduce(g, "ReduceMean", flat, [0, 2]), (inputs, 1))
-        count = math.prod(z.shape) // inputs
-        second = outer(g, flat, flat, 1 / count)
-        squared = matmul(g, mean, mean, right=True)
-        known = Pointwise(z, weight, mean, sub(g, second, squared))
+        known = _moments(g, z, weight)
         g.note(x, known)
     return known
+
+
+def _moments(g: Graph, z: Value, weight: Value) -> Pointwise:
+    inputs, count = z.shape[1], math.prod(z.shape) // z.shape[1]
+    mean = reshape(g, reduce(g, "ReduceMean", columns(g, z), [0, 2]), (inputs, 1))
+    maker = g.maker(z)
+    if maker is not None and maker.op == "Relu":
+        # What a ReLU lets through deviates from its mean about as much as the mean itself.
+        second = outer(g, columns(g, z), columns(g, z), 1 / count)
+        covariance = sub(g, second, matmul(g, mean, mean, right=True))
+        return Pointwise(z, weight, mean, z, mean, covariance)
+    centred = sub(g, z, reshape(g, mean, [inputs] + [1] * (len(z.shape) - 2)))
+    covariance = outer(g, columns(g, centred), columns(g, centred), 1 / count)
+    return Pointwise(z, weight, mean, centred, None, covariance)
 
 
 def columns(g: Graph, a: Value) -> Value:
@@ -105,8 +127,8 @@ def normalised(g: Graph, pointwise: Pointwise, *, mean: Value, scale: Value, bia
     rows = pointwise.matrix[0]
     wide = [rows] + [1] * (len(pointwise.weight.shape) - 1)
     weight = mul(g, pointwise.weight, reshape(g, scale, wide))
-    shift = sub(g, bias, mul(g, scale, mean))
-    return _convolve(g, pointwise.z, weight, shift)
+    shift = bias if pointwise.rest is None else sub(g, bias, mul(g, scale, mean))
+    return _convolve(g, pointwise.seen, weight, shift)
 
 
 def _convolve(g: Graph, z: Value, weight: Value, bias: Value | None) -> Value:
@@ -120,7 +142,7 @@ def _convolve(g: Graph, z: Value, weight: Value, bias: Value | None) -> Value:
 
 def _product(g: Graph, pointwise: Pointwise, dy: Value) -> Value:
     """P = dy z^T, (M, K)."""
-    return outer(g, columns(g, dy), columns(g, pointwise.z))
+    return outer(g, columns(g, dy), columns(g, pointwise.seen))
 
 
 def joint(g: Graph, pointwise: Pointwise, dy: Value, total: Value) -> Value:
@@ -128,7 +150,9 @@ def joint(g: Graph, pointwise: Pointwise, dy: Value, total: Value) -> Value:
     rows, inner = pointwise.matrix
     weight = reshape(g, pointwise.weight, (rows, inner))
     raw = reduce(g, "ReduceSum", mul(g, weight, _product(g, pointwise, dy)), [1])
-    mean = reshape(g, matmul(g, weight, pointwise.mean), (rows,))
+    if pointwise.rest is None:
+        return raw
+    mean = reshape(g, matmul(g, weight, pointwise.rest), (rows,))
     return sub(g, raw, mul(g, total, mean))
 
 
@@ -137,8 +161,10 @@ def weight_gradient(g: Graph, dx: Gradient) -> Value:
     pointwise = dx.of
     weight = reshape(g, pointwise.weight, pointwise.matrix)
     spread = mul(g, matmul(g, weight, pointwise.covariance), mul(g, dx.b, pointwise.count))
-    level = matmul(g, mul(g, dx.c, pointwise.count), pointwise.mean, right=True)
-    whole = add(g, add(g, mul(g, _product(g, pointwise, dx.dy), dx.a), spread), level)
+    whole = add(g, mul(g, _product(g, pointwise, dx.dy), dx.a), spread)
+    if pointwise.rest is not None:
+        level = matmul(g, mul(g, dx.c, pointwise.count), pointwise.rest, right=True)
+        whole = add(g, whole, level)
     return reshape(g, whole, pointwise.weight.shape)
 
 
@@ -150,7 +176,9 @@ def input_gradient(g: Graph, dx: Gradient) -> Value:
     weight = reshape(g, pointwise.weight, (rows, inner))
     back = transpose(g, mul(g, weight, dx.a), [1, 0])
     mixed = matmul(g, weight, mul(g, weight, dx.b), left=True)
-    level = sub(g, dx.c, mul(g, dx.b, matmul(g, weight, pointwise.mean)))
+    level = dx.c
+    if pointwise.rest is not None:
+        level = sub(g, level, mul(g, dx.b, matmul(g, weight, pointwise.rest)))
     bias = reshape(g, matmul(g, weight, level, left=True), (inner,))
-    first = _convolve(g, pointwise.z, reshape(g, mixed, (inner, inner, *ones)), bias)
+    first = _convolve(g, pointwise.seen, reshape(g, mixed, (inner, inner, *ones)), bias)
     return add(g, _convolve(g, dx.dy, reshape(g, back, (inner, rows, *ones)), None), first)
