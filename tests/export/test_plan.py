@@ -91,7 +91,7 @@ def test_number_of_micro_batches_that_does_not_divide_the_batch_is_refused(
 
 @pytest.mark.parametrize("memory_mb", [None, 1000])
 def test_micro_batch_of_one_is_refused_with_a_batch_norm_by_its_place_only(tmp_path, memory_mb):
-    with pytest.raises(ExportError, match=r"^small: '1' is a batch norm, .* a batch of 1; "):
+    with pytest.raises(ExportError, match=r"^small: '1' is a batch norm; with a batch of 1 it "):
         export_small(tmp_path / "art", micro_batches=4, memory_mb=memory_mb)
     assert list(tmp_path.iterdir()) == []
     module = small(lambda width: nn.GroupNorm(2, width))
