@@ -77,7 +77,9 @@ SESSIONS: dict[str, Callable[[Any, Any], object]] = {
     "memory pattern": lambda _, o: setattr(o, "enable_mem_pattern", True),
     "planned reuse": lambda _, o: setattr(o, "enable_mem_reuse", True),
     "no arena": lambda _, o: setattr(o, "enable_cpu_mem_arena", False),
-    "spinning": lambda _, o: o.add_session_config_entry("session.intra_op.allow_spinning", "1"),
+    "sleeping threads": lambda _, o: o.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    ),
 }
 
 

@@ -160,8 +160,10 @@ def _session(artifact: Artifact, graph: Graph, threads: int) -> ort.InferenceSes
     options.enable_mem_reuse = False
     # Values that fade to denormals in training are slow on x86; elsewhere this changes nothing.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    # A Pi often shares its cores: idle threads must not spin between operators.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads spin between the operators of a run, which are too short to sleep in between, but not
+    # a moment longer: a Pi often shares its cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return ort.InferenceSession(
             artifact.folder / graph.file, options, providers=["CPUExecutionProvider"]
