@@ -5,6 +5,7 @@
 The step as it is compiled and run, and beside it the same step without one of its parts: each in a
 process of its own, in turns (`race`). A variant's speed is its images/s over those of the whole
 step in the same round, the median of that; its memory is the peak of a bare process with the step.
+By how much the whole step's own twin differs from it is noise.
 
 Measured: see docs/benchmarks.md.
 """
@@ -26,7 +27,7 @@ from benchmarks.train_step import contenders
 from benchmarks.train_step.setting import Setting
 from wire.errors import StillhouseError
 
-WHOLE = "as it is"
+WHOLE, CONTROL = "as it is", "as it is, once more"
 
 
 def _one_by_one(tensors: Any) -> Any:
@@ -156,7 +157,9 @@ def _measure(options: argparse.Namespace) -> None:
             chosen.write(folder)
             with _graph_without(name):
                 network.export_step(chosen, folder)
-        places = {name: folders.get(name, folders[WHOLE]) for name in (WHOLE, *GRAPHS, *SESSIONS)}
+        places = {
+            name: folders.get(name, folders[WHOLE]) for name in (WHOLE, CONTROL, *GRAPHS, *SESSIONS)
+        }
         entries = [
             Entry(name, ["benchmarks.choices", "worker", name, str(folder)])
             for name, folder in places.items()

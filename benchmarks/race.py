@@ -1,13 +1,15 @@
 """Contenders as processes that take turns.
 
 A shared machine is now fast, now slow. All contenders are alive at once and one of them runs, for
-about a second, while the others wait on their pipes; round after round, each round beginning with
-the next one. What the machine does to one it does to all, and ratios are taken within a round.
+about a second, while the others wait on their pipes; round after round, each in an order of its
+own, so that none always follows the same other. What the machine does to one it does to all, and
+ratios are taken within a round.
 """
 
 import contextlib
 import json
 import os
+import random
 import select
 import subprocess
 import sys
@@ -132,8 +134,7 @@ def run(
                 workers[name] = worker
         for number in range(rounds):
             say(f"round {number + 1} of {rounds}")
-            first = number % len(courses)
-            for course in courses[first:] + courses[:first]:
+            for course in random.Random(number).sample(courses, len(courses)):
                 if course.failed:
                     continue
                 worker = workers[course.entry.name]
