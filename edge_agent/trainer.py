@@ -31,6 +31,8 @@ class TrainStep:
         artifact: opened and verified.
         state: every state tensor of the artifact by name; copied.
         threads: of one operator; 0 takes all cores.
+        flush_denormals: take numbers under 1.2e-38 for 0. The first session of a process decides
+            it for the thread that makes it, whatever else that thread computes.
 
     Attributes:
         inputs: the bound buffers to write before a step: `x` (B, *input) float32, `y` (B,) int64,
@@ -42,11 +44,18 @@ class TrainStep:
         ArtifactError: `state` does not hold exactly the artifact's tensors.
     """
 
-    def __init__(self, artifact: Artifact, state: Mapping[str, Array], *, threads: int) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        state: Mapping[str, Array],
+        *,
+        threads: int,
+        flush_denormals: bool = True,
+    ) -> None:
         manifest = artifact.manifest
         _check_state(manifest.state, state)
         graph = manifest.graphs["train"]
-        self._session = _session(artifact, graph, threads)
+        self._session = _session(artifact, graph, threads, flush_denormals=flush_denormals)
         self._manifest = manifest
         # What a proximal term pulls toward is where this training begins.
         sources = [spec.name.removeprefix(ANCHOR) for spec in manifest.state]
@@ -120,7 +129,13 @@ class Inference:
     """
 
     def __init__(
-        self, artifact: Artifact, kind: str, state: Mapping[str, Array], *, threads: int
+        self,
+        artifact: Artifact,
+        kind: str,
+        state: Mapping[str, Array],
+        *,
+        threads: int,
+        flush_denormals: bool = True,
     ) -> None:
         if kind not in artifact.manifest.graphs:
             raise ArtifactError(
@@ -128,7 +143,7 @@ class Inference:
                 "graph; features come only from split models such as resnet8"
             )
         graph = artifact.manifest.graphs[kind]
-        self._session = _session(artifact, graph, threads)
+        self._session = _session(artifact, graph, threads, flush_denormals=flush_denormals)
         self.outputs: State = {o.name: np.empty(o.shape, o.dtype) for o in graph.outputs}
         inputs = {
             spec.name: np.zeros(spec.shape, spec.dtype)
@@ -144,7 +159,9 @@ class Inference:
         self._session.run_with_iobinding(self._binding)
 
 
-def _session(artifact: Artifact, graph: Graph, threads: int) -> ort.InferenceSession:
+def _session(
+    artifact: Artifact, graph: Graph, threads: int, *, flush_denormals: bool
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -159,7 +176,7 @@ def _session(artifact: Artifact, graph: Graph, threads: int) -> ort.InferenceSes
     options.enable_mem_pattern = False
     options.enable_mem_reuse = False
     # Values that fade to denormals in training are slow on x86; elsewhere this changes nothing.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush_denormals)))
     # Threads spin between the operators of a run, which are too short to sleep in between, but not
     # a moment longer: a Pi often shares its cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")

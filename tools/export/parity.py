@@ -115,7 +115,7 @@ def _trial(
 ) -> Difference:  # fmt: skip
     random = np.random.default_rng(seed)
     artifact = open_artifact(folder)
-    compiled_step = TrainStep(artifact, start, threads=1)
+    compiled_step = TrainStep(artifact, start, threads=1, flush_denormals=False)
     module = copy.deepcopy(module).train()
     trained = [p for p in module.parameters() if p.requires_grad]
     eager = _Eager(module, optimizer.reference(trained, LR), manifest)
@@ -156,7 +156,7 @@ def _evaluate(artifact: Artifact, x: Array, state: Named) -> Named:
     """What the graphs for evaluation make of a micro-batch."""
     found: Named = {}
     for name in sorted(set(artifact.manifest.graphs) - {"train"}):
-        run = Inference(artifact, name, state, threads=1)
+        run = Inference(artifact, name, state, threads=1, flush_denormals=False)
         run.x[...] = x
         run()
         found |= {f"{key} of {name}": value for key, value in run.outputs.items()}
