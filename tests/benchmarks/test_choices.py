@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import choices, race
-from benchmarks.choices import GRAPHS, SESSIONS, WHOLE, main
+from benchmarks.choices import CONTROL, GRAPHS, SESSIONS, WHOLE, main
 from benchmarks.race import Course
 from benchmarks.train_step import network
 
@@ -15,7 +15,12 @@ def test_a_short_run_compares_every_variant_with_the_whole_step(capsys):
     assert main(["--batch", "4", "--rounds", "1", "--seconds", "0.2"]) == 0
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head == "resnet8, batch 4, 1 threads"
-    names = [WHOLE, *(f"without {key}" for key in GRAPHS), *(f"with {key}" for key in SESSIONS)]
+    names = [
+        WHOLE,
+        CONTROL,
+        *(f"without {key}" for key in GRAPHS),
+        *(f"with {key}" for key in SESSIONS),
+    ]
     assert len(lines) == len(names)
     for name, line in zip(names, lines, strict=True):
         figures = r" +([\d.]+) +([\d.]+) +([\d.]+) - ([\d.]+) +(\d+) MB"
