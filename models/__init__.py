@@ -1,5 +1,24 @@
-"""PyTorch definitions of the networks, and the registry that makes them by name."""
+"""PyTorch definitions of the networks, the registry that makes them by name, and sub-models."""
 
+from models.average import Average
 from models.registry import SplitModel, build, input_shape, names
+from models.submodel import layout, narrow
+from models.units import Layout, Units, choose, cut, digest, kept, paste, places
 
-__all__ = ["SplitModel", "build", "input_shape", "names"]
+__all__ = [
+    "Average",
+    "Layout",
+    "SplitModel",
+    "Units",
+    "build",
+    "choose",
+    "cut",
+    "digest",
+    "input_shape",
+    "kept",
+    "layout",
+    "names",
+    "narrow",
+    "paste",
+    "places",
+]

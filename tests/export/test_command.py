@@ -35,6 +35,19 @@ def test_command_exports_a_users_own_model(tmp_path):
     assert artifact.manifest.preprocess.mean == (0.1,)
 
 
+def test_keep_rate_compiles_a_sub_model(tmp_path, capsys):
+    small = ["--model", "caldas_cnn", "--classes", "10", "--batch", "2", "--task", "classify"]
+    out = tmp_path / "art"
+    assert main([*small, "--keep-rate", "0.25", "--out", str(out)]) == 0
+    manifest = open_artifact(out).manifest
+    shapes = {spec.name: spec.shape for spec in manifest.state}
+    assert manifest.model.keep_rate == 0.25
+    assert shapes["conv2.weight"] == (16, 8, 5, 5)
+    assert shapes["fc2.weight"] == (10, 128)
+    assert main([*small, "--keep-rate", "1.5", "--out", str(tmp_path / "none")]) == 2
+    assert "keep_rate: expected more than 0 and at most 1" in capsys.readouterr().err
+
+
 def test_bad_input_ends_with_two_and_a_reason(tmp_path, capsys):
     rest = ["--classes", "3", "--batch", "4", "--out", str(tmp_path / "art")]
     assert main(["--model", "resnet56", *rest]) == 2

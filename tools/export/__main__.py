@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         torch.manual_seed(options.seed)
         module, shape = _build(options.model, options.classes, options.input)
+        if options.keep_rate != 1:
+            parts = models.layout(module, shape)  # type: ignore[arg-type]  # it checks the shape
+            module = models.narrow(module, parts, options.keep_rate)
         artifact = export(
             module,
             name=options.model,
@@ -37,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             optimizer=_optimizer(options),
             mean=options.mean,
             std=options.std,
+            keep_rate=options.keep_rate,
             micro_batches=options.micro_batches,
             memory_mb=options.memory_mb,
             proximal=options.proximal,
@@ -71,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
                         "activations are computed again, and if that is not enough the batch is "
                         "split into micro-batches; batch norm then sees one part at a "
                         "time")  # fmt: skip
+    parser.add_argument("--keep-rate", type=float, default=1.0,
+                        help="of a sub-model: the share of each hidden layer's units that it "
+                        "has")  # fmt: skip
     parser.add_argument("--proximal", action="store_true", help="FedProx's term, weighed by mu")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--task", choices=["distill", "classify"], default="distill")

@@ -1,0 +1,163 @@
+"""Index sets of Federated Dropout: which units a sub-model keeps, and its tensors by them.
+
+Caldas et al. 2018 (arXiv 1812.07210): of every hidden layer a fixed number of units
+stays, k = max(1, round(p * n)) of n at keep rate p, drawn without replacement; what is left of the
+weight matrices is dense and smaller. Here a *unit* is a neuron of a hidden linear layer or a filter
+of a hidden convolution, with all that belongs to it: its bias and normalization, its inputs to the
+next layers, and the channels that a skip connection adds to it. A *group* is a set of units that
+are drawn from together, most often a layer's. All of this is arithmetic on numpy arrays;
+`models.submodel` finds the groups of a network.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire import seeds
+from wire.errors import StillhouseError
+
+Array = NDArray[Any]
+Axis = NDArray[np.int64]
+"""The unit that each index along an axis belongs to, or -1: of no unit, always kept.
+
+Units are numbered through all groups of a layout, in the order of `Layout.groups`.
+"""
+
+Units = Mapping[str, NDArray[np.int64]]
+"""The kept units of each group: indices from 0 to the group's width, ascending."""
+
+Places = tuple[NDArray[np.int64], ...]
+"""Indices along each axis of a whole tensor: `whole[np.ix_(*places)]` is the sub-model's.
+
+They end with the last axis that is cut: later ones are whole. A tensor that is whole has no places,
+and `whole[np.ix_()]` is all of it.
+"""
+
+How = Literal["random", "shared", "ordered", "rolling"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which indices of which tensors belong to which unit.
+
+    Attributes:
+        groups: name (of the first layer that makes the units, such as "conv1") -> width, 2 or more.
+        axes: state_dict name (of parameters and floating-point buffers) -> by axis; None: whole.
+        shapes: state_dict name -> shape in the whole model.
+    """
+
+    groups: Mapping[str, int]
+    axes: Mapping[str, tuple[Axis | None, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def kept(layout: Layout, keep_rate: float) -> dict[str, int]:
+    """How many units of each group stay: k = max(1, round(p * n)).
+
+    Raises:
+        StillhouseError: the keep rate is not in (0, 1].
+    """
+    if not 0 < keep_rate <= 1:
+        raise StillhouseError(
+            f"keep_rate: expected more than 0 and at most 1 (1 keeps all), got {keep_rate}"
+        )
+    return {name: max(1, round(keep_rate * width)) for name, width in layout.groups.items()}
+
+
+def choose(
+    layout: Layout, keep_rate: float, how: How, *, seed: int, round_: int, device: str
+) -> dict[str, NDArray[np.int64]]:
+    """The units that a device keeps in a round.
+
+    Args:
+        layout: of the whole model.
+        keep_rate: p, in (0, 1].
+        how: "random" draws anew for each device and round (Caldas et al. 2018); "shared" draws once
+            a round, the same for all devices; "ordered" takes the first k (HeteroFL, Diao et al.
+            2020, arXiv 2010.01264; FjORD, Horvath et al. 2021, arXiv 2102.13451); "rolling" a
+            window of k that starts at the round's number and wraps around (FedRolex, Alam et al.
+            2022, arXiv 2212.01548), so that n rounds train each of n units k times.
+        seed: of the run.
+        round_: number of the round.
+        device: name of the device.
+
+    Raises:
+        StillhouseError: the keep rate is not in (0, 1].
+    """
+    chosen = {}
+    for name, k in kept(layout, keep_rate).items():
+        n = layout.groups[name]
+        if how == "ordered":
+            order = np.arange(n)
+        elif how == "rolling":
+            order = (round_ + np.arange(n)) % n
+        else:
+            # Sorting n uniform 64-bit integers shuffles; the first k are a draw without replacement
+            # (a tie, which would favour the lower index, has odds of n^2 / 2^65).
+            drawn_for = device if how == "random" else None
+            text = json.dumps(["sub-model", seed, round_, drawn_for, name])
+            key = hashlib.sha256(text.encode()).digest()
+            first, second = (int.from_bytes(key[at : at + 8], "little") for at in (0, 8))
+            order = seeds.raw(first, second, n).argsort(kind="stable")
+        chosen[name] = np.sort(order[:k]).astype(np.int64)
+    return chosen
+
+
+def digest(units: Units) -> str:
+    """SHA-256, in hexadecimal, of the index set's canonical JSON: equal sets have equal names."""
+    plain = {name: indices.tolist() for name, indices in units.items()}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def places(layout: Layout, units: Units, name: str) -> Places:
+    """Where the tensor `name` of a sub-model lies in the whole one; see `Places`."""
+    return _places(layout, _marks(layout, units), name)
+
+
+def all_places(layout: Layout, units: Units) -> dict[str, Places]:
+    """`places` of every tensor, at about the cost of one."""
+    marks = _marks(layout, units)
+    return {name: _places(layout, marks, name) for name in layout.axes}
+
+
+def cut(state: Mapping[str, Array], layout: Layout, units: Units) -> dict[str, Array]:
+    """The tensors of the sub-model, dense: contiguous copies in the dtype that they have."""
+    at = all_places(layout, units)
+    return {name: tensor[np.ix_(*at[name])].copy() for name, tensor in state.items()}
+
+
+def paste(
+    state: Mapping[str, Array], part: Mapping[str, Array], layout: Layout, units: Units
+) -> dict[str, Array]:
+    """A copy of the whole model's tensors with those of a sub-model put back where they were."""
+    at = all_places(layout, units)
+    whole = {name: tensor.copy() for name, tensor in state.items()}
+    for name, tensor in part.items():
+        whole[name][np.ix_(*at[name])] = tensor
+    return whole
+
+
+def _marks(layout: Layout, units: Units) -> NDArray[np.bool_]:
+    """By a unit's number, whether it stays; the last entry, which index -1 finds, is true."""
+    marks = np.zeros(sum(layout.groups.values()) + 1, bool)
+    marks[-1] = True
+    first = 0
+    for name, width in layout.groups.items():
+        marks[first + units[name]] = True
+        first += width
+    return marks
+
+
+def _places(layout: Layout, marks: NDArray[np.bool_], name: str) -> Places:
+    axes = layout.axes[name]
+    cuts = max((i for i, axis in enumerate(axes, 1) if axis is not None), default=0)
+    return tuple(
+        np.arange(length) if axis is None else np.flatnonzero(marks[axis])
+        for axis, length in zip(axes[:cuts], layout.shapes[name][:cuts], strict=True)
+    )
