@@ -10,7 +10,12 @@ from numpy.typing import NDArray
 MASK64 = (1 << 64) - 1
 
 
-def raw(seed: int, stream: int, n: int) -> NDArray[np.uint64]:
-    """`n` uniform 64-bit integers of a stream; (seed, stream) is the Philox key."""
+def source(seed: int, stream: int) -> np.random.Philox:
+    """A stream from its start, to be drawn from piece by piece; (seed, stream) is the key."""
     key = np.array([seed & MASK64, stream & MASK64], dtype=np.uint64)
-    return np.random.Philox(key=key).random_raw(n)
+    return np.random.Philox(key=key)
+
+
+def raw(seed: int, stream: int, n: int) -> NDArray[np.uint64]:
+    """The first `n` uniform 64-bit integers of a stream."""
+    return source(seed, stream).random_raw(n)

@@ -1,7 +1,13 @@
 """Named tensors in a frame: how weights, updates, features and logits travel and rest.
 
-Header: `seed`, and for each tensor its name, dtype, shape and codec spec, in body order. The body
-is the encoded tensors one after another, without gaps. Integers travel raw (spec "raw").
+Header: `seed`, and for each tensor its name, dtype, shape and codec spec, in body order; and its
+`size`, the bytes it takes, where its codec has no fixed size (`zstd`). The body is the encoded
+tensors one after another, without gaps. Integers travel raw (spec "raw").
+
+**Policy** MATRICES[/VECTORS], such as `hadamard|q=4` or `eden|b=2/float16`: weight matrices and
+filters, with two dimensions or more, go by the first codec, biases and norm parameters by the
+second, `float32` unless said. Caldas et al. 2018, section 3: the small vectors are sensitive and
+cost next to nothing.
 """
 
 import hashlib
@@ -14,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire import codecs, frames, records
+from wire.codecs import Codec
 from wire.errors import CodecError
 from wire.frames import Frame, Kind
 
@@ -24,6 +31,39 @@ RAW_DTYPES = ("int64", "int32", "uint16", "uint8")
 KNOWN_DTYPES = ("float32", *RAW_DTYPES)
 MAX_TENSORS = 4096
 MAX_NAME = 256
+MAX_VALUES = 1 << 26  # of all tensors of a frame together: 256 MiB as float32
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which codec a float tensor of a model goes by."""
+
+    matrices: Codec
+    vectors: Codec
+
+    @property
+    def spec(self) -> str:
+        """The text that `policy` makes this of."""
+        return f"{self.matrices.spec}/{self.vectors.spec}"
+
+    def codec(self, array: Array) -> Codec:
+        """The codec of one tensor."""
+        return self.matrices if array.ndim >= 2 else self.vectors
+
+
+def policy(spec: str) -> Policy:
+    """Read MATRICES[/VECTORS].
+
+    Raises:
+        CodecError: a codec that does not exist, or more than two.
+    """
+    matrices, *others = spec.split("/")
+    if len(others) > 1:
+        raise CodecError(
+            f"policy {spec!r:.80}: expected MATRICES[/VECTORS], a codec or two, got "
+            f"{1 + len(others)}"
+        )
+    return Policy(codecs.parse(matrices), codecs.parse(others[0] if others else "float32"))
 
 
 @dataclass(frozen=True)
@@ -34,6 +74,7 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     spec: str
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.name) <= MAX_NAME:
@@ -45,7 +86,21 @@ class Entry:
         ):
             raise ValueError(f"shape of {self.name!r} is out of range: {self.shape!r:.80}")
         if (self.spec == "raw") != (self.dtype in RAW_DTYPES) or self.dtype not in KNOWN_DTYPES:
-            raise ValueError(f"{self.name!r}: no {self.dtype} tensor as {self.spec!r}")
+            raise ValueError(f"{self.name!r}: no {self.dtype!r:.40} tensor as {self.spec!r:.80}")
+        if self.spec != "raw":
+            try:
+                codecs.parse(self.spec)
+            except CodecError as fault:
+                raise ValueError(f"{self.name!r}: {fault}") from fault
+        if self.size is None:
+            if not self.fixed_size:
+                raise ValueError(f"{self.name!r} as {self.spec} needs a size, got none")
+        elif self.fixed_size or not 0 <= self.size <= self._largest:
+            raise ValueError(
+                f"{self.name!r} as {self.spec}: expected "
+                f"{'no size' if self.fixed_size else f'a size of 0 to {self._largest} bytes'}, "
+                f"got {self.size}"
+            )
 
     @property
     def values(self) -> int:
@@ -53,8 +108,17 @@ class Entry:
         return math.prod(self.shape)
 
     @property
+    def fixed_size(self) -> bool:
+        """Whether shape and spec say how long the encoded tensor is."""
+        return self.spec == "raw" or codecs.parse(self.spec).fixed_size
+
+    @property
     def bytes(self) -> int:
         """Length of the encoded tensor."""
+        return self._largest if self.size is None else self.size
+
+    @property
+    def _largest(self) -> int:
         if self.spec == "raw":
             return self.values * np.dtype(self.dtype).itemsize
         return codecs.parse(self.spec).size(self.values)
@@ -73,11 +137,13 @@ class _Header:
 
 
 def weights(state: Mapping[str, Array], spec: str) -> list[Named]:
-    """The paper's policy: matrices and filters by `spec`, biases and norm parameters as they are.
+    """The tensors of a model, each with its codec by the policy `spec`.
 
-    Caldas et al. 2018, section 3: the small vectors are sensitive and cost next to nothing.
+    Raises:
+        CodecError: `spec` is no policy.
     """
-    return [(name, a, spec if a.ndim >= 2 else "float32") for name, a in state.items()]
+    by = policy(spec)
+    return [(name, array, by.codec(array).spec) for name, array in state.items()]
 
 
 def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
@@ -92,30 +158,44 @@ def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
     """
     entries, bodies = [], []
     for name, array, spec in tensors:
-        dtype = array.dtype.name
+        dtype, size = array.dtype.name, None
+        if dtype == "float32":
+            codec = codecs.parse(spec)
+            body = codec.encode(array.reshape(-1), seed=_seed(seed, name), name=name)
+            size = None if codec.fixed_size else len(body)
+        else:
+            spec = "raw"  # noqa: PLW2901 - whatever was asked for: integers have no other
+            body = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
         try:
-            entry = Entry(name, dtype, array.shape, spec if dtype == "float32" else "raw")
+            entries.append(Entry(name, dtype, array.shape, spec, size))
         except ValueError as fault:
             raise CodecError(str(fault)) from fault
-        entries.append(entry)
-        if entry.spec == "raw":
-            bodies.append(np.ascontiguousarray(array, np.dtype(dtype).newbyteorder("<")).tobytes())
-        else:
-            flat = array.reshape(-1)
-            bodies.append(codecs.parse(spec).encode(flat, seed=_seed(seed, name), name=name))
+        bodies.append(body)
     header = records.plain(_Header(seed, tuple(entries)))
+    for entry in header["tensors"]:
+        if entry["size"] is None:
+            del entry["size"]
     return frames.encode(Kind.TENSORS, header, b"".join(bodies))
 
 
-def unpack(frame: Frame, *, where: str) -> dict[str, Array]:
+def unpack(frame: Frame, *, where: str, most: int = MAX_VALUES) -> dict[str, Array]:
     """The tensors of a frame.
 
+    Args:
+        frame: of kind TENSORS.
+        where: how to name it in messages.
+        most: values that all tensors may have together. It is checked before anything is decoded:
+            a subsampled or compressed body may be thousands of times smaller than its values.
+
     Raises:
-        CodecError: the header is not one, or the body's length is not what it says.
+        CodecError: the header is not one, the values are too many, or a body is not what it says.
     """
     if frame.kind is not Kind.TENSORS:
         raise CodecError(f"{where}: expected a TENSORS frame, got {frame.kind.name}")
     header = records.build(_Header, frame.header, where=where, error=CodecError)
+    values = sum(entry.values for entry in header.tensors)
+    if values > most:
+        raise CodecError(f"{where}: the tensors have {values} values together, limit {most}")
     declared = sum(entry.bytes for entry in header.tensors)
     if declared != len(frame.body):
         raise CodecError(f"{where}: the tensors take {declared} bytes, got {len(frame.body)}")

@@ -1,4 +1,6 @@
-"""Codecs: exact bytes, unbiased values, bounded errors, and nothing but CodecError on bad input."""
+"""What all codecs promise: exact bytes, declared sizes, finite values, and CodecError otherwise."""
+
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,10 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wire import codecs, frames, tensors
-from wire.errors import CodecError, WireError
+from wire import codecs
+from wire.errors import CodecError
 
-SPECS = ["float32", "identity|q=8", "identity|q=3", "hadamard|q=8", "hadamard|q=4", "hadamard|q=1"]
+LOSSLESS = ["float32", "float32|zstd"]
+SIGNED = [
+    *LOSSLESS, "float16", "float16|zstd",
+    "identity|q=8", "identity|q=3", "identity|s=0.3|q=4", "identity|q=4|zstd",
+    "hadamard|q=8", "hadamard|q=4", "hadamard|q=1", "hadamard|s=0.25|q=1", "hadamard|s=0.01|q=8",
+    "kashin|q=4", "kashin|q=1", "kashin|s=0.5|q=2|zstd",
+    "eden|b=0.05", "eden|b=0.5", "eden|b=0.5|mse", "drive", "drive|mse", "eden|b=1.5",
+    "eden|b=2", "eden|b=2|mse", "eden|b=3.25|mse", "eden|b=5", "eden|b=8|mse", "eden|b=2|zstd",
+]  # fmt: skip
+RELU = ["relu|q=1", "relu|q=3", "relu|q=4", "relu|q=8", "relu|q=2|zstd"]
+SPECS = SIGNED + RELU
 RAMP = np.linspace(-1, 1, 20, dtype=np.float32)
 
 # Both sides of a fleet may run different numpy versions and processors: these bytes must not move.
@@ -19,75 +31,59 @@ GOLDEN = {
     "identity|q=8": "000080bf8180003c000d1b283643515e6c798693a1aebcc9d7e4f2ffffffffff",
     "identity|q=3": "000080bf2549923e4012692359b6f6ffff",
     "hadamard|q=4": "74baa6bfc31c043e948b8976a9a86759c9c6bdb0edf3aca3",
+    "float16": "00bc28bb51ba79b9a2b894b7e5b536b40db1bdaabd2a0d313634e5359437a2387939513a283b003c",
+    "identity|s=0.5|q=4": "790d65bfed58013e104286b9edff0000",
+    "hadamard|q=1": "74baa6bfeeb5f73f5e57bdbf",
+    "hadamard|s=0.5|q=4": "f4f621bf26c3ac3d86158463079afe7a",
+    "kashin|q=4": "964c8fbfca0df53db697977bc2ec4970a2fb4781d967d65a",
+    "kashin|s=0.5|q=2": "964c8fbf75470e3faa2c5957",
+    "eden|b=0.5": "f0bb963f3ee3e49f",
+    "drive": "b113013f5d2b05bc229c5547",
+    "eden|b=1.5": "2af8dd3ea772ce4d2654b59a229c5547",
+    "eden|b=2": "37d8af3ea772ce4d2654b59a4d4ca08676727e20",
+    "eden|b=2|mse": "46c79e3ea772ce4d2654b59a4d4ca08676727e20",
+    "eden|b=5": "5a2cae3ef7c96a0966149fcbee59f0d181947bcce12a2b8b8b9f64f248e8d408dbb1f75d360d7e94"
+    "df744c2c",
+    "relu|q=2": "a622963ebf5a41a5fe00",
+    "relu|q=3": "7034103eb7cb4d01a28db50f00",
 }
+
+
+def coded(spec, values, seed=0):
+    """What arrives of `values`."""
+    codec = codecs.parse(spec)
+    body = codec.encode(values, seed=seed, name="x")
+    return codec.decode(body, len(values), seed=seed, name="x")
+
+
+def valid(spec, values):
+    """Values that a codec takes: none below zero for a feature map."""
+    return np.abs(values) if spec.startswith("relu") else values
 
 
 @pytest.mark.parametrize("spec", GOLDEN)
 def test_golden_bytes(spec):
-    assert codecs.parse(spec).encode(RAMP, seed=7, name="x").hex() == GOLDEN[spec]
+    body = codecs.parse(spec).encode(valid(spec, RAMP), seed=7, name="x")
+    golden = bytes.fromhex(GOLDEN[spec])
+    if spec.startswith(("eden", "drive", "relu")):
+        # Sums of products: processors may round the scale in the last place.
+        np.testing.assert_allclose(
+            np.frombuffer(body[:4], "<f4"), np.frombuffer(golden[:4], "<f4"), rtol=1e-6
+        )
+        body, golden = body[4:], golden[4:]
+    assert body.hex() == golden.hex()
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8, 32, 512, 4096])
-def test_rotation_is_the_dense_hadamard_matrix_and_its_own_inverse(n):
-    rows = np.random.default_rng(n).standard_normal((3, n)).astype(np.float32)
-    dense = codecs.hadamard(n)
-    np.testing.assert_allclose(dense @ dense.T, np.eye(n), atol=1e-5)
-    np.testing.assert_allclose(codecs.rotate(rows), rows @ dense, atol=2e-5)
-    np.testing.assert_allclose(codecs.rotate(codecs.rotate(rows)), rows, atol=2e-5)
+def test_golden_bytes_of_zstd_decode():
+    """Another version of Zstandard may pack other bytes; these must unpack for ever."""
+    packed = bytes.fromhex(
+        "28b52ffd2020010100000080bf8180003c000d1b283643515e6c798693a1aebcc9d7e4f2ffffffffff"
+    )
+    decoded = codecs.parse("identity|q=8|zstd").decode(packed, 20, seed=7, name="x")
+    np.testing.assert_array_equal(decoded, coded("identity|q=8", RAMP, seed=7))
 
 
-@pytest.mark.parametrize("spec", ["identity|q=2", "hadamard|q=1", "hadamard|q=3"])
-def test_the_mean_of_many_decodings_is_the_value(spec):
-    codec = codecs.parse(spec)
-    values = np.random.default_rng(0).standard_normal(300).astype(np.float32)
-    draws = np.stack([
-        codec.decode(codec.encode(values, seed=s, name="x"), 300, seed=s, name="x")
-        for s in range(4000)
-    ])  # fmt: skip
-    standard_error = draws.std(axis=0) / np.sqrt(len(draws))
-    # A value next to a level moves less than once in all draws: no error below one such move.
-    resolution = np.ptp(draws) / len(draws)
-    z = (draws.mean(axis=0) - values) / np.maximum(standard_error, resolution)
-    assert np.abs(z).max() < 5.5
-    assert abs(z.mean()) < 5 / np.sqrt(300)
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_the_error_is_at_most_one_step(bits):
-    codec = codecs.parse(f"identity|q={bits}")
-    values = np.random.default_rng(bits).uniform(-3, 5, 9000).astype(np.float32)
-    decoded = codec.decode(codec.encode(values, seed=1, name="x"), 9000, seed=1, name="x")
-    step = (values.max() - values.min()) / (2**bits - 1)
-    assert np.abs(decoded - values).max() <= step * 1.0001
-
-
-def test_rotation_lowers_the_error_of_a_spiky_vector():
-    values = np.zeros(4096, np.float32)
-    values[5] = 100.0
-    values += np.random.default_rng(0).standard_normal(4096).astype(np.float32) * 0.1
-
-    def error(spec):
-        codec = codecs.parse(spec)
-        got = codec.decode(codec.encode(values, seed=2, name="x"), 4096, seed=2, name="x")
-        return float(np.square(got - values).sum() / np.square(values).sum())
-
-    assert error("hadamard|q=2") < error("identity|q=2") / 10
-
-
-@pytest.mark.parametrize("spec", ["identity|q=1", "identity|q=8"])
-@pytest.mark.parametrize("n", [1, 7, 4096, 4099])
-def test_constants_and_the_zeros_of_a_relu_survive_exactly(spec, n):
-    codec = codecs.parse(spec)
-    constant = np.full(n, 1.2345, np.float32)
-    decoded = codec.decode(codec.encode(constant, seed=0, name="x"), n, seed=0, name="x")
-    np.testing.assert_array_equal(decoded, constant)
-    relu = np.maximum(np.random.default_rng(n).standard_normal(n).astype(np.float32), 0)
-    decoded = codec.decode(codec.encode(relu, seed=0, name="x"), n, seed=0, name="x")
-    if relu.min() == 0:
-        assert (decoded[relu == 0] == 0).all()
-
-
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     hnp.arrays(
         np.float32,
@@ -99,76 +95,197 @@ def test_constants_and_the_zeros_of_a_relu_survive_exactly(spec, n):
 )
 def test_any_vector_round_trips_in_the_declared_size(values, spec, seed):
     codec = codecs.parse(spec)
+    values = valid(spec, values)
+    if spec.startswith("float16"):
+        values = np.clip(values, -65504, 65504)
     body = codec.encode(values, seed=seed, name="x")
-    assert len(body) == codec.size(len(values))
+    if codec.fixed_size:
+        assert len(body) == codec.size(len(values))
+    else:
+        assert len(body) <= codec.size(len(values))
     assert body == codec.encode(values, seed=seed, name="x")
     decoded = codec.decode(body, len(values), seed=seed, name="x")
     assert decoded.shape == values.shape
+    assert decoded.dtype == np.float32
+    assert np.isfinite(decoded).all()
     if codec.lossless:
         np.testing.assert_array_equal(decoded, values)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 63, 1024, 1025, 3481, 3482, 4096, 4099, 140_001])
+def test_zeros_and_denormals_of_any_length_stay_what_they_are(spec, n):
+    """Zeros exactly; the smallest float32 numbers to within one of their own kind."""
+    np.testing.assert_array_equal(coded(spec, np.zeros(n, np.float32)), np.zeros(n, np.float32))
+    tiny = np.random.default_rng(n).integers(-99, 99, n).astype(np.float32) * np.float32(1e-44)
+    tiny = valid(spec, tiny)
+    largest = 40 if "s=" in spec or "b=0" in spec else 3  # subsampling scales what it keeps
+    bound = 1e-42 * largest * np.sqrt(max(n, 1))
+    assert np.abs(coded(spec, tiny) - tiny).max(initial=0) <= bound
+
+
+@pytest.mark.parametrize(
+    "spec", ["identity|q=1", "identity|q=8", "identity|s=1|q=2", "float32|zstd"]
+)
+@pytest.mark.parametrize("n", [1, 7, 4096, 4099])
+def test_constants_are_exact_where_values_stay_in_their_places(spec, n):
+    constant = np.full(n, 1.2345, np.float32)
+    np.testing.assert_array_equal(coded(spec, constant), constant)
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [
+        ("float16", 1e-7), ("hadamard|q=4", 0.039), ("hadamard|q=1", 12.0), ("kashin|q=4", 0.026),
+        ("drive", 0.571), ("drive|mse", 0.363), ("eden|b=2", 0.133), ("eden|b=4|mse", 0.0095),
+    ],
+)  # fmt: skip
+def test_a_constant_costs_a_rotated_codec_no_more_than_normal_values(spec, error):
+    constant = np.full(8192, -3.7, np.float32)
+    decoded = coded(spec, constant)
+    assert np.square(decoded - constant).sum() / np.square(constant).sum() < 1.3 * error
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(spec):
+    values = valid(spec, np.random.default_rng(0).standard_normal(9000).astype(np.float32))
+    codec = codecs.parse(spec)
+    body = codec.encode(values, seed=3, name="x")
+    assert codec.encode(values.copy(), seed=3, name="y") == body
+    draws = not spec.startswith(("float", "relu"))
+    assert (codec.encode(values, seed=4, name="x") != body) == draws
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_block_is_the_same_whatever_stands_in_front_of_it(spec, monkeypatch):
+    """How many blocks are worked on at a time is no part of the format."""
+    values = valid(spec, np.random.default_rng(1).standard_normal(30_000).astype(np.float32))
+    codec = codecs.parse(spec)
+    body = codec.encode(values, seed=5, name="x")
+    decoded = codec.decode(body, len(values), seed=5, name="x")
+    monkeypatch.setattr("wire.codecs.codec.GROUP", 1 << 13)
+    again = codec.decode(body, len(values), seed=5, name="x")
+    np.testing.assert_allclose(again, decoded, rtol=1e-4, atol=1e-4)
+    fresh = coded(spec, values, seed=5)
+    # The matrix products of other shapes may round a value on the border of two levels elsewhere.
+    assert np.square(fresh - decoded).sum() <= 1e-3 * np.square(decoded).sum()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_encoding_leaves_its_input_alone(spec):
+    values = valid(spec, np.random.default_rng(2).standard_normal(5000).astype(np.float32))
+    values.setflags(write=False)
+    before = values.tobytes()
+    codecs.parse(spec).encode(values, seed=0, name="x")
+    assert values.tobytes() == before
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_decoding_takes_little_more_memory_than_its_values(spec):
+    n = 1 << 20
+    values = valid(spec, np.random.default_rng(3).standard_normal(n).astype(np.float32))
+    codec = codecs.parse(spec)
+    body = codec.encode(values, seed=0, name="x")
+    tracemalloc.start()
+    codec.decode(body, n, seed=0, name="x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 4 * n
+
+
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused_by_tensor_name(value):
+@pytest.mark.parametrize("n", [2, 9000])
+def test_values_that_are_not_finite_are_refused_by_tensor_name(spec, value, n):
+    values = np.ones(n, np.float32)
+    values[-1] = value
     with pytest.raises(CodecError, match=r"'layer.weight' holds NaN or infinity"):
-        codecs.parse("hadamard|q=4").encode(
-            np.array([0, value], np.float32), seed=0, name="layer.weight"
-        )
+        codecs.parse(spec).encode(values, seed=0, name="layer.weight")
+
+
+@pytest.mark.parametrize(
+    ("spec", "value", "text"),
+    [
+        ("float16", 65505.0, "'w' holds 65505; float16 takes -65504 to 65504"),
+        ("float16", -1e6, r"'w' holds -1e\+06; float16 takes -65504 to 65504"),
+        ("relu|q=4", -1e-9, r"'w' holds -1e-09; relu\|q=4 takes 0 to 1.26765e\+30"),
+        ("eden|b=2", 2e30, r"'w' holds 2e\+30; eden\|b=2 takes -1.26765e\+30 to 1.26765e\+30"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_range(spec, value, text):
+    with pytest.raises(CodecError, match=text):
+        codecs.parse(spec).encode(np.array([0, value], np.float32), seed=0, name="w")
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_parse_gives_back_its_spec(spec):
+    codec = codecs.parse(spec)
+    assert codec.spec == spec.replace("drive", "eden|b=1")
+    assert codecs.parse(codec.spec) == codec
+    assert codec.lossless == (spec in LOSSLESS)
+    assert codec.fixed_size == (not spec.endswith("|zstd"))
 
 
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
         ("hadamart|q=4", r"did you mean 'hadamard\|q=4'"),
-        ("hadamard|q=9", "q must be 1 to 8"),
-        ("hadamard|q=0", "q must be 1 to 8"),
+        ("hadamard|q=9", "q must be 1 to 8 bits, got 9"),
+        ("relu|q=0", "q must be 1 to 8 bits, got 0"),
+        ("kashin|s=0|q=4", "s must be over 0 to 1, got 0"),
+        ("hadamard|s=1.5|q=4", "s must be over 0 to 1, got 1.5"),
+        ("eden|b=0.04", "b must be 0.05 to 8 bits, got 0.04"),
+        ("eden|b=9", "b must be 0.05 to 8 bits, got 9"),
+        ("eden|2", r"did you mean 'eden\|b=2'"),
         ("", "unknown codec"),
-        ("float16", "did you mean 'float32'"),
+        ("float64", "did you mean 'float"),
+        ("relu|q=4|zsdt", r"did you mean 'relu\|q=4\|zstd'"),
+        ("zstd|float32", "unknown codec"),
+        ("hadamard|q=4|s=0.5", "unknown codec"),
+        ("eden|b=\u0662", "unknown codec"),
+        ("x" * 100_000, "unknown codec 'xxx"),
     ],
 )
-def test_unknown_specs_name_the_nearest(spec, text):
-    with pytest.raises(CodecError, match=text):
+def test_unknown_specs_name_the_nearest_and_numbers_their_range(spec, text):
+    with pytest.raises(CodecError, match=text) as fault:
         codecs.parse(spec)
+    assert len(str(fault.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("spec", "n", "size"),
+    [
+        ("float16", 5, 10),
+        ("hadamard|q=4", 8192, 2 * (8 + 2048)),
+        ("hadamard|s=0.25|q=1", 8192, 2 * (8 + 128)),
+        ("kashin|q=2", 2 * 3481, 2 * (8 + 1024)),
+        ("eden|b=2", 8192, 2 * (4 + 1024)),
+        ("eden|b=2.5", 8192, 2 * (4 + 1280)),
+        ("eden|b=0.5", 8192, 2 * (4 + 256)),
+        ("relu|q=4", 2048, 2 * (4 + 512)),
+    ],
+)
+def test_a_block_takes_its_bits_and_one_or_two_floats(spec, n, size):
+    assert codecs.parse(spec).size(n) == size
 
 
 def test_a_body_of_another_length_is_refused():
     codec = codecs.parse("hadamard|q=4")
     body = codec.encode(RAMP, seed=0, name="x")
     for wrong in (body[:-1], body + b"\0", b""):
-        with pytest.raises(CodecError, match="take 24 bytes, got"):
+        with pytest.raises(CodecError, match=f"take 24 bytes, got {len(wrong)}"):
             codec.decode(wrong, 20, seed=0, name="x")
 
 
-def test_tensors_round_trip_and_small_vectors_stay_exact():
-    state = {"w": RAMP.reshape(4, 5), "b": RAMP[:5].copy(), "s": np.float32(3).reshape(())}
-    data = tensors.pack(tensors.weights(state, "hadamard|q=8"), seed=1)
-    back = tensors.unpack(frames.decode(data), where="test")
-    np.testing.assert_array_equal(back["b"], state["b"])
-    assert back["s"].shape == ()
-    np.testing.assert_allclose(back["w"], state["w"], atol=0.02)
-    assert (back["w"] != state["w"]).any()
-
-
-def test_labels_travel_as_integers():
-    labels = np.array([0, 9, 65535], np.uint16)
-    back = tensors.unpack(frames.decode(tensors.pack([("y", labels, "raw")], seed=0)), where="t")
-    np.testing.assert_array_equal(back["y"], labels)
-    assert back["y"].dtype == np.uint16
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_hostile_tensor_headers_end_in_a_wire_error(data):
-    entry = st.fixed_dictionaries({
-        "name": st.text(max_size=3),
-        "dtype": st.sampled_from(["float32", "int64", "object", "float64", ""]),
-        "shape": st.lists(st.integers(-1, 2**41), max_size=3),
-        "spec": st.sampled_from([*SPECS, "raw", "pickle"]),
-    })  # fmt: skip
-    header = {"seed": 0, "tensors": data.draw(st.lists(entry, min_size=1, max_size=3))}
-    frame = frames.decode(frames.encode(frames.Kind.TENSORS, header, data.draw(st.binary())))
+@pytest.mark.parametrize("spec", [s for s in SPECS if not s.endswith("zstd")])
+@pytest.mark.parametrize("filler", [b"\xff\xff\xff\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\x7f\x7f"])
+def test_a_hostile_scale_is_refused_or_harmless(spec, filler):
+    """NaN, infinity, and the largest float32 everywhere."""
+    codec = codecs.parse(spec)
+    body = (filler * codec.size(5000))[: codec.size(5000)]
     try:
-        decoded = tensors.unpack(frame, where="hostile")
-    except WireError:
-        return
-    assert sum(array.nbytes for array in decoded.values()) <= 64 * len(frame.body) + 64
+        decoded = codec.decode(body, 5000, seed=0, name="x")
+    except CodecError as fault:
+        assert "'x' decodes to NaN or infinity" in str(fault)  # noqa: PT017
+    else:
+        assert np.isfinite(decoded).all()

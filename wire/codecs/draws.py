@@ -1,0 +1,98 @@
+"""The random numbers of an encoded tensor, which both sides draw from its seed.
+
+A tensor has two parts, its whole blocks (0) and its tail (1), and a part four streams: Philox key
+(seed, 4 * part + kind). Every row (a block) starts at a new 64-bit word of a stream, so the numbers
+of a block depend on its place in the tensor and not on how many blocks are worked on at a time.
+"""
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wire import seeds
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Places = NDArray[np.int64]
+
+_SUBSET, _SIGNS, _ROUNDING, _STRATA = range(4)
+
+# All bytes, each as eight signs, lowest bit first, 0 as +1 and 1 as -1. One gather of 32 bytes for
+# eight values is twice as fast as unpacking bits and converting them.
+_SIGNS_OF_BYTE = 1 - 2 * np.unpackbits(
+    np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"
+).astype(np.float32)
+
+
+class Draws:
+    """The random numbers of one part of a tensor, in the order of its blocks."""
+
+    def __init__(self, seed: int, part: int) -> None:
+        self._key = (seed, 4 * part)
+        self._subsets: dict[tuple[int, int], Places] = {}
+
+    def signs(self, rows: int, n: int) -> Floats:
+        """The next `rows` rows of `n` fair signs, -1 or 1; `n` is a multiple of 8."""
+        octets = self._words(self._signs, rows, n, per_word=64).view(np.uint8)[:, : n // 8]
+        return _SIGNS_OF_BYTE.take(octets.reshape(-1), axis=0).reshape(rows, n)
+
+    def uniform(self, rows: int, n: int) -> Floats:
+        """The next rows of numbers in (0, 1): the midpoints (k + 1/2) / 65,536, of mean 1/2."""
+        words = self._words(self._rounding, rows, n, per_word=4)
+        numbers = words.view("<u2")[:, :n].astype(np.float32)
+        numbers += np.float32(0.5)
+        numbers *= np.float32(1 / 65536)
+        return numbers
+
+    def strata(self, rows: int, width: int, kept: int) -> Places:
+        """The next rows of one position in each of `kept` strata of `range(width)`.
+
+        Stratum i is floor(i * width / kept) <= j < floor((i + 1) * width / kept). A position is its
+        start plus floor(r * w / 2^32), w its width and r a 32-bit integer: uniform if w is a power
+        of two, and else to a relative 2^-20.
+        """
+        edges = strata_edges(width, kept)
+        words = self._words(self._strata, rows, kept, per_word=2)
+        numbers = words.view("<u4")[:, :kept].astype(np.int64)
+        numbers *= np.diff(edges)
+        numbers >>= 32
+        numbers += edges[:-1]
+        return numbers
+
+    def subset(self, n: int, width: int) -> Places:
+        """`n` of `range(width)` in ascending order, any with the same probability.
+
+        One for all blocks of the part: the same at every call.
+        """
+        if (n, width) not in self._subsets:
+            seed, first = self._key
+            shuffled = seeds.raw(seed, first + _SUBSET, width).argsort(kind="stable")
+            self._subsets[n, width] = np.sort(shuffled[:n])
+        return self._subsets[n, width]
+
+    @cached_property
+    def _signs(self) -> np.random.Philox:
+        return self._source(_SIGNS)
+
+    @cached_property
+    def _rounding(self) -> np.random.Philox:
+        return self._source(_ROUNDING)
+
+    @cached_property
+    def _strata(self) -> np.random.Philox:
+        return self._source(_STRATA)
+
+    def _source(self, kind: int) -> np.random.Philox:
+        seed, first = self._key
+        return seeds.source(seed, first + kind)
+
+    @staticmethod
+    def _words(source: np.random.Philox, rows: int, n: int, *, per_word: int) -> NDArray[np.uint64]:
+        words = -(-n // per_word)
+        return source.random_raw(rows * words).astype("<u8", copy=False).reshape(rows, words)
+
+
+def strata_edges(width: int, kept: int) -> Places:
+    """Where the `kept` strata of `range(width)` start, and `width`: (kept + 1,)."""
+    return np.arange(kept + 1, dtype=np.int64) * width // kept

@@ -1,0 +1,91 @@
+"""Feature maps behind a ReLU: no rotation, an exact zero, a clip level that fits.
+
+Half of the values of such a map are zeros, which a rotation would fill. So its values, 0 or more,
+stay where they are, and level 0 is exactly zero. A block is 1,024 values, one channel of 32 x 32
+pixels in FedGKT's maps, each with its own scale.
+
+With L = 2^q - 1 levels above zero a block x is clipped at a fraction f of its maximum and rounded
+to the nearest level, l = min(round(x L / (f max x)), L), and decodes to a l. For given levels the
+least squared error is that of the projection of x on l:
+
+    a = <x, l> / <l, l>,   |x - a l|^2 = |x|^2 - <x, l>^2 / <l, l>
+
+Of the fractions 1, 0.9, 0.75 and 0.6 each block takes the best: a few high values in a block cost
+less than coarse steps for all. Squared error over |x|^2 of 64 maps of trained ResNet-8 extractors,
+on CIFAR-10 (on digits), and what clipping and projection gain over levels up to the maximum:
+
+    q   up to max          chosen             gain
+    1   .439   (.284)      .175   (.103)      2.5   (2.8)
+    2   .0606  (.0271)     .0333  (.0186)     1.8   (1.5)
+    3   .0110  (.0055)     .00845 (.00454)    1.30  (1.21)
+    4   .00237 (.00122)    .00214 (.00108)    1.10  (1.13)
+    8   8.3e-6 (4.0e-6)    8.3e-6 (3.9e-6)    1.00  (1.03)
+
+The body of a block is `a` as float32 little-endian, then the packed levels. Rounding is to the
+nearest and draws no random numbers: a map is an example to learn from, not one of many to average.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wire.codecs.codec import LARGEST
+from wire.codecs.draws import Bytes, Draws, Floats
+from wire.codecs.packing import pack, packed_bytes, unpack
+
+_SCALE = np.dtype("<f4")
+_HEAD = _SCALE.itemsize
+_FRACTIONS = (1.0, 0.9, 0.75, 0.6)
+
+
+@dataclass(frozen=True)
+class Relu:
+    """1 to 8 bits a value."""
+
+    bits: int
+
+    lossless = False
+    block = 1024
+    lowest, highest = 0.0, LARGEST
+
+    @property
+    def spec(self) -> str:
+        """The text that `parse` makes this codec of."""
+        return f"relu|q={self.bits}"
+
+    def row_bytes(self, n: int) -> int:
+        """Bytes of a block of `n` values."""
+        return _HEAD + packed_bytes(n, self.bits)
+
+    def encode(self, blocks: Floats, draws: Draws, out: Bytes) -> None:  # noqa: ARG002
+        """(rows, n) -> (rows, row_bytes(n))."""
+        peak = blocks.max(axis=1)
+        unit = np.where(peak > 0, peak, 1).astype(np.float32)  # all zeros: level 0 everywhere
+        scaled = blocks / unit[:, None]
+        tried = []
+        for fraction in _FRACTIONS:
+            chosen = self._levels(scaled, np.float32(fraction))
+            overlap = np.einsum("ij,ij->i", scaled, chosen)
+            energy = np.einsum("ij,ij->i", chosen, chosen)
+            slope = overlap / np.maximum(energy, 1)
+            tried.append((overlap * slope, slope))
+        gains, slopes = np.array(tried).transpose(1, 0, 2)
+        best = gains.argmax(axis=0)
+        fractions = np.array(_FRACTIONS, np.float32)[best]
+        scale = slopes[best, np.arange(len(best))] * unit
+        out[:, :_HEAD] = scale.astype(_SCALE)[:, None].view(np.uint8)
+        levels = self._levels(scaled, fractions[:, None])
+        out[:, _HEAD:] = pack(levels.astype(np.uint8), self.bits)
+
+    def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:  # noqa: ARG002
+        """(rows, row_bytes(n)) -> (rows, n)."""
+        values = unpack(rows[:, _HEAD:], self.bits, n).astype(np.float32)
+        values *= np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE)
+        return values
+
+    def _levels(self, scaled: Floats, fraction: Floats | np.float32) -> Floats:
+        top = np.float32(2**self.bits - 1)
+        chosen: Floats = scaled * (top / fraction)
+        np.rint(chosen, out=chosen)
+        np.minimum(chosen, top, out=chosen)
+        return chosen
