@@ -7,6 +7,7 @@ logits is keyed by sample.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,11 +38,15 @@ class CancelledError(StillhouseError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """`weights`: the device's own state to keep, or None where the order brought its own."""
+    """`own`: what the device keeps for the run's next order, or None.
+
+    Its own weights and optimizer, where the order brought none; with error feedback, what the
+    codec left out of the update.
+    """
 
     blobs: dict[str, BlobRef]
     metrics: dict[str, float]
-    weights: State | None
+    own: State | None
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,13 @@ class Desk:
     cancel: threading.Event
 
 
-def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: Desk) -> Outcome:
+def perform(order: Order, artifact: Artifact, own: Path | None, desk: Desk) -> Outcome:
     """Train, extract and pack what `order` asks for.
 
     Args:
         order: its blobs are in `desk.blobs`.
         artifact: the one that the order names, verified.
-        own_weights: safetensors of the state that an earlier order of this run left, or None.
+        own: safetensors of what an earlier order of this run left (`Outcome.own`), or None.
         desk: images, blob store, threads, progress, cancellation.
 
     Raises:
@@ -74,17 +79,19 @@ def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: De
     images.check(classes=manifest.model.classes, input_shape=manifest.model.input)
     counts = meter.Meter()
     start = load_file(artifact.weights)
-    given = _read(desk.blobs, order.state) if order.state else None
+    values = sum(array.size for array in start.values())
+    given = _read(desk.blobs, order.state, values) if order.state else None
     if given is not None:
         _fit(given, start)
         start |= given
-    elif own_weights is not None:
-        start = _own(own_weights, start)
+    elif own is not None:
+        start = _own(own, start)
     state: State = start
     if order.epochs:
         with counts.phase("train"):
             state = _train(order, artifact, start, desk, counts.metrics)
     blobs: dict[str, BlobRef] = {}
+    left = state if given is None and order.epochs else None
     kept = sorted(spec.name for spec in manifest.state_of("parameter", "buffer"))
     for what, spec in order.returns.items():
         if what == "features":
@@ -93,11 +100,36 @@ def perform(order: Order, artifact: Artifact, own_weights: Path | None, desk: De
             continue
         named = {name: state[name] for name in kept}
         if what == "update":
+            owed = _own(own, {}) if order.feedback and own is not None else {}
             named = {name: state[name] - start[name] for name in kept}
-        packed = tensors.pack(tensors.weights(named, spec), seed=order.seed)
+            packed, left = encode_update(order, named, owed)
+        else:
+            packed = tensors.pack(tensors.weights(named, spec), seed=order.seed)
         blobs[what] = desk.blobs.put(packed)
-    weights = state if given is None and order.epochs else None
-    return Outcome(blobs, counts.metrics, weights)
+    return Outcome(blobs, counts.metrics, left)
+
+
+def encode_update(order: Order, update: State, owed: State) -> tuple[bytes, State | None]:
+    """An update as it travels, and with error feedback what its codec left out.
+
+    Error feedback (Seide et al. 2014; Karimireddy et al. 2019): e <- u + e - decode(encode(u + e)).
+
+    Args:
+        order: says the codec, the seed, and whether there is feedback.
+        update: by name; in this order the tensors travel.
+        owed: e of the run's last order, or nothing.
+
+    Raises:
+        CodecError: training diverged.
+    """
+    if order.feedback:
+        update = {name: array + owed.get(name, 0) for name, array in update.items()}
+    packed = tensors.pack(tensors.weights(update, order.returns["update"]), seed=order.seed)
+    if not order.feedback:
+        return packed, None
+    most = sum(array.size for array in update.values())
+    sent = tensors.unpack(frames.decode(packed), where="own update", most=most)
+    return packed, {name: array - sent[name] for name, array in update.items()}
 
 
 def _train(
@@ -190,19 +222,19 @@ def _teacher(order: Order, desk: Desk, classes: int) -> NDArray[np.float32] | No
             f"teacher logits are for samples {order.data_digest:.12}, this device has "
             f"{desk.images.digest:.12}; its data changed since the last round"
         )
-    logits = _read(desk.blobs, order.teacher).get("logits")
     expected = (len(desk.images.y), classes)
+    logits = _read(desk.blobs, order.teacher, math.prod(expected)).get("logits")
     if logits is None or logits.shape != expected or logits.dtype != np.float32:
         got = None if logits is None else (logits.dtype.name, logits.shape)
         raise DataError(f"teacher logits: expected float32 {expected}, got {got}")
     return logits
 
 
-def _read(blobs: BlobStore, ref: BlobRef) -> State:
+def _read(blobs: BlobStore, ref: BlobRef, most: int) -> State:
     where = f"blob {ref.digest:.12}"
     with blobs.path(ref.digest).open("rb") as file:
         for frame in frames.read(file, max_bytes=ref.size):
-            return tensors.unpack(frame, where=where)
+            return tensors.unpack(frame, where=where, most=most)
     raise WireError(f"{where} is empty")
 
 
@@ -210,7 +242,7 @@ def _own(path: Path, start: State) -> State:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as fault:
-        log.warning("own weights %s cannot be read (%s); starting from the artifact's", path, fault)
+        log.warning("%s cannot be read (%s); going on without it", path, fault)
         return start
 
 

@@ -4,13 +4,12 @@ The reason goes to the device, so it names what was expected and what came.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wire.artifact import TensorSpec
 from wire.errors import AdmissionError
 from wire.messages import Order, Result
 
@@ -33,7 +32,8 @@ def header(
 
     Raises:
         AdmissionError: another device's name, not the open order, a fault that the device reports,
-            another number of samples, wrong or oversized payloads, a metric that is not finite.
+            an update of another sub-model, another number of samples, wrong or oversized payloads,
+            a metric that is not finite.
     """
     if result.device != device:
         raise AdmissionError(f"the result names device {result.device!r}, it came from {device!r}")
@@ -46,6 +46,11 @@ def header(
         )
     if result.fault:
         raise AdmissionError(f"the device could not do it: {result.fault}")
+    if result.submodel != order.submodel:
+        raise AdmissionError(
+            f"expected an update of sub-model {order.submodel[:12] or 'whole'}, got one of "
+            f"{result.submodel[:12] or 'whole'}; its kept units are others"
+        )
     if set(result.blobs) != set(order.returns):
         raise AdmissionError(
             f"expected payloads {sorted(order.returns)}, got {sorted(result.blobs)}"
@@ -64,18 +69,19 @@ def header(
         )
 
 
-def weights(tensors: Mapping[str, Array], specs: Iterable[TensorSpec], reference: float) -> None:
+def weights(
+    tensors: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]], reference: float
+) -> None:
     """Look over parameters and buffers, or their update.
 
     Args:
         tensors: as decoded.
-        specs: of the artifact's parameters and buffers.
+        expected: shapes of the parameters and buffers that were sent out.
         reference: norm of the weights they belong to.
 
     Raises:
         AdmissionError: names or shapes differ, a value is not finite, the norm is absurd.
     """
-    expected = {spec.name: spec.shape for spec in specs}
     if set(tensors) != set(expected):
         odd = sorted(set(tensors) ^ set(expected))
         raise AdmissionError(f"expected {len(expected)} tensors; missing or unknown: {odd[:4]}")

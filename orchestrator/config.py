@@ -1,10 +1,12 @@
 """A run's configuration: `run.toml` as frozen dataclasses."""
 
+import fnmatch
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from wire import codecs, records, topics
+from wire import codecs, records, tensors, topics
 from wire.link import BrokerAddress
 
 
@@ -88,8 +90,11 @@ class DeviceConfig:
         mean, std: of the pixels on the 0..1 scale, per channel.
         batch, epochs, lr, optimizer, momentum, weight_decay: of local training.
         alpha, temperature: of the distillation term (FedGKT).
+        mu: weight of the proximal term (FedProx); 0 compiles none.
         augment: random crop with padding 4 and horizontal flip.
-        features, update, state: codec specs of feature maps, of what goes up and of what goes down.
+        features: codec spec of feature maps.
+        update, state: of weights on their way up and down, MATRICES[/VECTORS]: `eden|b=2/float16`.
+        feedback: each device adds to its update what the codec left out of the last one.
     """
 
     model: str = "resnet8"
@@ -105,14 +110,19 @@ class DeviceConfig:
     weight_decay: float = 5e-4
     alpha: float = 1.0
     temperature: float = 3.0
+    mu: float = 0.0
     augment: bool = False
     features: str = "identity|q=8"
     update: str = "float32"
     state: str = "float32"
+    feedback: bool = False
 
     def __post_init__(self) -> None:
-        for spec in (self.features, self.update, self.state):
-            codecs.parse(spec)
+        codecs.parse(self.features)
+        tensors.policy(self.update)
+        tensors.policy(self.state)
+        if not 0 <= self.mu < math.inf:
+            raise ValueError(f"mu: expected 0 (no proximal term) or more, got {self.mu}")
         if not len(self.mean) == len(self.std) == self.input[0]:
             raise ValueError(
                 f"input {list(self.input)}: expected [channels, height, width], with a mean "
@@ -123,8 +133,75 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True)
+class Tier:
+    """Devices that train at one keep rate.
+
+    Attributes:
+        keep_rate: over 0 to 1.
+        devices: a pattern of names, `zero-*`.
+        memory_mb: devices with at most so much memory; 0 asks for none.
+    """
+
+    keep_rate: float
+    devices: str = "*"
+    memory_mb: int = 0
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+        if self.memory_mb < 0 or (self.devices == "*" and not self.memory_mb):
+            raise ValueError(
+                "expected a pattern of names in `devices`, or `memory_mb` over 0: a tier of all "
+                "devices is `submodel.keep_rate`"
+            )
+
+    def holds(self, device: str, memory_bytes: int) -> bool:
+        """Whether a device is of this tier."""
+        small = not self.memory_mb or memory_bytes <= self.memory_mb * 10**6
+        return small and fnmatch.fnmatchcase(device, self.devices)
+
+
+@dataclass(frozen=True)
+class SubmodelConfig:
+    """What sub-models devices train (Federated Dropout).
+
+    Attributes:
+        keep_rate: p, the share of the units of each hidden layer that a device of no tier trains.
+        units: which ones. "random": drawn for each device and round; "shared": drawn for each
+            round; "ordered": the first, always (FjORD, HeteroFL); "rolling": a window that moves
+            with the rounds (FedRolex).
+        absent: what an absent unit counts in the average. "zero": an update of zero (the paper);
+            "holders": nothing, the average is of those who have it.
+        tiers: the first that holds a device decides.
+    """
+
+    keep_rate: float = 1.0
+    units: Literal["random", "shared", "ordered", "rolling"] = "random"
+    absent: Literal["zero", "holders"] = "zero"
+    tiers: tuple[Tier, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+
+    def rate_of(self, device: str, memory_bytes: int) -> float:
+        """The keep rate of a device."""
+        fits = (tier.keep_rate for tier in self.tiers if tier.holds(device, memory_bytes))
+        return next(fits, self.keep_rate)
+
+    @property
+    def rates(self) -> frozenset[float]:
+        """All keep rates that a device may be given."""
+        return frozenset({self.keep_rate, *(tier.keep_rate for tier in self.tiers)})
+
+
+def check_keep_rate(rate: float) -> None:
+    """Raise ValueError unless 0 < rate <= 1."""
+    if not 0 < rate <= 1:
+        raise ValueError(f"keep_rate: expected over 0 to 1 (the whole model), got {rate}")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
-    """How the server trains its large model (FedGKT).
+    """How the server trains its large model (FedGKT), and evaluates.
 
     Attributes:
         model: a registry name; takes the devices' feature maps.
@@ -132,6 +209,7 @@ class ServerConfig:
         alpha, temperature: of the distillation term.
         torch_device: "auto" takes CUDA where there is one.
         eval_batch: images of one evaluation pass.
+        eval_every: weights are evaluated after each so many rounds, and after the last.
     """
 
     model: str = "resnet19"
@@ -144,8 +222,11 @@ class ServerConfig:
     temperature: float = 3.0
     torch_device: Literal["auto", "cpu", "cuda"] = "auto"
     eval_batch: int = 256
+    eval_every: int = 1
 
     def __post_init__(self) -> None:
+        if self.eval_batch < 1 or self.eval_every < 1:
+            raise ValueError("expected eval_batch >= 1, eval_every >= 1")
         if self.epochs < 1 or self.batch < 2 or self.lr <= 0 or self.temperature <= 0:
             raise ValueError("expected epochs >= 1, batch >= 2, lr > 0, temperature > 0")
 
@@ -173,7 +254,7 @@ class RunConfig:
     name: str
     heldout: Path
     fleet: str = "fleet"
-    strategy: Literal["fedgkt", "fedavg", "local"] = "fedgkt"
+    strategy: Literal["fedgkt", "fedavg", "feddropout", "local"] = "fedgkt"
     rounds: int = 10
     heldout_limit: int = 0
     runs: Path = Path("runs")
@@ -185,6 +266,7 @@ class RunConfig:
     broker: BrokerConfig = field(default_factory=BrokerConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    submodel: SubmodelConfig = field(default_factory=SubmodelConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
@@ -197,6 +279,19 @@ class RunConfig:
                 f"transfer_chunks {self.transfer_chunks}, name of {len(self.name)} characters: "
                 "expected 2 or more, and 48 at most"
             )
+        if self.submodel != SubmodelConfig() and self.strategy != "feddropout":
+            raise ValueError(f"submodel: strategy {self.strategy!r} trains whole models; "
+                             "use feddropout")  # fmt: skip
+        if self.device.feedback and self.submodel.units != "ordered" and self.submodel.rates != {1}:
+            raise ValueError(
+                "device.feedback: what a codec left out belongs to the same units in every round; "
+                'use submodel.units = "ordered", or whole models'
+            )
+
+    @property
+    def rates(self) -> frozenset[float]:
+        """Keep rates of the models that devices train."""
+        return self.submodel.rates
 
     @property
     def folder(self) -> Path:
@@ -220,7 +315,7 @@ TEMPLATE = """\
 
 name = "first"              # its folder is runs/first
 fleet = "fleet"
-strategy = "fedgkt"         # fedgkt, fedavg or local
+strategy = "fedgkt"         # fedgkt, feddropout, fedavg or local
 rounds = 10
 heldout = "heldout.npz"     # images that the server evaluates on: .npz, or a folder of classes
 admission = "enrolled"      # or "open": any device that the broker lets in
@@ -246,7 +341,8 @@ epochs = 1
 lr = 0.05
 augment = true
 features = "identity|q=8"   # codec of the feature maps: float32, identity|q=N, hadamard|q=N
-update = "float32"          # codec of weight updates (fedavg)
+update = "float32"          # of weight updates, and of weights on their way down
+state = "float32"           # (feddropout, fedavg): "hadamard|q=4", "eden|b=2/float16", ...
 
 [server]
 model = "resnet55"          # resnet109, resnet55; resnet19 and resnet10 where there is no GPU

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from wire.messages import (
     Gone,
     Hello,
     Message,
+    Order,
     Receipt,
     Result,
     Telemetry,
@@ -231,14 +232,15 @@ class Coordinator:
         now = time.monotonic()
         for result in self._intake.complete():
             self._checking.add(result.device)
-            self._submit(self._look_over, result)
+            assert self._attempt is not None  # noqa: S101 - results are pulled in open rounds
+            self._submit(self._look_over, self._attempt.orders[result.device], result)
         for device, want in self._intake.wants(now, frozenset(self._rounds.live)):
             self._send(device, "down", want)
         self._apply(rounds.ticked(self._rounds, self.config.cohort, now))
 
-    def _look_over(self, result: Result) -> Event:
+    def _look_over(self, order: Order, result: Result) -> Event:
         try:
-            self.strategy.admit(self._state, result)
+            self.strategy.admit(self._state, order, result)
         except StillhouseError as fault:
             return Admitted(result, fault)
         except Exception as fault:  # whatever a payload provokes, it ends that result, not the run
@@ -302,7 +304,7 @@ class Coordinator:
                 assert self._attempt is not None  # noqa: S101 - a round is open
                 verdicts = self._attempt.verdicts
                 results = [verdicts[device].result for device in sorted(returned)]
-                self._submit(self._aggregate, number, results)
+                self._submit(self._aggregate, self._attempt.orders, results)
             case Finish():
                 log.info("run %s is finished", self.config.name)
 
@@ -318,8 +320,8 @@ class Coordinator:
         for device, order in orders.items():
             self._send(device, "order", order)
 
-    def _aggregate(self, number: int, results: list[Result]) -> Event:
-        return Aggregated(*self.strategy.aggregate(self._state, number, results))
+    def _aggregate(self, orders: Mapping[str, Order], results: list[Result]) -> Event:
+        return Aggregated(*self.strategy.aggregate(self._state, orders, results))
 
     def _close(self, state: State, metrics: Metrics) -> None:
         assert self._attempt is not None  # noqa: S101 - a round was open

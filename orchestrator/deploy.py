@@ -1,8 +1,8 @@
 """What a run has learnt as one inference graph: `orchestrator export RUN --out model.onnx`.
 
 For fedgkt the graph is a device's extractor with the large model on top (He et al. 2020, section
-3.3); for fedavg the global model. Normalization is part of it, so that its input is plain pixels:
-`image` float32 (N, C, H, W) from 0 to 1; its output `logits` (N, classes).
+3.3); for fedavg and feddropout the global model. Normalization is part of it, so that its input is
+plain pixels: `image` float32 (N, C, H, W) from 0 to 1; its output `logits` (N, classes).
 """
 
 import json
@@ -78,14 +78,14 @@ def export_run(folder: Path, out: Path, device: str | None = None) -> Deployed:
     config = read_config(folder)
     if config.strategy == "local":
         raise RunError(
-            "strategy local has no model of the whole fleet; export a fedgkt or fedavg run"
+            "strategy local has no model of the whole fleet; export a run of another strategy"
         )
     round_, state = last_checkpoint(folder)
     chosen = ""
     small = models.build(
         config.device.model, classes=config.device.classes, input_shape=config.device.input
     )
-    if config.strategy == "fedavg":
+    if config.strategy != "fedgkt":
         parts = [distill.load(small, state.under("global"))]
     else:
         names = sorted(state.notes["shards"])

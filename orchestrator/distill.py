@@ -137,6 +137,15 @@ def accuracy(logits: NDArray[np.float32], labels: torch.Tensor) -> float:
     return float((logits.argmax(axis=1) == labels.numpy()).mean())
 
 
+def weights(model: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """Parameters and buffers of a model as copies, counters (`num_batches_tracked`) aside."""
+    return {
+        name: tensor.detach().cpu().numpy().copy()
+        for name, tensor in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
 def load(model: nn.Module, tensors: Mapping[str, NDArray[np.float32]]) -> nn.Module:
     """Put parameters and buffers into a model, counters (`num_batches_tracked`) aside.
 

@@ -2,22 +2,24 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import models
 from edge_agent import data
 from edge_agent.data import Preprocess
-from orchestrator import broker, fleet
+from models import submodel
+from orchestrator import broker, distill, fleet
 from orchestrator.config import DeviceConfig, RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.report import Report
 from orchestrator.store import Store
 from orchestrator.strategies import create
-from orchestrator.strategies.strategy import HeldOut, Task
+from orchestrator.strategies.strategy import HeldOut, Task, Variant
 from tools.export import Adam, Optimizer, Sgd, export
 from wire.artifact import Artifact, open_artifact
 from wire.link import BrokerAddress
@@ -50,8 +52,8 @@ def run(
         if address is None:
             address = stack.enter_context(serve(config))
         report = Report(config, store)
-        artifact = prepare_artifact(config, store)
-        strategy = create(config.strategy, task(config, store, artifact, heldout, report))
+        variants = prepare_variants(config, store)
+        strategy = create(config.strategy, task(config, store, variants, heldout, report))
         enrolled = None
         if config.admission == "enrolled":
             enrolled = frozenset(fleet.users(config.runs, config.fleet)) - {fleet.ORCHESTRATOR}
@@ -109,20 +111,43 @@ def read_heldout(config: RunConfig) -> HeldOut:
     return HeldOut(torch.from_numpy(x), torch.from_numpy(y))
 
 
-def prepare_artifact(config: RunConfig, store: Store) -> Artifact:
-    """The run's training artifact: the one in its folder, or a new export.
+def fresh(config: RunConfig) -> nn.Module:
+    """The device model with its initial weights; the same seed gives the same."""
+    device = config.device
+    torch.manual_seed(config.seed)
+    return models.build(device.model, classes=device.classes, input_shape=device.input)
+
+
+def prepare_variants(config: RunConfig, store: Store) -> dict[float, Variant]:
+    """The training artifact of each keep rate: the one in the run's folder, or a new export.
 
     Raises:
         ExportError: the model cannot be compiled.
-        ArtifactError: the one in the folder is damaged.
+        ArtifactError: one in the folder is damaged.
     """
-    folder = store.folder / "artifact"
+    variants, digests = {}, set()
+    for rate in sorted(config.rates):
+        artifact = _artifact(config, store.folder, rate)
+        files = {"manifest.json": artifact.digest}
+        files |= {name: ref.sha256 for name, ref in artifact.manifest.files.items()}
+        for name, digest in files.items():
+            if not store.blobs.has(digest):
+                store.blobs.put((artifact.folder / name).read_bytes())
+        digests |= set(files.values())
+        variants[rate] = Variant(rate, store.blobs.ref(artifact.digest), artifact.manifest.features)
+    store.keep(frozenset(digests))
+    return variants
+
+
+def _artifact(config: RunConfig, folder: Path, rate: float) -> Artifact:
+    folder /= "artifact" if rate == 1 else f"artifact-{rate:g}"
     if not folder.exists():
-        device = config.device
-        torch.manual_seed(config.seed)
-        log.info("compiling the training step of %s", device.model)
+        device, model = config.device, fresh(config)
+        log.info("compiling the training step of %s, keep rate %g", device.model, rate)
+        if rate != 1:
+            model = submodel.narrow(model, submodel.layout(model, device.input), rate)
         export(
-            models.build(device.model, classes=device.classes, input_shape=device.input),
+            model,
             name=device.model,
             classes=device.classes,
             input_shape=device.input,
@@ -131,16 +156,11 @@ def prepare_artifact(config: RunConfig, store: Store) -> Artifact:
             optimizer=_optimizer(device),
             mean=device.mean,
             std=device.std,
+            keep_rate=rate,
+            proximal=device.mu > 0,
             out=folder,
         )
-    artifact = open_artifact(folder)
-    digests = {"manifest.json": artifact.digest}
-    digests |= {name: ref.sha256 for name, ref in artifact.manifest.files.items()}
-    for name, digest in digests.items():
-        if not store.blobs.has(digest):
-            store.blobs.put((folder / name).read_bytes())
-    store.keep(frozenset(digests.values()))
-    return artifact
+    return open_artifact(folder)
 
 
 def _optimizer(device: DeviceConfig) -> Optimizer:
@@ -150,7 +170,11 @@ def _optimizer(device: DeviceConfig) -> Optimizer:
 
 
 def task(
-    config: RunConfig, store: Store, artifact: Artifact, heldout: HeldOut, report: Report
+    config: RunConfig,
+    store: Store,
+    variants: Mapping[float, Variant],
+    heldout: HeldOut,
+    report: Report,
 ) -> Task:
     """What the run's strategy works with."""
     name = config.server.torch_device
@@ -161,8 +185,8 @@ def task(
     return Task(
         config=config,
         run=store.run_id,
-        artifact=artifact,
-        artifact_ref=store.blobs.ref(artifact.digest),
+        variants=variants,
+        initial=distill.weights(fresh(config)),
         blobs=store.blobs,
         shards=Path(shards),
         heldout=heldout,

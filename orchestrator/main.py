@@ -51,6 +51,37 @@ def start(
 
 
 @app.command()
+def simulate(
+    config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
+    shards: Annotated[Path, typer.Option(help="Folder of device-*.npz, one a device.")],
+    stack: Annotated[
+        int, typer.Option(help="Devices trained at once; 0: one on a CPU, all on a GPU.", min=0)
+    ] = 0,
+    threads: Annotated[int, typer.Option(help="Of PyTorch; 0 leaves its default.", min=0)] = 0,
+) -> None:
+    """Do a fedavg or feddropout run with its devices simulated in this process, by PyTorch."""
+    import torch
+
+    from orchestrator import simulate as simulation
+
+    chosen = config.load(config_file)
+    if threads:
+        torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    report = simulation.run(chosen, shards, stack=stack, changed=_tell)
+    console.print(view.rounds(report.entries))
+    console.print(f"report: {chosen.folder / 'report.json'}")
+
+
+def _tell(report: Any) -> None:
+    entry = report.entries[-1]
+    accuracy = view.percent(entry.get("server_accuracy"))
+    logging.getLogger("orchestrator").info(
+        "round %d: %s, %.1f s", entry["round"], accuracy, entry["seconds"]
+    )
+
+
+@app.command()
 def enroll(
     device: Annotated[str, typer.Argument(help="The device's name.")],
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],

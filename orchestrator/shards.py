@@ -5,6 +5,7 @@ A shard is a folder with `features.npy` (N, *shape) float32, `logits.npy` (N, C)
 that of a batch, whatever the fleet's size.
 """
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,11 +70,13 @@ def shelve(
         name: open_memmap(building / f"{name}.npy", mode="w+", dtype=dtype, shape=full)
         for name, (dtype, full) in wanted.items()
     }
-    done = 0
+    done, values = 0, math.prod(shape) + classes + 1
     try:
         with payload.open("rb") as file:
             for frame in frames.read(file, max_bytes=RECORD_LIMIT):
-                record = tensors.unpack(frame, where=f"features record at sample {done}")
+                where = f"features record at sample {done}"
+                most = min(samples * values, RECORD_LIMIT // 4)
+                record = tensors.unpack(frame, where=where, most=most)
                 admit.features(record, shape, classes, samples - done)
                 n = len(record["labels"])
                 for name, array in arrays.items():

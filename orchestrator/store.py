@@ -210,7 +210,7 @@ class Store:
         current = json.loads(json.dumps(records.plain(config)))
         current["broker"]["password"] = ""  # the run's folder is for others to read
         if path.exists():
-            for key in ("fleet", "strategy", "seed", "device", "server"):
+            for key in ("fleet", "strategy", "seed", "device", "submodel", "server"):
                 if (before := json.loads(path.read_text())[key]) != current[key]:
                     self._lock.close()
                     raise RunError(

@@ -60,6 +60,11 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"{name}: expected 0 to {MAX_COUNT - 1}, got {count}")
 
 
+def _check_submodel(digest: str) -> None:
+    if digest and not _DIGEST.fullmatch(digest):
+        raise ValueError(f"submodel: expected 64 hex digits or nothing, got {digest!r:.80}")
+
+
 @dataclass(frozen=True)
 class Platform:
     """The machine under the agent; memory in bytes."""
@@ -118,6 +123,9 @@ class Order:
         alpha: weight of the distillation term; 0 turns it off (FedGKT).
         temperature: softens both softmaxes of the distillation term.
         mu: weight of the proximal term; over 0 takes an artifact that has one (FedProx).
+        submodel: names the kept units of the sub-model that `state` is, "" for the whole model;
+            the result repeats it (Federated Dropout).
+        feedback: add to the update what its codec left out the last time (error feedback).
         augment: random crop (padding 4) and horizontal flip of each training image.
         seed: of shuffling, augmentation and stochastic rounding.
         returns: what to send back and the codec spec of each: "state" (parameters and buffers),
@@ -140,6 +148,8 @@ class Order:
     temperature: float = 1.0
     mu: float = 0.0
     augment: bool = False
+    submodel: str = ""
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         topics.check_name(self.run, "run name")
@@ -152,11 +162,17 @@ class Order:
                              "state, update, features")  # fmt: skip
         if "update" in self.returns and self.state is None:
             raise ValueError("returns: an update is a difference to `state`, and none is given")
+        if self.feedback and "update" not in self.returns:
+            raise ValueError("feedback: error feedback is of an update, and none is to be returned")
+        _check_submodel(self.submodel)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an order: blobs by the name in `Order.returns`, or `fault` and nothing else."""
+    """What came of an order: blobs by the name in `Order.returns`, or `fault` and nothing else.
+
+    `submodel` is that of the order: an update is pasted by it.
+    """
 
     device: str
     run: str
@@ -167,9 +183,11 @@ class Result:
     blobs: Mapping[str, BlobRef] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     fault: str = ""
+    submodel: str = ""
 
     def __post_init__(self) -> None:
         _check_counts(sequence=self.sequence, round=self.round, samples=self.samples)
+        _check_submodel(self.submodel)
 
 
 @dataclass(frozen=True)

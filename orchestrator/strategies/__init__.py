@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from orchestrator.strategies.fedavg import FedAvg
+from orchestrator.strategies.feddropout import FedDropout
 from orchestrator.strategies.fedgkt import FedGKT
 from orchestrator.strategies.local import Local
 from orchestrator.strategies.strategy import Strategy, Task
@@ -11,6 +12,7 @@ __all__ = ["Strategy", "Task", "create"]
 
 _STRATEGIES: dict[str, Callable[[Task], Strategy]] = {
     "fedavg": FedAvg,
+    "feddropout": FedDropout,
     "fedgkt": FedGKT,
     "local": Local,
 }

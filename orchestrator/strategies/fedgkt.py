@@ -38,19 +38,22 @@ class FedGKT:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        manifest = task.artifact.manifest
-        if manifest.features is None:
+        features = task.variants[1.0].features
+        if features is None:
             raise RunError(
-                f"model {manifest.model.name!r} has no feature extractor, which fedgkt needs; "
+                f"model {task.config.device.model!r} has no feature extractor, which fedgkt needs; "
                 "use resnet8, or strategy fedavg"
             )
-        channels, height, width = manifest.features
+        channels, height, width = features
         self.shape = (channels, height, width)
 
     def begin(self) -> State:
         """A fresh large model; the same seed gives the same."""
         torch.manual_seed(self.task.config.seed)
-        return State(_numpy(self._server(), "server"), {"shards": {}, "teachers": {}, "blobs": []})
+        return State(
+            _under("server", distill.weights(self._server())),
+            {"shards": {}, "teachers": {}, "blobs": []},
+        )
 
     def orders(
         self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
@@ -71,17 +74,18 @@ class FedGKT:
             )
         return orders
 
-    def admit(self, state: State, result: Result) -> None:
+    def admit(self, state: State, order: Order, result: Result) -> None:
         """Weights as `Local` does; every record of the features, decoded to a shard on the way."""
-        del state
+        del state, order
         admit_own_weights(self.task, result)
         self._shelve(result.blobs["features"], result.samples)
 
     def aggregate(
-        self, state: State, round_: int, results: Sequence[Result]
+        self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Train on all shards, compute every sample's z_s, evaluate."""
         task, config = self.task, self.task.config.server
+        round_ = next(iter(orders.values())).round
         held: dict[str, dict[str, Any]] = dict(state.notes["shards"])
         weights = {n: a for n, a in state.tensors.items() if n.startswith("device/")}
         for result in results:
@@ -114,7 +118,7 @@ class FedGKT:
             task.progress("teach", i + 1, len(names))
         digests = [entry["ref"]["digest"] for part in (held, teachers) for entry in part.values()]
         notes = {"shards": held, "teachers": teachers, "blobs": digests}
-        learnt = _numpy(model, "server") | _flat(step) | weights
+        learnt = _under("server", distill.weights(model)) | _flat(step) | weights
         after = State(learnt, notes)
         self._forget({held[n]["ref"]["digest"] for n in names})
         return after, {"server_loss": mean_loss, **self._evaluate(after, model, names)}
@@ -145,13 +149,12 @@ class FedGKT:
         )
 
     def _shelve(self, ref: BlobRef, samples: int) -> Shard:
-        manifest = self.task.artifact.manifest
         return shards.shelve(
             self.task.blobs.path(ref.digest),
             self.task.shards / ref.digest,
             samples=samples,
             shape=self.shape,
-            classes=manifest.model.classes,
+            classes=self.task.config.device.classes,
         )
 
     def _forget(self, digests: set[str]) -> None:
@@ -165,12 +168,8 @@ def _plain(ref: BlobRef) -> dict[str, Any]:
     return {"digest": ref.digest, "size": ref.size, "chunk_bytes": ref.chunk_bytes}
 
 
-def _numpy(model: nn.Module, prefix: str) -> dict[str, Array]:
-    return {
-        f"{prefix}/{name}": tensor.detach().cpu().numpy()
-        for name, tensor in model.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
+def _under(prefix: str, weights: Mapping[str, Array]) -> dict[str, Array]:
+    return {f"{prefix}/{name}": array for name, array in weights.items()}
 
 
 def _flat(step: torch.optim.Optimizer) -> dict[str, Array]:

@@ -33,16 +33,16 @@ class Local:
         returns = {"state": "float32"}
         return {name: self.task.order(name, round_, sequence, returns=returns) for name in cohort}
 
-    def admit(self, state: State, result: Result) -> None:
+    def admit(self, state: State, order: Order, result: Result) -> None:
         """Names, shapes and finite values."""
-        del state
+        del state, order
         admit_own_weights(self.task, result)
 
     def aggregate(
-        self, state: State, round_: int, results: Sequence[Result]
+        self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Evaluate each device's own classifier."""
-        del round_
+        del orders
         tensors, devices = dict(state.tensors), {}
         for i, result in enumerate(results):
             weights = read_payload(self.task, result, "state")
@@ -56,9 +56,8 @@ class Local:
 
 def admit_own_weights(task: Task, result: Result) -> None:
     """Look over the "state" payload of a device that keeps its own weights."""
-    specs = task.artifact.manifest.state_of("parameter", "buffer")
-    reference = float(np.sqrt(sum(np.square(a).sum() for a in task.initial().values())))
-    admit.weights(read_payload(task, result, "state"), specs, reference)
+    shapes = {name: array.shape for name, array in task.initial.items()}
+    admit.weights(read_payload(task, result, "state"), shapes, task.norm)
 
 
 def device_model(task: Task, weights: Mapping[str, Array]) -> nn.Module:

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 
 from orchestrator.config import RunConfig
-from wire.artifact import Artifact
 from wire.blobs import BlobStore
 from wire.messages import Birth, BlobRef, Order, Result
 
@@ -57,14 +56,29 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """The device model at one keep rate, as devices train it.
+
+    Attributes:
+        keep_rate: 1 is the whole model.
+        artifact: the manifest of its training artifact, by which devices know it.
+        features: shape of one sample's feature map, or None where it has no extractor.
+    """
+
+    keep_rate: float
+    artifact: BlobRef
+    features: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """What a strategy works with.
 
     Attributes:
         config: of the run.
         run: its name for devices, which is its alone.
-        artifact: that devices train with.
-        artifact_ref: its manifest as a blob.
+        variants: what devices train, by keep rate; all those that the configuration names.
+        initial: parameters and buffers of the whole device model before round 1.
         blobs: the run's blob store.
         shards: folder for decoded feature maps.
         heldout: for evaluation.
@@ -74,34 +88,37 @@ class Task:
 
     config: RunConfig
     run: str
-    artifact: Artifact
-    artifact_ref: BlobRef
+    variants: Mapping[float, Variant]
+    initial: Mapping[str, Array]
     blobs: BlobStore
     shards: Path
     heldout: HeldOut
     torch_device: torch.device
     progress: Progress
 
-    def initial(self) -> dict[str, Array]:
-        """Initial parameters and buffers of the artifact."""
-        from safetensors.numpy import load_file
+    @property
+    def values(self) -> int:
+        """How many values the whole device model has."""
+        return sum(array.size for array in self.initial.values())
 
-        kept = self.artifact.manifest.state_of("parameter", "buffer")
-        tensors = load_file(self.artifact.weights)
-        return {spec.name: np.asarray(tensors[spec.name]) for spec in kept}
+    @property
+    def norm(self) -> float:
+        """Norm of the initial weights: what no update should be a thousand times of."""
+        return math.sqrt(sum(float(np.square(a, dtype=float).sum()) for a in self.initial.values()))
 
     @property
     def limits(self) -> dict[str, int]:
         """Bytes that a payload may have: weights twice their size in float32, features as set."""
-        values = sum(math.prod(s.shape) for s in self.artifact.manifest.state)
-        weights = 8 * values + (1 << 20)
+        weights = 8 * self.values + (1 << 20)
         return {
             "state": weights,
             "update": weights,
             "features": self.config.max_upload_bytes,
         }
 
-    def order(self, name: str, round_: int, sequence: int, **settings: Any) -> Order:
+    def order(
+        self, name: str, round_: int, sequence: int, keep_rate: float = 1.0, **settings: Any
+    ) -> Order:
         """An order to device `name` with what is the same for every strategy filled in.
 
         Each device and round has a seed of its own: were rounding errors the same everywhere, they
@@ -113,7 +130,7 @@ class Task:
             run=self.run,
             sequence=sequence,
             round=round_,
-            artifact=self.artifact_ref,
+            artifact=self.variants[keep_rate].artifact,
             epochs=device.epochs,
             lr=device.lr,
             temperature=device.temperature,
@@ -136,17 +153,22 @@ class Strategy(Protocol):
     ) -> dict[str, Order]:
         """What each device of the cohort shall do."""
 
-    def admit(self, state: State, result: Result) -> None:
-        """Look over a result whose blobs are here.
+    def admit(self, state: State, order: Order, result: Result) -> None:
+        """Look over the result of an order; its blobs are here.
 
         Raises:
             AdmissionError, WireError: why it must not enter the aggregate.
         """
 
     def aggregate(
-        self, state: State, round_: int, results: Sequence[Result]
+        self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Take in a round's accepted results, in the order of device names.
+
+        Args:
+            state: before the round.
+            orders: of the round, by device.
+            results: one or more.
 
         Returns:
             The next state, and metrics: "server_accuracy" and "device_accuracy" on held-out

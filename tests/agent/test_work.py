@@ -191,7 +191,7 @@ def test_features_come_in_sample_order_from_an_extractor_of_micro_batches(halved
 def test_own_weights_and_optimizer_go_on_from_order_to_order(artifact, desk, tmp_path):
     first = perform(order(artifact), artifact, None, desk)
     own = tmp_path / "own.safetensors"
-    save_file({name: np.asarray(array) for name, array in first.weights.items()}, own)
+    save_file({name: np.asarray(array) for name, array in first.own.items()}, own)
     second = perform(order(artifact, sequence=2, seed=78), artifact, own, desk)
     (state,) = read(desk, second.blobs["state"])
     once = perform(order(artifact, epochs=2), artifact, None, desk)  # seeds 77 and 78
@@ -210,7 +210,7 @@ def test_an_update_is_the_difference_to_the_given_state(artifact, desk):
     (state,) = read(desk, outcome.blobs["state"])
     for name, array in update.items():
         np.testing.assert_allclose(given[name] + array, state[name], atol=1e-6)
-    assert outcome.weights is None
+    assert outcome.own is None
 
 
 def test_logits_for_other_samples_are_refused(artifact, desk):

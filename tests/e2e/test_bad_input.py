@@ -65,6 +65,18 @@ def test_an_agent_that_cannot_work_says_why(tmp_path, digits, changes, text):
         (('"first"', '"a b"'), "run name 'a b': use 1 to 64"),
         (('"resnet8"', '"resnte8"'), "did you mean 'resnet8'"),
         (("identity|q=8", "identety|q=8"), "did you mean 'identity|q=8'"),
+        (('update = "float32"', 'update = "hadamrd|q=4"'), "did you mean 'hadamard|q=4'"),
+        (('state = "float32"', 'state = "kashin|q=9"'), "q: expected 1 to 8"),
+        (('state = "float32"', "mu = -1"), "mu: expected 0 (no proximal term) or more, got -1"),
+        (('"fedgkt" ', '"fedavg"\nsubmodel = {keep_rate = 0.5}\n'), "use feddropout"),
+        (
+            ('"fedgkt" ', '"feddropout"\nsubmodel = {keep_rate = 1.5}\n'),
+            "keep_rate: expected over 0 to 1 (the whole model), got 1.5",
+        ),
+        (
+            ('"fedgkt" ', '"feddropout"\nsubmodel = {tiers = [{keep_rate = 0.5}]}\n'),
+            "expected a pattern of names in `devices`, or `memory_mb` over 0",
+        ),
         (("classes = 10", "classes = 7"), "expected the 7 classes of the artifact, got 10"),
         (("[3, 32, 32]", "[3, 28, 28]"), "expected 28x28 images"),
         (('"heldout.npz"', '"nowhere.npz"'), "nowhere.npz"),

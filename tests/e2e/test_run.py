@@ -4,14 +4,17 @@ import json
 import os
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from orchestrator import broker
+from orchestrator import broker, distill, launch, simulate
+from orchestrator.config import load
 from orchestrator.deploy import export_run
+from orchestrator.store import last_checkpoint
 from tests.conftest import Processes
 
 RUN = """\
@@ -147,6 +150,46 @@ def test_fedavg_learns(processes, digits, any_broker):
     check_every_round_counts_each_device_once(report, 3)
     accuracies = [entry["server_accuracy"] for entry in report["rounds"]]
     assert accuracies[-1] > 0.5, accuracies  # chance is 0.1
+
+
+TIERS = """
+[submodel]
+keep_rate = 0.5
+[[submodel.tiers]]
+devices = "device-2"
+keep_rate = 0.25
+"""
+
+
+@pytest.mark.e2e
+def test_feddropout_over_the_wire_ends_where_its_simulation_does(processes, digits, any_broker):
+    fleet = Fleet(
+        processes, digits, any_broker.url, strategy="feddropout", model="caldas_cnn", rounds=2
+    )
+    path = fleet.folder / "run.toml"
+    codecs = 'state = "hadamard|q=8"\nupdate = "eden|b=4/float16"\n[server]'
+    path.write_text(path.read_text().replace("[server]", codecs) + TIERS)
+    fleet.start()
+    report = fleet.finish()
+    check_every_round_counts_each_device_once(report, 2)
+
+    simulated = replace(load(path), runs=fleet.folder / "simulated")
+    expected = simulate.run(simulated, digits).entries
+    for entry, same in zip(report["rounds"], expected, strict=True):
+        for name, device in entry["devices"].items():
+            payload = same["devices"][name]
+            assert 0 <= device["bytes_up"] - payload["bytes_up"] < 10_000  # frames, telemetry
+            assert device["steps"] == payload["steps"]
+            assert device["train_loss"] == pytest.approx(payload["train_loss"], rel=0.02)
+        small, large = (entry["devices"][n]["train_flops"] for n in ("device-2", "device-0"))
+        assert small < 0.5 * large
+    before = distill.weights(launch.fresh(simulated))
+    _, real = last_checkpoint(fleet.folder / "runs/run")
+    _, state = last_checkpoint(simulated.folder)
+    for name, start in before.items():
+        moved = state.tensors[f"global/{name}"] - start
+        apart = real.tensors[f"global/{name}"] - state.tensors[f"global/{name}"]
+        assert np.linalg.norm(apart) < 0.05 * np.linalg.norm(moved), name
 
 
 @pytest.mark.e2e

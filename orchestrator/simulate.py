@@ -1,0 +1,247 @@
+"""A run with its devices simulated in this process: `orchestrator simulate`.
+
+Strategy, orders, codecs, checks, journal and checkpoints are those of a run over the wire; a
+simulated device decodes the weights that it is sent and encodes the update that it returns, so that
+noise and bytes are the real ones. Only the network is missing, and PyTorch trains in place of ONNX
+Runtime (`orchestrator.cohort`). Bytes are those of the payloads: no MQTT, no artifact, which
+travels once. The same command goes on where a run was stopped.
+"""
+
+import hashlib
+import logging
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+import edge_agent
+from edge_agent import data
+from edge_agent.data import ImageSet
+from edge_agent.work import encode_update
+from models import submodel
+from orchestrator import admit, cohort, launch, rounds
+from orchestrator.cohort import Job, Trained
+from orchestrator.config import RunConfig
+from orchestrator.report import Report
+from orchestrator.store import Store, Verdict
+from orchestrator.strategies import create
+from orchestrator.strategies.strategy import State, Strategy, Variant
+from wire import frames, tensors
+from wire.errors import CodecError, RunError, StillhouseError
+from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
+
+log = logging.getLogger("orchestrator")
+
+STRATEGIES = ("fedavg", "feddropout")
+
+
+def run(
+    config: RunConfig,
+    shards: Path,
+    *,
+    stack: int = 0,
+    changed: Callable[[Report], None] = lambda _: None,
+) -> Report:
+    """Do a run, from the start or from where it stopped.
+
+    Args:
+        config: of the run; `cohort.max_devices` devices take part in a round.
+        shards: a folder of `device-*.npz`, one a device, named by its file.
+        stack: devices that are trained at once; 0: one on a CPU, the whole cohort on a GPU.
+        changed: called after each round.
+
+    Raises:
+        RunError: the strategy cannot be simulated, or no shards are there.
+        StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
+    """
+    if config.strategy not in STRATEGIES:
+        raise RunError(
+            f"strategy {config.strategy!r} cannot be simulated, {' and '.join(STRATEGIES)} can; "
+            "run it with agents: orchestrator start"
+        )
+    heldout = launch.read_heldout(config)
+    images = read_shards(config, shards)
+    store = Store(config)
+    try:
+        report = Report(config, store)
+        task = launch.task(config, store, _variants(config), heldout, report)
+        simulation = _Simulation(config, store, create(config.strategy, task), images, stack)
+        simulation.run(report, changed)
+    finally:
+        store.close()
+    return report
+
+
+def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:
+    """Each device's images by its name.
+
+    Raises:
+        RunError: there are none, or fewer than a round takes.
+        DataError: a file does not fit the model.
+    """
+    files = sorted(folder.glob("device-*.npz"))
+    least = config.cohort.min_devices
+    if len(files) < least:
+        raise RunError(
+            f"{folder}: expected {least} or more files device-*.npz, found {len(files)}; make them "
+            "with python -m orchestrator.datasets"
+        )
+    device = config.device
+    return {
+        file.stem: data.load(file, classes=device.classes, input_shape=device.input)
+        for file in files
+    }
+
+
+def _variants(config: RunConfig) -> dict[float, Variant]:
+    """Nothing is compiled: a keep rate is known by a digest of its own."""
+    found = {}
+    for rate in config.rates:
+        digest = hashlib.sha256(f"{config.device.model}/{rate}".encode()).hexdigest()
+        found[rate] = Variant(rate, BlobRef(digest, 0, 1024))
+    return found
+
+
+class _Simulation:
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        strategy: Strategy,
+        images: Mapping[str, ImageSet],
+        stack: int,
+    ) -> None:
+        self._config, self._store, self._strategy = config, store, strategy
+        self._images, self._stack = images, stack
+        self._births = {name: _birth(name, held) for name, held in images.items()}
+        self._owed = _Owed(store.folder / "owed")
+        whole = launch.fresh(config)
+        layout = submodel.layout(whole, config.device.input) if config.rates != {1} else None
+        self._models = {
+            variant.artifact.digest: submodel.narrow(whole, layout, rate) if layout else whole
+            for rate, variant in strategy.task.variants.items()
+        }
+
+    def run(self, report: Report, changed: Callable[[Report], None]) -> None:
+        config, store = self._config, self._store
+        state = store.checkpoint() or self._strategy.begin()
+        live = dict.fromkeys(self._births, 1)
+        for number in range(len(store.closed_rounds()) + 1, config.rounds + 1):
+            began = time.monotonic()
+            chosen = rounds.choose(live, config.cohort.max_devices, config.seed, number)
+            births = {name: self._births[name] for name in sorted(chosen)}
+            orders = self._strategy.orders(state, number, store.next_sequence(), births)
+            report.opened()
+            attempt = store.begin(number, orders)
+            results = {result.device: result for result in self._perform(orders, report)}
+            verdicts = {name: self._decide(state, orders[name], results[name]) for name in births}
+            accepted = [verdict.result for verdict in verdicts.values() if verdict.accepted]
+            if not accepted:
+                first = next(iter(verdicts.values())).reason
+                raise RunError(f"round {number}: no result can be used; the first: {first}")
+            attempt = replace(attempt, verdicts=verdicts)
+            state, metrics = self._strategy.aggregate(state, orders, accepted)
+            entry = report.closed(attempt, metrics, time.monotonic() - began)
+            store.close_round(attempt, state, entry)
+            changed(report)
+        report.save(final=True)
+
+    def _decide(self, state: State, order: Order, result: Result) -> Verdict:
+        device, limits = result.device, self._strategy.task.limits
+        try:
+            admit.header(result, order, device, len(self._images[device].y), limits)
+            self._strategy.admit(state, order, result)
+        except StillhouseError as fault:
+            log.warning("%s: result refused: %s", device, fault)
+            return Verdict(device, accepted=False, reason=str(fault), result=result)
+        return Verdict(device, accepted=True, reason="", result=result)
+
+    def _perform(self, orders: Mapping[str, Order], report: Report) -> Iterator[Result]:
+        """The cohort's results; devices of one keep rate are trained in stacks."""
+        task, groups = self._strategy.task, defaultdict(list)
+        for name, order in orders.items():
+            groups[order.artifact.digest].append(name)
+        for digest, names in groups.items():
+            size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)
+            for at in range(0, len(names), size):
+                jobs = {
+                    name: Job(orders[name], self._images[name], self._received(orders[name]))
+                    for name in names[at : at + size]
+                }
+                done = cohort.train(
+                    self._models[digest],
+                    self._config.device,
+                    list(jobs.values()),
+                    task.torch_device,
+                )
+                for (name, job), trained in zip(jobs.items(), done, strict=True):
+                    result = self._result(name, job, trained)
+                    assert job.order.state is not None  # noqa: S101 - weights travel in each order
+                    report.sent(name, job.order.state.size)
+                    report.received(name, sum(ref.size for ref in result.blobs.values()))
+                    yield result
+
+    def _received(self, order: Order) -> cohort.Weights:
+        """The weights as the device decodes them."""
+        assert order.state is not None  # noqa: S101 - weights travel in each order
+        blobs = self._strategy.task.blobs
+        frame = frames.decode(blobs.path(order.state.digest).read_bytes(), max_bytes=1 << 32)
+        return tensors.unpack(frame, where="weights", most=self._strategy.task.values)
+
+    def _result(self, name: str, job: Job, trained: Trained) -> Result:
+        order = job.order
+        update = {n: trained.weights[n] - job.start[n] for n in sorted(job.start)}
+        blobs, fault = {}, ""
+        try:
+            owed = self._owed.read(name, order.round) if order.feedback else {}
+            packed, left = encode_update(order, update, owed)
+            blobs["update"] = self._strategy.task.blobs.put(packed)
+            if left is not None:
+                self._owed.write(name, order.round, left)
+        except CodecError as diverged:
+            fault = str(diverged)
+        return Result(
+            device=name,
+            run=order.run,
+            sequence=order.sequence,
+            round=order.round,
+            samples=len(job.images.y),
+            data_digest=job.images.digest,
+            blobs=blobs,
+            metrics=trained.metrics,
+            fault=fault,
+            submodel=order.submodel,
+        )
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """What the codec left out, by device: files, each of the round that it came of."""
+
+    folder: Path
+
+    def read(self, device: str, before: int) -> dict[str, NDArray[np.float32]]:
+        """Of the device's last round before this one; later files are of a round done anew."""
+        rounds_ = {int(path.stem): path for path in (self.folder / device).glob("*.safetensors")}
+        last = max((number for number in rounds_ if number < before), default=None)
+        return {} if last is None else load_file(rounds_[last])
+
+    def write(self, device: str, number: int, left: cohort.Weights) -> None:
+        """Keep it, and that of the round before."""
+        folder = self.folder / device
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(dict(left), folder / f"{number:06d}.safetensors")
+        for path in sorted(folder.iterdir())[:-2]:
+            path.unlink()
+
+
+def _birth(name: str, images: ImageSet) -> Birth:
+    """No memory is stated, so no tier by memory holds a simulated device."""
+    machine = Platform("simulated", platform.machine(), 1, MAX_COUNT - 1, "", "")
+    return Birth(name, 1, edge_agent.__version__, len(images.y), images.digest, machine)

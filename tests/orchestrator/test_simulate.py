@@ -1,0 +1,194 @@
+"""Simulated runs: what agents would have done, from the same seeds, with the same bytes."""
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from edge_agent import data
+from edge_agent.work import Desk, encode_update, perform
+from orchestrator import cohort, launch, rounds, simulate
+from orchestrator.cohort import Job
+from orchestrator.config import CohortConfig, DeviceConfig, RunConfig, ServerConfig, SubmodelConfig
+from orchestrator.report import Report
+from orchestrator.store import Store, last_checkpoint
+from orchestrator.strategies import create
+from wire import frames, tensors
+from wire.artifact import open_artifact
+from wire.errors import RunError
+from wire.messages import BlobRef, Order, Result
+
+DEVICE = DeviceConfig(
+    model="caldas_cnn", batch=16, lr=0.05, momentum=0.0, weight_decay=0.0, mean=(0.3,) * 3,
+    std=(0.37,) * 3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path, digits):
+    return RunConfig(
+        name="run",
+        heldout=digits / "heldout.npz",
+        strategy="feddropout",
+        rounds=2,
+        runs=tmp_path / "runs",
+        cohort=CohortConfig(min_devices=2, max_devices=2),
+        device=replace(DEVICE, state="hadamard|q=8", update="eden|b=4"),
+        submodel=SubmodelConfig(keep_rate=0.5),
+        server=ServerConfig(torch_device="cpu"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two threads on a machine that is busy wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights_of(config):
+    _, state = last_checkpoint(config.folder)
+    return state.tensors
+
+
+def assert_close(these, those, start, share):
+    """Each tensor moved from its start as the other did, within a share of the way."""
+    for name, array in these.items():
+        moved = float(np.abs(those[name] - start[name]).max())
+        assert np.abs(array - those[name]).max() <= share * moved + 1e-6, name
+
+
+def start_of(config):
+    return {f"global/{n}": a for n, a in launch.distill.weights(launch.fresh(config)).items()}
+
+
+def test_a_simulated_run_is_repeatable_and_goes_on_where_it_stopped(config, digits, tmp_path):
+    whole = simulate.run(config, digits)
+    assert [entry["round"] for entry in whole.entries] == [1, 2]
+    halves = replace(config, runs=tmp_path / "halves")
+    simulate.run(replace(halves, rounds=1), digits)
+    report = simulate.run(halves, digits)
+    assert [entry["cohort"] for entry in report.entries] == [e["cohort"] for e in whole.entries]
+    for name, array in weights_of(config).items():
+        assert np.array_equal(array, weights_of(halves)[name]), name
+
+
+def test_what_is_counted_are_the_payloads_that_codecs_made(config, digits):
+    report = simulate.run(replace(config, rounds=1), digits)
+    values = sum(a.size for a in launch.distill.weights(launch.fresh(config)).values())
+    for device in report.entries[0]["devices"].values():
+        # Half the units of two layers on either side: a quarter of the weights, at 8 and 4 bits.
+        assert 0.25 < device["bytes_down"] / values < 0.30
+        assert 0.12 < device["bytes_up"] / values < 0.16
+        assert device["train_flops"] > 0
+
+
+def test_a_stack_of_devices_trains_as_each_does_alone(config, digits):
+    config = replace(config, device=replace(config.device, mu=0.1, momentum=0.9))
+    images = simulate.read_shards(config, digits)
+    model = launch.fresh(config)
+    start = launch.distill.weights(model)
+    ref = BlobRef("ab" * 32, 1, 1024)
+    jobs = [
+        Job(Order("run", 1, 1, ref, 2, 0.05, seed, {"update": "float32"}, state=ref, mu=0.1),
+            held if seed else data.ImageSet(held.x[:20], held.y[:20], held.digest), start)
+        for seed, held in enumerate(images.values())
+    ]  # fmt: skip
+    cpu = torch.device("cpu")
+    together = cohort.train(model, config.device, jobs, cpu)
+    for job, trained in zip(jobs, together, strict=True):
+        (alone,) = cohort.train(model, config.device, [job], cpu)
+        assert_close(trained.weights, alone.weights, start, 0.01)
+        assert trained.metrics == pytest.approx(alone.metrics, rel=1e-3)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(config, digits, tmp_path, mu):
+    """The same strategy, its orders done by `edge_agent.work` in place of PyTorch.
+
+    Codecs that are lossless: a stochastic rounding that falls the other way is another update.
+    """
+    exact = replace(config.device, state="float32", update="float32", mu=mu)
+    config = replace(config, device=exact)
+    simulate.run(config, digits)
+    real = replace(config, runs=tmp_path / "real")
+    images = simulate.read_shards(config, digits)
+    births = {name: simulate._birth(name, held) for name, held in images.items()}
+    store = Store(real)
+    try:
+        variants = launch.prepare_variants(real, store)
+        task = launch.task(real, store, variants, launch.read_heldout(real), Report(real, store))
+        strategy = create(real.strategy, task)
+        state = strategy.begin()
+        for number in (1, 2):
+            names = rounds.choose(dict.fromkeys(births, 1), 2, real.seed, number)
+            orders = strategy.orders(
+                state, number, number, {name: births[name] for name in sorted(names)}
+            )
+            results = []
+            for name, order in orders.items():
+                desk = Desk(images[name], store.blobs, 1, lambda *_: None, threading.Event())
+                artifact = open_artifact(store.folder / "artifact-0.5")
+                outcome = perform(order, artifact, None, desk)
+                results.append(
+                    Result(name, order.run, order.sequence, number, len(images[name].y),
+                           blobs=outcome.blobs, submodel=order.submodel)
+                )  # fmt: skip
+                strategy.admit(state, order, results[-1])
+            state, _ = strategy.aggregate(state, orders, results)
+    finally:
+        store.close()
+    assert_close(state.tensors, weights_of(config), start_of(config), 0.03)
+
+
+def test_keep_rate_1_is_fedavg_to_the_bit(config, digits, tmp_path):
+    config = replace(config, submodel=SubmodelConfig())
+    simulate.run(config, digits)
+    plain = replace(config, strategy="fedavg", runs=tmp_path / "plain")
+    simulate.run(plain, digits)
+    for name, array in weights_of(config).items():
+        assert np.array_equal(array, weights_of(plain)[name]), name
+
+
+def test_error_feedback_sends_later_what_the_codec_left_out():
+    ref = BlobRef("ab" * 32, 1, 1024)
+    returns = {"update": "eden|b=1|mse"}
+    order = Order("run", 1, 1, ref, 1, 0.1, 7, returns, state=ref, feedback=True)
+    rng = np.random.default_rng(0)
+    owed, sent, wanted = {}, 0.0, 0.0
+    for number in range(20):
+        update = {"w": rng.standard_normal((64, 64)).astype(np.float32)}
+        wanted = wanted + update["w"]
+        packed, owed = encode_update(replace(order, seed=number), update, owed)
+        sent = sent + tensors.unpack(frames.decode(packed), where="update")["w"]
+    assert np.allclose(sent + owed["w"], wanted, atol=1e-3)
+    # What is owed stays that of a few rounds; what is lost without feedback grows with all.
+    assert np.square(owed["w"]).sum() < 3 * 64 * 64
+
+
+def test_error_feedback_survives_a_simulation_that_is_stopped(config, digits, tmp_path):
+    device = replace(config.device, update="eden|b=1|mse", feedback=True)
+    config = replace(config, device=device, strategy="fedavg", submodel=SubmodelConfig(), rounds=3)
+    simulate.run(config, digits)
+    parts = replace(config, runs=tmp_path / "parts")
+    for last in (1, 2, 3):
+        simulate.run(replace(parts, rounds=last), digits)
+    for name, array in weights_of(config).items():
+        assert np.array_equal(array, weights_of(parts)[name]), name
+    without = replace(config, device=replace(device, feedback=False), runs=tmp_path / "without")
+    simulate.run(without, digits)
+    assert not np.array_equal(weights_of(config)["global/fc1.weight"],
+                              weights_of(without)["global/fc1.weight"])  # fmt: skip
+
+
+def test_what_cannot_be_simulated_is_refused(config, digits, tmp_path):
+    with pytest.raises(RunError, match="'fedgkt' cannot be simulated, fedavg and feddropout can"):
+        simulate.run(replace(config, strategy="fedgkt", submodel=SubmodelConfig()), digits)
+    with pytest.raises(RunError, match=r"expected 2 or more files device-\*.npz, found 0"):
+        simulate.run(config, tmp_path)
+    with pytest.raises(RunError, match=r"no result can be used; the first: .*NaN or infinity"):
+        simulate.run(replace(config, device=replace(config.device, lr=1e30)), digits)
