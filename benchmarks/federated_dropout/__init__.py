@@ -1,0 +1,1 @@
+"""Federated Dropout: the paper's figures; see `__main__`."""

@@ -1,0 +1,125 @@
+"""Federated Dropout with lossy compression, the figures of Caldas et al. 2018 and after.
+
+    python -m benchmarks.federated_dropout --data mnist --settings "paper;beyond" --seeds 3 \
+        --rounds 100 --jobs 2 --out results
+
+100 devices with equal shares of the training set (IID), 10 drawn for each round, one local epoch
+with batch 10 and the paper's learning rate; accuracy of the global model on the whole test set.
+Devices are simulated (`orchestrator.simulate`): every payload is encoded and decoded by the codecs
+of the wire, and bytes are those of the payloads.
+
+    down, up    float32 bytes of the whole model over the bytes sent, mean over devices and rounds
+    compute     FLOPs of a local epoch of the whole model over those of the sub-model
+    accuracy    after the last round; mean over the seeds, lowest and highest
+
+A run that is there already is not done again, and one that was stopped goes on. Results come as
+`DATA.json`, and pictures `DATA-GROUP.png` of accuracy over rounds.
+
+Measured: see docs/federated-dropout.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.federated_dropout import report, settings
+from benchmarks.federated_dropout.settings import Setting
+from wire.errors import StillhouseError
+
+DEVICES = 100
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and report; 0, or 2 where the input is bad or a run fails."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.one:
+            _one(options, json.loads(options.one))
+            return 0
+        chosen = settings.find(options.settings)
+    except StillhouseError as fault:
+        print(f"federated_dropout: {fault}", file=sys.stderr)
+        return 2
+    jobs = [(setting, seed) for seed in range(options.seeds) for setting in chosen]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        codes = list(pool.map(lambda job: _spawn(options, *job), jobs))
+    report.write(options.out, options.data)
+    return 2 if any(codes) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.federated_dropout",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", choices=tuple(settings.DATA), default="mnist")
+    parser.add_argument("--train", default="", help=".npz of the training set; default: download")
+    parser.add_argument("--heldout", type=Path, help=".npz of the test set, with --train")
+    parser.add_argument("--settings", default="paper;beyond", help="groups or names, by ;")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--devices", type=int, default=DEVICES)
+    parser.add_argument("--per-device", type=int, help="samples; default: all are dealt out")
+    parser.add_argument("--eval-every", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with --threads")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("federated-dropout"))
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    return parser
+
+
+def _spawn(options: argparse.Namespace, setting: Setting, seed: int) -> int:
+    """One run in a process of its own, so that torch's threads are its own."""
+    if report.is_done(options.out, options.data, setting, seed, options.rounds):
+        return 0
+    one = json.dumps({"setting": setting.name, "seed": seed})
+    plain = ["--data", options.data, "--rounds", str(options.rounds), "--out", str(options.out),
+             "--devices", str(options.devices), "--eval-every", str(options.eval_every),
+             "--threads", str(options.threads), "--train", options.train]  # fmt: skip
+    if options.heldout:
+        plain += ["--heldout", str(options.heldout)]
+    if options.per_device:
+        plain += ["--per-device", str(options.per_device)]
+    print(f"{options.data}, seed {seed}: {setting.name}", flush=True)
+    module = "benchmarks.federated_dropout"
+    command = [sys.executable, "-m", module, *plain, "--one", one]
+    return subprocess.run(command, check=False).returncode
+
+
+def _one(options: argparse.Namespace, job: dict[str, Any]) -> None:
+    import torch
+
+    from orchestrator import datasets, simulate
+
+    torch.set_num_threads(options.threads)
+    setting = settings.find(job["setting"])[-1]
+    config = settings.run_config(
+        setting,
+        data=options.data,
+        seed=job["seed"],
+        rounds=options.rounds,
+        eval_every=options.eval_every,
+        folder=options.out,
+    )
+    shards = config.heldout.parent
+    if not (shards / "split.json").exists():
+        datasets.build(
+            options.train or options.data,
+            shards,
+            devices=options.devices,
+            per_device=options.per_device,
+            seed=job["seed"],
+            heldout=options.heldout,
+        )
+    simulate.run(config, shards)
+    report.keep(config, setting, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
