@@ -4,6 +4,7 @@ One thread owns all state; the network thread and the worker thread only put eve
 """
 
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from edge_agent import __version__, data, meter, rounds
 from edge_agent.config import AgentConfig
 from edge_agent.journal import Journal
 from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
-from edge_agent.supply import Supply
+from edge_agent.supply import Shelf, Supply
 from edge_agent.work import Desk, Outcome, perform
 from wire import blobs, messages, topics
 from wire.blobs import BlobStore
@@ -76,6 +78,7 @@ class Agent:
         self.images = data.load(config.data, input_shape=config.image)
         self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
         self.journal = Journal(config.state / "journal.db")
+        self._shelf = Shelf(config.state / "artifacts")
         self._state = rounds.State()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._supply: Supply | None = None
@@ -201,7 +204,7 @@ class Agent:
                     self._supply = Supply(
                         order,
                         self.blobs,
-                        self.config.state / "artifacts",
+                        self._shelf,
                         window=self.config.window,
                         retry_s=self.config.retry_s,
                         max_bytes=self.config.max_download_bytes,
@@ -220,7 +223,7 @@ class Agent:
             self._worker.join()
         assert self._supply is not None  # noqa: S101 - Work follows a complete Supply
         supply, self._supply = self._supply, None
-        own = self.journal.weights_file(order.run, order.artifact.digest)
+        own = self._own(order)
         self._cancel = threading.Event()
         desk = Desk(
             self.images,
@@ -233,8 +236,7 @@ class Agent:
         def work() -> None:
             outcome: Outcome | StillhouseError
             try:
-                own_path = self.config.state / own if own else None
-                outcome = perform(order, supply.artifact(), own_path, desk)
+                outcome = perform(order, supply.artifact(), own, desk)
             except StillhouseError as fault:
                 outcome = fault
             except Exception as fault:
@@ -245,6 +247,14 @@ class Agent:
         self._worker = threading.Thread(target=work, name="work")
         self._worker.start()
 
+    def _own(self, order: Order) -> Path | None:
+        """What this device has kept of the order's run: its weights, or what its codec left out."""
+        if order.feedback:
+            path = self.config.state / _owed(order.run, order.owed)
+            return path if path.exists() else None
+        name = self.journal.weights_file(order.run, order.artifact.digest)
+        return self.config.state / name if name else None
+
     def _ended(self, order: Order, outcome: Outcome | StillhouseError) -> None:
         if self._state.order != order:  # replaced meanwhile
             return
@@ -253,9 +263,17 @@ class Agent:
             self._fail(order, outcome)
             return
         weights_file = None
-        if outcome.weights is not None:
-            weights_file = f"weights-{order.run}-{order.sequence}.safetensors"
-            self._write(weights_file, save({k: np.asarray(v) for k, v in outcome.weights.items()}))
+        if outcome.own is not None:
+            kept = save({k: np.asarray(v) for k, v in outcome.own.items()})
+            if order.feedback:
+                self._write(_owed(order.run, order.sequence), kept)
+                needed = {_owed(order.run, n) for n in (order.owed, order.sequence)}
+                for path in self.config.state.glob("owed-*"):
+                    if path.name not in needed:
+                        path.unlink()
+            else:
+                weights_file = f"weights-{order.run}-{order.sequence}.safetensors"
+                self._write(weights_file, kept)
         log.info("round %d: done", order.round)
         self._finish(order, weights_file, blobs=outcome.blobs, metrics=outcome.metrics)
         self._tidy(outcome.blobs.values())
@@ -274,6 +292,7 @@ class Agent:
             round=order.round,
             samples=len(self.images.y),
             data_digest=self.images.digest,
+            submodel=order.submodel,
             **outcome,
         )
         self.journal.finish(order, result, weights_file)
@@ -288,6 +307,7 @@ class Agent:
             log.error("result %d of %s is refused: %s", receipt.sequence, receipt.run,
                       receipt.reason)  # fmt: skip
         self._report("idle", 0, 0)
+        meter.give_back()
 
     def _tidy(self, keep: Iterable[BlobRef]) -> None:
         """Let go of the blobs and weights that nothing refers to any more."""
@@ -361,8 +381,14 @@ class Agent:
         return topics.topic(self.config.fleet, self.config.device, channel)
 
 
+def _owed(run: str, sequence: int) -> str:
+    """The file of what the codec left out of the update of an order."""
+    return f"owed-{run}-{sequence}.safetensors"
+
+
 def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None]) -> None:
     """Run an agent; `install_stop` is given what to call to end it."""
     agent = Agent(config)
     install_stop(agent.stop)
+    gc.freeze()  # what is here stays: later collections pass it over
     agent.run()

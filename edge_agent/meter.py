@@ -5,6 +5,8 @@ The kernel keeps the peak (VmHWM, "high water mark") itself; writing 5 to clear_
 is the peak since the process began.
 """
 
+import ctypes
+import gc
 import os
 import platform
 import time
@@ -44,6 +46,17 @@ class Meter:
         finally:
             self.metrics[f"{name}_s"] = time.monotonic() - began
             self.metrics[f"{name}_peak_bytes"] = float(resident_bytes("VmHWM"))
+
+
+def give_back() -> None:
+    """Hand the memory that work has freed back to the system, for a device waits most of the time.
+
+    What lies in reference cycles is not free before a collection; and glibc keeps for itself what
+    a thread has freed, until it is asked.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def this_platform() -> Platform:

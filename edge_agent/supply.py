@@ -5,6 +5,7 @@ blobs as well. Files that are here already are not asked for again.
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +18,62 @@ from wire.messages import BlobRef, Chunk, Gone, Order, Want
 log = logging.getLogger("edge-agent")
 
 
+class Shelf:
+    """The complete artifacts that are here, in a folder, one sub-folder a digest.
+
+    The disk of a device is not to be trusted, least of all after a power cut: what lies here from
+    before is read and verified once. It is verified again when size, time or inode of a file is
+    another than then.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._verified: dict[str, tuple[Artifact, frozenset[tuple[str | int, ...]]]] = {}
+
+    def path(self, digest: str) -> Path:
+        """Where an artifact lies, if it is here."""
+        return self.folder / digest
+
+    def has(self, digest: str) -> bool:
+        """Whether an artifact is here, whole or not."""
+        return self.path(digest).exists()
+
+    def open(self, digest: str) -> Artifact:
+        """An artifact, verified.
+
+        Raises:
+            ArtifactError: a file is damaged; the folder is removed, so that the next order
+                brings it anew.
+        """
+        folder = self.path(digest)
+        try:
+            seen = _signature(folder)
+            known = self._verified.get(digest)
+            if known is None or known[1] != seen:
+                known = open_artifact(folder, expect_digest=digest), seen
+                self._verified[digest] = known
+        except ArtifactError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return known[0]
+
+
+def _signature(folder: Path) -> frozenset[tuple[str | int, ...]]:
+    try:
+        with os.scandir(folder) as files:
+            stats = [(file.name, file.stat()) for file in files]
+    except OSError:  # open_artifact says what is wrong
+        return frozenset()
+    return frozenset((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
+
+
 class Supply:
     """The blobs of one order on their way here.
 
     Args:
         order: what is to be supplied.
         blobs: where they go.
-        artifacts: folder of complete artifacts, one sub-folder a digest.
+        shelf: of complete artifacts.
         window, retry_s: of each `Fetch`.
         max_bytes: a blob above this is refused before anything is asked for.
 
@@ -35,13 +85,13 @@ class Supply:
         self,
         order: Order,
         blobs: BlobStore,
-        artifacts: Path,
+        shelf: Shelf,
         *,
         window: int,
         retry_s: float,
         max_bytes: int,
     ) -> None:
-        self.order, self.artifacts = order, artifacts
+        self.order, self._shelf = order, shelf
         self._blobs, self._window, self._retry_s = blobs, window, retry_s
         self._max_bytes = max_bytes
         self._manifest: Manifest | None = None
@@ -96,21 +146,16 @@ class Supply:
             self._fetch.chunk(message, body)
 
     def artifact(self) -> Artifact:
-        """The artifact, verified again, since the disk of a device is not to be trusted.
+        """The artifact of the order, once everything is here.
 
         Raises:
-            ArtifactError: a file is damaged; the folder is removed, so that the next order
-                brings it anew.
+            ArtifactError: a file is damaged; the next order brings it anew.
         """
-        try:
-            return open_artifact(self._folder, expect_digest=self.order.artifact.digest)
-        except ArtifactError:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+        return self._shelf.open(self.order.artifact.digest)
 
     def _intact(self) -> bool:
         """Whether the artifact is here and whole; a damaged one is removed, to be pulled again."""
-        if not self._folder.exists():
+        if not self._shelf.has(self.order.artifact.digest):
             return False
         try:
             self.artifact()
@@ -118,10 +163,6 @@ class Supply:
             log.warning("%s; pulling it again", fault)
             return False
         return True
-
-    @property
-    def _folder(self) -> Path:
-        return self.artifacts / self.order.artifact.digest
 
     def _check(self, ref: BlobRef) -> None:
         if ref.size > self._max_bytes:
@@ -151,12 +192,13 @@ class Supply:
             self._assemble(self._manifest)
 
     def _assemble(self, manifest: Manifest) -> None:
-        building = self.artifacts / f"{self.order.artifact.digest}.new"
+        folder = self._shelf.path(self.order.artifact.digest)
+        building = folder.with_suffix(".new")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         named = {name: f.sha256 for name, f in manifest.files.items()}
         for name, digest in {"manifest.json": self.order.artifact.digest, **named}.items():
             shutil.copyfile(self._blobs.path(digest), building / name)
-        building.rename(self._folder)
+        building.rename(folder)
         self._assembled = True
         self._queue = [ref for ref in self._queue if not self._blobs.has(ref.digest)]

@@ -66,7 +66,8 @@ def perform(order: Order, artifact: Artifact, own: Path | None, desk: Desk) -> O
     Args:
         order: its blobs are in `desk.blobs`.
         artifact: the one that the order names, verified.
-        own: safetensors of what an earlier order of this run left (`Outcome.own`), or None.
+        own: safetensors of what an earlier order of this run left (`Outcome.own`), or None; with
+            error feedback, of the order that `order.owed` names.
         desk: images, blob store, threads, progress, cancellation.
 
     Raises:
@@ -117,7 +118,7 @@ def encode_update(order: Order, update: State, owed: State) -> tuple[bytes, Stat
     Args:
         order: says the codec, the seed, and whether there is feedback.
         update: by name; in this order the tensors travel.
-        owed: e of the run's last order, or nothing.
+        owed: e of the order that `order.owed` names, or nothing.
 
     Raises:
         CodecError: training diverged.
@@ -128,7 +129,8 @@ def encode_update(order: Order, update: State, owed: State) -> tuple[bytes, Stat
     if not order.feedback:
         return packed, None
     most = sum(array.size for array in update.values())
-    sent = tensors.unpack(frames.decode(packed), where="own update", most=most)
+    frame = frames.decode(packed, max_bytes=len(packed))
+    sent = tensors.unpack(frame, where="own update", most=most)
     return packed, {name: array - sent[name] for name, array in update.items()}
 
 

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from models.units import Array, Layout, Units, all_places
+from models.units import Array, Layout, Places, Units, all_places
 
 Absent = Literal["zero", "holders"]
 
@@ -31,7 +31,7 @@ class Average:
 
     Args:
         state: the whole model's tensors, float32; kept by reference until `total`.
-        layout: of the whole model.
+        layout: of the whole model; None where no sub-models are trained.
         samples_total: N, of all updates that will be added.
         absent: what a coordinate that a device does not hold counts as.
     """
@@ -39,7 +39,7 @@ class Average:
     def __init__(
         self,
         state: Mapping[str, Array],
-        layout: Layout,
+        layout: Layout | None,
         *,
         samples_total: int,
         absent: Absent = "zero",
@@ -51,9 +51,10 @@ class Average:
         self._held: dict[str, Array] = {}
         if absent == "holders":
             # Along the axes after the last that is cut, all coordinates have the same holders.
-            everyone = all_places(layout, {n: np.arange(w) for n, w in layout.groups.items()})
+            widths = layout.groups if layout else {}
+            everyone = self._at({name: np.arange(width) for name, width in widths.items()})
             self._held = {
-                name: np.zeros([len(indices) for indices in everyone[name]], np.int64)
+                name: np.zeros([len(indices) for indices in everyone.get(name, ())], np.int64)
                 for name in state
             }
 
@@ -65,12 +66,15 @@ class Average:
             units: of its sub-model; None: the whole model.
             samples: n_k.
         """
-        at = {} if units is None else all_places(self._layout, units)
+        at = {} if units is None else self._at(units)
         for name, delta in update.items():
             index = np.ix_(*at.get(name, ()))
             self._sum[name][index] += (samples / self._samples_total) * delta
             if self._held:
                 self._held[name][index] += samples
+
+    def _at(self, units: Units) -> dict[str, Places]:
+        return all_places(self._layout, units) if self._layout else {}
 
     def total(self) -> dict[str, Array]:
         """The next state, in the dtypes of the last."""

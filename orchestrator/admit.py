@@ -14,7 +14,7 @@ from wire.errors import AdmissionError
 from wire.messages import Order, Result
 
 Array = NDArray[Any]
-MAX_NORM_RATIO = 1e3
+MAX_NORM_RATIO = 100.0
 MAX_VALUE = 1e5  # of a feature or a logit: beyond it, training has diverged
 
 

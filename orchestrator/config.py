@@ -62,6 +62,8 @@ class CohortConfig:
         wait_s: once `min_devices` are there, wait so long for more, unless `max_devices` are there.
         quorum: the round closes when this share of the cohort has returned.
         deadline_s: the round closes then with whoever has returned.
+        max_weight: a device counts in an average of weights at most so many times as much as the
+            median one: nobody can check how many samples it says to have.
     """
 
     min_devices: int = 2
@@ -69,8 +71,11 @@ class CohortConfig:
     wait_s: float = 10.0
     quorum: float = 1.0
     deadline_s: float = 600.0
+    max_weight: float = 10.0
 
     def __post_init__(self) -> None:
+        if not 1 <= self.max_weight < math.inf:
+            raise ValueError(f"max_weight: expected 1 or more, got {self.max_weight}")
         if self.min_devices < 1 or (self.max_devices and self.max_devices < self.min_devices):
             raise ValueError(
                 f"min_devices {self.min_devices}, max_devices {self.max_devices}: expected "
@@ -119,10 +124,16 @@ class DeviceConfig:
 
     def __post_init__(self) -> None:
         codecs.parse(self.features)
-        tensors.policy(self.update)
         tensors.policy(self.state)
         if not 0 <= self.mu < math.inf:
             raise ValueError(f"mu: expected 0 (no proximal term) or more, got {self.mu}")
+        sent = tensors.policy(self.update)
+        for codec in (sent.matrices, sent.vectors) if self.feedback else ():
+            if not (codec.spec.startswith("float") or "mse" in codec.spec.split("|")):
+                raise ValueError(
+                    f"feedback: {codec.spec} may leave out more than it was given, and what is "
+                    "owed then grows without bound; use a codec of least error, eden|b=1|mse"
+                )
         if not len(self.mean) == len(self.std) == self.input[0]:
             raise ValueError(
                 f"input {list(self.input)}: expected [channels, height, width], with a mean "
@@ -191,6 +202,11 @@ class SubmodelConfig:
     def rates(self) -> frozenset[float]:
         """All keep rates that a device may be given."""
         return frozenset({self.keep_rate, *(tier.keep_rate for tier in self.tiers)})
+
+    @property
+    def whole(self) -> bool:
+        """Whether every device trains the whole model."""
+        return self.rates == {1}
 
 
 def check_keep_rate(rate: float) -> None:
@@ -282,7 +298,13 @@ class RunConfig:
         if self.submodel != SubmodelConfig() and self.strategy != "feddropout":
             raise ValueError(f"submodel: strategy {self.strategy!r} trains whole models; "
                              "use feddropout")  # fmt: skip
-        if self.device.feedback and self.submodel.units != "ordered" and self.submodel.rates != {1}:
+        device = self.device
+        if (device.mu or device.feedback) and self.strategy not in ("fedavg", "feddropout"):
+            raise ValueError(
+                f"device.mu and device.feedback are for fedavg and feddropout, not for "
+                f"{self.strategy}; leave them out"
+            )
+        if device.feedback and self.submodel.units != "ordered" and not self.submodel.whole:
             raise ValueError(
                 "device.feedback: what a codec left out belongs to the same units in every round; "
                 'use submodel.units = "ordered", or whole models'

@@ -332,7 +332,8 @@ class Coordinator:
         scores = (
             f"{key} {100 * value:.1f} %" for key, value in metrics.items() if "accuracy" in key
         )
-        log.info("round %d: %s, %.1f s", entry["round"], ", ".join(scores), seconds)
+        text = ", ".join(scores) or "not evaluated"
+        log.info("round %d: %s, %.1f s", entry["round"], text, seconds)
         self._apply(rounds.aggregated(self._rounds, self.config.cohort, time.monotonic()))
 
     def _restored(self, attempt: Attempt | None) -> rounds.State:

@@ -22,6 +22,7 @@ from orchestrator.strategies import create
 from orchestrator.strategies.strategy import HeldOut, Task, Variant
 from tools.export import Adam, Optimizer, Sgd, export
 from wire.artifact import Artifact, open_artifact
+from wire.errors import RunError
 from wire.link import BrokerAddress
 
 log = logging.getLogger("orchestrator")
@@ -43,9 +44,8 @@ def run(
     Raises:
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
     """
-    heldout = read_heldout(
-        config
-    )  # first: what is cheap to find wrong is found before a broker runs
+    # First: what is cheap to find wrong is found before a broker runs.
+    heldout = read_heldout(config)
     with contextlib.ExitStack() as stack:
         store = Store(config)
         stack.callback(store.close)
@@ -140,7 +140,7 @@ def prepare_variants(config: RunConfig, store: Store) -> dict[float, Variant]:
 
 
 def _artifact(config: RunConfig, folder: Path, rate: float) -> Artifact:
-    folder /= "artifact" if rate == 1 else f"artifact-{rate:g}"
+    folder /= "artifact" if rate == 1 else f"artifact-{rate!r}"
     if not folder.exists():
         device, model = config.device, fresh(config)
         log.info("compiling the training step of %s, keep rate %g", device.model, rate)
@@ -160,7 +160,13 @@ def _artifact(config: RunConfig, folder: Path, rate: float) -> Artifact:
             proximal=device.mu > 0,
             out=folder,
         )
-    return open_artifact(folder)
+    artifact = open_artifact(folder)
+    if artifact.manifest.model.keep_rate != rate:
+        raise RunError(
+            f"{folder}: expected an artifact of keep rate {rate!r}, got one of "
+            f"{artifact.manifest.model.keep_rate!r}; remove it"
+        )
+    return artifact
 
 
 def _optimizer(device: DeviceConfig) -> Optimizer:

@@ -4,7 +4,8 @@ Strategy, orders, codecs, checks, journal and checkpoints are those of a run ove
 simulated device decodes the weights that it is sent and encodes the update that it returns, so that
 noise and bytes are the real ones. Only the network is missing, and PyTorch trains in place of ONNX
 Runtime (`orchestrator.cohort`). Bytes are those of the payloads: no MQTT, no artifact, which
-travels once. The same command goes on where a run was stopped.
+travels once. No device is late or lost, so a round has neither quorum nor deadline. The same
+command goes on where a run was stopped.
 """
 
 import hashlib
@@ -32,8 +33,8 @@ from orchestrator.report import Report
 from orchestrator.store import Store, Verdict
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import State, Strategy, Variant
-from wire import frames, tensors
-from wire.errors import CodecError, RunError, StillhouseError
+from wire import frames, tensors, topics
+from wire.errors import RunError, StillhouseError
 from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
 
 log = logging.getLogger("orchestrator")
@@ -65,9 +66,15 @@ def run(
             f"strategy {config.strategy!r} cannot be simulated, {' and '.join(STRATEGIES)} can; "
             "run it with agents: orchestrator start"
         )
+    if any(tier.memory_mb for tier in config.submodel.tiers):
+        raise RunError(
+            "submodel.tiers: simulated devices have no memory to go by; name them instead, "
+            'devices = "device-1*"'
+        )
     heldout = launch.read_heldout(config)
     images = read_shards(config, shards)
-    store = Store(config)
+    held = hashlib.sha256("".join(f"{n}:{i.digest}" for n, i in images.items()).encode())
+    store = Store(config, f"{len(images)} simulated devices with data {held.hexdigest():.12}")
     try:
         report = Report(config, store)
         task = launch.task(config, store, _variants(config), heldout, report)
@@ -82,10 +89,15 @@ def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:
     """Each device's images by its name.
 
     Raises:
-        RunError: there are none, or fewer than a round takes.
+        RunError: there are none, or fewer than a round takes, or a name is none for a device.
         DataError: a file does not fit the model.
     """
     files = sorted(folder.glob("device-*.npz"))
+    for file in files:
+        try:
+            topics.check_name(file.stem, "device name")
+        except ValueError as fault:
+            raise RunError(f"{file}: {fault}") from fault
     least = config.cohort.min_devices
     if len(files) < least:
         raise RunError(
@@ -122,7 +134,7 @@ class _Simulation:
         self._births = {name: _birth(name, held) for name, held in images.items()}
         self._owed = _Owed(store.folder / "owed")
         whole = launch.fresh(config)
-        layout = submodel.layout(whole, config.device.input) if config.rates != {1} else None
+        layout = submodel.layout(whole, config.device.input) if not config.submodel.whole else None
         self._models = {
             variant.artifact.digest: submodel.narrow(whole, layout, rate) if layout else whole
             for rate, variant in strategy.task.variants.items()
@@ -199,12 +211,11 @@ class _Simulation:
         update = {n: trained.weights[n] - job.start[n] for n in sorted(job.start)}
         blobs, fault = {}, ""
         try:
-            owed = self._owed.read(name, order.round) if order.feedback else {}
-            packed, left = encode_update(order, update, owed)
+            packed, left = encode_update(order, update, self._owed.read(name, order))
             blobs["update"] = self._strategy.task.blobs.put(packed)
             if left is not None:
-                self._owed.write(name, order.round, left)
-        except CodecError as diverged:
+                self._owed.write(name, order, left)
+        except StillhouseError as diverged:
             fault = str(diverged)
         return Result(
             device=name,
@@ -222,26 +233,28 @@ class _Simulation:
 
 @dataclass(frozen=True)
 class _Owed:
-    """What the codec left out, by device: files, each of the round that it came of."""
+    """What the codec left out of updates: files by device and sequence of the order."""
 
     folder: Path
 
-    def read(self, device: str, before: int) -> dict[str, NDArray[np.float32]]:
-        """Of the device's last round before this one; later files are of a round done anew."""
-        rounds_ = {int(path.stem): path for path in (self.folder / device).glob("*.safetensors")}
-        last = max((number for number in rounds_ if number < before), default=None)
-        return {} if last is None else load_file(rounds_[last])
+    def read(self, device: str, order: Order) -> dict[str, NDArray[np.float32]]:
+        """What an order says is owed."""
+        return load_file(self._path(device, order.owed)) if order.feedback and order.owed else {}
 
-    def write(self, device: str, number: int, left: cohort.Weights) -> None:
-        """Keep it, and that of the round before."""
-        folder = self.folder / device
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(left), folder / f"{number:06d}.safetensors")
-        for path in sorted(folder.iterdir())[:-2]:
-            path.unlink()
+    def write(self, device: str, order: Order, left: cohort.Weights) -> None:
+        """Keep it, and what the order was given, for the order may be done anew."""
+        path = self._path(device, order.sequence)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".new")
+        save_file(dict(left), partial)
+        partial.replace(path)
+        for old in set(path.parent.iterdir()) - {path, self._path(device, order.owed)}:
+            old.unlink()
+
+    def _path(self, device: str, sequence: int) -> Path:
+        return self.folder / device / f"{sequence}.safetensors"
 
 
 def _birth(name: str, images: ImageSet) -> Birth:
-    """No memory is stated, so no tier by memory holds a simulated device."""
     machine = Platform("simulated", platform.machine(), 1, MAX_COUNT - 1, "", "")
     return Birth(name, 1, edge_agent.__version__, len(images.y), images.digest, machine)

@@ -37,6 +37,7 @@ from wire.messages import Order, Result
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (run TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS devices (what TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS attempts (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL,
     closed INTEGER NOT NULL DEFAULT 0, report TEXT);
@@ -72,11 +73,15 @@ class Attempt:
 class Store:
     """One run's folder, locked against a second orchestrator.
 
+    Args:
+        config: of the run.
+        devices: what does its orders: agents, or devices simulated with certain data.
+
     Raises:
-        RunError: the folder belongs to another configuration, or is in use.
+        RunError: the folder belongs to another configuration or to other devices, or is in use.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, devices: str = "agents") -> None:
         self.folder = config.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
@@ -92,6 +97,7 @@ class Store:
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
         self._kept: frozenset[str] = frozenset()
+        self._claim_devices(devices)
         self.run_id = self._identify(config.name)
 
     def keep(self, digests: frozenset[str]) -> None:
@@ -210,14 +216,29 @@ class Store:
         current = json.loads(json.dumps(records.plain(config)))
         current["broker"]["password"] = ""  # the run's folder is for others to read
         if path.exists():
+            table = json.loads(path.read_text())
+            before = records.plain(records.build(RunConfig, table, where=str(path), error=RunError))
+            before = json.loads(json.dumps(before))
             for key in ("fleet", "strategy", "seed", "device", "submodel", "server"):
-                if (before := json.loads(path.read_text())[key]) != current[key]:
+                if before[key] != current[key]:
                     self._lock.close()
                     raise RunError(
-                        f"{self.folder} was started with {key} = {before}, the configuration says "
-                        f"{current[key]}; choose another name, or restore it"
+                        f"{self.folder} was started with {key} = {before[key]}, the configuration "
+                        f"says {current[key]}; choose another name, or restore it"
                     )
         self.write_json("run.json", current)
+
+    def _claim_devices(self, devices: str) -> None:
+        """A run goes on only with the devices it was begun with: agents, or a simulation's data."""
+        with self._db:
+            row = self._db.execute("SELECT what FROM devices").fetchone()
+            if row is None:
+                self._db.execute("INSERT INTO devices VALUES (?)", (devices,))
+        if row is not None and row[0] != devices:
+            self.close()
+            raise RunError(
+                f"{self.folder} was begun with {row[0]}, now it is {devices}; choose another name"
+            )
 
     def _verdicts(self, sequence: int) -> dict[str, Verdict]:
         found = {}

@@ -129,6 +129,7 @@ class Fetch:
         self.done = store.has(ref.digest)
         self._asked: dict[int, float] = {}
         self._spoiled = False
+        self._digest, self._digested = hashlib.sha256(), 0  # of so many chunks from the first on
         self._part = store.folder / f"{ref.digest}.{owner}.part"
         self._have_path = store.folder / f"{ref.digest}.{owner}.have"
         self._have = bytearray()
@@ -160,14 +161,17 @@ class Fetch:
             now: monotonic seconds.
             room: at most so many more chunks, where a budget is shared among transfers.
         """
-        self._look_around()
         if self.done:
             return None
         self.expire(now)
-        room = min(self.window - len(self._asked), self.window if room is None else room)
-        # Asking two chunks at a time keeps the pipe full and halves the questions.
-        left = self.ref.chunks - self._have.count(1) - len(self._asked)
-        if room < min(2, self.window, left) or room < 1:
+        free = self.window - len(self._asked)
+        room = free if room is None else min(free, room)
+        # Half a window at a time keeps the pipe full without a question for every chunk.
+        left = min(self.window, self.ref.chunks - self._have.count(1) - len(self._asked))
+        if room < min(2, left) or free < min(max(2, self.window // 2), left):
+            return None
+        self._look_around()
+        if self.done:
             return None
         missing: list[int] = []
         index = self._have.find(0)
@@ -191,7 +195,7 @@ class Fetch:
         self._asked.clear()
 
     def chunk(self, message: Chunk, body: memoryview) -> None:
-        """Take one chunk; one that came twice is harmless.
+        """Take one chunk; one that is here already is passed over.
 
         Raises:
             TransferError: wrong number or length, or the whole failed its digest twice.
@@ -211,13 +215,14 @@ class Fetch:
                 f"expected {expected}"
             )
         self._asked.pop(message.index, None)
-        with self._part.open("r+b") as file:
-            file.seek(at)
-            file.write(body)
+        if self._have[message.index]:
+            return
+        _write_at(self._part, at, body)
+        _write_at(self._have_path, message.index, b"\1")
         self._have[message.index] = 1
-        with self._have_path.open("r+b") as file:
-            file.seek(message.index)
-            file.write(b"\1")
+        if message.index == self._digested:
+            self._digest.update(body)
+            self._digested += 1
         self._finish()
 
     def gone(self) -> None:
@@ -240,6 +245,7 @@ class Fetch:
         self._have_path.unlink(missing_ok=True)  # first: marks never outlive the bytes
         self._have = bytearray(self.ref.chunks)
         self._asked.clear()
+        self._digest, self._digested = hashlib.sha256(), 0
         with self._part.open("wb") as file:
             file.truncate(self.ref.size)  # sparse: declared sizes take no disk before bytes come
         self._have_path.write_bytes(self._have)
@@ -248,8 +254,12 @@ class Fetch:
         if self._have.count(0):
             return
         with self._part.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            # What came in order is in the digest; what did not, or came before a restart, is read.
+            file.seek(self._digested * self.ref.chunk_bytes)
+            while piece := file.read(self.ref.chunk_bytes):
+                self._digest.update(piece)
             os.fsync(file.fileno())
+        digest = self._digest.hexdigest()
         if digest != self.ref.digest:
             # A power cut may have kept the marks and lost the bytes: once, all is pulled again.
             self._restart()
@@ -264,3 +274,14 @@ class Fetch:
         sync_folder(self.store.folder)
         self._have_path.unlink(missing_ok=True)
         self.done = True
+
+
+def _write_at(path: Path, at: int, data: bytes | memoryview) -> None:
+    """Overwrite a part of a file that is there."""
+    handle = os.open(path, os.O_WRONLY)
+    try:
+        while len(data):
+            done = os.pwrite(handle, data, at)
+            data, at = data[done:], at + done
+    finally:
+        os.close(handle)

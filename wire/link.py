@@ -7,12 +7,13 @@ callers put it in a queue.
 """
 
 import random
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from paho.mqtt import client as paho
@@ -130,6 +131,10 @@ class Link:
         )
         client.on_connect, client.on_disconnect = self._connected, self._disconnected
         client.on_message = self._received
+        client.on_socket_open = _without_delay
+        # Without this callback paho writes to the socket in whatever thread publishes as well, and
+        # a message that one thread has sent in part is torn by what the other sends.
+        client.on_socket_register_write = _leave_to_loop
         client.max_queued_messages_set(0)
         if address.username:
             client.username_pw_set(address.username, address.password)
@@ -187,7 +192,9 @@ class Link:
                     topic, payload = self._will()
                     self._client.will_set(topic, payload, qos=1, retain=True)
                 self._client.connect(self.address.host, self.address.port, KEEPALIVE_S)
-                self._client.loop_forever()
+                # Not loop_forever(): only loop() makes what lets publish() wake it from its wait.
+                while self._client.loop() == paho.MQTT_ERR_SUCCESS:
+                    pass
             except Exception as fault:  # noqa: BLE001 - the next attempt may do better
                 self._emit(Lost(f"broker {self.address.url} cannot be reached: {fault}"))
             if self.refused is None:
@@ -223,3 +230,12 @@ class Link:
     def _received(self, _c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)
         self._emit(Arrived(message.topic, bytes(message.payload)))
+
+
+def _without_delay(_c: paho.Client, _u: object, stream: Any) -> None:
+    """Send small messages at once: a question for chunks must not wait for an acknowledgement."""
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _leave_to_loop(_c: paho.Client, _u: object, _s: object) -> None:
+    """Nothing to do: paho wakes the connection's thread, which writes."""

@@ -125,7 +125,9 @@ class Order:
         mu: weight of the proximal term; over 0 takes an artifact that has one (FedProx).
         submodel: names the kept units of the sub-model that `state` is, "" for the whole model;
             the result repeats it (Federated Dropout).
-        feedback: add to the update what its codec left out the last time (error feedback).
+        feedback: keep what the codec of the update leaves out (error feedback),
+        owed: and add what was left out by the order of this sequence, the last of this device's
+            whose update was aggregated; 0: nothing.
         augment: random crop (padding 4) and horizontal flip of each training image.
         seed: of shuffling, augmentation and stochastic rounding.
         returns: what to send back and the codec spec of each: "state" (parameters and buffers),
@@ -150,11 +152,16 @@ class Order:
     augment: bool = False
     submodel: str = ""
     feedback: bool = False
+    owed: int = 0
 
     def __post_init__(self) -> None:
         topics.check_name(self.run, "run name")
         _check_counts(
-            sequence=self.sequence - 1, round=self.round, epochs=self.epochs, seed=self.seed >> 10
+            sequence=self.sequence - 1,
+            round=self.round,
+            epochs=self.epochs,
+            seed=self.seed >> 10,
+            owed=self.owed,
         )
         unknown = set(self.returns) - {"state", "update", "features"}
         if unknown:

@@ -12,8 +12,9 @@ of the wire, and bytes are those of the payloads.
     compute     FLOPs of a local epoch of the whole model over those of the sub-model
     accuracy    after the last round; mean over the seeds, lowest and highest
 
-A run that is there already is not done again, and one that was stopped goes on. Results come as
-`DATA.json`, and pictures `DATA-GROUP.png` of accuracy over rounds.
+A run that is there already is not done again, and one that was stopped goes on; a folder is for one
+way to deal the data out. Results come as `DATA.json`, and pictures `DATA-GROUP.png` of accuracy
+over rounds; runs of fewer rounds than the longest are left out, and said to be.
 
 Measured: see docs/federated-dropout.md.
 """
@@ -29,7 +30,7 @@ from typing import Any
 
 from benchmarks.federated_dropout import report, settings
 from benchmarks.federated_dropout.settings import Setting
-from wire.errors import StillhouseError
+from wire.errors import SettingsError, StillhouseError
 
 DEVICES = 100
 
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _one(options, json.loads(options.one))
             return 0
         chosen = settings.find(options.settings)
+        for seed in range(options.seeds):
+            _deal(options, seed)
     except StillhouseError as fault:
         print(f"federated_dropout: {fault}", file=sys.stderr)
         return 2
@@ -92,10 +95,33 @@ def _spawn(options: argparse.Namespace, setting: Setting, seed: int) -> int:
     return subprocess.run(command, check=False).returncode
 
 
+def _deal(options: argparse.Namespace, seed: int) -> None:
+    """The shards of a seed, unless they are there."""
+    from orchestrator import datasets
+
+    folder = settings.data_folder(options.out, options.data, seed)
+    if not (folder / "split.json").exists():
+        datasets.build(
+            options.train or options.data,
+            folder,
+            devices=options.devices,
+            per_device=options.per_device,
+            seed=seed,
+            heldout=options.heldout,
+        )
+        return
+    there = len(json.loads((folder / "split.json").read_text())["devices"])
+    if there != options.devices:
+        raise SettingsError(
+            f"{folder} was dealt out to {there} devices, --devices says {options.devices}; write "
+            "to another --out"
+        )
+
+
 def _one(options: argparse.Namespace, job: dict[str, Any]) -> None:
     import torch
 
-    from orchestrator import datasets, simulate
+    from orchestrator import simulate
 
     torch.set_num_threads(options.threads)
     setting = settings.find(job["setting"])[-1]
@@ -107,17 +133,7 @@ def _one(options: argparse.Namespace, job: dict[str, Any]) -> None:
         eval_every=options.eval_every,
         folder=options.out,
     )
-    shards = config.heldout.parent
-    if not (shards / "split.json").exists():
-        datasets.build(
-            options.train or options.data,
-            shards,
-            devices=options.devices,
-            per_device=options.per_device,
-            seed=job["seed"],
-            heldout=options.heldout,
-        )
-    simulate.run(config, shards)
+    simulate.run(config, config.heldout.parent)
     report.keep(config, setting, options.out)
 
 

@@ -53,15 +53,20 @@ def write(folder: Path, data: str) -> None:
     if not records:
         return
     (folder / f"{data}.json").write_text(json.dumps(records, indent=1) + "\n")
-    console = Console(width=120)
+    console = Console()
+    console.width = max(console.width, 140)
     console.print(table(data, records))
+    longest = max(record["rounds"] for record in records)
+    if short := [record for record in records if record["rounds"] < longest]:
+        names = ", ".join(f"{r['setting']['name']} (seed {r['seed']})" for r in short)
+        console.print(f"left out, with fewer than {longest} rounds: {names}")
     for group in GROUPS:
         draw(folder / f"{data}-{group}.png", data, group, records)
 
 
 def table(data: str, records: list[Record]) -> Table:
     """One row a setting; factors are against float32 and the whole model."""
-    shown = Table(title=f"{data}: 10 devices a round, {records[0]['rounds']} rounds", box=None)
+    shown = Table(title=f"{data}: {max(r['rounds'] for r in records)} rounds", box=None)
     for title in ("setting", "keep", "down", "up", "download", "upload", "compute", "accuracy",
                   "lowest", "highest", "to FedAvg", "seeds"):  # fmt: skip
         left = title in ("setting", "down", "up")
@@ -72,7 +77,6 @@ def table(data: str, records: list[Record]) -> Table:
         final = [last(record) for record in mine]
         first = mine[0]
         flops = base[0]["train_flops"] / first["train_flops"] if base else float("nan")
-        seeds = {r["seed"] for r in mine} & {r["seed"] for r in base}
         gaps = [100 * (last(r) - last(b)) for r in mine for b in base if r["seed"] == b["seed"]]
         shown.add_row(
             name,
@@ -86,13 +90,13 @@ def table(data: str, records: list[Record]) -> Table:
             f"{100 * min(final):.2f}",
             f"{100 * max(final):.2f}",
             f"{statistics.fmean(gaps):+.2f}" if gaps else "",
-            str(len(seeds)),
+            str(len(mine)),
         )
     return shown
 
 
 def by_setting(records: list[Record]) -> dict[str, list[Record]]:
-    """Records by setting, in the order of the settings; those of other rounds stay apart."""
+    """Records of the most rounds by setting, in the order of the settings."""
     rounds = max(record["rounds"] for record in records)
     grouped = defaultdict(list)
     for record in records:
@@ -124,8 +128,9 @@ def draw(path: Path, data: str, group: str, records: list[Record]) -> None:
     axes = figure.subplots()
     lowest = 1.0
     for name, mine in runs.items():
-        rounds = [int(r) for r in mine[0]["accuracy"]]
-        curves = [[100 * v for v in record["accuracy"].values()] for record in mine]
+        # A run that was made longer was evaluated at its former end as well.
+        rounds = sorted(set.intersection(*({int(r) for r in m["accuracy"]} for m in mine)))
+        curves = [[100 * record["accuracy"][str(r)] for r in rounds] for record in mine]
         mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
         style = {"color": "black", "linewidth": 2} if name == BASELINE.name else {}
         (line,) = axes.plot(rounds, mean, label=name, **style)  # type: ignore[arg-type]

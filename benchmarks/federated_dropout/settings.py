@@ -111,7 +111,7 @@ def run_config(
     whole = setting.keep_rate == 1
     config = RunConfig(
         name=f"{data}-{slug(setting.name)}-{seed}",
-        heldout=folder / f"data-{data}-{seed}" / "heldout.npz",
+        heldout=data_folder(folder, data, seed) / "heldout.npz",
         strategy="fedavg" if whole else "feddropout",
         rounds=rounds,
         runs=folder,
@@ -130,6 +130,11 @@ def run_config(
             absent=setting.absent,  # type: ignore[arg-type]
         ),
     )
+
+
+def data_folder(folder: Path, data: str, seed: int) -> Path:
+    """Where the shards of a seed lie."""
+    return folder / f"data-{data}-{seed}"
 
 
 def slug(name: str) -> str:

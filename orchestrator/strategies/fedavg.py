@@ -2,23 +2,31 @@
 
     w <- w + sum_k (n_k / n) * decode(encode(w_k - w))
 
-over the round's devices k with n_k samples each, batch-norm statistics included. With `device.mu`
-over 0 devices minimize F_k(w) + mu/2 |w - w_global|^2 instead (FedProx, Li et al. 2020, equation
-2); with `device.feedback` each keeps what its codec left out and adds it to its next update (error
-feedback, Karimireddy et al. 2019).
+over the round's devices k with n_k samples each, batch-norm statistics included. No n_k counts more
+than `cohort.max_weight` times the median one. With `device.mu` over 0 devices minimize
+F_k(w) + mu/2 |w - w_global|^2 instead (FedProx, Li et al. 2020, equation 2); with `device.feedback`
+each keeps what its codec left out and adds it to its next update (error feedback, Karimireddy et
+al. 2019).
 """
 
+import hashlib
+import logging
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 import models
 from models.average import Average
-from models.units import Layout, Units
+from models.units import Units
 from orchestrator import admit, distill
 from orchestrator.strategies.strategy import Array, Metrics, State, Task
-from wire import tensors
+from wire import frames, tensors
 from wire.errors import AdmissionError
 from wire.messages import Birth, BlobRef, Order, Result
+
+log = logging.getLogger("orchestrator")
 
 
 class Share(NamedTuple):
@@ -30,7 +38,11 @@ class Share(NamedTuple):
 
 
 class FedAvg:
-    """The baseline; `Task.config.device` says what is trained."""
+    """The baseline; `Task.config.device` says what is trained.
+
+    State: tensors `global/...`; with error feedback, note "owed": for each device the sequence of
+    the order whose update was the last of its that was aggregated.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -50,7 +62,8 @@ class FedAvg:
             share = self.share(name, birth, round_)
             if share.digest not in packed:
                 named = tensors.weights(self.cut(weights, share), device.state)
-                packed[share.digest] = self.task.blobs.put(tensors.pack(named, seed=round_))
+                seed = self._seed(round_, share)
+                packed[share.digest] = self.task.blobs.put(tensors.pack(named, seed=seed))
             orders[name] = self.task.order(
                 name,
                 round_,
@@ -60,6 +73,7 @@ class FedAvg:
                 returns={"update": device.update},
                 mu=device.mu,
                 feedback=device.feedback,
+                owed=state.notes.get("owed", {}).get(name, 0),
                 submodel=share.digest,
             )
         return orders
@@ -74,17 +88,24 @@ class FedAvg:
         self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Fold updates in one by one, so that memory is that of the model."""
-        samples = sum(result.samples for result in results)
-        average, devices = self.average(state.under("global"), samples), {}
-        for i, result in enumerate(results):
+        config, round_ = self.task.config, next(iter(orders.values())).round
+        median = statistics.median(result.samples for result in results)
+        counted = [min(r.samples, int(config.cohort.max_weight * median)) for r in results]
+        average, devices = self.average(state.under("global"), sum(counted)), {}
+        for i, (result, samples) in enumerate(zip(results, counted, strict=True)):
             share = self.share_of(orders[result.device], result.device)
-            update = read_payload(self.task, result, "update")
-            average.add(update, share.units, result.samples)
+            average.add(read_payload(self.task, result, "update"), share.units, samples)
             devices[result.device] = {"keep_rate": share.keep_rate}
             self.task.progress("aggregate", i + 1, len(results))
         done = average.total()
-        after = State({f"global/{n}": a for n, a in done.items()}, {})
-        config, round_ = self.task.config, next(iter(orders.values())).round
+        for name, array in done.items():
+            if name.endswith("running_var"):  # rounding by a lossy codec can take it below 0
+                np.maximum(array, 0, out=array)
+        notes = {}
+        if config.device.feedback:
+            sent = {result.device: result.sequence for result in results}
+            notes = {"owed": {**state.notes.get("owed", {}), **sent}}
+        after = State({f"global/{n}": a for n, a in done.items()}, notes)
         due = round_ % config.server.eval_every == 0 or round_ == config.rounds
         scores = {"server_accuracy": self._evaluate(done)} if due else {}
         return after, {**scores, "devices": devices}
@@ -111,15 +132,23 @@ class FedAvg:
 
     def average(self, weights: Mapping[str, Array], samples: int) -> Average:
         """An empty average of updates to `weights`, of devices with `samples` samples in all."""
-        axes = {name: (None,) * array.ndim for name, array in weights.items()}
-        whole = Layout({}, axes, {name: array.shape for name, array in weights.items()})
-        return Average(weights, whole, samples_total=samples)
+        return Average(weights, None, samples_total=samples)
+
+    def _seed(self, round_: int, share: Share) -> int:
+        """Of the codec of weights on their way down: another for each round and sub-model."""
+        key = f"{self.task.config.seed}/{round_}/{share.digest}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "little")
 
     def _evaluate(self, weights: Mapping[str, Array]) -> float:
         device, heldout = self.task.config.device, self.task.heldout
         model = models.build(device.model, classes=device.classes, input_shape=device.input)
         distill.load(model, weights).to(self.task.torch_device)
         logits = distill.predict(model, heldout.x, self.task.config.server.eval_batch)
+        if not np.isfinite(logits).all():
+            log.warning(
+                "the global model's logits are not finite: training diverged; lower device.lr, or "
+                "send vectors as float16 or float32"
+            )
         return distill.accuracy(logits, heldout.y)
 
 
@@ -129,8 +158,6 @@ def read_payload(task: Task, result: Result, name: str) -> dict[str, Array]:
     Raises:
         AdmissionError, WireError: it is empty or damaged.
     """
-    from wire import frames
-
     ref = result.blobs[name]
     where = f"payload {name!r} of {result.device}"
     with task.blobs.path(ref.digest).open("rb") as file:

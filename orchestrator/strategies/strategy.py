@@ -103,7 +103,7 @@ class Task:
 
     @property
     def norm(self) -> float:
-        """Norm of the initial weights: what no update should be a thousand times of."""
+        """Norm of the initial weights, by which `admit.weights` knows what is absurd."""
         return math.sqrt(sum(float(np.square(a, dtype=float).sum()) for a in self.initial.values()))
 
     @property

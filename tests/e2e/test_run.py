@@ -154,6 +154,7 @@ def test_fedavg_learns(processes, digits, any_broker):
 
 TIERS = """
 [submodel]
+units = "{units}"
 keep_rate = 0.5
 [[submodel.tiers]]
 devices = "device-2"
@@ -162,14 +163,29 @@ keep_rate = 0.25
 
 
 @pytest.mark.e2e
-def test_feddropout_over_the_wire_ends_where_its_simulation_does(processes, digits, any_broker):
+@pytest.mark.parametrize(
+    ("any_broker", "units", "update"),
+    [
+        ("embedded", "random", '"eden|b=4/float16"'),
+        ("mosquitto", "ordered", '"eden|b=4|mse/float16"\nfeedback = true'),
+    ],
+    indirect=["any_broker"],
+)
+def test_feddropout_ends_where_its_simulation_does_though_agent_and_orchestrator_are_killed(
+    processes, digits, any_broker, units, update
+):
     fleet = Fleet(
         processes, digits, any_broker.url, strategy="feddropout", model="caldas_cnn", rounds=2
     )
     path = fleet.folder / "run.toml"
-    codecs = 'state = "hadamard|q=8"\nupdate = "eden|b=4/float16"\n[server]'
-    path.write_text(path.read_text().replace("[server]", codecs) + TIERS)
+    codecs = f'state = "hadamard|q=8"\nupdate = {update}\n[server]'
+    path.write_text(path.read_text().replace("[server]", codecs) + TIERS.format(units=units))
     fleet.start()
+    for name, again in (("agent-0", lambda: fleet.agent(0)), ("run", fleet.orchestrator)):
+        number = 1 if name == "agent-0" else 2
+        processes.wait_for(f"round {number}", lambda n=number: fleet.status()["round"] >= n)
+        processes.kill(name)
+        again()
     report = fleet.finish()
     check_every_round_counts_each_device_once(report, 2)
 

@@ -18,6 +18,21 @@ def test_the_first_tier_that_holds_a_device_decides_its_keep_rate(device, memory
     assert submodels.rates == {0.25, 0.5, 0.75}
 
 
+@pytest.mark.parametrize("update", ["hadamard|q=2", "eden|b=4", "eden|b=1|mse/hadamard|q=8"])
+def test_error_feedback_takes_codecs_of_least_error_alone(update):
+    with pytest.raises(ValueError, match="may leave out more than it was given"):
+        DeviceConfig(update=update, feedback=True)
+    DeviceConfig(update="eden|b=0.5|mse/float16", feedback=True)
+
+
+@pytest.mark.parametrize("settings", [{"mu": 0.1}, {"update": "float16", "feedback": True}])
+def test_what_a_strategy_would_ignore_is_refused(settings):
+    device = DeviceConfig(**settings)
+    for strategy in ("fedgkt", "local"):
+        with pytest.raises(ValueError, match=f"not for {strategy}; leave them out"):
+            RunConfig(name="run", heldout=Path("heldout.npz"), strategy=strategy, device=device)
+
+
 def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
     device = DeviceConfig(update="eden|b=1|mse", feedback=True)
     settings = {"name": "run", "heldout": Path("heldout.npz"), "strategy": "feddropout"}

@@ -91,6 +91,36 @@ def test_chunks_that_come_twice_or_late_do_no_harm(sender, receiver):
     assert receiver.path(ref.digest).read_bytes() == DATA
 
 
+def test_a_chunk_that_comes_again_with_other_bytes_changes_nothing(sender, receiver):
+    ref = sender.put(DATA)
+    fetch = Fetch(receiver, ref)
+    *most, last = answers(sender, Want(ref.digest, 1024, tuple(range(11))))
+    for message, body in most:
+        fetch.chunk(message, body)
+    fetch.chunk(Chunk(ref.digest, 3), memoryview(bytes(1024)))
+    fetch.chunk(*last)
+    assert receiver.path(ref.digest).read_bytes() == DATA
+
+
+def test_a_question_is_asked_when_half_the_window_is_free(sender, receiver):
+    fetch = Fetch(receiver, sender.put(DATA), window=6)
+    every = answers(sender, fetch.wants(0.0))
+    for message, body in every[:2]:
+        fetch.chunk(message, body)
+        assert fetch.wants(0.1) is None
+    fetch.chunk(*every[2])
+    assert fetch.wants(0.1).chunks == (6, 7, 8)
+
+
+def test_the_least_budget_that_transfers_may_share_is_enough(sender, receiver):
+    fetch = Fetch(receiver, sender.put(DATA), window=8)
+    for now in range(10):
+        want = fetch.wants(float(now), room=2)
+        for message, body in answers(sender, want) if want else ():
+            fetch.chunk(message, body)
+    assert fetch.done
+
+
 @pytest.mark.parametrize(("index", "size"), [(11, 1024), (-1, 1024), (0, 1023), (10, 1024)])
 def test_a_chunk_of_wrong_number_or_length_is_refused(sender, receiver, index, size):
     ref = sender.put(DATA)
