@@ -75,7 +75,7 @@ def shelve(
         with payload.open("rb") as file:
             for frame in frames.read(file, max_bytes=RECORD_LIMIT):
                 where = f"features record at sample {done}"
-                most = min(samples * values, RECORD_LIMIT // 4)
+                most = min(2 * samples * values, RECORD_LIMIT // 4)
                 record = tensors.unpack(frame, where=where, most=most)
                 admit.features(record, shape, classes, samples - done)
                 n = len(record["labels"])

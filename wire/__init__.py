@@ -1,5 +1,5 @@
 """What both sides of the broker agree on: frames, messages, topics, codecs, blobs, errors.
 
-The ground floor: standard library, numpy, msgpack and (in `wire.link` alone) paho-mqtt. It imports
-nothing else of Stillhouse.
+The ground floor: standard library, numpy, msgpack, and each in one file alone zstandard
+(`wire.codecs.entropy`) and paho-mqtt (`wire.link`). It imports nothing else of Stillhouse.
 """

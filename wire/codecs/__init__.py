@@ -16,7 +16,7 @@ A spec is a few stages joined by `|`:
     identity   values as they are; zeros stay zeros and constants constants  |
     hadamard   a random rotation, for a smaller range                        | (`transforms`)
     kashin     a redundant one, 18 % more coefficients, smaller still        |
-    eden       rotation and the normal distribution's best levels: an eighth of hadamard|q=2's error
+    eden       rotation and the normal distribution's best levels: a seventh of hadamard|q=2's error
                at 2 bits (`eden`); b from 0.05 to 8, whole or not. Unbiased, for updates; `mse`, the
                least error, for downloads. drive is eden|b=1
     relu       for feature maps behind a ReLU: an exact zero, a clip level that fits (`relu`)

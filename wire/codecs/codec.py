@@ -118,6 +118,7 @@ class Codec:
                 the tensor.
         """
         self._admit(values, name)
+        values = np.ascontiguousarray(values, np.float32)  # sums depend on the order in memory
         out = np.empty(self._plain_size(len(values)), np.uint8)
         with np.errstate(over="ignore", under="ignore"):  # norms of the largest and the smallest
             for at, into, n, draws in self._groups(len(values), seed):

@@ -5,8 +5,6 @@ A tensor has two parts, its whole blocks (0) and its tail (1), and a part four s
 of a block depend on its place in the tensor and not on how many blocks are worked on at a time.
 """
 
-from functools import cached_property
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,17 +27,18 @@ class Draws:
     """The random numbers of one part of a tensor, in the order of its blocks."""
 
     def __init__(self, seed: int, part: int) -> None:
-        self._key = (seed, 4 * part)
+        self._seed, self._first = seed, 4 * part
+        self._streams: dict[int, np.random.Philox] = {}
         self._subsets: dict[tuple[int, int], Places] = {}
 
     def signs(self, rows: int, n: int) -> Floats:
         """The next `rows` rows of `n` fair signs, -1 or 1; `n` is a multiple of 8."""
-        octets = self._words(self._signs, rows, n, per_word=64).view(np.uint8)[:, : n // 8]
+        octets = self._words(_SIGNS, rows, n, per_word=64).view(np.uint8)[:, : n // 8]
         return _SIGNS_OF_BYTE.take(octets.reshape(-1), axis=0).reshape(rows, n)
 
     def uniform(self, rows: int, n: int) -> Floats:
         """The next rows of numbers in (0, 1): the midpoints (k + 1/2) / 65,536, of mean 1/2."""
-        words = self._words(self._rounding, rows, n, per_word=4)
+        words = self._words(_ROUNDING, rows, n, per_word=4)
         numbers = words.view("<u2")[:, :n].astype(np.float32)
         numbers += np.float32(0.5)
         numbers *= np.float32(1 / 65536)
@@ -53,7 +52,7 @@ class Draws:
         of two, and else to a relative 2^-20.
         """
         edges = strata_edges(width, kept)
-        words = self._words(self._strata, rows, kept, per_word=2)
+        words = self._words(_STRATA, rows, kept, per_word=2)
         numbers = words.view("<u4")[:, :kept].astype(np.int64)
         numbers *= np.diff(edges)
         numbers >>= 32
@@ -66,31 +65,18 @@ class Draws:
         One for all blocks of the part: the same at every call.
         """
         if (n, width) not in self._subsets:
-            seed, first = self._key
-            shuffled = seeds.raw(seed, first + _SUBSET, width).argsort(kind="stable")
+            numbers = seeds.raw(self._seed, self._first + _SUBSET, width)
+            shuffled = numbers.argsort(kind="stable")
             self._subsets[n, width] = np.sort(shuffled[:n])
         return self._subsets[n, width]
 
-    @cached_property
-    def _signs(self) -> np.random.Philox:
-        return self._source(_SIGNS)
-
-    @cached_property
-    def _rounding(self) -> np.random.Philox:
-        return self._source(_ROUNDING)
-
-    @cached_property
-    def _strata(self) -> np.random.Philox:
-        return self._source(_STRATA)
-
-    def _source(self, kind: int) -> np.random.Philox:
-        seed, first = self._key
-        return seeds.source(seed, first + kind)
-
-    @staticmethod
-    def _words(source: np.random.Philox, rows: int, n: int, *, per_word: int) -> NDArray[np.uint64]:
+    def _words(self, kind: int, rows: int, n: int, *, per_word: int) -> NDArray[np.uint64]:
+        """The next words of a stream: (rows, ceil(n / per_word)), little-endian."""
+        if kind not in self._streams:
+            self._streams[kind] = seeds.source(self._seed, self._first + kind)
         words = -(-n // per_word)
-        return source.random_raw(rows * words).astype("<u8", copy=False).reshape(rows, words)
+        drawn = self._streams[kind].random_raw(rows * words)
+        return drawn.astype("<u8", copy=False).reshape(rows, words)
 
 
 def strata_edges(width: int, kept: int) -> Places:

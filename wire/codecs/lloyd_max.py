@@ -45,8 +45,8 @@ def nearest(z: Floats, bits: int) -> Bytes:
     """The number of the level next to each z.
 
     Up to 4 bits by counting the thresholds below z: 15 comparisons (2.0 ns a value) are faster than
-    one gather from a table (2.6 ns). From 5 bits on by a table of cells 1/1,024 wide, a
-    twentieth of the narrowest level's: who is next is then decided to within half a cell.
+    one gather from a table (2.6 ns). From 5 bits on by a table of cells 1/1,024 wide, at most a
+    seventeenth of a level's: who is next is then decided to within half a cell.
     """
     if bits > _COMPARED:
         found: Bytes = _table(bits).take(_cells(z))
