@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,6 @@ from safetensors.numpy import load_file
 
 from edge_agent import data, meter
 from edge_agent.data import ImageSet, Preprocess
-from edge_agent.trainer import Inference, State, TrainStep
 from wire import frames, tensors
 from wire.artifact import Artifact
 from wire.blobs import BlobStore
@@ -30,6 +30,7 @@ from wire.messages import BlobRef, Order
 log = logging.getLogger("edge-agent")
 
 Progress = Callable[[str, int, int], None]
+State = dict[str, NDArray[Any]]
 
 
 class CancelledError(StillhouseError):
@@ -137,6 +138,8 @@ def encode_update(order: Order, update: State, owed: State) -> tuple[bytes, Stat
 def _train(
     order: Order, artifact: Artifact, start: State, desk: Desk, metrics: dict[str, float]
 ) -> State:
+    from edge_agent.trainer import TrainStep  # with onnxruntime's 19 MB, once they are needed
+
     manifest = artifact.manifest
     teacher = _teacher(order, desk, manifest.model.classes)
     step = TrainStep(artifact, start, threads=desk.threads)
@@ -188,6 +191,8 @@ def _extract(
     order: Order, artifact: Artifact, state: State, desk: Desk, metrics: dict[str, float]
 ) -> BlobRef:
     """Write one record a batch, so that memory stays that of a batch."""
+    from edge_agent.trainer import Inference
+
     manifest = artifact.manifest
     run = Inference(artifact, "extract", state, threads=desk.threads)
     preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)

@@ -59,8 +59,8 @@ class Frame:
     body: memoryview
 
 
-def encode(kind: Kind, header: Mapping[str, Any], body: bytes | memoryview = b"") -> bytes:
-    """The bytes of one frame.
+def encode(kind: Kind, header: Mapping[str, Any], *body: bytes | memoryview) -> bytes:
+    """The bytes of one frame; its body may come in parts.
 
     Raises:
         FrameError: the header is over `MAX_HEADER_BYTES`.
@@ -71,8 +71,11 @@ def encode(kind: Kind, header: Mapping[str, Any], body: bytes | memoryview = b""
             f"{kind.name} frame: header of {len(packed)} bytes, limit {MAX_HEADER_BYTES}; "
             "move bulk data to the body"
         )
-    content = b"".join((PREFIX.pack(MAGIC, VERSION, kind, len(packed), len(body)), packed, body))
-    return content + hashlib.sha256(content).digest()
+    prefix = PREFIX.pack(MAGIC, VERSION, kind, len(packed), sum(map(len, body)))
+    digest = hashlib.sha256(prefix)
+    for part in (packed, *body):
+        digest.update(part)
+    return b"".join((prefix, packed, *body, digest.digest()))  # the only copy of a large body
 
 
 def decode(data: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Frame:

@@ -175,7 +175,7 @@ def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
     for entry in header["tensors"]:
         if entry["size"] is None:
             del entry["size"]
-    return frames.encode(Kind.TENSORS, header, b"".join(bodies))
+    return frames.encode(Kind.TENSORS, header, *bodies)
 
 
 def unpack(frame: Frame, *, where: str, most: int = MAX_VALUES) -> dict[str, Array]:

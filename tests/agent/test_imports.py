@@ -32,3 +32,11 @@ print(sorted(set({FOREIGN!r}) & set(sys.modules)))
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_an_agent_that_waits_has_not_loaded_onnxruntime():
+    script = "import edge_agent.agent, edge_agent.main, sys; print('onnxruntime' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"

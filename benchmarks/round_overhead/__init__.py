@@ -1,0 +1,1 @@
+"""What a round costs beyond training: python -m benchmarks.round_overhead."""

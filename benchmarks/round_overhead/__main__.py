@@ -1,0 +1,178 @@
+"""What a round of FedAvg costs beyond training: Stillhouse against Flower, process for process.
+
+    python -m benchmarks.round_overhead --devices 4 --rounds 10 --turns 3 --json round.json
+
+The server sends the 1,663,370 float32 values of `caldas_cnn` (6.65 MB) to each device; devices
+train nothing and return as many at once; the server averages them. Nothing is compressed.
+
+    mosquitto   Stillhouse over a Mosquitto of ours
+    embedded    Stillhouse over the embedded broker, pure Python, meant for demonstrations
+    flower      flwr 1.41.0 as it is recommended: a SuperLink and SuperNodes, FedAvg of its message
+                API without evaluation, from PyPI, in an environment of its own
+
+Agents, orchestrator, broker, SuperLink and SuperNodes are processes of their own on one machine,
+over loopback and without TLS. Stillhouse journals and syncs to disk as always; Flower keeps its
+state in memory, which is its default. Contenders take turns, each from a fresh start, in an order
+that changes; nobody else runs meanwhile.
+
+    s a round     from the end of one round to the end of the next, the server's own work included;
+                  median of all rounds but the first of each turn
+    of Flower's   a turn's median over Flower's in the same turn, the median of that
+    up, down      MQTT payloads of a round, all devices together
+    memory        from /proc, in turns of their own that are not timed, of the device whose
+                  processes take most: RSS and, since processes share libraries, PSS
+
+Measured: see docs/benchmarks.md.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.race import ContenderError
+from benchmarks.round_overhead import flower, report
+from benchmarks.round_overhead.fleet import Fleet
+from benchmarks.round_overhead.report import FLOWER, Course
+from benchmarks.round_overhead.turn import VALUES, Contender, Plan
+from benchmarks.train_step.report import machine
+from orchestrator import broker
+from wire.errors import BrokerError, SettingsError, StillhouseError
+
+ALL = ("mosquitto", "embedded", FLOWER)
+WEIGHED_ROUNDS = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; 0, or 2 where the input is bad or Stillhouse itself fails."""
+    try:
+        _measure(_parser().parse_args(arguments))
+    except StillhouseError as fault:
+        print(f"round_overhead: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.round_overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--devices", type=_count, default=4)
+    parser.add_argument("--rounds", type=_count, default=10, help="of a turn, after a first one")
+    parser.add_argument("--turns", type=_count, default=3)
+    parser.add_argument("--without", action="append", default=[], choices=ALL, metavar="NAME",
+                        help=f"leave one out: {', '.join(ALL)}")  # fmt: skip
+    parser.add_argument("--cache", type=Path, default=base / "stillhouse" / "benchmarks",
+                        help="Flower's environment lies here; default: %(default)s")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="file to write everything to")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _measure(options: argparse.Namespace) -> None:
+    if options.json and not options.json.parent.is_dir():
+        raise SettingsError(f"--json {options.json}: {options.json.parent} is no folder; make it")
+    where = machine()
+    with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
+        contenders, courses = _entries(options, Path(scratch))
+        if any(name != FLOWER for name in contenders):
+            _say("compiling the artifact")
+            (Path(scratch) / "first").mkdir()
+            Fleet("embedded", Path(scratch) / "artifact")(Plan(1, 1), Path(scratch) / "first")
+        _run(contenders, courses, options, Path(scratch))
+    figures = report.summarize(courses)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    print(report.head(where, options.devices, options.rounds, options.turns))
+    console.print(report.table(figures))
+    print(report.notes(figures))
+    if options.json:
+        whole = {
+            "benchmark": "round_overhead",
+            "machine": {**where, **{n: metadata.version(n) for n in ("paho-mqtt", "amqtt")}},
+            "devices": options.devices,
+            "values": VALUES,
+            "rounds": options.rounds,
+            "turns": options.turns,
+            "requirements": {FLOWER: flower.REQUIREMENTS},
+            "contenders": [asdict(figure) for figure in figures],
+        }
+        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def _entries(
+    options: argparse.Namespace, scratch: Path
+) -> tuple[dict[str, Contender], list[Course]]:
+    """Who takes part, and a course for each of them and for who would but cannot."""
+    contenders: dict[str, Contender] = {}
+    courses = [Course(name) for name in ALL if name not in options.without]
+    for course in courses:
+        if course.name == FLOWER:
+            _say("flower: getting its environment ready")
+            with _leaving(course):
+                programs = flower.environment(options.cache.resolve())
+                contenders[FLOWER] = flower.Flower(programs)
+        elif course.name == "mosquitto" and broker.find() is None:
+            course.failed = "no such program; sudo apt install mosquitto"
+        else:
+            kind: broker.Kind = "mosquitto" if course.name == "mosquitto" else "embedded"
+            contenders[course.name] = Fleet(kind, scratch / "artifact")
+    return contenders, courses
+
+
+def _run(
+    contenders: dict[str, Contender], courses: Sequence[Course], options: argparse.Namespace,
+    scratch: Path,
+) -> None:  # fmt: skip
+    """Let everybody take turns; Flower leaves if it fails, the others must not."""
+    running = [course for course in courses if course.name in contenders]
+    timed = Plan(options.devices, options.rounds)
+    weighed = Plan(options.devices, min(options.rounds, WEIGHED_ROUNDS), weighed=True)
+    for number, plan in enumerate((weighed, *[timed] * options.turns)):
+        for course in random.Random(number).sample(running, len(running)):
+            if course.failed:
+                continue
+            what = "weighed" if plan.weighed else f"turn {number} of {options.turns}"
+            _say(f"{course.name}: {what}")
+            with tempfile.TemporaryDirectory(dir=scratch) as folder, _leaving(course):
+                turn = contenders[course.name](plan, Path(folder))
+                if plan.weighed:
+                    course.weights = turn.weights
+                else:
+                    course.turns.append(turn)
+
+
+@contextlib.contextmanager
+def _leaving(course: Course) -> Iterator[None]:
+    """A peer that fails is left out; ours ends the benchmark."""
+    try:
+        yield
+    except (ContenderError, BrokerError) as fault:
+        if course.name != FLOWER:
+            raise ContenderError(f"{course.name}: {fault}") from fault
+        course.failed = str(fault)
+
+
+def _say(what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"  {what}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Stillhouse for one turn: a broker, agents and an orchestrator, each a process of its own.
+
+The agents are `edge-agent run` with a configuration as `edge-agent init` writes it, journal and
+all. The orchestrator is `orchestrate`, which leaves out training and nothing else.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.race import PATHS
+from benchmarks.round_overhead.memory import weigh
+from benchmarks.round_overhead.processes import LIMIT_S, Processes
+from benchmarks.round_overhead.turn import Plan, Turn
+from orchestrator import broker
+
+SAMPLES = 8
+RUN = """\
+name = "run"
+strategy = "fedavg"
+rounds = {rounds}
+heldout = "images.npz"
+admission = "open"
+[broker]
+kind = "external"
+url = "{url}"
+[cohort]
+min_devices = {devices}
+wait_s = 0.0
+[device]
+model = "caldas_cnn"
+classes = 10
+input = [1, 28, 28]
+mean = [0.5]
+std = [0.5]
+batch = 10
+[server]
+eval_every = {rounds}
+"""
+AGENT = """\
+device = "device-{number}"
+fleet = "fleet"
+data = "images.npz"
+state = "state-{number}"
+image = [1, 28, 28]
+[broker]
+url = "{url}"
+"""
+
+
+class Fleet:
+    """Stillhouse over one kind of broker."""
+
+    def __init__(self, kind: broker.Kind, artifact: Path) -> None:
+        """`artifact` is where the compiled training step lies; the first turn puts it there."""
+        self._kind: broker.Kind = kind
+        self._artifact = artifact
+
+    def __call__(self, plan: Plan, folder: Path) -> Turn:
+        """Do a turn in an empty folder.
+
+        Raises:
+            ContenderError, BrokerError: why it could not be done.
+        """
+        own = folder / "runs" / "run" / "artifact"
+        if self._artifact.exists():
+            shutil.copytree(self._artifact, own)
+        pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 28, 28, 1), np.uint8)
+        np.savez(folder / "images.npz", x=pixels, y=np.arange(SAMPLES) % 10)
+        with (
+            broker.start(self._kind, folder=folder / "broker", fleet="fleet", port=0) as running,
+            Processes(folder, PATHS) as processes,
+        ):
+            turn = _play(plan, processes, running.url)
+        if not self._artifact.exists():
+            shutil.copytree(own, self._artifact)
+        return turn
+
+
+def _play(plan: Plan, processes: Processes, url: str) -> Turn:
+    folder, names = processes.folder, [f"device-{number}" for number in range(plan.devices)]
+    run = RUN.format(rounds=plan.rounds + 1, devices=plan.devices, url=url)
+    (folder / "run.toml").write_text(run)
+    agents = []
+    for number, name in enumerate(names):
+        (folder / f"{name}.toml").write_text(AGENT.format(number=number, url=url))
+        command = ("edge_agent.main", "run", "--config", f"{name}.toml")
+        agents.append(processes.start(name, [sys.executable, "-m", *command]))
+    processes.wait(
+        "connection", lambda: all(processes.says(name, "connected to") for name in names)
+    )
+
+    def start() -> int:
+        command = ("benchmarks.round_overhead.orchestrate", "run.toml")
+        return processes.start("orchestrator", [sys.executable, "-m", *command])
+
+    def finish() -> None:
+        limit_s = LIMIT_S * (plan.rounds + 1)
+        processes.wait("end", lambda: processes.ended("orchestrator"), limit_s)
+
+    weights = None
+    if plan.weighed:
+        weights = weigh(agents, start, finish)
+    else:
+        start()
+        finish()
+    done = json.loads((folder / "rounds.json").read_text())
+    return Turn(**{key: tuple(values) for key, values in done.items()}, weights=weights)

@@ -1,0 +1,127 @@
+"""Memory of a process and all that it started, as the kernel counts it.
+
+RSS counts a page in every process that has it mapped. PSS (proportional set size) divides it by
+their number: it adds up, and depends on who else has mapped the same libraries.
+"""
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+PERIOD_S = 0.02
+SETTLE_S = 2.0
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, and of how many processes."""
+
+    rss: int = 0
+    pss: int = 0
+    processes: int = 0
+
+    def __add__(self, other: "Memory") -> "Memory":
+        return Memory(self.rss + other.rss, self.pss + other.pss, self.processes + other.processes)
+
+    def highest(self, other: "Memory") -> "Memory":
+        """Each figure's own maximum."""
+        return Memory(
+            max(self.rss, other.rss),
+            max(self.pss, other.pss),
+            max(self.processes, other.processes),
+        )
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Memory of each device before its first order, after the last one, and at its highest.
+
+    `server` is the server's highest.
+    """
+
+    fresh: tuple[Memory, ...]
+    after: tuple[Memory, ...]
+    peak: tuple[Memory, ...]
+    server: Memory
+
+
+def weigh(devices: Sequence[int], start: Callable[[], int], finish: Callable[[], None]) -> Weights:
+    """Look at processes before, while and after something is done.
+
+    Args:
+        devices: process ids.
+        start: sets it going; the server's process id.
+        finish: waits for its end.
+    """
+    time.sleep(SETTLE_S)
+    fresh = of(devices)
+    server = start()
+    with Watch([server, *devices]) as watch:
+        finish()
+    time.sleep(SETTLE_S)
+    after = of(devices)
+    return Weights(
+        tuple(fresh[pid] for pid in devices),
+        tuple(after[pid] for pid in devices),
+        tuple(watch.peak[pid] for pid in devices),
+        watch.peak[server],
+    )
+
+
+def of(roots: Iterable[int]) -> dict[int, Memory]:
+    """The memory now of each root with all its descendants; zeros where there is no procfs."""
+    children = defaultdict(list)
+    for entry in _PROC.glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name, in brackets, may hold anything; the parent is the second field after it.
+            parent = entry.read_bytes().rpartition(b")")[2].split()[1]
+            children[int(parent)].append(int(entry.parent.name))
+    return {root: _tree(root, children) for root in roots}
+
+
+def _tree(pid: int, children: Mapping[int, Sequence[int]]) -> Memory:
+    return sum((_tree(child, children) for child in children.get(pid, ())), _one(pid))
+
+
+def _one(pid: int) -> Memory:
+    try:
+        lines = (_PROC / str(pid) / "smaps_rollup").read_text().splitlines()
+    except OSError:  # it has ended
+        return Memory()
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
+    return Memory(1024 * kib["Rss"], 1024 * kib["Pss"], 1)
+
+
+class Watch:
+    """Looks every 20 ms, in a thread, and keeps each root's highest figures in `peak`.
+
+    Looking costs time on the processor, so what is watched is not timed.
+    """
+
+    def __init__(self, roots: Iterable[int]) -> None:
+        self.peak = {root: Memory() for root in roots}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watch")
+
+    def _look(self) -> None:
+        while not self._ended.wait(PERIOD_S):
+            for root, memory in of(self.peak).items():
+                self.peak[root] = self.peak[root].highest(memory)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._ended.set()
+        self._thread.join()

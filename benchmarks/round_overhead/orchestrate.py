@@ -1,0 +1,60 @@
+"""The orchestrator of a turn: FedAvg as it is, but its orders ask for no training.
+
+    python -m benchmarks.round_overhead.orchestrate RUN.TOML
+
+Devices then subtract the weights they were given from themselves, and pack, journal and send the
+zeros like any other update: float32 is four bytes a value, whatever the value. The seconds of each
+round, and what the report says of it, go to rounds.json beside the configuration.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+from orchestrator import config, launch
+from orchestrator.report import Report
+from orchestrator.strategies.fedavg import FedAvg
+from orchestrator.strategies.strategy import State
+from wire.messages import Birth, Order
+
+
+class NoTraining(FedAvg):
+    """FedAvg whose devices return at once."""
+
+    def orders(
+        self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
+    ) -> dict[str, Order]:
+        """The orders of FedAvg, less their epochs."""
+        orders = super().orders(state, round_, sequence, cohort)
+        return {name: replace(order, epochs=0) for name, order in orders.items()}
+
+
+def main(path: Path) -> None:
+    """Do the run; a round ends when its checkpoint is written and the next one's orders are out."""
+    ends: list[float] = []
+
+    def changed(report: Report) -> None:
+        if len(report.entries) > len(ends):
+            ends.append(time.perf_counter())
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with mock.patch.object(launch, "create", lambda _, task: NoTraining(task)):
+        report = launch.run(config.load(path), changed=changed)
+    devices = [entry["devices"].values() for entry in report.entries[1:]]
+    figures = {
+        "seconds": [end - begin for begin, end in pairwise(ends)],
+        "returned": [sum(one["accepted"] for one in entry) for entry in devices],
+        "bytes_up": [sum(one["bytes_up"] for one in entry) for entry in devices],
+        "bytes_down": [sum(one["bytes_down"] for one in entry) for entry in devices],
+    }
+    (path.parent / "rounds.json").write_text(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
