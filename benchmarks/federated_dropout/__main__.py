@@ -1,6 +1,6 @@
 """Federated Dropout with lossy compression, the figures of Caldas et al. 2018 and after.
 
-    python -m benchmarks.federated_dropout --data mnist --settings "paper;beyond" --seeds 3 \
+    python -m benchmarks.federated_dropout --data mnist --settings claim --seeds 3 \
         --rounds 100 --jobs 2 --out results
 
 100 devices with equal shares of the training set (IID), 10 drawn for each round, one local epoch
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", choices=tuple(settings.DATA), default="mnist")
     parser.add_argument("--train", default="", help=".npz of the training set; default: download")
     parser.add_argument("--heldout", type=Path, help=".npz of the test set, with --train")
-    parser.add_argument("--settings", default="paper;beyond", help="groups or names, by ;")
+    parser.add_argument("--settings", default="claim", help="groups or names, by ;")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--devices", type=int, default=DEVICES)

@@ -2,7 +2,7 @@
 
 A setting is a keep rate and two codec specs, down (weights) and up (updates). Groups follow the
 figures of Caldas et al. 2018: lossy weights down, lossy updates up, keep rates, and all of them
-together; `beyond` is what came after the paper.
+together; `beyond` is what came after the paper, `claim` both.
 """
 
 from dataclasses import dataclass, replace
@@ -70,6 +70,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("eden, keep 0.5", 0.5, "eden|b=4|mse/float16", "eden|b=2/float16"),
     ),
 }
+GROUPS["claim"] = GROUPS["paper"] + GROUPS["beyond"]
 
 
 def find(names: str) -> list[Setting]:

@@ -66,7 +66,7 @@ def test_an_agent_that_cannot_work_says_why(tmp_path, digits, changes, text):
         (('"resnet8"', '"resnte8"'), "did you mean 'resnet8'"),
         (("identity|q=8", "identety|q=8"), "did you mean 'identity|q=8'"),
         (('update = "float32"', 'update = "hadamrd|q=4"'), "did you mean 'hadamard|q=4'"),
-        (('state = "float32"', 'state = "kashin|q=9"'), "q: expected 1 to 8"),
+        (('state = "float32"', 'state = "kashin|q=9"'), "q must be 1 to 8 bits, got 9"),
         (('state = "float32"', "mu = -1"), "mu: expected 0 (no proximal term) or more, got -1"),
         (('"fedgkt" ', '"fedavg"\nsubmodel = {keep_rate = 0.5}\n'), "use feddropout"),
         (
