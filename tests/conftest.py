@@ -64,6 +64,17 @@ class Processes:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for PyTorch: on a busy machine two wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def processes(tmp_path: Path) -> Iterator[Processes]:
     """Start processes in the test's folder."""
     made = Processes(tmp_path)

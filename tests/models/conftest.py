@@ -1,12 +1,8 @@
-"""One thread for PyTorch: tensors this small gain nothing from more."""
+"""Networks this small gain nothing from more threads."""
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _quiet(one_thread):
+    """For every test of this folder."""

@@ -27,6 +27,8 @@ from wire.artifact import open_artifact
 from wire.errors import RunError
 from wire.messages import BlobRef, Order, Result
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEVICE = DeviceConfig(
     model="caldas_cnn", batch=16, lr=0.05, momentum=0.0, weight_decay=0.0, mean=(0.3,) * 3,
     std=(0.37,) * 3,
@@ -46,15 +48,6 @@ def config(tmp_path, digits):
         submodel=SubmodelConfig(keep_rate=0.5),
         server=ServerConfig(torch_device="cpu"),
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads on a machine that is busy wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weights_of(config):
