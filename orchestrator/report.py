@@ -23,8 +23,9 @@ class Report:
 
     def __init__(self, config: RunConfig, store: Store) -> None:
         self._config, self._store = config, store
-        self._up: Counter[str] = Counter()
-        self._down: Counter[str] = Counter()
+        traffic = store.traffic()  # what an earlier orchestrator counted in the open round
+        self._up = Counter({device: up for device, (up, _) in traffic.items()})
+        self._down = Counter({device: down for device, (_, down) in traffic.items()})
         self._telemetry: dict[str, Telemetry] = {}
         self._state = State(config.rounds, config.seed)
         self._work = ("", 0, 0)
@@ -35,10 +36,12 @@ class Report:
     def received(self, device: str, count: int) -> None:
         """So many bytes came from a device."""
         self._up[device] += count
+        self._store.count(device, up=count)
 
     def sent(self, device: str, count: int) -> None:
         """So many bytes went to a device."""
         self._down[device] += count
+        self._store.count(device, down=count)
 
     def telemetry(self, device: str, message: Telemetry) -> None:
         """A device told how far it is."""

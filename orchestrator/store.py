@@ -2,7 +2,7 @@
 
     runs/NAME/
         run.json            the configuration it was started with
-        journal.db          rounds, orders and accepted results (SQLite, WAL, synchronous=FULL)
+        journal.db          rounds, orders, results, bytes (SQLite, WAL, synchronous=FULL)
         artifact/           the training artifact
         checkpoints/0003/   state.safetensors and state.json after round 3
         blobs/, shards/     payloads by digest; decoded feature maps
@@ -47,6 +47,12 @@ CREATE TABLE IF NOT EXISTS orders (
 CREATE TABLE IF NOT EXISTS verdicts (
     sequence INTEGER NOT NULL, device TEXT NOT NULL, accepted INTEGER NOT NULL,
     reason TEXT NOT NULL, result BLOB NOT NULL, PRIMARY KEY (sequence, device));
+CREATE TABLE IF NOT EXISTS traffic (
+    device TEXT PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL);
+"""
+_COUNT = """
+INSERT INTO traffic VALUES (?, ?, ?)
+ON CONFLICT DO UPDATE SET up = up + excluded.up, down = down + excluded.down
 """
 
 
@@ -96,6 +102,9 @@ class Store:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
+        # Bytes are counted with every message: not synced, which a `kill -9` does not undo.
+        self._counts = sqlite3.connect(self.folder / "journal.db", isolation_level=None)
+        self._counts.execute("PRAGMA synchronous=OFF")
         self._kept: frozenset[str] = frozenset()
         self._claim_devices(devices)
         self.run_id = self._identify(config.name)
@@ -140,8 +149,9 @@ class Store:
         return int(last) + 1
 
     def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
-        """Note a round's orders before they are sent."""
+        """Note a round's orders before they are sent; bytes are counted from here."""
         with self._db:
+            self._db.execute("DELETE FROM traffic")
             cursor = self._db.execute("INSERT INTO attempts (round) VALUES (?)", (round_,))
             sequence = int(cursor.lastrowid or 0)
             self._db.executemany(
@@ -149,6 +159,15 @@ class Store:
                 [(sequence, device, messages.encode(order)) for device, order in orders.items()],
             )
         return Attempt(sequence, round_, dict(orders), {})
+
+    def count(self, device: str, *, up: int = 0, down: int = 0) -> None:
+        """Note bytes that came from a device or went to it."""
+        self._counts.execute(_COUNT, (device, up, down))
+
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes up and down of each device since the last round began, whoever counted them."""
+        rows = self._db.execute("SELECT device, up, down FROM traffic")
+        return {device: (up, down) for device, up, down in rows}
 
     def decide(self, sequence: int, verdict: Verdict) -> None:
         """Note what became of a result, before the device is told. The first word stands."""
@@ -207,6 +226,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of the run."""
+        self._counts.close()
         self._db.close()
         self._lock.close()
 

@@ -61,6 +61,13 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         for basis in TRANSFORMS
     ),
     "keep": tuple(Setting(f"keep {rate:g}", rate) for rate in (0.875, 0.75, 0.625, 0.5)),
+    "units": (
+        Setting("keep 0.75, holders", 0.75, absent="holders"),
+        Setting("keep 0.75, shared", 0.75, units="shared"),
+        Setting("keep 0.75, shared, holders", 0.75, units="shared", absent="holders"),
+        Setting("keep 0.75, ordered", 0.75, units="ordered"),
+        Setting("keep 0.75, rolling, holders", 0.75, units="rolling", absent="holders"),
+    ),
     "paper": (
         Setting("paper, hadamard", 0.75, "hadamard|q=4/float16", "hadamard|s=0.95|q=2/float16"),
         Setting("paper, kashin", 0.75, "kashin|q=3/float16", "kashin|s=0.8|q=2/float16"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from orchestrator.config import RunConfig
+from orchestrator.report import Report
 from orchestrator.store import Store, Verdict, last_checkpoint
 from orchestrator.strategies.strategy import State
 from wire.errors import RunError
@@ -55,6 +56,24 @@ def test_an_open_round_is_restored_with_its_verdicts(config, opened):
     assert (attempt.sequence, attempt.round) == (1, 1)
     assert attempt.orders == {"a": order(1), "b": order(1)}
     assert attempt.verdicts == {"a": verdict("a", 1, accepted=True)}
+
+
+def test_bytes_that_an_earlier_orchestrator_counted_in_the_open_round_stay_counted(config, opened):
+    store = opened(config)
+    report = Report(config, store)
+    store.begin(1, {"a": order(1)})
+    report.received("a", 100)
+    report.received("a", 50)
+    report.sent("a", 7)
+    store.close()
+    again = opened(config)
+    report = Report(config, again)
+    report.received("a", 1)
+    attempt = replace(again.open_attempt(), verdicts={"a": verdict("a", 1, accepted=True)})
+    device = report.closed(attempt, {}, 1.0)["devices"]["a"]
+    assert (device["bytes_up"], device["bytes_down"]) == (151, 7)
+    again.begin(2, {"a": order(2)})
+    assert again.traffic() == {}
 
 
 def test_the_first_word_on_a_result_stands(config, opened):
