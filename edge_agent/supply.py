@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from wire.artifact import Artifact, Manifest, open_artifact
+from wire.artifact import Artifact, open_artifact
 from wire.blobs import BlobStore, Fetch
 from wire.errors import ArtifactError, TransferError
+from wire.manifest import Manifest
 from wire.messages import BlobRef, Chunk, Gone, Order, Want
 
 log = logging.getLogger("edge-agent")

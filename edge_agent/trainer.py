@@ -14,8 +14,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from wire.artifact import ANCHOR, Artifact, Graph, TensorSpec
+from wire.artifact import Artifact
 from wire.errors import ArtifactError
+from wire.manifest import ANCHOR, Graph, TensorSpec
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]

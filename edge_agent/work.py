@@ -24,7 +24,7 @@ from edge_agent.data import ImageSet, Preprocess
 from wire import frames, tensors
 from wire.artifact import Artifact
 from wire.blobs import BlobStore
-from wire.errors import ArtifactError, DataError, StillhouseError, WireError
+from wire.errors import ArtifactError, DataError, StillhouseError
 from wire.messages import BlobRef, Order
 
 log = logging.getLogger("edge-agent")
@@ -238,11 +238,7 @@ def _teacher(order: Order, desk: Desk, classes: int) -> NDArray[np.float32] | No
 
 
 def _read(blobs: BlobStore, ref: BlobRef, most: int) -> State:
-    where = f"blob {ref.digest:.12}"
-    with blobs.path(ref.digest).open("rb") as file:
-        for frame in frames.read(file, max_bytes=ref.size):
-            return tensors.unpack(frame, where=where, most=most)
-    raise WireError(f"{where} is empty")
+    return tensors.load(blobs.path(ref.digest), where=f"blob {ref.digest:.12}", most=most)
 
 
 def _own(path: Path, start: State) -> State:

@@ -39,11 +39,7 @@ def header(
         raise AdmissionError(f"the result names device {result.device!r}, it came from {device!r}")
     if order is None:
         raise AdmissionError(f"{device} has no order in the open round; wait for the next one")
-    if (result.run, result.sequence) != (order.run, order.sequence):
-        raise AdmissionError(
-            f"expected a result of order {order.sequence} of {order.run}, got {result.sequence} of "
-            f"{result.run}; its round is closed"
-        )
+    _same_order(result, order)
     if result.fault:
         raise AdmissionError(f"the device could not do it: {result.fault}")
     if result.submodel != order.submodel:
@@ -66,6 +62,18 @@ def header(
         raise AdmissionError(
             f"the device's samples changed within the round: expected {order.data_digest:.12}, "
             f"got {result.data_digest:.12}"
+        )
+
+
+def _same_order(result: Result, order: Order) -> None:
+    if (result.run, result.sequence) != (order.run, order.sequence):
+        raise AdmissionError(
+            f"expected a result of order {order.sequence} of {order.run}, got {result.sequence} of "
+            f"{result.run}; its round is closed"
+        )
+    if result.round != order.round:
+        raise AdmissionError(
+            f"order {order.sequence} is of round {order.round}, the result says {result.round}"
         )
 
 

@@ -17,11 +17,11 @@ from orchestrator import admit, rounds
 from orchestrator.config import RunConfig
 from orchestrator.intake import Intake
 from orchestrator.report import Report
-from orchestrator.rounds import Action, Close, Finish, Open, Phase, Remind
+from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind
 from orchestrator.store import Attempt, Store, Verdict
 from orchestrator.strategies.strategy import Metrics, State, Strategy
 from wire import messages, topics
-from wire.errors import AdmissionError, StillhouseError, WireError
+from wire.errors import AdmissionError, RunError, StillhouseError, WireError
 from wire.link import Arrived, BrokerAddress, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
@@ -117,6 +117,7 @@ class Coordinator:
 
         Raises:
             LinkError: the broker refuses us for good.
+            RunError: every device failed, `rounds.ATTEMPTS` times in a row.
             StillhouseError: the strategy failed.
         """
         if self.finished():
@@ -305,8 +306,19 @@ class Coordinator:
                 verdicts = self._attempt.verdicts
                 results = [verdicts[device].result for device in sorted(returned)]
                 self._submit(self._aggregate, self._attempt.orders, results)
+            case GiveUp(number):
+                raise RunError(self._hopeless(number))
             case Finish():
                 log.info("run %s is finished", self.config.name)
+
+    def _hopeless(self, number: int) -> str:
+        assert self._attempt is not None  # noqa: S101 - a round was open
+        reasons = {name: verdict.reason for name, verdict in self._attempt.verdicts.items()}
+        name = min(reasons)
+        return (
+            f"round {number}: every device failed, {rounds.ATTEMPTS} times in a row; {name} says: "
+            f"{reasons[name]}. Find the cause and start the run again: it goes on with this round"
+        )
 
     def _open(self, number: int, cohort: frozenset[str]) -> None:
         births = {device: self._births[device] for device in sorted(cohort)}

@@ -4,6 +4,9 @@
        ^                           | nobody returned                           |
        +---------------------------+-------------------------------------------+
 
+A round in which every device failed is tried again, with other devices where there are more than a
+cohort takes; after `ATTEMPTS` of them the run gives up, since the same orders fail again.
+
 Nothing here touches the network, the disk or the clock; times are monotonic seconds, passed in.
 """
 
@@ -16,6 +19,7 @@ from orchestrator.config import CohortConfig
 from wire import seeds
 
 PAUSE_S = 10.0
+ATTEMPTS = 3
 
 
 class Phase(Enum):
@@ -39,6 +43,7 @@ class State:
         failed: of these, who reported a fault or was refused.
         ready_at_s: when the cohort may be formed, once there are enough devices.
         deadline_s: when the open round closes.
+        fruitless: attempts in a row in which every device failed.
         not_before_s: after a round in which all failed, when the next attempt may begin.
     """
 
@@ -52,6 +57,7 @@ class State:
     failed: frozenset[str] = frozenset()
     ready_at_s: float | None = None
     deadline_s: float = 0.0
+    fruitless: int = 0
     not_before_s: float = 0.0
 
 
@@ -79,11 +85,18 @@ class Close:
 
 
 @dataclass(frozen=True)
+class GiveUp:
+    """Every device failed, and did so in the attempts before."""
+
+    round: int
+
+
+@dataclass(frozen=True)
 class Finish:
     """All rounds are done."""
 
 
-Action = Open | Remind | Close | Finish
+Action = Open | Remind | Close | GiveUp | Finish
 Step = tuple[State, tuple[Action, ...]]
 
 
@@ -129,7 +142,7 @@ def aggregated(state: State, rules: CohortConfig, now_s: float) -> Step:
     """The open round is in the model."""
     if state.round >= state.rounds:
         return replace(state, phase=Phase.FINISHED, cohort=frozenset()), (Finish(),)
-    forming = replace(state, phase=Phase.FORMING, cohort=frozenset(), ready_at_s=now_s)
+    forming = replace(state, phase=Phase.FORMING, cohort=frozenset(), ready_at_s=now_s, fruitless=0)
     return _form(forming, rules, now_s)
 
 
@@ -143,7 +156,7 @@ def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
     if not (full or now_s >= ready_at_s):
         return replace(state, ready_at_s=ready_at_s), ()
     number = state.round + 1
-    cohort = choose(state.live, rules.max_devices, state.seed, number)
+    cohort = choose(state.live, rules.max_devices, state.seed, number, state.fruitless)
     opened = replace(
         state,
         round=number,
@@ -166,15 +179,25 @@ def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
     if not state.returned:
         # Nothing to aggregate: the same round is formed again, after a pause, so that a fleet
         # whose every device fails is not asked in a tight loop.
-        again = replace(state, phase=Phase.FORMING, round=state.round - 1, cohort=frozenset())
-        return replace(again, ready_at_s=now_s, not_before_s=now_s + PAUSE_S), ()
+        again = replace(
+            state,
+            phase=Phase.FORMING,
+            round=state.round - 1,
+            cohort=frozenset(),
+            ready_at_s=now_s,
+            not_before_s=now_s + PAUSE_S,
+            fruitless=state.fruitless + answered,
+        )
+        return again, (GiveUp(state.round),) if again.fruitless >= ATTEMPTS else ()
     return replace(state, phase=Phase.AGGREGATING), (Close(state.round, state.returned),)
 
 
-def choose(live: Mapping[str, int], most: int, seed: int, number: int) -> frozenset[str]:
+def choose(
+    live: Mapping[str, int], most: int, seed: int, number: int, attempt: int = 0
+) -> frozenset[str]:
     """A uniform sample of at most `most` live devices (0: all), the same for the same seed."""
     names = sorted(live)
     if not most or len(names) <= most:
         return frozenset(names)
-    order = seeds.raw(seed, number, len(names)).argsort(kind="stable")
+    order = seeds.raw(seed, number | attempt << 32, len(names)).argsort(kind="stable")
     return frozenset(names[i] for i in order[:most])

@@ -33,7 +33,7 @@ from orchestrator.report import Report
 from orchestrator.store import Store, Verdict
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import State, Strategy, Variant
-from wire import frames, tensors, topics
+from wire import tensors, topics
 from wire.errors import RunError, StillhouseError
 from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
 
@@ -202,9 +202,8 @@ class _Simulation:
     def _received(self, order: Order) -> cohort.Weights:
         """The weights as the device decodes them."""
         assert order.state is not None  # noqa: S101 - weights travel in each order
-        blobs = self._strategy.task.blobs
-        frame = frames.decode(blobs.path(order.state.digest).read_bytes(), max_bytes=1 << 32)
-        return tensors.unpack(frame, where="weights", most=self._strategy.task.values)
+        task = self._strategy.task
+        return tensors.load(task.blobs.path(order.state.digest), where="weights", most=task.values)
 
     def _result(self, name: str, job: Job, trained: Trained) -> Result:
         order = job.order

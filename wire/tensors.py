@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,9 @@ class Policy:
         """The text that `policy` makes this of."""
         return f"{self.matrices.spec}/{self.vectors.spec}"
 
-    def codec(self, array: Array) -> Codec:
-        """The codec of one tensor."""
-        return self.matrices if array.ndim >= 2 else self.vectors
+    def codec(self, axes: int) -> Codec:
+        """The codec of a tensor with so many axes."""
+        return self.matrices if axes >= 2 else self.vectors
 
 
 def policy(spec: str) -> Policy:
@@ -143,7 +144,7 @@ def weights(state: Mapping[str, Array], spec: str) -> list[Named]:
         CodecError: `spec` is no policy.
     """
     by = policy(spec)
-    return [(name, array, by.codec(array).spec) for name, array in state.items()]
+    return [(name, array, by.codec(array.ndim).spec) for name, array in state.items()]
 
 
 def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
@@ -178,7 +179,21 @@ def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
     return frames.encode(Kind.TENSORS, header, *bodies)
 
 
-def unpack(frame: Frame, *, where: str, most: int = MAX_VALUES) -> dict[str, Array]:
+def load(
+    path: Path, *, where: str, most: int = MAX_VALUES, spec: str | None = None
+) -> dict[str, Array]:
+    """The tensors of a file that is one frame; arguments as `unpack` has them.
+
+    Raises:
+        WireError: the file is not one intact frame, or as `unpack`.
+    """
+    data = path.read_bytes()
+    return unpack(frames.decode(data, max_bytes=len(data)), where=where, most=most, spec=spec)
+
+
+def unpack(
+    frame: Frame, *, where: str, most: int = MAX_VALUES, spec: str | None = None
+) -> dict[str, Array]:
     """The tensors of a frame.
 
     Args:
@@ -186,9 +201,11 @@ def unpack(frame: Frame, *, where: str, most: int = MAX_VALUES) -> dict[str, Arr
         where: how to name it in messages.
         most: values that all tensors may have together. It is checked before anything is decoded:
             a subsampled or compressed body may be thousands of times smaller than its values.
+        spec: the policy by which float tensors must have come; None takes any.
 
     Raises:
-        CodecError: the header is not one, the values are too many, or a body is not what it says.
+        CodecError: the header is not one, the values are too many, a codec is not the one agreed
+            on, or a body is not what it says.
     """
     if frame.kind is not Kind.TENSORS:
         raise CodecError(f"{where}: expected a TENSORS frame, got {frame.kind.name}")
@@ -199,6 +216,8 @@ def unpack(frame: Frame, *, where: str, most: int = MAX_VALUES) -> dict[str, Arr
     declared = sum(entry.bytes for entry in header.tensors)
     if declared != len(frame.body):
         raise CodecError(f"{where}: the tensors take {declared} bytes, got {len(frame.body)}")
+    if spec is not None:
+        _agree(header.tensors, policy(spec), where)
     tensors: dict[str, Array] = {}
     at = 0
     for entry in header.tensors:
@@ -213,6 +232,13 @@ def unpack(frame: Frame, *, where: str, most: int = MAX_VALUES) -> dict[str, Arr
             flat = codec.decode(body, entry.values, seed=seed, name=entry.name)
         tensors[entry.name] = flat.reshape(entry.shape)
     return tensors
+
+
+def _agree(entries: tuple[Entry, ...], agreed: Policy, where: str) -> None:
+    for entry in entries:
+        expected = agreed.codec(len(entry.shape)).spec
+        if entry.spec not in ("raw", expected):
+            raise CodecError(f"{where}: {entry.name!r} was to come as {expected}, not {entry.spec}")
 
 
 def _seed(seed: int, name: str) -> int:

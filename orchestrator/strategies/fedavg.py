@@ -22,8 +22,7 @@ from models.average import Average
 from models.units import Units
 from orchestrator import admit, distill
 from orchestrator.strategies.strategy import Array, Metrics, State, Task
-from wire import frames, tensors
-from wire.errors import AdmissionError
+from wire import tensors
 from wire.messages import Birth, BlobRef, Order, Result
 
 log = logging.getLogger("orchestrator")
@@ -82,7 +81,7 @@ class FedAvg:
         """Names, shapes, finite values, and a norm that is not absurd."""
         del state
         shapes = self.shapes(self.share_of(order, result.device))
-        admit.weights(read_payload(self.task, result, "update"), shapes, self.task.norm)
+        admit.weights(read_payload(self.task, order, result, "update"), shapes, self.task.norm)
 
     def aggregate(
         self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
@@ -93,8 +92,9 @@ class FedAvg:
         counted = [min(r.samples, int(config.cohort.max_weight * median)) for r in results]
         average, devices = self.average(state.under("global"), sum(counted)), {}
         for i, (result, samples) in enumerate(zip(results, counted, strict=True)):
-            share = self.share_of(orders[result.device], result.device)
-            average.add(read_payload(self.task, result, "update"), share.units, samples)
+            order = orders[result.device]
+            share = self.share_of(order, result.device)
+            average.add(read_payload(self.task, order, result, "update"), share.units, samples)
             devices[result.device] = {"keep_rate": share.keep_rate}
             self.task.progress("aggregate", i + 1, len(results))
         done = average.total()
@@ -152,15 +152,15 @@ class FedAvg:
         return distill.accuracy(logits, heldout.y)
 
 
-def read_payload(task: Task, result: Result, name: str) -> dict[str, Array]:
-    """The tensors of a payload of one record.
+def read_payload(task: Task, order: Order, result: Result, name: str) -> dict[str, Array]:
+    """The tensors of a payload of one frame, by the codecs that were ordered.
 
     Raises:
-        AdmissionError, WireError: it is empty or damaged.
+        WireError: it is damaged, too large, or came by other codecs.
     """
-    ref = result.blobs[name]
-    where = f"payload {name!r} of {result.device}"
-    with task.blobs.path(ref.digest).open("rb") as file:
-        for frame in frames.read(file, max_bytes=ref.size):
-            return tensors.unpack(frame, where=where, most=task.values)
-    raise AdmissionError(f"{where} is empty")
+    return tensors.load(
+        task.blobs.path(result.blobs[name].digest),
+        where=f"payload {name!r} of {result.device}",
+        most=task.values,
+        spec=order.returns[name],
+    )

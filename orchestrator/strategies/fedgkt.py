@@ -76,8 +76,8 @@ class FedGKT:
 
     def admit(self, state: State, order: Order, result: Result) -> None:
         """Weights as `Local` does; every record of the features, decoded to a shard on the way."""
-        del state, order
-        admit_own_weights(self.task, result)
+        del state
+        admit_own_weights(self.task, order, result)
         self._shelve(result.blobs["features"], result.samples)
 
     def aggregate(
@@ -95,7 +95,7 @@ class FedGKT:
                 "data_digest": result.data_digest,
                 "round": round_,
             }
-            own = read_payload(task, result, "state")
+            own = read_payload(task, orders[result.device], result, "state")
             weights |= {f"device/{result.device}/{n}": a for n, a in own.items()}
         names = sorted(held)
         opened = [self._shelve(BlobRef(**held[n]["ref"]), held[n]["samples"]) for n in names]

@@ -35,17 +35,16 @@ class Local:
 
     def admit(self, state: State, order: Order, result: Result) -> None:
         """Names, shapes and finite values."""
-        del state, order
-        admit_own_weights(self.task, result)
+        del state
+        admit_own_weights(self.task, order, result)
 
     def aggregate(
         self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Evaluate each device's own classifier."""
-        del orders
         tensors, devices = dict(state.tensors), {}
         for i, result in enumerate(results):
-            weights = read_payload(self.task, result, "state")
+            weights = read_payload(self.task, orders[result.device], result, "state")
             tensors |= {f"device/{result.device}/{n}": a for n, a in weights.items()}
             right = evaluate_device(self.task, device_model(self.task, weights))
             devices[result.device] = {"device_accuracy": right}
@@ -54,10 +53,10 @@ class Local:
         return State(tensors, {}), {"device_accuracy": mean, "devices": devices}
 
 
-def admit_own_weights(task: Task, result: Result) -> None:
+def admit_own_weights(task: Task, order: Order, result: Result) -> None:
     """Look over the "state" payload of a device that keeps its own weights."""
     shapes = {name: array.shape for name, array in task.initial.items()}
-    admit.weights(read_payload(task, result, "state"), shapes, task.norm)
+    admit.weights(read_payload(task, order, result, "state"), shapes, task.norm)
 
 
 def device_model(task: Task, weights: Mapping[str, Array]) -> nn.Module:

@@ -246,6 +246,25 @@ def test_a_device_that_dies_delays_no_longer_than_the_deadline(processes, digits
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
+def test_a_run_whose_every_device_diverges_gives_up_and_goes_on_when_started_again(
+    processes, digits, any_broker
+):
+    fleet = Fleet(processes, digits, any_broker.url, strategy="fedavg", model="caldas_cnn")
+    path = fleet.folder / "run.toml"
+    path.write_text(path.read_text().replace("lr = 0.02", "lr = 1e30"))
+    fleet.start()
+    process = processes.running["run"]
+    processes.wait_for("the run to give up", lambda: process.poll() is not None, 120.0)
+    assert process.returncode == 2
+    log = processes.log("run")
+    assert "round 1: every device failed, 3 times in a row; device-0 says: the device could" in log
+    assert "start the run again" in log
+    fleet.orchestrator()
+    processes.wait_for("round 1 again", lambda: fleet.status()["round"] == 1)
+
+
+@pytest.mark.e2e
 def test_kill_9_of_the_broker_in_mid_round_is_no_more_than_a_pause(processes, digits, tmp_path):
     if broker.find() is None:
         pytest.skip("mosquitto is not installed: sudo apt install mosquitto")

@@ -8,7 +8,7 @@ from torch import nn
 
 from edge_agent.trainer import TrainStep
 from tools.export import Adam, Sgd, export
-from wire.artifact import ANCHOR
+from wire.manifest import ANCHOR
 
 BATCH, STEPS = 4, 20
 

@@ -30,6 +30,7 @@ def test_a_proper_result_is_admitted():
         ({"device": "other"}, "names device 'other', it came from 'pi'"),
         ({"sequence": 2}, "its round is closed"),
         ({"run": "old"}, "its round is closed"),
+        ({"round": 9}, "is of round 1, the result says 9"),
         ({"fault": "no memory"}, "could not do it: no memory"),
         ({"submodel": "12" * 32}, "expected an update of sub-model whole, got one of 121212121212"),
         ({"blobs": {}}, r"expected payloads \['features'\], got \[\]"),

@@ -1,12 +1,14 @@
 """The orchestrator's rules: no silent device holds a round, no result counts twice."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator import rounds
 from orchestrator.config import CohortConfig
-from orchestrator.rounds import Close, Finish, Open, Phase, Remind, State
+from orchestrator.rounds import Close, Finish, GiveUp, Open, Phase, Remind, State
 
 RULES = CohortConfig(min_devices=2, wait_s=10.0, quorum=1.0, deadline_s=100.0)
 
@@ -81,6 +83,45 @@ def test_a_round_in_which_all_fail_is_formed_again_after_a_pause(rules):
     assert actions == ()
     assert rounds.ticked(state, rules, 22.0)[1] == ()
     assert rounds.ticked(state, rules, 31.0)[1] == (Open(1, frozenset("ab")),)
+
+
+def failing(state: State, rules: CohortConfig, now_s: float) -> tuple[State, tuple]:
+    """Every device of the open round fails."""
+    for device in sorted(state.cohort):
+        state, actions = rounds.failed(state, rules, device, now_s)
+    return state, actions
+
+
+def test_the_run_gives_up_after_three_rounds_in_which_all_failed():
+    state = collecting("a", "b")
+    for now_s in (20.0, 40.0):
+        state, actions = failing(state, RULES, now_s)
+        assert actions == ()
+        state, actions = rounds.ticked(state, RULES, now_s + 15)
+        assert actions == (Open(1, frozenset("ab")),)
+    assert failing(state, RULES, 60.0)[1] == (GiveUp(1),)
+
+
+def test_a_round_that_is_closed_and_a_silent_one_do_not_count_as_failed():
+    state, _ = failing(collecting("a", "b"), RULES, 20.0)
+    state, _ = rounds.ticked(state, RULES, 40.0)
+    state, _ = rounds.failed(state, RULES, "a", 50.0)
+    state, actions = rounds.ticked(state, RULES, 140.0)  # b said nothing at all
+    assert (state.fruitless, actions) == (1, ())
+    state, _ = rounds.ticked(state, RULES, 160.0)
+    for device in "ab":
+        state, _ = rounds.returned(state, RULES, device, 170.0)
+    assert rounds.aggregated(state, RULES, 180.0)[0].fruitless == 0
+
+
+def test_after_a_round_in_which_all_failed_other_devices_are_asked():
+    rules = CohortConfig(min_devices=2, max_devices=2, wait_s=10.0)
+    state = replace(State(rounds=1, seed=0), live={f"d{i}": 1 for i in range(50)})
+    state, _ = rounds.ticked(state, rules, 0.0)
+    first = state.cohort
+    state, _ = failing(state, rules, 20.0)
+    state, _ = rounds.ticked(state, rules, 40.0)
+    assert not state.cohort & first
 
 
 def test_a_device_that_comes_back_gets_its_order_again_unless_it_has_returned():

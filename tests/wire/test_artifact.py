@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from wire.artifact import Manifest, open_artifact
+from wire.artifact import open_artifact
 from wire.costs import LayerCost, total
 from wire.errors import ArtifactError
+from wire.manifest import Manifest
 
 FILES = {
     "train.onnx": b"a training graph",

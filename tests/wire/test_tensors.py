@@ -154,6 +154,28 @@ def test_tensors_of_more_values_than_wanted_are_refused_before_any_is_decoded():
     assert peak < 1 << 20
 
 
+def test_tensors_by_other_codecs_than_agreed_are_refused():
+    """A device that answers in another codec would change a run's bytes and errors unnoticed."""
+    named = {"w": RAMP.reshape(4, 5), "b": RAMP, "n": np.arange(3, dtype=np.int64)}
+    data = tensors.pack(tensors.weights(named, "eden|b=2/float16"), seed=0)
+    assert set(unpacked(data, spec="eden|b=2/float16")) == set(named)
+    with pytest.raises(CodecError, match=r"test: 'w' was to come as hadamard\|q=2, not eden\|b=2"):
+        unpacked(data, spec="hadamard|q=2/float16")
+    with pytest.raises(CodecError, match="'b' was to come as float32, not float16"):
+        unpacked(data, spec="eden|b=2")
+
+
+def test_a_file_is_one_frame(tmp_path):
+    path = tmp_path / "blob"
+    data = tensors.pack([("w", RAMP, "float32")], seed=0)
+    path.write_bytes(data)
+    np.testing.assert_array_equal(tensors.load(path, where="test")["w"], RAMP)
+    for wrong in (b"", data[:-1], data + data):
+        path.write_bytes(wrong)
+        with pytest.raises(WireError):
+            tensors.load(path, where="test")
+
+
 def test_each_tensor_has_random_numbers_of_its_own():
     same = [(name, RAMP, "hadamard|q=4") for name in ("a", "b")]
     body = frames.decode(tensors.pack(same, seed=0)).body

@@ -22,9 +22,19 @@ from tools.export.graphs.cost import costs, flops
 from tools.export.graphs.program import Program
 from tools.export.tracing.optimizers import Optimizer, Sgd
 from tools.export.tracing.step import Extras, Task
-from wire import artifact
-from wire.artifact import Artifact, FileRef, Manifest, ModelInfo, Preprocess, TensorSpec
+from wire.artifact import Artifact, open_artifact
 from wire.errors import ExportError
+from wire.manifest import (
+    FORMAT,
+    MANIFEST,
+    WEIGHTS,
+    FileRef,
+    Graph,
+    Manifest,
+    ModelInfo,
+    Preprocess,
+    TensorSpec,
+)
 
 
 def export(
@@ -109,17 +119,17 @@ def export(
         f"{key}.onnx": program.model().SerializeToString(deterministic=True)
         for key, program in programs.items()
     }
-    files[artifact.WEIGHTS] = save(start)
+    files[WEIGHTS] = save(start)
     try:
         manifest = _manifest(chosen_plan, programs, files, info, preprocess)
     except ValueError as fault:
         raise ExportError(f"{name}: {fault}") from fault
-    files[artifact.MANIFEST] = manifest.to_bytes()
+    files[MANIFEST] = manifest.to_bytes()
     with _folder(out) as folder:
         for key, data in files.items():
             (folder / key).write_bytes(data)
         parity.check(module, chosen, manifest, folder, start)
-    return artifact.open_artifact(out, manifest.digest)
+    return open_artifact(out, manifest.digest)
 
 
 def _manifest(
@@ -131,7 +141,7 @@ def _manifest(
 ) -> Manifest:
     compiler = chosen.compiler
     graphs = {
-        key: artifact.Graph(
+        key: Graph(
             f"{key}.onnx",
             flops(program),
             *compiler.tables(program),
@@ -140,7 +150,7 @@ def _manifest(
         for key, program in programs.items()
     }
     return Manifest(
-        format=artifact.FORMAT,
+        format=FORMAT,
         model=info,
         task=compiler.task,
         batch=compiler.batch["x"].shape[0] * compiler.extras.micro_batches,

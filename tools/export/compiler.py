@@ -18,8 +18,8 @@ from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.provenance import settled
 from tools.export.tracing.state import Piece, Tensors, offsets, pieces, span
 from tools.export.tracing.step import Extras, Task, trace_eval, trace_train
-from wire.artifact import Role, TensorSpec
 from wire.errors import ExportError
+from wire.manifest import Role, TensorSpec
 
 _DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {
     torch.float32: "float32",

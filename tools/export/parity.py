@@ -38,8 +38,9 @@ from edge_agent.trainer import Inference, TrainStep
 from models import SplitModel
 from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.step import GRADIENT
-from wire.artifact import ANCHOR, Artifact, Manifest, open_artifact
+from wire.artifact import Artifact, open_artifact
 from wire.errors import ExportError
+from wire.manifest import ANCHOR, Manifest
 
 STEPS = 5
 TOLERANCE = 1e-4

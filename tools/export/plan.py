@@ -18,8 +18,8 @@ from tools.export.compiler import Compiler
 from tools.export.graphs import memory
 from tools.export.graphs.program import Program
 from tools.export.graphs.recompute import recompute
-from wire.artifact import Memory
 from wire.errors import ExportError
+from wire.manifest import Memory
 
 AGENT = 66_000_000
 SESSION, NODE = 11_500_000, 4_500

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wire.artifact import OptimizerSettings
+from wire.manifest import OptimizerSettings
 
 State = dict[str, Tensor]
 STEP = "optim.step"

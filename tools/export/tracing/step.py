@@ -22,7 +22,7 @@ from tools.export.lower import trace
 from tools.export.tracing.optimizers import Optimizer, State
 from tools.export.tracing.provenance import LOSS, OPTIMIZER, at
 from tools.export.tracing.state import Piece, Tensors
-from wire.artifact import ANCHOR
+from wire.manifest import ANCHOR
 
 Task = Literal["distill", "classify"]
 GRADIENT = "optim.gradient."
