@@ -12,7 +12,6 @@ Measured: see docs/benchmarks.md.
 
 import argparse
 import contextlib
-import math
 import statistics
 import sys
 import tempfile
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks import race, worker
+from benchmarks import command, race, worker
 from benchmarks.race import ContenderError, Entry
 from benchmarks.train_step import contenders
 from benchmarks.train_step.setting import Setting
-from wire.errors import StillhouseError
 
 WHOLE, CONTROL = "as it is", "as it is, once more"
 
@@ -102,38 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["worker"]:
         return _worker(*given[1:])
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.choices",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("choices", __doc__)
     parser.add_argument("--model", default="resnet8")
-    parser.add_argument("--batch", type=_count, default=32)
-    parser.add_argument("--threads", type=_count, default=1)
-    parser.add_argument("--rounds", type=_count, default=5)
-    parser.add_argument("--seconds", type=_seconds, default=1.0, help="of a turn")
-    try:
-        _measure(parser.parse_args(given))
-    except StillhouseError as fault:
-        print(f"choices: {fault}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 600:
-        raise argparse.ArgumentTypeError(f"expected over 0 to 600, got {text!r}")
-    return value
+    parser.add_argument("--batch", type=command.count, default=32)
+    parser.add_argument("--threads", type=command.count, default=1)
+    parser.add_argument("--rounds", type=command.count, default=5)
+    parser.add_argument("--seconds", type=command.seconds, default=1.0, help="of a turn")
+    return command.run(parser, given, _measure)
 
 
 def _worker(variant: str, folder: str, threads: str) -> int:

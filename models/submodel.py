@@ -32,7 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 # What a module's own forward raises when it fails on a batch that it was said to take.
-_FAULTS = (
+FORWARD_FAULTS = (
     RuntimeError,
     ValueError,
     TypeError,
@@ -184,7 +184,7 @@ def _run(model: nn.Module, x: Tensor, *, fails: str, remedy: str) -> Tensor:
     try:
         with torch.no_grad():
             logits = model(x)
-    except _FAULTS as fault:
+    except FORWARD_FAULTS as fault:
         reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
         raise StillhouseError(f"{fails}, in {running[-1]}: {reason}; {remedy}") from fault
     finally:

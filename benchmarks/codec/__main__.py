@@ -20,62 +20,31 @@ Measured: see docs/benchmarks.md.
 """
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import command
 from benchmarks.codec import contenders, report, samples, turns
 from benchmarks.codec.contenders import Contender
-from benchmarks.train_step.report import machine as describe
-from wire.errors import SettingsError, StillhouseError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0, or 2 where the input is bad."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.codec",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("codec", __doc__)
     parser.add_argument("--data", default="digits", help="a data set, or the path of an .npz")
-    parser.add_argument("--steps", type=_count, default=200, help="of training, each network")
-    parser.add_argument("--values", type=_count, default=1_663_370, help="in a vector")
-    parser.add_argument("--rounds", type=_count, default=5)
-    parser.add_argument("--seconds", type=_seconds, default=0.2, help="of a turn")
-    parser.add_argument("--json", type=Path, help="file to write everything to")
-    try:
-        _measure(parser.parse_args(arguments))
-    except StillhouseError as fault:
-        print(f"codec: {fault}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 600:
-        raise argparse.ArgumentTypeError(f"expected over 0 to 600, got {text!r}")
-    return value
+    parser.add_argument("--steps", type=command.count, default=200, help="of training")
+    parser.add_argument("--values", type=command.count, default=1_663_370, help="in a vector")
+    parser.add_argument("--rounds", type=command.count, default=5)
+    parser.add_argument("--seconds", type=command.seconds, default=0.2, help="of a turn")
+    command.add_json(parser)
+    return command.run(parser, arguments, _measure)
 
 
 def _measure(options: argparse.Namespace) -> None:
-    if options.json and not options.json.parent.is_dir():
-        raise SettingsError(f"--json {options.json}: {options.json.parent} is no folder; make it")
-    machine = describe()
+    machine = command.machine()
     given = samples.make(options.data, values=options.values, steps=options.steps)
     size = report.sizes(given)
     entries = _entries(given)
@@ -93,17 +62,16 @@ def _measure(options: argparse.Namespace) -> None:
     for kind, ratios in finding.items():
         line = ", ".join(f"{ratio:.2f} at q={q}" for q, ratio in ratios.items())
         console.print(f"kashin's error over hadamard's at equal bytes, {kind}: {line}")
-    if options.json:
-        whole = {
-            "benchmark": "codec",
-            "machine": machine,
-            "options": {name: str(value) for name, value in vars(options).items()},
-            "sizes": {k: {n: asdict(s) for n, s in of.items()} for k, of in size.items()},
-            "rates": {n: {d: asdict(r) for d, r in of.items()} for n, of in rate.items()},
-            "peer_bits": bits,
-            "kashin_to_hadamard_at_equal_bytes": finding,
-        }
-        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+    whole = {
+        "benchmark": "codec",
+        "machine": machine,
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "sizes": {k: {n: asdict(s) for n, s in of.items()} for k, of in size.items()},
+        "rates": {n: {d: asdict(r) for d, r in of.items()} for n, of in rate.items()},
+        "peer_bits": bits,
+        "kashin_to_hadamard_at_equal_bytes": finding,
+    }
+    command.write(options.json, whole)
 
 
 def _entries(given: samples.Samples) -> list[Contender]:

@@ -28,53 +28,47 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.federated_dropout import report, settings
 from benchmarks.federated_dropout.settings import Setting
-from wire.errors import SettingsError, StillhouseError
+from benchmarks.race import ContenderError
+from wire.errors import SettingsError
 
 DEVICES = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and report; 0, or 2 where the input is bad or a run fails."""
-    options = _parser().parse_args(arguments)
-    try:
-        if options.one:
-            _one(options, json.loads(options.one))
-            return 0
-        chosen = settings.find(options.settings)
-        for seed in range(options.seeds):
-            _deal(options, seed)
-    except StillhouseError as fault:
-        print(f"federated_dropout: {fault}", file=sys.stderr)
-        return 2
-    jobs = [(setting, seed) for seed in range(options.seeds) for setting in chosen]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda job: _spawn(options, *job), jobs))
-    report.write(options.out, options.data)
-    return 2 if any(codes) else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.federated_dropout",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("federated_dropout", __doc__)
     parser.add_argument("--data", choices=tuple(settings.DATA), default="mnist")
     parser.add_argument("--train", default="", help=".npz of the training set; default: download")
     parser.add_argument("--heldout", type=Path, help=".npz of the test set, with --train")
     parser.add_argument("--settings", default="claim", help="groups or names, by ;")
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--devices", type=int, default=DEVICES)
-    parser.add_argument("--per-device", type=int, help="samples; default: all are dealt out")
-    parser.add_argument("--eval-every", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with --threads")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=command.count, default=100)
+    parser.add_argument("--seeds", type=command.count, default=3)
+    parser.add_argument("--devices", type=command.count, default=DEVICES)
+    parser.add_argument("--per-device", type=command.count, help="samples; default: all")
+    parser.add_argument("--eval-every", type=command.count, default=5)
+    parser.add_argument("--jobs", type=command.count, default=1, help="runs at once")
+    parser.add_argument("--threads", type=command.count, default=1, help="of each run")
     parser.add_argument("--out", type=Path, default=Path("federated-dropout"))
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
-    return parser
+    return command.run(parser, arguments, _measure)
+
+
+def _measure(options: argparse.Namespace) -> None:
+    if options.one:
+        _one(options, json.loads(options.one))
+        return
+    chosen = settings.find(options.settings)
+    for seed in range(options.seeds):
+        _deal(options, seed)
+    jobs = [(setting, seed) for seed in range(options.seeds) for setting in chosen]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        codes = list(pool.map(lambda job: _spawn(options, *job), jobs))
+    report.write(options.out, options.data)
+    if failed := sum(map(bool, codes)):
+        raise ContenderError(f"{failed} of {len(jobs)} runs failed; start again to go on with them")
 
 
 def _spawn(options: argparse.Namespace, setting: Setting, seed: int) -> int:

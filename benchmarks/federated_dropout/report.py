@@ -65,7 +65,10 @@ def write(folder: Path, data: str) -> None:
 
 
 def table(data: str, records: list[Record]) -> Table:
-    """One row a setting; factors are against float32 and the whole model."""
+    """One row a setting; factors are against float32 and the whole model.
+
+    "to FedAvg" is in points of accuracy, of runs with the same seed: mean (lowest, highest).
+    """
     shown = Table(title=f"{data}: {max(r['rounds'] for r in records)} rounds", box=None)
     for title in ("setting", "keep", "down", "up", "download", "upload", "compute", "accuracy",
                   "lowest", "highest", "to FedAvg", "seeds"):  # fmt: skip
@@ -89,7 +92,7 @@ def table(data: str, records: list[Record]) -> Table:
             f"{100 * statistics.fmean(final):.2f}",
             f"{100 * min(final):.2f}",
             f"{100 * max(final):.2f}",
-            f"{statistics.fmean(gaps):+.2f}" if gaps else "",
+            f"{statistics.fmean(gaps):+.2f} ({min(gaps):+.2f}, {max(gaps):+.2f})" if gaps else "",
             str(len(mine)),
         )
     return shown

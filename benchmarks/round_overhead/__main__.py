@@ -27,8 +27,6 @@ Measured: see docs/benchmarks.md.
 
 import argparse
 import contextlib
-import json
-import os
 import random
 import sys
 import tempfile
@@ -39,14 +37,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks import command
 from benchmarks.race import ContenderError
 from benchmarks.round_overhead import flower, report
 from benchmarks.round_overhead.fleet import Fleet
 from benchmarks.round_overhead.report import FLOWER, Course
 from benchmarks.round_overhead.turn import VALUES, Contender, Plan
-from benchmarks.train_step.report import machine
 from orchestrator import broker
-from wire.errors import BrokerError, SettingsError, StillhouseError
+from wire.errors import BrokerError
 
 ALL = ("mosquitto", "embedded", FLOWER)
 WEIGHED_ROUNDS = 2
@@ -54,46 +52,23 @@ WEIGHED_ROUNDS = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0, or 2 where the input is bad or Stillhouse itself fails."""
-    try:
-        _measure(_parser().parse_args(arguments))
-    except StillhouseError as fault:
-        print(f"round_overhead: {fault}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.round_overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--devices", type=_count, default=4)
-    parser.add_argument("--rounds", type=_count, default=10, help="of a turn, after a first one")
-    parser.add_argument("--turns", type=_count, default=3)
+    parser = command.parser("round_overhead", __doc__)
+    parser.add_argument("--devices", type=command.count, default=4)
+    parser.add_argument("--rounds", type=command.count, default=10, help="of a turn, and a first")
+    parser.add_argument("--turns", type=command.count, default=3)
     parser.add_argument("--without", action="append", default=[], choices=ALL, metavar="NAME",
                         help=f"leave one out: {', '.join(ALL)}")  # fmt: skip
-    parser.add_argument("--cache", type=Path, default=base / "stillhouse" / "benchmarks",
-                        help="Flower's environment lies here; default: %(default)s")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="file to write everything to")
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
+    command.add_cache(parser)
+    command.add_json(parser)
+    return command.run(parser, arguments, _measure)
 
 
 def _measure(options: argparse.Namespace) -> None:
-    if options.json and not options.json.parent.is_dir():
-        raise SettingsError(f"--json {options.json}: {options.json.parent} is no folder; make it")
-    where = machine()
+    where = command.machine()
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
         contenders, courses = _entries(options, Path(scratch))
         if any(name != FLOWER for name in contenders):
-            _say("compiling the artifact")
+            command.say("compiling the artifact")
             (Path(scratch) / "first").mkdir()
             Fleet("embedded", Path(scratch) / "artifact")(Plan(1, 1), Path(scratch) / "first")
         _run(contenders, courses, options, Path(scratch))
@@ -102,18 +77,17 @@ def _measure(options: argparse.Namespace) -> None:
     print(report.head(where, options.devices, options.rounds, options.turns))
     console.print(report.table(figures))
     print(report.notes(figures))
-    if options.json:
-        whole = {
-            "benchmark": "round_overhead",
-            "machine": {**where, **{n: metadata.version(n) for n in ("paho-mqtt", "amqtt")}},
-            "devices": options.devices,
-            "values": VALUES,
-            "rounds": options.rounds,
-            "turns": options.turns,
-            "requirements": {FLOWER: flower.REQUIREMENTS},
-            "contenders": [asdict(figure) for figure in figures],
-        }
-        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+    whole = {
+        "benchmark": "round_overhead",
+        "machine": {**where, **{n: metadata.version(n) for n in ("paho-mqtt", "amqtt")}},
+        "devices": options.devices,
+        "values": VALUES,
+        "rounds": options.rounds,
+        "turns": options.turns,
+        "requirements": {FLOWER: flower.REQUIREMENTS},
+        "contenders": [asdict(figure) for figure in figures],
+    }
+    command.write(options.json, whole)
 
 
 def _entries(
@@ -124,7 +98,7 @@ def _entries(
     courses = [Course(name) for name in ALL if name not in options.without]
     for course in courses:
         if course.name == FLOWER:
-            _say("flower: getting its environment ready")
+            command.say("flower: getting its environment ready")
             with _leaving(course):
                 programs = flower.environment(options.cache.resolve())
                 contenders[FLOWER] = flower.Flower(programs)
@@ -149,7 +123,7 @@ def _run(
             if course.failed:
                 continue
             what = "weighed" if plan.weighed else f"turn {number} of {options.turns}"
-            _say(f"{course.name}: {what}")
+            command.say(f"{course.name}: {what}")
             with tempfile.TemporaryDirectory(dir=scratch) as folder, _leaving(course):
                 turn = contenders[course.name](plan, Path(folder))
                 if plan.weighed:
@@ -167,11 +141,6 @@ def _leaving(course: Course) -> Iterator[None]:
         if course.name != FLOWER:
             raise ContenderError(f"{course.name}: {fault}") from fault
         course.failed = str(fault)
-
-
-def _say(what: str) -> None:
-    if sys.stderr.isatty():
-        print(f"  {what}", file=sys.stderr)
 
 
 if __name__ == "__main__":

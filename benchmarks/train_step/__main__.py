@@ -28,8 +28,6 @@ Measured: see docs/benchmarks.md.
 """
 
 import argparse
-import json
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -38,13 +36,12 @@ from pathlib import Path
 from typing import get_args
 
 import models
-from benchmarks import race
+from benchmarks import command, race
 from benchmarks.race import ContenderError, Course, Entry
 from benchmarks.train_step import environment, network, report
 from benchmarks.train_step.report import EAGER, GEMM, STILLHOUSE, Run
 from benchmarks.train_step.setting import Setting, Task
 from benchmarks.worker import one_line
-from wire.errors import SettingsError, StillhouseError
 
 ORT_TRAINING = "onnxruntime-training"
 COMPILE = "pytorch-compile"
@@ -54,58 +51,32 @@ SAME_LOSS = 1e-3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0, or 2 where the input is bad or Stillhouse itself fails."""
-    options = _parser().parse_args(arguments)
-    try:
-        _measure(options)
-    except StillhouseError as fault:
-        print(f"train_step: {fault}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("train_step", __doc__)
     parser.add_argument("--model", default="resnet8", help=", ".join(models.names()))
     parser.add_argument("--task", choices=get_args(Task), help="default: distill if it is split")
-    parser.add_argument("--batch", type=_count, default=32)
+    parser.add_argument("--batch", type=command.count, default=32)
     parser.add_argument("--threads", type=_counts, default=(1,), help="such as 1,2")
-    parser.add_argument("--rounds", type=_count, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
+    parser.add_argument("--rounds", type=command.count, default=5)
+    parser.add_argument("--seconds", type=command.seconds, default=1.0, help="of a turn")
     parser.add_argument("--without", action="append", default=[], choices=PEERS, metavar="NAME",
                         help=f"leave a peer out: {', '.join(PEERS)}")  # fmt: skip
-    parser.add_argument("--cache", type=Path, default=base / "stillhouse" / "benchmarks",
-                        help="what is made once lies here; default: %(default)s")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="file to write everything to")
-    return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
+    command.add_cache(parser)
+    command.add_json(parser)
+    return command.run(parser, arguments, _measure)
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
+    return tuple(command.count(part) for part in text.split(","))
 
 
 def _measure(options: argparse.Namespace) -> None:
-    if options.json and not options.json.parent.is_dir():
-        raise SettingsError(f"--json {options.json}: {options.json.parent} is no folder; make it")
-    if not 0 < options.seconds <= 600:
-        raise SettingsError(f"--seconds: expected over 0 to 600, got {options.seconds:g}")
     shape = models.input_shape(options.model)
     task = options.task or network.default_task(options.model, shape)
     chosen = Setting(options.model, task, options.batch, shape)
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
         folder = Path(scratch)
-        machine = report.machine()
+        machine = command.machine()
         chosen.write(folder)
         network.export_step(chosen, folder)
         flops = network.flops_per_image(chosen, folder)
@@ -116,18 +87,17 @@ def _measure(options: argparse.Namespace) -> None:
             courses, agent = _run(threads, entries, folder, options)
             runs.append(report.summarize(threads, [*courses, *missing], agent, flops))
             print("\n" + report.table(runs[-1]), flush=True)
-    if options.json:
-        whole = {
-            "benchmark": "train_step",
-            "machine": machine,
-            "setting": asdict(chosen),
-            "flops_per_image": flops,
-            "rounds": options.rounds,
-            "seconds": options.seconds,
-            "requirements": {ORT_TRAINING: environment.REQUIREMENTS},
-            "runs": [asdict(run) for run in runs],
-        }
-        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+    whole = {
+        "benchmark": "train_step",
+        "machine": machine,
+        "setting": asdict(chosen),
+        "flops_per_image": flops,
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "requirements": {ORT_TRAINING: environment.REQUIREMENTS},
+        "runs": [asdict(run) for run in runs],
+    }
+    command.write(options.json, whole)
 
 
 def _entries(
@@ -146,7 +116,7 @@ def _entries(
         ORT_TRAINING, [module, "train", str(folder)], "SGD without momentum and weight decay"
     )
     try:
-        _say(f"{ORT_TRAINING}: getting its environment ready in {options.cache}")
+        command.say(f"{ORT_TRAINING}: getting its environment ready in {options.cache}")
         python = environment.onnxruntime_training(options.cache.resolve())
         network.export_forward(chosen, folder)
         environment.call([str(python), "-m", module, "generate", str(folder)])
@@ -167,10 +137,10 @@ def _run(
     """The race, and after it the agent."""
     courses = race.run(
         entries, threads=threads, rounds=options.rounds, seconds=options.seconds, logs=folder,
-        say=_say,
+        say=command.say,
     )  # fmt: skip
     (agent,) = race.run(
-        [_ours("agent", folder)], threads=threads, rounds=1, seconds=0, logs=folder, say=_say
+        [_ours("agent", folder)], threads=threads, rounds=1, seconds=0, logs=folder, say=command.say
     )
     for course in (*courses, agent):
         if course.failed and course.entry.name in (STILLHOUSE, GEMM, "agent"):
@@ -180,11 +150,6 @@ def _run(
         if ours and course.loss and abs(course.loss / ours - 1) > SAME_LOSS:
             course.failed = f"not the same step: first loss {course.loss:.6f}, ours {ours:.6f}"
     return courses, agent
-
-
-def _say(what: str) -> None:
-    if sys.stderr.isatty():
-        print(f"  {what}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,8 @@
 """From what contenders did to figures for people and programs."""
 
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 from benchmarks.race import Course
 from benchmarks.train_step.setting import Setting
@@ -92,30 +87,6 @@ def _figure(course: Course, ours: Course, eager: Course | None, cost: float) -> 
 
 def _ratio(course: Course, other: Course) -> float:
     return statistics.median(a / b for a, b in zip(course.turns, other.turns, strict=True))
-
-
-def machine() -> dict[str, str | int | float]:
-    """What this ran on."""
-    packages = ("numpy", "onnxruntime", "torch")
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count() or 1,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load": round(os.getloadavg()[0], 2),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
-
-
-def _cpu() -> str:
-    with suppress(OSError):  # Raspberry Pi and Jetson boards name themselves here
-        return Path("/proc/device-tree/model").read_text().strip("\0\n ")
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def head(

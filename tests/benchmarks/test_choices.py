@@ -47,23 +47,3 @@ def test_without_the_whole_step_there_is_nothing_to_compare_with(monkeypatch, ca
     out, err = capsys.readouterr()
     assert "the whole step fails, so nothing compares: OSError: no session" in err
     assert not out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--rounds=0"], "--rounds: expected a whole number from 1 on, got '0'"),
-        (["--batch=-4"], "--batch: expected a whole number from 1 on, got '-4'"),
-        (["--threads=1.5"], "--threads: expected a whole number from 1 on, got '1.5'"),
-        (["--seconds=0"], "--seconds: expected over 0 to 600, got '0'"),
-        (["--seconds=nan"], "--seconds: expected over 0 to 600, got 'nan'"),
-        (["--model=resnet9"], "did you mean 'resnet"),
-    ],
-)
-def test_a_bad_argument_ends_with_two_and_a_reason(arguments, reason, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
-    assert reason in capsys.readouterr().err

@@ -104,22 +104,3 @@ def test_all_take_their_turn_in_every_round():
     orders = {tuple(calls[i : i + 3]) for i in range(3, 15, 3)}  # the first three: to have bodies
     assert len(orders) > 1
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--rounds=0"], "--rounds: expected a whole number from 1 on, got '0'"),
-        (["--values=many"], "--values: expected a whole number from 1 on, got 'many'"),
-        (["--seconds=0"], "--seconds: expected over 0 to 600, got '0'"),
-        (["--data=digitz"], "source 'digitz': expected one of digits"),
-        (["--json=/nowhere/at/all.json"], "/nowhere/at is no folder"),
-    ],
-)
-def test_a_bad_argument_ends_with_two_and_a_reason(arguments, reason, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
-    assert reason in capsys.readouterr().err

@@ -60,14 +60,15 @@ def test_the_spread_and_the_gap_are_of_the_same_seeds():
             "bytes_down": 4, "bytes_up": 4, "train_flops": 1,
         }  # fmt: skip
 
-    records = [record("fedavg", 0, 0.9), record("fedavg", 1, 0.5), record("keep 0.5", 0, 0.8)]
+    records = [
+        *(record("fedavg", 0, 0.9), record("fedavg", 1, 0.5), record("fedavg", 2, 0.4)),
+        *(record("keep 0.5", 0, 0.8), record("keep 0.5", 1, 0.3)),
+    ]
     table = report.table("mnist", records)
     cells = {column.header: list(column.cells) for column in table.columns}
-    assert cells["to FedAvg"] == ["+0.00", "-10.00"]
-    assert cells["seeds"] == ["2", "1"]
+    assert cells["to FedAvg"] == ["+0.00 (+0.00, +0.00)", "-15.00 (-20.00, -10.00)"]
+    assert cells["seeds"] == ["3", "2"]
 
 
-def test_a_setting_that_is_not_there_is_refused_with_all_that_are(capsys):
-    assert main(["--settings", "papre"]) == 2
-    assert "no setting is named 'papre'; known are: baseline; down;" in capsys.readouterr().err
+def test_a_setting_comes_with_the_baseline():
     assert settings.find("eden")[0] == settings.BASELINE

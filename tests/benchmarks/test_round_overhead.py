@@ -87,20 +87,3 @@ def test_ratios_are_taken_within_a_turn():
 
 def test_the_environment_of_flower_is_pinned():
     assert all("==" in requirement for requirement in flower.REQUIREMENTS)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--devices", "0"], "expected a whole number from 1 on, got '0'"),
-        (["--without", "fedml"], "invalid choice: 'fedml'"),
-        (["--json", "/nowhere/at/all.json"], "/nowhere/at is no folder"),
-    ],
-)
-def test_a_bad_argument_ends_with_two_and_a_reason(arguments, reason, capsys):
-    try:
-        code = command.main(arguments)
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
-    assert reason in capsys.readouterr().err

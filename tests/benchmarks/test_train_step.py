@@ -52,26 +52,6 @@ def test_a_short_run_reports_every_contender_or_why_it_is_missing(tmp_path, caps
     assert "agent (whole process)" in table
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--model", "resnet9"], "did you mean 'resnet"),
-        (["--threads", "1,0"], "expected a whole number from 1 on, got '0'"),
-        (["--rounds", "none"], "expected a whole number from 1 on, got 'none'"),
-        (["--without", "tensorflow"], "invalid choice: 'tensorflow'"),
-        (["--seconds", "0"], "expected over 0 to 600, got 0"),
-        (["--json", "/nowhere/at/all.json"], "/nowhere/at is no folder"),
-    ],
-)
-def test_a_bad_argument_ends_with_two_and_a_reason(arguments, reason, capsys):
-    try:
-        code = main(arguments)
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
-    assert reason in capsys.readouterr().err
-
-
 MODULE = """\
 import sys
 from benchmarks import worker

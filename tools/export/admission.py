@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm  # the one class that all batch norms share
 
+from models.submodel import FORWARD_FAULTS
 from tools.export.tracing.state import Tensors
 from wire.errors import ExportError
 
@@ -39,17 +40,6 @@ _FLOATS = (torch.float64, torch.float16, torch.bfloat16)
 _BUFFERS = (torch.float32, torch.int64, torch.int32, torch.bool)
 # Ranges of the state vector (tracing/state.py); constants and values of a graph (graphs/graph.py).
 _MADE = re.compile(r"(state|next)\[\d+:\d+\]|[cv]\d+")
-# What a module's own forward raises when it fails on a batch that it was said to take.
-_FAULTS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    NameError,
-    ArithmeticError,
-    AssertionError,
-)
 
 
 def admit(
@@ -183,7 +173,7 @@ def _logits(
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKS):
             logits = module(images)
-    except _FAULTS as fault:
+    except FORWARD_FAULTS as fault:
         raise ExportError(
             f"{name}: its forward pass{mode} fails on a batch of shape {shape}, in {trail}: {fault}"
         ) from fault
@@ -213,7 +203,7 @@ def _check_flow(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
         try:
             for training in (True, False):
                 functional_call(module.train(training), fake, (torch.empty(shape),))
-        except _FAULTS as fault:
+        except FORWARD_FAULTS as fault:
             reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
             raise ExportError(
                 f"{name}: {trail} looks at its data ({reason}); a compiled step has fixed shapes "
