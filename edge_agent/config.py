@@ -18,7 +18,7 @@ class AgentConfig:
         state: folder for artifacts, weights, blobs and the journal; survives power cuts.
         broker: where the broker is and who we are there.
         image: channels, height, width of the model's input; a folder's images are brought to it.
-        threads: of ONNX Runtime; 0 takes all cores.
+        threads: of ONNX Runtime and numpy; 0 takes all cores.
         chunk_bytes: size of the pieces that results are pulled in.
         window: chunks of a download under way at once.
         retry_s: a chunk that has not come after so long is asked for again.

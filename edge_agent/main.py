@@ -18,7 +18,7 @@ fleet = "fleet"         # the fleet it belongs to
 data = "images"         # an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class
 state = "state"         # artifacts, weights and the journal; survives power cuts
 image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
-threads = 0             # of ONNX Runtime; 0 takes all cores
+threads = 0             # of ONNX Runtime and numpy; 0 takes all cores
 
 [broker]
 url = "mqtt://localhost:1883"   # mqtts:// with ca_file, and cert_file and key_file for mutual TLS
@@ -60,6 +60,8 @@ def _init(path: Path) -> int:
 
 
 def _run(path: Path, *, verbose: bool) -> int:
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     from edge_agent.agent import serve
 
     logging.basicConfig(
@@ -71,7 +73,10 @@ def _run(path: Path, *, verbose: bool) -> int:
         signal.signal(signal.SIGTERM, lambda _number, _frame: stop())
         signal.signal(signal.SIGINT, lambda _number, _frame: stop())
 
-    serve(config.load(path), install)
+    chosen = config.load(path)
+    if chosen.threads:
+        threadpool_limits(chosen.threads, user_api="blas")
+    serve(chosen, install)
     return 0
 
 

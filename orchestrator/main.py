@@ -57,16 +57,14 @@ def simulate(
     stack: Annotated[
         int, typer.Option(help="Devices trained at once; 0: one on a CPU, all on a GPU.", min=0)
     ] = 0,
-    threads: Annotated[int, typer.Option(help="Of PyTorch; 0 leaves its default.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Of PyTorch and numpy; 0: theirs.", min=0)] = 0,
 ) -> None:
     """Do a fedavg or feddropout run with its devices simulated in this process, by PyTorch."""
-    import torch
-
     from orchestrator import simulate as simulation
 
     chosen = config.load(config_file)
     if threads:
-        torch.set_num_threads(threads)
+        simulation.hold_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     report = simulation.run(chosen, shards, stack=stack, changed=_tell)
     console.print(view.rounds(report.entries))

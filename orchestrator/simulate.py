@@ -18,8 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import edge_agent
 from edge_agent import data
@@ -83,6 +85,16 @@ def run(
     finally:
         store.close()
     return report
+
+
+def hold_threads(number: int) -> None:
+    """Train and encode with so many threads.
+
+    Without a limit numpy's matrix products take all cores, and where others use them too a codec
+    takes 15 times as long (measured with two processes on two cores).
+    """
+    torch.set_num_threads(number)
+    threadpool_limits(number, user_api="blas")
 
 
 def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:

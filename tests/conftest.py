@@ -65,13 +65,11 @@ class Processes:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """One thread for PyTorch: on a busy machine two wait for each other."""
-    import torch
+    """One thread for PyTorch and numpy: on a busy machine two wait for each other."""
+    from benchmarks.codec import turns
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with turns.one_thread():
+        yield
 
 
 @pytest.fixture

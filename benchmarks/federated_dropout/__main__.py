@@ -113,11 +113,9 @@ def _deal(options: argparse.Namespace, seed: int) -> None:
 
 
 def _one(options: argparse.Namespace, job: dict[str, Any]) -> None:
-    import torch
-
     from orchestrator import simulate
 
-    torch.set_num_threads(options.threads)
+    simulate.hold_threads(options.threads)
     setting = settings.find(job["setting"])[-1]
     config = settings.run_config(
         setting,

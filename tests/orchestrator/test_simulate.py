@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 from edge_agent import data
 from edge_agent.work import Desk, encode_update, perform
@@ -268,3 +269,14 @@ def test_a_device_weighs_no_more_than_ten_median_ones(config, digits):
         store.close()
     moved = after.tensors["global/fc1.bias"] - state.tensors["global/fc1.bias"]
     assert np.allclose(moved, 1000 / 1200, atol=1e-5)
+
+
+def test_threads_are_held_for_pytorch_and_numpy():
+    before = torch.get_num_threads()
+    try:
+        simulate.hold_threads(1)
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+        assert pools
+        assert {pool["num_threads"] for pool in pools} == {torch.get_num_threads()} == {1}
+    finally:
+        simulate.hold_threads(before)
