@@ -268,7 +268,7 @@ class Agent:
             if order.feedback:
                 self._write(_owed(order.run, order.sequence), kept)
                 needed = {_owed(order.run, n) for n in (order.owed, order.sequence)}
-                for path in self.config.state.glob("owed-*"):
+                for path in self.config.state.glob(f"owed-{order.run}-*"):
                     if path.name not in needed:
                         path.unlink()
             else:

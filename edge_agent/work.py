@@ -102,7 +102,7 @@ def perform(order: Order, artifact: Artifact, own: Path | None, desk: Desk) -> O
             continue
         named = {name: state[name] for name in kept}
         if what == "update":
-            owed = _own(own, {}) if order.feedback and own is not None else {}
+            owed = _owed(own, start) if order.feedback and own is not None else {}
             named = {name: state[name] - start[name] for name in kept}
             packed, left = encode_update(order, named, owed)
         else:
@@ -247,6 +247,14 @@ def _own(path: Path, start: State) -> State:
     except (OSError, SafetensorError) as fault:
         log.warning("%s cannot be read (%s); going on without it", path, fault)
         return start
+
+
+def _owed(path: Path, start: State) -> State:
+    owed = _own(path, {})
+    if any(name not in start or array.shape != start[name].shape for name, array in owed.items()):
+        log.warning("%s is of another sub-model; going on without it", path)
+        return {}
+    return owed
 
 
 def _fit(given: Mapping[str, NDArray[np.float32]], start: State) -> None:

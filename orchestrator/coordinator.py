@@ -204,8 +204,8 @@ class Coordinator:
         self._apply(rounds.born(self._rounds, self.config.cohort, device, birth.session, now))
 
     def _result(self, device: str, result: Result) -> None:
-        mine = result.run == self.store.run_id
-        if mine and (known := self.store.verdict(result.sequence, device)):
+        ours = result.run == self.store.run_id
+        if ours and (known := self.store.verdict(result.sequence, device)):
             self._receipt(known, result)
             return
         if device not in self._births:
@@ -218,9 +218,10 @@ class Coordinator:
             open_order = order if collecting else None
             admit.header(result, open_order, device, samples, self.strategy.task.limits)
         except StillhouseError as fault:
-            if order and (result.run, result.sequence) == (order.run, order.sequence):
+            answers = order and (result.run, result.sequence) == (order.run, order.sequence)
+            if answers and result.device == device:
                 self._decide(result, fault)
-            else:  # of a round that is closed, or not ours: nothing to note
+            else:  # of a round that is closed, not ours, in another's name: nothing to note
                 log.warning("%s: result refused: %s", device, fault)
                 reason = str(fault)[:MAX_REASON]
                 self._receipt(Verdict(device, accepted=False, reason=reason, result=result), result)
@@ -316,8 +317,9 @@ class Coordinator:
         reasons = {name: verdict.reason for name, verdict in self._attempt.verdicts.items()}
         name = min(reasons)
         return (
-            f"round {number}: every device failed, {rounds.ATTEMPTS} times in a row; {name} says: "
-            f"{reasons[name]}. Find the cause and start the run again: it goes on with this round"
+            f"round {number}: every device that was asked failed, {self._rounds.fruitless} times "
+            f"in a row; {name} says: {reasons[name]}. Start the run again when the cause is gone, "
+            "and it goes on with this round; if settings are the cause, begin one of another name"
         )
 
     def _open(self, number: int, cohort: frozenset[str]) -> None:

@@ -19,6 +19,7 @@ class Intake:
     def __init__(self, blobs: BlobStore, budget: int) -> None:
         self._blobs, self._budget = blobs, budget
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
+        self._silent: set[str] = set()
 
     def begin(self, result: Result) -> None:
         """Pull a result's blobs; the same result again goes on where it is, another replaces it."""
@@ -41,6 +42,7 @@ class Intake:
 
     def resume(self, device: str) -> None:
         """The device is there anew: what it was asked may be lost."""
+        self._silent.discard(device)
         for fetch in self._pulls.get(device, (None, []))[1]:
             fetch.forget_asked()
 
@@ -50,6 +52,7 @@ class Intake:
         Raises:
             TransferError: a wrong chunk, or the blob is gone.
         """
+        self._silent.discard(device)
         for fetch in self._pulls.get(device, (None, []))[1]:
             if fetch.ref.digest == message.digest:
                 if isinstance(message, Gone):
@@ -65,16 +68,19 @@ class Intake:
                 yield result
 
     def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
-        """What to ask of whom; the device with the fewest chunks under way goes first."""
+        """What to ask of whom; the device with the fewest chunks under way goes first.
+
+        Those that were asked and said nothing come last, so that silent devices cannot hold the
+        budget among themselves.
+        """
         for device, (_, fetches) in self._pulls.items():
             for fetch in fetches:  # what is lost holds no room
-                if device in live:
-                    fetch.expire(now_s)
-                else:
+                if device not in live:
                     fetch.forget_asked()
+                elif fetch.expire(now_s):
+                    self._silent.add(device)
         room = self._budget - sum(f.in_flight for _, fs in self._pulls.values() for f in fs)
-        turn = sorted(self._pulls, key=lambda d: sum(f.in_flight for f in self._pulls[d][1]))
-        for device in turn:
+        for device in sorted(self._pulls, key=self._rank):
             if device not in live:
                 continue
             for fetch in self._pulls[device][1]:
@@ -83,3 +89,6 @@ class Intake:
                     yield device, want
                 if not fetch.done:
                     break  # one blob of a device at a time, in the order of the result
+
+    def _rank(self, device: str) -> tuple[bool, int]:
+        return device in self._silent, sum(fetch.in_flight for fetch in self._pulls[device][1])

@@ -4,8 +4,9 @@
        ^                           | nobody returned                           |
        +---------------------------+-------------------------------------------+
 
-A round in which every device failed is tried again, with other devices where there are more than a
-cohort takes; after `ATTEMPTS` of them the run gives up, since the same orders fail again.
+A round of which nobody returned is tried again, with other devices where there are more than a
+cohort takes. Where all that were asked reported a fault or were refused, `ATTEMPTS` times in a row,
+the run gives up: the same orders would fail again.
 
 Nothing here touches the network, the disk or the clock; times are monotonic seconds, passed in.
 """
@@ -15,11 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+import numpy as np
+
 from orchestrator.config import CohortConfig
 from wire import seeds
 
 PAUSE_S = 10.0
 ATTEMPTS = 3
+ASKED = 10  # different devices, or all there are
 
 
 class Phase(Enum):
@@ -43,7 +47,9 @@ class State:
         failed: of these, who reported a fault or was refused.
         ready_at_s: when the cohort may be formed, once there are enough devices.
         deadline_s: when the open round closes.
-        fruitless: attempts in a row in which every device failed.
+        attempt: how often the open round was tried before.
+        fruitless: the last so many attempts at it ended with every device failed.
+        faulty: devices that failed in these.
         not_before_s: after a round in which all failed, when the next attempt may begin.
     """
 
@@ -57,7 +63,9 @@ class State:
     failed: frozenset[str] = frozenset()
     ready_at_s: float | None = None
     deadline_s: float = 0.0
+    attempt: int = 0
     fruitless: int = 0
+    faulty: frozenset[str] = frozenset()
     not_before_s: float = 0.0
 
 
@@ -86,7 +94,7 @@ class Close:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Every device failed, and did so in the attempts before."""
+    """Every device that was asked failed, in this attempt and the ones before."""
 
     round: int
 
@@ -121,11 +129,15 @@ def died(state: State, device: str, session: int) -> Step:
 
 def returned(state: State, rules: CohortConfig, device: str, now_s: float) -> Step:
     """A device's result was accepted."""
+    if device not in state.cohort:
+        return state, ()
     return ticked(replace(state, returned=state.returned | {device}), rules, now_s)
 
 
 def failed(state: State, rules: CohortConfig, device: str, now_s: float) -> Step:
     """A device reported a fault, or its result was refused; the round goes on without it."""
+    if device not in state.cohort:
+        return state, ()
     return ticked(replace(state, failed=state.failed | {device}), rules, now_s)
 
 
@@ -142,7 +154,15 @@ def aggregated(state: State, rules: CohortConfig, now_s: float) -> Step:
     """The open round is in the model."""
     if state.round >= state.rounds:
         return replace(state, phase=Phase.FINISHED, cohort=frozenset()), (Finish(),)
-    forming = replace(state, phase=Phase.FORMING, cohort=frozenset(), ready_at_s=now_s, fruitless=0)
+    forming = replace(
+        state,
+        phase=Phase.FORMING,
+        cohort=frozenset(),
+        ready_at_s=now_s,
+        attempt=0,
+        fruitless=0,
+        faulty=frozenset(),
+    )
     return _form(forming, rules, now_s)
 
 
@@ -156,7 +176,7 @@ def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
     if not (full or now_s >= ready_at_s):
         return replace(state, ready_at_s=ready_at_s), ()
     number = state.round + 1
-    cohort = choose(state.live, rules.max_devices, state.seed, number, state.fruitless)
+    cohort = choose(state.live, rules.max_devices, state.seed, number, state.attempt)
     opened = replace(
         state,
         round=number,
@@ -186,18 +206,26 @@ def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
             cohort=frozenset(),
             ready_at_s=now_s,
             not_before_s=now_s + PAUSE_S,
-            fruitless=state.fruitless + answered,
+            attempt=state.attempt + 1,
+            fruitless=state.fruitless + 1 if answered else 0,
+            faulty=state.faulty | state.failed if answered else frozenset(),
         )
-        return again, (GiveUp(state.round),) if again.fruitless >= ATTEMPTS else ()
+        asked = len(again.faulty) >= ASKED or not again.live.keys() - again.faulty
+        hopeless = again.fruitless >= ATTEMPTS and asked
+        return again, (GiveUp(state.round),) if hopeless else ()
     return replace(state, phase=Phase.AGGREGATING), (Close(state.round, state.returned),)
 
 
 def choose(
     live: Mapping[str, int], most: int, seed: int, number: int, attempt: int = 0
 ) -> frozenset[str]:
-    """A uniform sample of at most `most` live devices (0: all), the same for the same seed."""
+    """A uniform sample of at most `most` live devices (0: all), the same for the same seed.
+
+    Further attempts take the next ones of the same shuffled order, and begin anew at its end.
+    """
     names = sorted(live)
     if not most or len(names) <= most:
         return frozenset(names)
-    order = seeds.raw(seed, number | attempt << 32, len(names)).argsort(kind="stable")
-    return frozenset(names[i] for i in order[:most])
+    order = seeds.raw(seed, number, len(names)).argsort(kind="stable")
+    turn = (attempt * most + np.arange(most)) % len(names)
+    return frozenset(names[i] for i in order[turn])

@@ -41,7 +41,13 @@ def open_shard(folder: Path) -> Shard:
 
 
 def shelve(
-    payload: Path, folder: Path, *, samples: int, shape: tuple[int, ...], classes: int
+    payload: Path,
+    folder: Path,
+    *,
+    samples: int,
+    shape: tuple[int, ...],
+    classes: int,
+    spec: str | None = None,
 ) -> Shard:
     """Decode a features payload into a shard, looking over every record.
 
@@ -51,6 +57,7 @@ def shelve(
         samples: how many the device announced.
         shape: of one feature map.
         classes: of the task.
+        spec: the codec that feature maps must have come by; None takes any.
 
     Raises:
         AdmissionError, WireError: the payload is not `samples` proper samples.
@@ -71,12 +78,13 @@ def shelve(
         for name, (dtype, full) in wanted.items()
     }
     done, values = 0, math.prod(shape) + classes + 1
+    agreed = None if spec is None else {"features": spec}
     try:
         with payload.open("rb") as file:
             for frame in frames.read(file, max_bytes=RECORD_LIMIT):
                 where = f"features record at sample {done}"
                 most = min(2 * samples * values, RECORD_LIMIT // 4)
-                record = tensors.unpack(frame, where=where, most=most)
+                record = tensors.unpack(frame, where=where, most=most, spec=agreed)
                 admit.features(record, shape, classes, samples - done)
                 n = len(record["labels"])
                 for name, array in arrays.items():

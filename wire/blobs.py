@@ -184,11 +184,12 @@ class Fetch:
         self._asked |= dict.fromkeys(missing, now)
         return Want(self.ref.digest, self.ref.chunk_bytes, tuple(missing))
 
-    def expire(self, now: float) -> None:
-        """Chunks that have not come after `retry_s` are on their way no longer."""
-        for index, asked in list(self._asked.items()):
-            if now - asked > self.retry_s:
-                del self._asked[index]
+    def expire(self, now: float) -> bool:
+        """Chunks that have not come after `retry_s` are on their way no longer; if there are."""
+        late = [index for index, asked in self._asked.items() if now - asked > self.retry_s]
+        for index in late:
+            del self._asked[index]
+        return bool(late)
 
     def forget_asked(self) -> None:
         """The connection was lost, or the sender is back: whatever was asked must be asked anew."""

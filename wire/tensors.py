@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from wire import codecs, frames, records
 from wire.codecs import Codec
-from wire.errors import CodecError
+from wire.errors import CodecError, FrameError
 from wire.frames import Frame, Kind
 
 Array = NDArray[Any]
 Named = tuple[str, Array, str]
+Agreed = str | Mapping[str, str] | None
 
 RAW_DTYPES = ("int64", "int32", "uint16", "uint8")
 KNOWN_DTYPES = ("float32", *RAW_DTYPES)
@@ -164,6 +165,7 @@ def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
             codec = codecs.parse(spec)
             body = codec.encode(array.reshape(-1), seed=_seed(seed, name), name=name)
             size = None if codec.fixed_size else len(body)
+            spec = codec.spec  # noqa: PLW2901 - one spelling of each
         else:
             spec = "raw"  # noqa: PLW2901 - whatever was asked for: integers have no other
             body = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
@@ -180,7 +182,7 @@ def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
 
 
 def load(
-    path: Path, *, where: str, most: int = MAX_VALUES, spec: str | None = None
+    path: Path, *, where: str, most: int = MAX_VALUES, spec: Agreed = None
 ) -> dict[str, Array]:
     """The tensors of a file that is one frame; arguments as `unpack` has them.
 
@@ -188,11 +190,15 @@ def load(
         WireError: the file is not one intact frame, or as `unpack`.
     """
     data = path.read_bytes()
-    return unpack(frames.decode(data, max_bytes=len(data)), where=where, most=most, spec=spec)
+    try:
+        frame = frames.decode(data, max_bytes=len(data))
+    except FrameError as fault:
+        raise FrameError(f"{where}: {fault}") from fault
+    return unpack(frame, where=where, most=most, spec=spec)
 
 
 def unpack(
-    frame: Frame, *, where: str, most: int = MAX_VALUES, spec: str | None = None
+    frame: Frame, *, where: str, most: int = MAX_VALUES, spec: Agreed = None
 ) -> dict[str, Array]:
     """The tensors of a frame.
 
@@ -201,7 +207,8 @@ def unpack(
         where: how to name it in messages.
         most: values that all tensors may have together. It is checked before anything is decoded:
             a subsampled or compressed body may be thousands of times smaller than its values.
-        spec: the policy by which float tensors must have come; None takes any.
+        spec: the policy by which float tensors must have come, or the codec of each by its name,
+            float32 unless said; None takes any.
 
     Raises:
         CodecError: the header is not one, the values are too many, a codec is not the one agreed
@@ -217,7 +224,7 @@ def unpack(
     if declared != len(frame.body):
         raise CodecError(f"{where}: the tensors take {declared} bytes, got {len(frame.body)}")
     if spec is not None:
-        _agree(header.tensors, policy(spec), where)
+        _agree(header.tensors, spec, where)
     tensors: dict[str, Array] = {}
     at = 0
     for entry in header.tensors:
@@ -234,9 +241,12 @@ def unpack(
     return tensors
 
 
-def _agree(entries: tuple[Entry, ...], agreed: Policy, where: str) -> None:
+def _agree(entries: tuple[Entry, ...], agreed: str | Mapping[str, str], where: str) -> None:
     for entry in entries:
-        expected = agreed.codec(len(entry.shape)).spec
+        if isinstance(agreed, str):
+            expected = policy(agreed).codec(len(entry.shape)).spec
+        else:
+            expected = codecs.parse(agreed.get(entry.name, "float32")).spec
         if entry.spec not in ("raw", expected):
             raise CodecError(f"{where}: {entry.name!r} was to come as {expected}, not {entry.spec}")
 

@@ -85,8 +85,8 @@ def _spawn(options: argparse.Namespace, setting: Setting, seed: int) -> int:
         plain += ["--per-device", str(options.per_device)]
     print(f"{options.data}, seed {seed}: {setting.name}", flush=True)
     module = "benchmarks.federated_dropout"
-    command = [sys.executable, "-m", module, *plain, "--one", one]
-    return subprocess.run(command, check=False).returncode
+    line = [sys.executable, "-m", module, *plain, "--one", one]
+    return subprocess.run(line, check=False).returncode
 
 
 def _deal(options: argparse.Namespace, seed: int) -> None:
@@ -104,12 +104,18 @@ def _deal(options: argparse.Namespace, seed: int) -> None:
             heldout=options.heldout,
         )
         return
-    there = len(json.loads((folder / "split.json").read_text())["devices"])
-    if there != options.devices:
-        raise SettingsError(
-            f"{folder} was dealt out to {there} devices, --devices says {options.devices}; write "
-            "to another --out"
-        )
+    dealt = json.loads((folder / "split.json").read_text())
+    first = dealt["devices"][0]["samples"]
+    for what, there, wanted in (
+        ("devices", len(dealt["devices"]), options.devices),
+        ("samples a device", first, options.per_device or first),
+        ("as its source", dealt["source"], Path(options.train).name or options.data),
+    ):
+        if there != wanted:
+            raise SettingsError(
+                f"{folder} was dealt out with {there} {what}, now it is {wanted}; write to another "
+                "--out"
+            )
 
 
 def _one(options: argparse.Namespace, job: dict[str, Any]) -> None:

@@ -75,7 +75,10 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     "beyond": (
         Setting("eden", 0.75, "eden|b=2.5|mse/float16", "eden|b=0.85/float16"),
         Setting(
-            "eden, holders", 0.75, "eden|b=2.5|mse/float16", "eden|b=0.85/float16",
+            "eden, holders",
+            0.75,
+            "eden|b=2.5|mse/float16",
+            "eden|b=0.85/float16",
             absent="holders",
         ),
         Setting("eden, keep 0.5", 0.5, "eden|b=4|mse/float16", "eden|b=2/float16"),

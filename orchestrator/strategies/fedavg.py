@@ -88,7 +88,7 @@ class FedAvg:
     ) -> tuple[State, Metrics]:
         """Fold updates in one by one, so that memory is that of the model."""
         config, round_ = self.task.config, next(iter(orders.values())).round
-        median = statistics.median(result.samples for result in results)
+        median = statistics.median_low(result.samples for result in results)
         counted = [min(r.samples, int(config.cohort.max_weight * median)) for r in results]
         average, devices = self.average(state.under("global"), sum(counted)), {}
         for i, (result, samples) in enumerate(zip(results, counted, strict=True)):

@@ -155,6 +155,7 @@ class FedGKT:
             samples=samples,
             shape=self.shape,
             classes=self.task.config.device.classes,
+            spec=self.task.config.device.features,
         )
 
     def _forget(self, digests: set[str]) -> None:

@@ -213,6 +213,18 @@ def test_an_update_is_the_difference_to_the_given_state(artifact, desk):
     assert outcome.own is None
 
 
+def test_what_is_owed_by_another_sub_model_is_left_alone(artifact, desk, tmp_path, caplog):
+    """Its memory may put a device into another tier; what it owed had other shapes."""
+    start = {n: a for n, a in load_file(artifact.weights).items() if not n.startswith("optim.")}
+    given = desk.blobs.put(tensors.pack([(n, a, "float32") for n, a in start.items()], seed=0))
+    spec = "eden|b=1|mse/float16"
+    asked = order(artifact, state=given, returns={"update": spec}, feedback=True, owed=1)
+    save_file({n: np.ones((2, *a.shape), np.float32) for n, a in start.items()}, tmp_path / "owed")
+    plain = perform(asked, artifact, None, desk)
+    assert perform(asked, artifact, tmp_path / "owed", desk).blobs == plain.blobs
+    assert "owed is of another sub-model" in caplog.text
+
+
 def test_logits_for_other_samples_are_refused(artifact, desk):
     teacher = np.zeros((SAMPLES, 5), np.float32)
     ref = desk.blobs.put(tensors.pack([("logits", teacher, "float32")], seed=0))

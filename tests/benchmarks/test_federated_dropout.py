@@ -49,7 +49,7 @@ def test_runs_become_records_a_table_and_pictures(images, tmp_path, capfd):
     assert (out / "mnist-eden-0.json").stat().st_mtime_ns == before
     command[command.index("--devices") + 1] = "11"
     assert main(command) == 2
-    assert "was dealt out to 10 devices, --devices says 11" in capfd.readouterr().err
+    assert "was dealt out with 10 devices, now it is 11" in capfd.readouterr().err
 
 
 def test_the_spread_and_the_gap_are_of_the_same_seeds():

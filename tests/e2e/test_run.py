@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from orchestrator.config import load
 from orchestrator.deploy import export_run
 from orchestrator.store import last_checkpoint
 from tests.conftest import Processes
+from wire import messages, topics
+from wire.link import BrokerAddress, Link
+from wire.messages import Birth, Platform, Result
 
 RUN = """\
 name = "run"
@@ -258,10 +262,35 @@ def test_a_run_whose_every_device_diverges_gives_up_and_goes_on_when_started_aga
     processes.wait_for("the run to give up", lambda: process.poll() is not None, 120.0)
     assert process.returncode == 2
     log = processes.log("run")
-    assert "round 1: every device failed, 3 times in a row; device-0 says: the device could" in log
-    assert "start the run again" in log
+    assert "round 1: every device that was asked failed, 3 times in a row; device-0 says: " in log
+    assert "begin one of another name" in log
+    (fleet.folder / "runs/run/status.json").unlink()
     fleet.orchestrator()
-    processes.wait_for("round 1 again", lambda: fleet.status()["round"] == 1)
+    processes.wait_for("round 1 again", lambda: fleet.status()["phase"] == "collecting")
+    assert fleet.status()["round"] == 1
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
+def test_a_device_that_speaks_for_others_fails_none_of_them(processes, digits, any_broker):
+    fleet = Fleet(processes, digits, any_broker.url, rounds=1, epochs=20)
+    link = Link(BrokerAddress(any_broker.url), "liar", subscriptions=[], emit=lambda _: None)
+    link.start()
+    assert link.wait_connected(10.0)
+    fleet.start()
+    processes.wait_for("training in round 1", lambda: fleet.stands("train", 1))
+    with sqlite3.connect(fleet.folder / "runs/run/journal.db") as journal:
+        (run,) = journal.execute("SELECT run FROM identity").fetchone()
+    machine = Platform("liar", "x86_64", 1, 1 << 30, "", "")
+    said = {"birth": [Birth("liar", 1, "0.1.0", 64, "ab" * 32, machine)]}
+    said["result"] = [Result(name, run, 1, 1, 64) for name in ("device-0", "device-1", "nobody")]
+    for channel, spoken in said.items():
+        for message in spoken:
+            link.publish(topics.topic("fleet", "liar", channel), messages.encode(message))
+    text = "liar: result refused"
+    processes.wait_for("refusals", lambda: processes.log("run").count(text) == 3, 30.0)
+    link.close()
+    check_every_round_counts_each_device_once(fleet.finish(), 1)
 
 
 @pytest.mark.e2e

@@ -107,21 +107,49 @@ def test_a_round_that_is_closed_and_a_silent_one_do_not_count_as_failed():
     state, _ = rounds.ticked(state, RULES, 40.0)
     state, _ = rounds.failed(state, RULES, "a", 50.0)
     state, actions = rounds.ticked(state, RULES, 140.0)  # b said nothing at all
-    assert (state.fruitless, actions) == (1, ())
+    assert (state.attempt, state.fruitless, actions) == (2, 0, ())
     state, _ = rounds.ticked(state, RULES, 160.0)
     for device in "ab":
         state, _ = rounds.returned(state, RULES, device, 170.0)
     assert rounds.aggregated(state, RULES, 180.0)[0].fruitless == 0
 
 
-def test_after_a_round_in_which_all_failed_other_devices_are_asked():
-    rules = CohortConfig(min_devices=2, max_devices=2, wait_s=10.0)
-    state = replace(State(rounds=1, seed=0), live={f"d{i}": 1 for i in range(50)})
-    state, _ = rounds.ticked(state, rules, 0.0)
-    first = state.cohort
-    state, _ = failing(state, rules, 20.0)
-    state, _ = rounds.ticked(state, rules, 40.0)
-    assert not state.cohort & first
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("silent", [False, True])
+def test_further_attempts_ask_devices_that_were_not_asked_before(seed, silent):
+    rules = CohortConfig(min_devices=2, max_devices=2, wait_s=10.0, deadline_s=100.0)
+    state, asked = replace(State(rounds=1, seed=seed), live={f"d{i}": 1 for i in range(7)}), []
+    for attempt in range(4):
+        state, actions = rounds.ticked(state, rules, 1000.0 * attempt)
+        assert actions == (Open(1, state.cohort),)
+        asked += sorted(state.cohort)
+        if silent:
+            state, actions = rounds.ticked(state, rules, 1000.0 * attempt + 100)
+        else:
+            state, actions = failing(state, rules, 1000.0 * attempt + 20)
+    assert len(set(asked[:6])) == 6
+    assert set(asked) == set(state.live)
+    assert actions == (() if silent else (GiveUp(1),))
+
+
+def test_one_bad_device_among_good_ones_does_not_end_the_run():
+    rules = CohortConfig(min_devices=1, max_devices=1, wait_s=0.0)
+    for seed in range(50):
+        state, now_s = replace(State(rounds=1, seed=seed), live={"bad": 1, "good": 1}), 0.0
+        while state.phase is not Phase.AGGREGATING:
+            now_s += 20
+            state, actions = rounds.ticked(state, rules, now_s)
+            assert actions == (Open(1, state.cohort),)
+            end = rounds.failed if "bad" in state.cohort else rounds.returned
+            state, actions = end(state, rules, *state.cohort, now_s + 1)
+            assert GiveUp(1) not in actions
+
+
+def test_a_name_that_was_not_asked_closes_no_round():
+    state = collecting("a", "b")
+    for stranger in ("c", "d"):
+        assert rounds.failed(state, RULES, stranger, 20.0) == (state, ())
+        assert rounds.returned(state, RULES, stranger, 20.0) == (state, ())
 
 
 def test_a_device_that_comes_back_gets_its_order_again_unless_it_has_returned():

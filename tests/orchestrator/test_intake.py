@@ -1,0 +1,52 @@
+"""Results on their way in: one budget for all, that nobody can hold alone."""
+
+import hashlib
+
+import pytest
+
+from orchestrator.intake import Intake
+from wire.blobs import BlobStore
+from wire.messages import BlobRef, Chunk, Result
+
+CHUNK = 1024
+DATA = bytes(range(256)) * 4 * 52
+
+
+def result(device: str, data: bytes) -> Result:
+    ref = BlobRef(hashlib.sha256(data).hexdigest(), len(data), CHUNK)
+    return Result(device, "run", 1, 1, 10, blobs={"update": ref})
+
+
+def pulled(intake: Intake, device: str, until_s: float, live: frozenset[str]) -> float | None:
+    """When all chunks of `device` are here, if it alone answers, and does so at once."""
+    for quarter in range(int(4 * until_s)):
+        for asked, want in list(intake.wants(quarter / 4, live)):
+            if asked == device:
+                for index in want.chunks:
+                    piece = memoryview(DATA)[index * CHUNK : (index + 1) * CHUNK]
+                    intake.take(device, Chunk(want.digest, index), piece)
+        if [done.device for done in intake.complete()] == [device]:
+            return quarter / 4
+    return None
+
+
+@pytest.mark.parametrize(("budget", "silent"), [(32, 0), (32, 4), (32, 40), (8, 1), (4, 7)])
+def test_silent_devices_hold_the_budget_no_longer_than_an_answer_may_take(tmp_path, budget, silent):
+    intake = Intake(BlobStore(tmp_path, CHUNK), budget)
+    names = [f"silent-{i}" for i in range(silent)]
+    for name in names:
+        intake.begin(result(name, name.encode() * 4000))
+    intake.begin(result("honest", DATA))
+    turns = -(-8 * silent // budget)  # in which silent devices are asked for the first time
+    done = pulled(intake, "honest", 600.0, frozenset({*names, "honest"}))
+    assert done is not None
+    assert done < 15.5 * turns + 60
+
+
+def test_a_device_that_answers_again_is_asked_like_the_others(tmp_path):
+    intake = Intake(BlobStore(tmp_path, CHUNK), 8)
+    intake.begin(result("late", DATA))
+    live = frozenset({"late"})
+    assert [device for device, _ in intake.wants(0.0, live)] == ["late"]
+    assert [device for device, _ in intake.wants(16.0, live)] == ["late"], "it is asked once more"
+    assert pulled(intake, "late", 60.0, live) is not None
