@@ -64,9 +64,9 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     "units": (
         Setting("keep 0.75, holders", 0.75, absent="holders"),
         Setting("keep 0.75, shared", 0.75, units="shared"),
-        Setting("keep 0.75, shared, holders", 0.75, units="shared", absent="holders"),
         Setting("keep 0.75, ordered", 0.75, units="ordered"),
         Setting("keep 0.75, rolling, holders", 0.75, units="rolling", absent="holders"),
+        Setting("keep 0.5, holders", 0.5, absent="holders"),
     ),
     "paper": (
         Setting("paper, hadamard", 0.75, "hadamard|q=4/float16", "hadamard|s=0.95|q=2/float16"),
@@ -75,13 +75,15 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     "beyond": (
         Setting("eden", 0.75, "eden|b=2.5|mse/float16", "eden|b=0.85/float16"),
         Setting(
-            "eden, holders",
-            0.75,
-            "eden|b=2.5|mse/float16",
-            "eden|b=0.85/float16",
+            "eden, holders", 0.75, "eden|b=2.5|mse/float16", "eden|b=0.85/float16", absent="holders"
+        ),
+        Setting(
+            "eden, keep 0.5, holders",
+            0.5,
+            "eden|b=3|mse/float16",
+            "eden|b=1/float16",
             absent="holders",
         ),
-        Setting("eden, keep 0.5", 0.5, "eden|b=4|mse/float16", "eden|b=2/float16"),
     ),
 }
 GROUPS["claim"] = GROUPS["paper"] + GROUPS["beyond"]

@@ -120,6 +120,6 @@ def test_a_payload_cut_off_in_transit_is_refused(tmp_path):
 
 def test_features_by_another_codec_than_ordered_are_refused(tmp_path):
     path = payload(tmp_path, record(4))
-    with pytest.raises(WireError, match="'features' was to come as relu.q=4, not float32"):
+    with pytest.raises(WireError, match=r"'features' was to come as relu\|q=4, not float32"):
         shelve(path, tmp_path / "s", samples=4, shape=(2, 3), classes=5, spec="relu|q=4")
     assert len(shelve(path, tmp_path / "s", samples=4, shape=(2, 3), classes=5, spec="float32"))
