@@ -14,6 +14,7 @@ from wire.errors import AdmissionError
 from wire.messages import Order, Result
 
 Array = NDArray[Any]
+TOP = np.float32(255)
 MAX_NORM_RATIO = 100.0
 MAX_VALUE = 1e5  # of a feature or a logit: beyond it, training has diverged
 
@@ -112,7 +113,7 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
     """Look over one batch of feature maps (n, *shape), logits (n, classes), labels (n,).
 
     Args:
-        record: as decoded.
+        record: as decoded; where feature maps are levels, with their `low` and `step`.
         shape: of one sample's feature map.
         classes: of the task.
         room: how many samples may still come.
@@ -120,11 +121,12 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
     Raises:
         AdmissionError: a shape, dtype, label or count is wrong, or a value is not finite or absurd.
     """
-    if set(record) != {"features", "logits", "labels"}:
+    quantized = "low" in record
+    if set(record) - {"low", "step"} != {"features", "logits", "labels"}:
         raise AdmissionError(f"expected features, logits and labels, got {sorted(record)}")
     n = record["labels"].size
     expected = {
-        "features": ("float32", (n, *shape)),
+        "features": ("uint8" if quantized else "float32", (n, *shape)),
         "logits": ("float32", (n, classes)),
         "labels": ("uint16", (n,)),
     }
@@ -134,8 +136,11 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
             raise AdmissionError(
                 f"{name}: expected {dtype} {list(full)}, got {array.dtype.name} {list(array.shape)}"
             )
-    for name in ("features", "logits"):
-        if not np.isfinite(record[name]).all() or np.abs(record[name]).max(initial=0) > MAX_VALUE:
+    maps = [record["features"]]
+    if quantized:  # the lowest and the highest that a block can hold
+        maps = [record["low"], record["low"] + TOP * record["step"]]
+    for name, arrays in (("features", maps), ("logits", [record["logits"]])):
+        if any(not (np.abs(values).max(initial=0) <= MAX_VALUE) for values in arrays):  # or NaN
             raise AdmissionError(f"{name} hold values that are not finite or above {MAX_VALUE:g}")
     if not 1 <= n <= room:
         raise AdmissionError(f"{n} samples where at most {room} were announced")

@@ -224,7 +224,9 @@ class ServerConfig:
         epochs, batch, lr, optimizer, weight_decay: of server training in each round.
         alpha, temperature: of the distillation term.
         torch_device: "auto" takes CUDA where there is one.
-        eval_batch: images of one evaluation pass.
+        precision: of convolutions and matrix products; "auto" is bfloat16 on CUDA, else float32.
+        compile: let torch.compile make the large model; wants a C++ compiler, and on CUDA Triton.
+        eval_batch: images of one evaluation pass; on a CPU more than 64 are slower.
         eval_every: weights are evaluated after each so many rounds, and after the last.
     """
 
@@ -237,7 +239,9 @@ class ServerConfig:
     alpha: float = 1.0
     temperature: float = 3.0
     torch_device: Literal["auto", "cpu", "cuda"] = "auto"
-    eval_batch: int = 256
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    eval_batch: int = 64
     eval_every: int = 1
 
     def __post_init__(self) -> None:

@@ -1,12 +1,15 @@
-"""Feature shards: what one device sent, decoded once into files that training maps.
+"""Feature shards: what one device sent, put once into files that training maps.
 
-A shard is a folder with `features.npy` (N, *shape) float32, `logits.npy` (N, C) float32 and
-`labels.npy` (N,) int64, in the order of the device's samples. Mapped files keep the server's memory
-that of a batch, whatever the fleet's size.
+A shard is a folder with `features.npy` (N, *shape), `logits.npy` (N, C) float32 and `labels.npy`
+(N,) int64, in the order of the device's samples. Feature maps stay as they were quantized where
+their codec has levels and a sample is whole blocks: uint8, with `low.npy` and `step.npy` (N, k) for
+the k blocks of each (`Lattice`), a quarter of their size in float32; otherwise they are float32.
+Mapped files keep the server's memory that of a batch, whatever the fleet's size.
 """
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,27 +20,37 @@ from numpy.typing import NDArray
 
 from orchestrator import admit
 from wire import frames, tensors
+from wire.errors import AdmissionError
+from wire.tensors import Part
 
+Array = NDArray[Any]
+Room = dict[str, np.memmap[Any, Any]]
 RECORD_LIMIT = 1 << 26  # bytes; a batch of 32 feature maps of ResNet-8 has 2 MiB in float32
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One device's features, logits and labels, as mapped arrays."""
+    """One device's samples as mapped arrays; `low` and `step` where `features` are levels."""
 
-    features: NDArray[np.float32]
+    features: Array
     logits: NDArray[np.float32]
     labels: NDArray[np.int64]
+    low: NDArray[np.float32] | None = None
+    step: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.labels)
 
+    @property
+    def columns(self) -> dict[str, Array]:
+        """All arrays that there are, by name."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
 
 def open_shard(folder: Path) -> Shard:
     """Map a shard that `shelve` wrote."""
-    names = ("features", "logits", "labels")
-    return Shard(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in names))
+    return Shard(**{path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")})
 
 
 def shelve(
@@ -49,7 +62,7 @@ def shelve(
     classes: int,
     spec: str | None = None,
 ) -> Shard:
-    """Decode a features payload into a shard, looking over every record.
+    """Put a features payload into a shard, looking over every record.
 
     Args:
         payload: file of TENSORS frames, one a batch.
@@ -68,15 +81,7 @@ def shelve(
     building = folder.with_suffix(".new")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "features": (np.float32, (samples, *shape)),
-        "logits": (np.float32, (samples, classes)),
-        "labels": (np.int64, (samples,)),
-    }
-    arrays = {
-        name: open_memmap(building / f"{name}.npy", mode="w+", dtype=dtype, shape=full)
-        for name, (dtype, full) in wanted.items()
-    }
+    arrays: Room = {}
     done, values = 0, math.prod(shape) + classes + 1
     agreed = None if spec is None else {"features": spec}
     try:
@@ -84,12 +89,11 @@ def shelve(
             for frame in frames.read(file, max_bytes=RECORD_LIMIT):
                 where = f"features record at sample {done}"
                 most = min(2 * samples * values, RECORD_LIMIT // 4)
-                record = tensors.unpack(frame, where=where, most=most, spec=agreed)
+                parts = tensors.parts(frame, where=where, most=most, spec=agreed)
+                record = _record(parts)
                 admit.features(record, shape, classes, samples - done)
-                n = len(record["labels"])
-                for name, array in arrays.items():
-                    array[done : done + n] = record[name]
-                done += n
+                arrays = arrays or _room(building, record, samples)
+                done = _append(record, arrays, done)
         admit.complete(done, samples)
     except Exception:
         shutil.rmtree(building)
@@ -98,3 +102,35 @@ def shelve(
         array.flush()
     building.rename(folder)
     return open_shard(folder)
+
+
+def _record(parts: Mapping[str, Part]) -> dict[str, Array]:
+    """The arrays of a record, by the names of a shard's files."""
+    lattice = parts["features"].lattice() if "features" in parts else None
+    if lattice is None:
+        return {name: part.array() for name, part in parts.items()}
+    rest = {name: part.array() for name, part in parts.items() if name != "features"}
+    return {"features": lattice.levels, "low": lattice.low, "step": lattice.step, **rest}
+
+
+def _append(record: Mapping[str, Array], arrays: Room, done: int) -> int:
+    """Write a record behind `done` samples; how many there are then."""
+    if record.keys() != arrays.keys():
+        raise AdmissionError(f"sample {done} came by another codec than those before")
+    end = done + len(record["labels"])
+    for name, array in record.items():
+        arrays[name][done:end] = array
+    return end
+
+
+def _room(folder: Path, record: Mapping[str, Array], samples: int) -> Room:
+    """A mapped file for each array of a record, with room for all samples."""
+    return {
+        name: open_memmap(
+            folder / f"{name}.npy",
+            mode="w+",
+            dtype=np.int64 if name == "labels" else array.dtype,
+            shape=(samples, *array.shape[1:]),
+        )
+        for name, array in record.items()
+    }

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wire import codecs, frames, records
-from wire.codecs import Codec
+from wire.codecs import Codec, Lattice
 from wire.errors import CodecError, FrameError
 from wire.frames import Frame, Kind
 
@@ -127,6 +127,42 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One encoded tensor of a frame."""
+
+    entry: Entry
+    body: memoryview
+    seed: int
+
+    def array(self) -> Array:
+        """The tensor.
+
+        Raises:
+            CodecError: the body is not what its entry says.
+        """
+        entry = self.entry
+        if entry.spec == "raw":
+            flat = np.frombuffer(self.body, np.dtype(entry.dtype).newbyteorder("<"))
+            flat = flat.astype(entry.dtype)
+        else:
+            seed = _seed(self.seed, entry.name)
+            codec = codecs.parse(entry.spec)
+            flat = codec.decode(self.body, entry.values, seed=seed, name=entry.name)
+        return flat.reshape(entry.shape)
+
+    def lattice(self) -> Lattice | None:
+        """The tensor as it was quantized, where its codec has levels; see `Codec.lattice`.
+
+        Raises:
+            CodecError: the body is not what its entry says.
+        """
+        entry = self.entry
+        if entry.spec == "raw":
+            return None
+        return codecs.parse(entry.spec).lattice(self.body, entry.shape, name=entry.name)
+
+
+@dataclass(frozen=True)
 class _Header:
     seed: int
     tensors: tuple[Entry, ...]
@@ -214,6 +250,14 @@ def unpack(
         CodecError: the header is not one, the values are too many, a codec is not the one agreed
             on, or a body is not what it says.
     """
+    found = parts(frame, where=where, most=most, spec=spec)
+    return {name: part.array() for name, part in found.items()}
+
+
+def parts(
+    frame: Frame, *, where: str, most: int = MAX_VALUES, spec: Agreed = None
+) -> dict[str, Part]:
+    """The tensors of a frame, not decoded yet; arguments and errors as `unpack` has them."""
     if frame.kind is not Kind.TENSORS:
         raise CodecError(f"{where}: expected a TENSORS frame, got {frame.kind.name}")
     header = records.build(_Header, frame.header, where=where, error=CodecError)
@@ -225,20 +269,11 @@ def unpack(
         raise CodecError(f"{where}: the tensors take {declared} bytes, got {len(frame.body)}")
     if spec is not None:
         _agree(header.tensors, spec, where)
-    tensors: dict[str, Array] = {}
-    at = 0
+    found, at = {}, 0
     for entry in header.tensors:
-        body = frame.body[at : at + entry.bytes]
+        found[entry.name] = Part(entry, frame.body[at : at + entry.bytes], header.seed)
         at += entry.bytes
-        if entry.spec == "raw":
-            flat = np.frombuffer(body, np.dtype(entry.dtype).newbyteorder("<"))
-            flat = flat.astype(entry.dtype)
-        else:
-            seed = _seed(header.seed, entry.name)
-            codec = codecs.parse(entry.spec)
-            flat = codec.decode(body, entry.values, seed=seed, name=entry.name)
-        tensors[entry.name] = flat.reshape(entry.shape)
-    return tensors
+    return found
 
 
 def _agree(entries: tuple[Entry, ...], agreed: str | Mapping[str, str], where: str) -> None:

@@ -135,7 +135,7 @@ def run_config(
         seed=seed,
         cohort=CohortConfig(min_devices=10, max_devices=10),
         device=device,
-        server=ServerConfig(eval_every=eval_every, eval_batch=500),
+        server=ServerConfig(eval_every=eval_every, eval_batch=100),
     )
     if whole:
         return config

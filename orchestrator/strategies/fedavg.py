@@ -143,7 +143,7 @@ class FedAvg:
         device, heldout = self.task.config.device, self.task.heldout
         model = models.build(device.model, classes=device.classes, input_shape=device.input)
         distill.load(model, weights).to(self.task.torch_device)
-        logits = distill.predict(model, heldout.x, self.task.config.server.eval_batch)
+        logits = distill.predict(model, heldout.x, self.task.config.server)
         if not np.isfinite(logits).all():
             log.warning(
                 "the global model's logits are not finite: training diverged; lower device.lr, or "

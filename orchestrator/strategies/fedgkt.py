@@ -17,6 +17,7 @@ from torch import nn
 
 import models
 from orchestrator import distill, shards
+from orchestrator.samples import Samples
 from orchestrator.shards import Shard
 from orchestrator.strategies.fedavg import read_payload
 from orchestrator.strategies.local import admit_own_weights, device_model, evaluate_device
@@ -102,17 +103,18 @@ class FedGKT:
         model = distill.load(self._server(), state.under("server")).to(task.torch_device)
         step = distill.optimizer(model, config)
         _restore(step, state.under("optimizer"))
+        samples = Samples(opened, task.torch_device)
         mean_loss = distill.train(
             model,
             step,
-            opened,
+            samples,
             config,
             seed=(task.config.seed << 20) + round_,
             progress=lambda done, total: task.progress("distil", done, total),
         )
         teachers = {}
-        for i, (name, shard) in enumerate(zip(names, opened, strict=True)):
-            logits = distill.predict(model, shard.features, config.eval_batch)
+        for i, (name, span) in enumerate(zip(names, samples.spans, strict=True)):
+            logits = distill.teach(model, samples, span, config)
             ref = task.blobs.put(tensors.pack([("logits", logits, "float32")], seed=0))
             teachers[name] = {"ref": _plain(ref), "data_digest": held[name]["data_digest"]}
             task.progress("teach", i + 1, len(names))
@@ -125,12 +127,12 @@ class FedGKT:
 
     def _evaluate(self, state: State, model: nn.Module, names: Sequence[str]) -> Metrics:
         """Held-out accuracy of each device's extractor + large model, and of its own classifier."""
-        heldout, batch = self.task.heldout, self.task.config.server.eval_batch
+        heldout, config = self.task.heldout, self.task.config.server
         devices = {}
         for i, name in enumerate(names):
             small = device_model(self.task, state.under(f"device/{name}"))
             stacked = nn.Sequential(small.get_submodule("extractor"), model)
-            logits = distill.predict(stacked, heldout.x, batch)
+            logits = distill.predict(stacked, heldout.x, config)
             devices[name] = {
                 "server_accuracy": distill.accuracy(logits, heldout.y),
                 "device_accuracy": evaluate_device(self.task, small),

@@ -68,5 +68,5 @@ def device_model(task: Task, weights: Mapping[str, Array]) -> nn.Module:
 
 def evaluate_device(task: Task, model: nn.Module) -> float:
     """Accuracy of a device's own classifier on held-out images."""
-    logits = distill.predict(model, task.heldout.x, task.config.server.eval_batch)
+    logits = distill.predict(model, task.heldout.x, task.config.server)
     return distill.accuracy(logits, task.heldout.y)

@@ -33,6 +33,11 @@ BAD = {
         (["--seconds", "0"], "--seconds: expected over 0 to 600, got '0'"),
         (["--json", "/nowhere/at/all.json"], "/nowhere/at is no folder"),
     ],
+    "benchmarks.distill": [
+        (["--images=0"], "--images: expected a whole number from 1 on, got '0'"),
+        (["--features=huffman"], "unknown codec 'huffman'; did you mean"),
+        (["--model=resnet8"], "invalid choice: 'resnet8'"),
+    ],
     "benchmarks.federated_dropout.__main__": [
         (["--rounds=0"], "--rounds: expected a whole number from 1 on, got '0'"),
         (["--data=imagenet"], "invalid choice: 'imagenet'"),

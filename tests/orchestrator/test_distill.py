@@ -1,5 +1,8 @@
 """Server training: the loss of the paper, repeatable, on all devices' samples."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 import models
 from orchestrator import distill
 from orchestrator.config import ServerConfig
+from orchestrator.samples import Samples
 from orchestrator.shards import Shard
 from orchestrator.strategies.fedgkt import _flat, _restore
 
@@ -31,11 +35,12 @@ def test_the_loss_is_the_papers():
     assert distill.loss(z_s, y, z_c, alpha=0.0, temperature=3.0) == pytest.approx(float(ce))
 
 
-def train(shards, seed=0):
+def train(shards, seed=0, config=CONFIG):
     torch.manual_seed(0)
     model = models.build("resnet10", classes=3, input_shape=(16, 8, 8))
-    step = distill.optimizer(model, CONFIG)
-    loss = distill.train(model, step, shards, CONFIG, seed=seed, progress=lambda *_: None)
+    step = distill.optimizer(model, config)
+    samples = Samples(shards, torch.device("cpu"))
+    loss = distill.train(model, step, samples, config, seed=seed, progress=lambda *_: None)
     return model, step, loss
 
 
@@ -46,16 +51,42 @@ def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_weights():
     assert loss == same
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    logits = distill.predict(first, shards[1].features, 16)
+    logits = distill.teach(first, Samples(shards, torch.device("cpu")), range(40, 65), CONFIG)
     assert distill.accuracy(logits, torch.from_numpy(shards[1].labels)) > 0.6
 
 
 def test_predictions_are_in_the_order_of_the_samples():
     model, _, _ = train([shard(30, 0)])
     inputs = shard(21, 5).features
-    whole = distill.predict(model, inputs, 64)
-    np.testing.assert_allclose(distill.predict(model, inputs, 4), whole, atol=1e-5)
-    np.testing.assert_allclose(distill.predict(model, inputs[7:8], 4)[0], whole[7], atol=1e-5)
+    whole = distill.predict(model, inputs, CONFIG)
+    np.testing.assert_allclose(
+        distill.predict(model, inputs, replace(CONFIG, eval_batch=4)), whole, atol=1e-5
+    )
+    np.testing.assert_allclose(distill.predict(model, inputs[7:8], CONFIG)[0], whole[7], atol=1e-5)
+
+
+def test_bfloat16_learns_what_float32_does():
+    shards = [shard(40, 0), shard(25, 1)]
+    _, _, exact = train(shards)
+    config = replace(CONFIG, precision="bfloat16")
+    model, _, loss = train(shards, config=config)
+    assert loss != exact
+    assert loss == pytest.approx(exact, rel=0.1)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    logits = distill.predict(model, shards[1].features, config)
+    assert logits.dtype == np.float32
+    assert distill.accuracy(logits, torch.from_numpy(shards[1].labels)) > 0.6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+def test_a_compiled_model_learns_the_same_and_keeps_its_names():
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile wants a C++ compiler")
+    shards = [shard(20, 0), shard(13, 1)]  # 4 batches of 8, and one sample that is left out
+    plain, _, exact = train(shards)
+    model, _, loss = train(shards, config=replace(CONFIG, compile=True))
+    assert loss == pytest.approx(exact, rel=1e-3)
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_a_single_left_over_sample_is_no_trouble():

@@ -47,7 +47,7 @@ import difflib
 import re
 from functools import lru_cache
 
-from wire.codecs.codec import Cast, Codec, Coder
+from wire.codecs.codec import Cast, Codec, Coder, Lattice
 from wire.codecs.draws import Floats
 from wire.codecs.eden import Eden
 from wire.codecs.relu import Relu
@@ -55,7 +55,7 @@ from wire.codecs.transforms import Hadamard, Identity, Kashin, Transform
 from wire.codecs.uniform import Uniform
 from wire.errors import CodecError
 
-__all__ = ["Codec", "Floats", "parse"]
+__all__ = ["Codec", "Floats", "Lattice", "parse"]
 
 _NUMBER = r"\d{1,3}(?:\.\d{1,4})?"
 _SPEC = re.compile(

@@ -7,9 +7,10 @@ results of 256 KiB stay in the processor's cache; and memory is that of a group,
 million values, one thread of an AMD EPYC with 1 MiB of L2, processor time, medians of 9).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from wire.codecs.draws import Bytes, Draws, Floats
 from wire.errors import CodecError
 
 GROUP = 1 << 16  # values
+_NOT_FINITE = "tensor {name!r} decodes to NaN or infinity; it is damaged or hostile"
 LARGEST = 2.0**100  # of lossy codecs: sums of a block stay within float32
 
 
@@ -52,6 +54,33 @@ class Coder(Protocol):
 
     def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:
         """Any bytes (rows, row_bytes(n)) to values (rows, n)."""
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """A coder whose values are evenly spaced levels in each block."""
+
+    def levels(self, rows: Bytes, n: int) -> tuple[Bytes, Floats, Floats] | None:
+        """Bytes to levels (rows, n), `low` (rows,) and `step` (rows,).
+
+        None where a transform or subsampling stands between levels and values.
+        """
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """A tensor (N, ...) as it was quantized, in blocks of neighbours, k in each of N samples.
+
+    Value i of block j of sample s is low[s, j] + step[s, j] * levels[s, j, i].
+
+    Attributes:
+        levels: uint8, of the tensor's shape.
+        low, step: float32 (N, k).
+    """
+
+    levels: Bytes
+    low: Floats
+    step: Floats
 
 
 @dataclass(frozen=True)
@@ -132,6 +161,40 @@ class Codec:
         Raises:
             CodecError: the body is not one of `n` values, or holds values that are not finite.
         """
+        rows = self._rows(body, n, name)
+        values = np.empty(n, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale; refused below
+            for at, come_from, width, draws in self._groups(n, seed):
+                row_bytes = self.coder.row_bytes(width)
+                found = self.coder.decode(rows[come_from].reshape(-1, row_bytes), width, draws)
+                if not np.isfinite(found).all():
+                    raise CodecError(_NOT_FINITE.format(name=name))
+                values[at].reshape(found.shape)[...] = found
+        return values
+
+    def lattice(
+        self, body: memoryview | bytes, shape: tuple[int, ...], *, name: str
+    ) -> Lattice | None:
+        """An encoded tensor (samples, ...) as levels; None where this codec or shape has none.
+
+        Raises:
+            CodecError: as `decode`.
+        """
+        n, block, coder = math.prod(shape), self.coder.block, self.coder
+        if not isinstance(coder, Quantizer) or math.prod(shape[1:]) % block:
+            return None
+        rows = self._rows(body, n, name).reshape(-1, coder.row_bytes(block))
+        found = coder.levels(rows, block)
+        if found is None:
+            return None
+        levels, low, step = found
+        with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale
+            if not np.isfinite(low + step * np.float32(255)).all():
+                raise CodecError(_NOT_FINITE.format(name=name))
+        return Lattice(levels.reshape(shape), low.reshape(shape[0], -1), step.reshape(shape[0], -1))
+
+    def _rows(self, body: memoryview | bytes, n: int, name: str) -> Bytes:
+        """The bytes of all blocks of `n` values."""
         size = self._plain_size(n)
         if self.compressed:
             body = entropy.decompress(body, size, name=name)
@@ -139,18 +202,7 @@ class Codec:
             raise CodecError(
                 f"tensor {name!r}: {n} values as {self.spec} take {size} bytes, got {len(body)}"
             )
-        rows = np.frombuffer(body, np.uint8)
-        values = np.empty(n, np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale; refused below
-            for at, come_from, width, draws in self._groups(n, seed):
-                row_bytes = self.coder.row_bytes(width)
-                found = self.coder.decode(rows[come_from].reshape(-1, row_bytes), width, draws)
-                if not np.isfinite(found).all():
-                    raise CodecError(
-                        f"tensor {name!r} decodes to NaN or infinity; it is damaged or hostile"
-                    )
-                values[at].reshape(found.shape)[...] = found
-        return values
+        return np.frombuffer(body, np.uint8)
 
     def _plain_size(self, n: int) -> int:
         whole, tail = divmod(n, self.coder.block)

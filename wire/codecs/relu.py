@@ -79,9 +79,15 @@ class Relu:
 
     def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:  # noqa: ARG002
         """(rows, row_bytes(n)) -> (rows, n)."""
-        values = unpack(rows[:, _HEAD:], self.bits, n).astype(np.float32)
-        values *= np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE)
+        levels, _, step = self.levels(rows, n)
+        values = levels.astype(np.float32)
+        values *= step[:, None]
         return values
+
+    def levels(self, rows: Bytes, n: int) -> tuple[Bytes, Floats, Floats]:
+        """(rows, row_bytes(n)) -> levels (rows, n), low (rows,), step (rows,)."""
+        step = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE)[:, 0].astype(np.float32)
+        return unpack(rows[:, _HEAD:], self.bits, n), np.zeros_like(step), step
 
     def _levels(self, scaled: Floats, fraction: Floats | np.float32) -> Floats:
         top = np.float32(2**self.bits - 1)

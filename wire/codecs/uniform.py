@@ -31,7 +31,7 @@ import numpy as np
 from wire.codecs.codec import LARGEST
 from wire.codecs.draws import Bytes, Draws, Floats, strata_edges
 from wire.codecs.packing import pack, packed_bytes, unpack
-from wire.codecs.transforms import Transform
+from wire.codecs.transforms import Identity, Transform
 
 _SCALE = np.dtype("<f4")
 _HEAD = 2 * _SCALE.itemsize
@@ -95,6 +95,13 @@ class Uniform:
             np.put_along_axis(coefficients, draws.strata(len(rows), width, kept), values, axis=1)
             values = coefficients
         return self.transform.inverse(values, n, draws)
+
+    def levels(self, rows: Bytes, n: int) -> tuple[Bytes, Floats, Floats] | None:
+        """(rows, row_bytes(n)) -> levels (rows, n), low and step (rows,); identity alone."""
+        if self.rate < 1 or not isinstance(self.transform, Identity):
+            return None
+        scale = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE).astype(np.float32)
+        return unpack(rows[:, _HEAD:], self.bits, n), scale[:, 0], scale[:, 1]
 
     def _kept(self, width: int) -> int:
         return max(1, round(self.rate * width))
