@@ -12,7 +12,7 @@ agent with the same data and seed.
 import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -25,29 +25,47 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edge_agent import data
 from edge_agent.data import ImageSet, Preprocess
+from models import SplitModel
 from orchestrator.config import DeviceConfig
 from wire.messages import Order
 
 Weights = Mapping[str, NDArray[np.float32]]
+AT_ONCE = 512  # images of one pass in evaluation mode
 
 
 @dataclass(frozen=True)
 class Job:
-    """One device's order, the images that it holds and the weights that it begins with."""
+    """One device's order and what it has for it.
+
+    Attributes:
+        order: all jobs of a stack have one learning rate, number of epochs and temperature.
+        images: that it holds.
+        start: weights that it begins with.
+        optimizer: what its optimizer kept of its last order (`Trained.optimizer`), or nothing.
+        teacher: logits (N, C) of its images, where the order brings them.
+    """
 
     order: Order
     images: ImageSet
     start: Weights
+    optimizer: Weights = field(default_factory=dict)
+    teacher: NDArray[np.float32] | None = None
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the distillation term."""
+        return 0.0 if self.teacher is None else self.order.alpha
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights after training; metrics by the names that an agent reports.
+    """Weights and optimizer after training; metrics by the names that an agent reports.
 
     `train_flops` counts convolutions and matrix products alone: 6 % less than an artifact states.
     """
 
     weights: Weights
+    optimizer: Weights
     metrics: dict[str, float]
 
 
@@ -65,9 +83,12 @@ def train(
     stack = _Stack(model, [job.start for job in jobs], device)
     anchor = [p.detach().clone() for p in stack.parameters]
     step = _optimizer(stack.parameters, config, jobs[0].order.lr)
+    _resume(step, stack, [job.optimizer for job in jobs], device)
+    alpha = torch.tensor([job.alpha for job in jobs], device=device)
+    temperature = jobs[0].order.temperature
     steps = [job.order.epochs * -(-len(job.images.y) // config.batch) for job in jobs]
     tallies = [np.zeros(2) for _ in jobs]
-    done: dict[int, Weights] = {}
+    done: dict[int, tuple[Weights, Weights]] = {}
     flops = _flops(model, config)
     batches = [_batches(job, config) for job in jobs]
     for number in range(max(steps)):
@@ -77,6 +98,15 @@ def train(
         logits = stack(x)
         losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
         losses = losses.view(y.shape).mean(1)
+        if alpha.any():
+            teacher = torch.from_numpy(np.stack([batch.teacher for batch in drawn])).to(device)
+            soft = F.kl_div(
+                F.log_softmax(logits / temperature, 2),
+                F.log_softmax(teacher / temperature, 2),
+                reduction="none",
+                log_target=True,
+            )
+            losses = losses + alpha * temperature**2 * soft.sum(2).mean(1)
         if mu := jobs[0].order.mu:
             pairs = zip(stack.parameters, anchor, strict=True)
             pulls = [(p - a).square().flatten(1).sum(1) for p, a in pairs]
@@ -91,11 +121,33 @@ def train(
                     tallies[k][:] = 0
                 tallies[k] += loss, correct
             if number + 1 == steps[k]:
-                done[k] = stack.weights(k)
+                done[k] = stack.weights(k), _kept(step, stack, k)
     return [
-        Trained(done[k], _metrics(steps[k], job.order.epochs, tallies[k], config.batch, flops))
+        Trained(*done[k], _metrics(steps[k], job.order.epochs, tallies[k], config.batch, flops))
         for k, job in enumerate(jobs)
     ]
+
+
+@torch.inference_mode()
+def extract(
+    model: SplitModel, images: ImageSet, config: DeviceConfig, device: torch.device
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Feature maps and logits of all images in their order and in evaluation mode, batch by batch.
+
+    Args:
+        model: with the device's weights.
+        images: that it holds.
+        config: its batch is that of a record.
+        device: where it is computed, many batches at once.
+    """
+    preprocess, at_once = Preprocess(config.mean, config.std), AT_ONCE // config.batch or 1
+    for _, pixels, valid in data.batches(images, at_once * config.batch):
+        x = np.empty((valid, *config.input), np.float32)
+        preprocess(pixels[:valid], out=x)
+        features, logits = (p.cpu().numpy() for p in model.extract(torch.from_numpy(x).to(device)))
+        for at in range(0, valid, config.batch):
+            end = at + config.batch
+            yield np.ascontiguousarray(features[at:end]), logits[at:end]
 
 
 def _metrics(
@@ -113,6 +165,7 @@ def _metrics(
 class _Batch(NamedTuple):
     x: NDArray[np.float32]
     y: NDArray[np.int64]
+    teacher: NDArray[np.float32]
     first: bool  # of its epoch
 
 
@@ -121,13 +174,15 @@ def _batches(job: Job, config: DeviceConfig) -> Iterator[_Batch]:
     preprocess = Preprocess(config.mean, config.std)
     order, images = job.order, job.images
     x = np.empty((config.batch, *config.input), np.float32)
+    silent = np.zeros((len(images.y), config.classes), np.float32)
+    teacher = silent if job.teacher is None else job.teacher
     for epoch in range(order.epochs):
         drawn = data.epoch(
             images, batch=config.batch, seed=order.seed + epoch, augment=order.augment
         )
         for number, (indices, pixels) in enumerate(drawn):
             preprocess(pixels, out=x)
-            batch = _Batch(x, images.y[indices], first=number == 0)
+            batch = _Batch(x, images.y[indices], teacher[indices], first=number == 0)
             yield batch
     while True:
         yield batch
@@ -145,7 +200,8 @@ class _Stack:
             .requires_grad_(name in trained)
             for name in starts[0]
         }
-        self.parameters = [part for name, part in self._parts.items() if name in trained]
+        self.trained = {name: part for name, part in self._parts.items() if name in trained}
+        self.parameters = list(self.trained.values())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor
@@ -176,6 +232,36 @@ def _optimizer(
         nesterov=config.momentum > 0,
         weight_decay=config.weight_decay,
     )
+
+
+def _resume(
+    step: torch.optim.Optimizer,
+    stack: _Stack,
+    kept: Sequence[Weights],
+    device: torch.device,
+) -> None:
+    """Let the optimizer go on where those of the devices were; a device's first begins at zero."""
+    slots = {key.split("/", 1)[0] for each in kept for key in each}
+    for name, part in stack.trained.items() if slots else ():
+        zero = np.zeros(part.shape[1:], np.float32)
+        state = step.state[part]
+        for slot in slots - {"step"}:
+            pieces = [each.get(f"{slot}/{name}", zero) for each in kept]
+            state[slot] = torch.from_numpy(np.stack(pieces)).to(device)
+        if "step" in slots:
+            state["step"] = torch.tensor(float(kept[0]["step/"]))
+
+
+def _kept(step: torch.optim.Optimizer, stack: _Stack, k: int) -> Weights:
+    """What the optimizer has of one copy: SLOT/TENSOR, and `step/`, which all tensors share."""
+    found = {}
+    for name, part in stack.trained.items():
+        for slot, value in step.state[part].items():
+            if slot == "step":
+                found["step/"] = np.array(float(value), np.float32)
+            elif value is not None:
+                found[f"{slot}/{name}"] = value[k].detach().cpu().numpy().copy()
+    return found
 
 
 @functools.cache

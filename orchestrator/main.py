@@ -59,7 +59,7 @@ def simulate(
     ] = 0,
     threads: Annotated[int, typer.Option(help="Of PyTorch and numpy; 0: theirs.", min=0)] = 0,
 ) -> None:
-    """Do a fedavg or feddropout run with its devices simulated in this process, by PyTorch."""
+    """Do a run with its devices simulated in this process, by PyTorch."""
     from orchestrator import simulate as simulation
 
     chosen = config.load(config_file)

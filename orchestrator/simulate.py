@@ -27,8 +27,8 @@ import edge_agent
 from edge_agent import data
 from edge_agent.data import ImageSet
 from edge_agent.work import encode_update
-from models import submodel
-from orchestrator import admit, cohort, launch, rounds
+from models import SplitModel, submodel
+from orchestrator import admit, cohort, distill, launch, rounds
 from orchestrator.cohort import Job, Trained
 from orchestrator.config import RunConfig
 from orchestrator.report import Report
@@ -40,8 +40,6 @@ from wire.errors import RunError, StillhouseError
 from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
 
 log = logging.getLogger("orchestrator")
-
-STRATEGIES = ("fedavg", "feddropout")
 
 
 def run(
@@ -60,14 +58,9 @@ def run(
         changed: called after each round.
 
     Raises:
-        RunError: the strategy cannot be simulated, or no shards are there.
+        RunError: no shards are there, or tiers go by memory.
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
     """
-    if config.strategy not in STRATEGIES:
-        raise RunError(
-            f"strategy {config.strategy!r} cannot be simulated, {' and '.join(STRATEGIES)} can; "
-            "run it with agents: orchestrator start"
-        )
     if any(tier.memory_mb for tier in config.submodel.tiers):
         raise RunError(
             "submodel.tiers: simulated devices have no memory to go by; name them instead, "
@@ -125,10 +118,14 @@ def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:
 
 def _variants(config: RunConfig) -> dict[float, Variant]:
     """Nothing is compiled: a keep rate is known by a digest of its own."""
-    found = {}
+    found, model, features = {}, launch.fresh(config), None
+    if isinstance(model, SplitModel):
+        with torch.inference_mode():
+            maps, _ = model.eval().extract(torch.zeros(1, *config.device.input))
+        features = tuple(maps.shape[1:])
     for rate in config.rates:
         digest = hashlib.sha256(f"{config.device.model}/{rate}".encode()).hexdigest()
-        found[rate] = Variant(rate, BlobRef(digest, 0, 1024))
+        found[rate] = Variant(rate, BlobRef(digest, 0, 1024), features)
     return found
 
 
@@ -144,7 +141,7 @@ class _Simulation:
         self._config, self._store, self._strategy = config, store, strategy
         self._images, self._stack = images, stack
         self._births = {name: _birth(name, held) for name, held in images.items()}
-        self._owed = _Owed(store.folder / "owed")
+        self._owed, self._own = _Kept(store.folder / "owed"), _Kept(store.folder / "own")
         whole = launch.fresh(config)
         layout = submodel.layout(whole, config.device.input) if not config.submodel.whole else None
         self._models = {
@@ -190,14 +187,13 @@ class _Simulation:
         """The cohort's results; devices of one keep rate are trained in stacks."""
         task, groups = self._strategy.task, defaultdict(list)
         for name, order in orders.items():
-            groups[order.artifact.digest].append(name)
-        for digest, names in groups.items():
+            # Adam counts its steps, and all devices of a stack have one count.
+            steps = self._mine(name, order).get("optimizer/step/")
+            groups[order.artifact.digest, 0.0 if steps is None else float(steps)].append(name)
+        for (digest, _), names in groups.items():
             size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)
             for at in range(0, len(names), size):
-                jobs = {
-                    name: Job(orders[name], self._images[name], self._received(orders[name]))
-                    for name in names[at : at + size]
-                }
+                jobs = {name: self._job(name, orders[name]) for name in names[at : at + size]}
                 done = cohort.train(
                     self._models[digest],
                     self._config.device,
@@ -206,28 +202,41 @@ class _Simulation:
                 )
                 for (name, job), trained in zip(jobs.items(), done, strict=True):
                     result = self._result(name, job, trained)
-                    assert job.order.state is not None  # noqa: S101 - weights travel in each order
-                    report.sent(name, job.order.state.size)
+                    given = (job.order.state, job.order.teacher)
+                    report.sent(name, sum(ref.size for ref in given if ref is not None))
                     report.received(name, sum(ref.size for ref in result.blobs.values()))
                     yield result
 
-    def _received(self, order: Order) -> cohort.Weights:
-        """The weights as the device decodes them."""
-        assert order.state is not None  # noqa: S101 - weights travel in each order
-        task = self._strategy.task
-        return tensors.load(task.blobs.path(order.state.digest), where="weights", most=task.values)
+    def _job(self, name: str, order: Order) -> Job:
+        """What the device has for an order: its own weights, where it brings none."""
+        task, images = self._strategy.task, self._images[name]
+        mine = self._mine(name, order)
+        start = _under("weights", mine) or task.initial
+        teacher = None
+        if order.state is not None:
+            path = task.blobs.path(order.state.digest)
+            start = tensors.load(path, where="weights", most=task.values)
+        if order.teacher is not None:
+            most = len(images.y) * self._config.device.classes
+            path = task.blobs.path(order.teacher.digest)
+            teacher = tensors.load(path, where="teacher logits", most=most)["logits"]
+        return Job(order, images, start, _under("optimizer", mine), teacher)
+
+    def _mine(self, name: str, order: Order) -> cohort.Weights:
+        """What the device kept of the round before, where it trains weights of its own."""
+        return {} if order.state else self._own.read(name, self._own.last(name, order.round))
 
     def _result(self, name: str, job: Job, trained: Trained) -> Result:
-        order = job.order
-        update = {n: trained.weights[n] - job.start[n] for n in sorted(job.start)}
-        blobs, fault = {}, ""
+        order, blobs, fault = job.order, {}, ""
         try:
-            packed, left = encode_update(order, update, self._owed.read(name, order))
-            blobs["update"] = self._strategy.task.blobs.put(packed)
-            if left is not None:
-                self._owed.write(name, order, left)
+            for what, spec in order.returns.items():
+                blobs[what] = self._payload(name, job, trained, what, spec)
         except StillhouseError as diverged:
             fault = str(diverged)
+        if order.state is None:
+            kept = {f"weights/{n}": array for n, array in trained.weights.items()}
+            kept |= {f"optimizer/{n}": array for n, array in trained.optimizer.items()}
+            self._own.write(name, order.round, kept, self._own.last(name, order.round))
         return Result(
             device=name,
             run=order.run,
@@ -241,29 +250,70 @@ class _Simulation:
             submodel=order.submodel,
         )
 
+    def _payload(self, name: str, job: Job, trained: Trained, what: str, spec: str) -> BlobRef:
+        """One of an order's payloads, as an agent packs it."""
+        order, blobs = job.order, self._strategy.task.blobs
+        weights = {n: trained.weights[n] for n in sorted(trained.weights)}
+        if what == "update":
+            update = {n: array - job.start[n] for n, array in weights.items()}
+            owed = self._owed.read(name, order.owed if order.feedback else 0)
+            packed, left = encode_update(order, update, owed)
+            if left is not None:
+                self._owed.write(name, order.sequence, left, order.owed)
+            return blobs.put(packed)
+        if what == "state":
+            return blobs.put(tensors.pack(tensors.weights(weights, spec), seed=order.seed))
+        model = distill.load(launch.fresh(self._config), weights).eval()
+        assert isinstance(model, SplitModel)  # noqa: S101 - the strategy saw its feature maps
+        model.to(self._strategy.task.torch_device)
+        done, labels = 0, job.images.y
+        with blobs.create() as sink:
+            for features, logits in cohort.extract(
+                model, job.images, self._config.device, self._strategy.task.torch_device
+            ):
+                end = done + len(logits)
+                record: list[tensors.Named] = [
+                    ("features", features, spec),
+                    ("logits", logits, "float32"),
+                    ("labels", labels[done:end].astype(np.uint16), "raw"),
+                ]
+                sink.write(tensors.pack(record, seed=order.seed + done))
+                done = end
+        return sink.ref
+
 
 @dataclass(frozen=True)
-class _Owed:
-    """What the codec left out of updates: files by device and sequence of the order."""
+class _Kept:
+    """What devices keep from order to order: files by device and number, 0 for nothing."""
 
     folder: Path
 
-    def read(self, device: str, order: Order) -> dict[str, NDArray[np.float32]]:
-        """What an order says is owed."""
-        return load_file(self._path(device, order.owed)) if order.feedback and order.owed else {}
+    def read(self, device: str, number: int) -> dict[str, NDArray[np.float32]]:
+        """What was kept under a number."""
+        return load_file(self._path(device, number)) if number else {}
 
-    def write(self, device: str, order: Order, left: cohort.Weights) -> None:
+    def last(self, device: str, before: int) -> int:
+        """The highest number below another."""
+        numbers = (int(path.stem) for path in (self.folder / device).glob("*.safetensors"))
+        return max((number for number in numbers if number < before), default=0)
+
+    def write(self, device: str, number: int, tensors: cohort.Weights, given: int) -> None:
         """Keep it, and what the order was given, for the order may be done anew."""
-        path = self._path(device, order.sequence)
+        path = self._path(device, number)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".new")
-        save_file(dict(left), partial)
+        save_file(dict(tensors), partial)
         partial.replace(path)
-        for old in set(path.parent.iterdir()) - {path, self._path(device, order.owed)}:
+        for old in set(path.parent.iterdir()) - {path, self._path(device, given)}:
             old.unlink()
 
     def _path(self, device: str, sequence: int) -> Path:
         return self.folder / device / f"{sequence}.safetensors"
+
+
+def _under(prefix: str, kept: cohort.Weights) -> dict[str, NDArray[np.float32]]:
+    start = f"{prefix}/"
+    return {n.removeprefix(start): array for n, array in kept.items() if n.startswith(start)}
 
 
 def _birth(name: str, images: ImageSet) -> Birth:

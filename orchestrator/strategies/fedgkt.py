@@ -101,6 +101,7 @@ class FedGKT:
         names = sorted(held)
         opened = [self._shelve(BlobRef(**held[n]["ref"]), held[n]["samples"]) for n in names]
         model = distill.load(self._server(), state.under("server")).to(task.torch_device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         step = distill.optimizer(model, config)
         _restore(step, state.under("optimizer"))
         samples = Samples(opened, task.torch_device)
@@ -193,3 +194,8 @@ def _restore(step: torch.optim.Optimizer, tensors: Mapping[str, Array]) -> None:
         number, name = path.split("/")
         slots.setdefault(int(number), {})[name] = torch.from_numpy(np.array(array))
     step.load_state_dict({**step.state_dict(), "state": slots})
+    # Fused optimizers walk through memory: each slot must lie there as its parameter does.
+    for parameter, own in step.state.items():
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                own[name] = torch.empty_like(parameter).copy_(value)

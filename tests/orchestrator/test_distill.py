@@ -94,6 +94,25 @@ def test_a_single_left_over_sample_is_no_trouble():
     assert np.isfinite(loss)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_training_goes_on_after_a_checkpoint_as_if_it_had_not_stopped(optimizer):
+    config = replace(CONFIG, optimizer=optimizer)
+    shards = [shard(24, 0)]
+    whole, step, _ = train(shards, config=config)
+    other = models.build("resnet10", classes=3, input_shape=(16, 8, 8))
+    other.load_state_dict(whole.state_dict())
+    other.to(memory_format=torch.channels_last)
+    again = distill.optimizer(other, config)
+    # As files keep them: in C order, whatever the order in memory was.
+    kept = {name: np.array(array, order="C") for name, array in _flat(step).items()}
+    _restore(again, {name.removeprefix("optimizer/"): array for name, array in kept.items()})
+    samples = Samples(shards, torch.device("cpu"))
+    for model, own in ((whole, step), (other, again)):
+        distill.train(model, own, samples, config, seed=1, progress=lambda *_: None)
+    for a, b in zip(whole.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_optimizer_survives_a_checkpoint():
     model, step, _ = train([shard(24, 0)])
     fresh = distill.optimizer(model, CONFIG)

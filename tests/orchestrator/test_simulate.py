@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from threadpoolctl import threadpool_info
 
 from edge_agent import data
@@ -165,6 +166,97 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
     assert_close(state.tensors, weights_of(config), start_of(config), 0.05)
 
 
+@pytest.fixture
+def gkt(config):
+    device = DeviceConfig(
+        model="resnet8", batch=16, lr=0.02, mean=(0.3,) * 3, std=(0.37,) * 3, features="float32"
+    )
+    return replace(
+        config,
+        strategy="fedgkt",
+        rounds=3,
+        device=device,
+        submodel=SubmodelConfig(),
+        server=ServerConfig(model="resnet10", epochs=1, batch=32, torch_device="cpu"),
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam", "lr": 0.001, "augment": True}],
+                         ids=["sgd", "adam-augment"])  # fmt: skip
+def test_fedgkt_with_agents_arrives_where_its_simulation_does(gkt, digits, tmp_path, settings):
+    """Devices keep weights and optimizer of their own; a teacher is there from round 2 on."""
+    gkt = replace(gkt, device=replace(gkt.device, **settings))
+    expected = simulate.run(gkt, digits).entries
+    real = replace(gkt, runs=tmp_path / "real")
+    images = simulate.read_shards(gkt, digits)
+    births = {name: simulate._birth(name, held) for name, held in images.items()}
+    own = {}
+    store = Store(real)
+    try:
+        variants = launch.prepare_variants(real, store)
+        task = launch.task(real, store, variants, launch.read_heldout(real), Report(real, store))
+        strategy = create(real.strategy, task)
+        state = strategy.begin()
+        for number, entry in enumerate(expected, 1):
+            orders = strategy.orders(
+                state, number, number, {name: births[name] for name in entry["cohort"]}
+            )
+            results = []
+            for name, order in orders.items():
+                desk = Desk(images[name], store.blobs, 1, lambda *_: None, threading.Event())
+                done = perform(order, open_artifact(store.folder / "artifact"), own.get(name), desk)
+                own[name] = tmp_path / f"{name}.safetensors"
+                save_file(done.own, own[name])
+                results.append(
+                    Result(name, order.run, order.sequence, number, len(images[name].y),
+                           blobs=done.blobs, metrics=done.metrics)
+                )  # fmt: skip
+                strategy.admit(state, order, results[-1])
+                same = entry["devices"][name]
+                assert done.metrics["train_loss"] == pytest.approx(same["train_loss"], rel=0.03)
+                assert sum(ref.size for ref in done.blobs.values()) == same["bytes_up"]
+            state, metrics = strategy.aggregate(state, orders, results)
+            assert metrics["server_loss"] == pytest.approx(entry["server_loss"], rel=0.03)
+    finally:
+        store.close()
+    assert len({name for entry in expected for name in entry["cohort"]}) == 3
+
+
+@pytest.mark.parametrize("strategy", ["fedgkt", "local"])
+def test_devices_with_weights_of_their_own_go_on_where_they_stopped(
+    gkt, digits, tmp_path, strategy
+):
+    gkt = replace(gkt, strategy=strategy)
+    simulate.run(gkt, digits)
+    halves = replace(gkt, runs=tmp_path / "halves")
+    simulate.run(replace(halves, rounds=1), digits)
+    simulate.run(replace(halves, rounds=2), digits)
+    simulate.run(halves, digits)
+    for name, array in weights_of(gkt).items():
+        assert np.array_equal(array, weights_of(halves)[name]), name
+
+
+def test_a_stack_of_devices_that_distil_trains_as_each_does_alone(gkt, digits):
+    images = simulate.read_shards(gkt, digits)
+    model, rng = launch.fresh(gkt), np.random.default_rng(0)
+    start = launch.distill.weights(model)
+    ref = BlobRef("ab" * 32, 1, 1024)
+    order = Order("run", 2, 2, ref, 1, 0.02, 7, {"state": "float32"}, teacher=ref, alpha=1.0,
+                  temperature=3.0, data_digest="ab" * 32)  # fmt: skip
+    cpu = torch.device("cpu")
+    jobs = []
+    for seed, held in enumerate(images.values()):
+        (before,) = cohort.train(model, gkt.device, [Job(order, held, start)], cpu)
+        teacher = rng.standard_normal((len(held.y), 10)).astype(np.float32) if seed else None
+        job = Job(replace(order, seed=seed), held, before.weights, before.optimizer, teacher)
+        jobs.append(job)
+    for job, trained in zip(jobs, cohort.train(model, gkt.device, jobs, cpu), strict=True):
+        (alone,) = cohort.train(model, gkt.device, [job], cpu)
+        assert_close(trained.weights, alone.weights, start, 0.01)
+        assert trained.optimizer.keys() == alone.optimizer.keys() != set()
+        assert trained.metrics == pytest.approx(alone.metrics, rel=1e-3)
+
+
 def test_keep_rate_1_is_fedavg_to_the_bit(config, digits, tmp_path):
     config = replace(config, submodel=SubmodelConfig())
     simulate.run(config, digits)
@@ -215,8 +307,9 @@ def test_error_feedback_survives_a_simulation_that_is_stopped(config, digits, tm
 
 
 def test_what_cannot_be_simulated_is_refused(config, digits, tmp_path):
-    with pytest.raises(RunError, match="'fedgkt' cannot be simulated, fedavg and feddropout can"):
-        simulate.run(replace(config, strategy="fedgkt", submodel=SubmodelConfig()), digits)
+    plain = replace(config, name="plain", strategy="fedgkt", submodel=SubmodelConfig())
+    with pytest.raises(RunError, match="'caldas_cnn' has no feature extractor"):
+        simulate.run(plain, digits)
     with pytest.raises(RunError, match=r"expected 2 or more files device-\*.npz, found 0"):
         simulate.run(config, tmp_path)
     tiers = SubmodelConfig(1.0, tiers=(Tier(0.5, memory_mb=512),))
