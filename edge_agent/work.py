@@ -196,7 +196,7 @@ def _extract(
     manifest = artifact.manifest
     run = Inference(artifact, "extract", state, threads=desk.threads)
     preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
-    spec, labels = order.returns["features"], desk.images.y
+    labels = desk.images.y
     right = done = batches = 0
     with desk.blobs.create() as sink:
         for indices, pixels, valid in data.batches(desk.images, manifest.micro_batch):
@@ -207,18 +207,43 @@ def _extract(
             logits = run.outputs["logits"][:valid]
             y = labels[indices[:valid]]
             right += int((logits.argmax(axis=1) == y).sum())
-            record = [
-                ("features", run.outputs["features"][:valid], spec),
-                ("logits", logits, "float32"),
-                ("labels", y.astype(np.uint16), "raw"),
-            ]
-            sink.write(tensors.pack(record, seed=order.seed + done))
+            sink.write(
+                feature_record(order, run.outputs["features"][:valid], logits, y, first=done)
+            )
             done += valid
             batches += 1
             desk.progress("extract", done, len(labels))
     metrics["extract_accuracy"] = right / len(labels)
     metrics["extract_flops"] = float(batches * manifest.graphs["extract"].flops)
     return sink.ref
+
+
+def feature_record(
+    order: Order,
+    features: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    *,
+    first: int,
+) -> bytes:
+    """One batch of the payload "features": (B, *shape), (B, C) and (B,), as it travels.
+
+    Args:
+        order: says the codec and the seed.
+        features: of neighbouring samples,
+        logits: of the same,
+        labels: and theirs.
+        first: number of the first of them.
+
+    Raises:
+        CodecError: training diverged.
+    """
+    record: list[tensors.Named] = [
+        ("features", features, order.returns["features"]),
+        ("logits", logits, "float32"),
+        ("labels", labels.astype(np.uint16), "raw"),
+    ]
+    return tensors.pack(record, seed=order.seed + first)
 
 
 def _teacher(order: Order, desk: Desk, classes: int) -> NDArray[np.float32] | None:

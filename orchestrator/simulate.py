@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 import edge_agent
 from edge_agent import data
 from edge_agent.data import ImageSet
-from edge_agent.work import encode_update
+from edge_agent.work import encode_update, feature_record
 from models import SplitModel, submodel
 from orchestrator import admit, cohort, distill, launch, rounds
 from orchestrator.cohort import Job, Trained
@@ -272,12 +272,8 @@ class _Simulation:
                 model, job.images, self._config.device, self._strategy.task.torch_device
             ):
                 end = done + len(logits)
-                record: list[tensors.Named] = [
-                    ("features", features, spec),
-                    ("logits", logits, "float32"),
-                    ("labels", labels[done:end].astype(np.uint16), "raw"),
-                ]
-                sink.write(tensors.pack(record, seed=order.seed + done))
+                own = labels[done:end]
+                sink.write(feature_record(order, features, logits, own, first=done))
                 done = end
         return sink.ref
 

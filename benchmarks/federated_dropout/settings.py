@@ -62,6 +62,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     ),
     "keep": tuple(Setting(f"keep {rate:g}", rate) for rate in (0.875, 0.75, 0.625, 0.5)),
     "units": (
+        Setting("keep 0.75", 0.75),
         Setting("keep 0.75, holders", 0.75, absent="holders"),
         Setting("keep 0.75, shared", 0.75, units="shared"),
         Setting("keep 0.75, ordered", 0.75, units="ordered"),
