@@ -15,6 +15,7 @@ from benchmarks.federated_dropout.settings import BASELINE, GROUPS, Setting, slu
 from orchestrator.config import RunConfig
 
 Record = dict[str, Any]
+DASHES = ("-", "--", ":")
 
 
 def keep(config: RunConfig, setting: Setting, folder: Path) -> None:
@@ -130,13 +131,14 @@ def draw(path: Path, data: str, group: str, records: list[Record]) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     lowest = 1.0
-    for name, mine in runs.items():
+    for number, (name, mine) in enumerate(runs.items()):
         # A run that was made longer was evaluated at its former end as well.
         rounds = sorted(set.intersection(*({int(r) for r in m["accuracy"]} for m in mine)))
         curves = [[100 * record["accuracy"][str(r)] for r in rounds] for record in mine]
         mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-        style = {"color": "black", "linewidth": 2} if name == BASELINE.name else {}
-        (line,) = axes.plot(rounds, mean, label=name, **style)  # type: ignore[arg-type]
+        dash = DASHES[number // 11 % len(DASHES)]  # a colour comes back after ten, and the baseline
+        style = {"color": "black", "linewidth": 2} if name == BASELINE.name else {"linestyle": dash}
+        (line,) = axes.plot(rounds, mean, label=name, **style)
         if len(mine) > 1:
             low, high = zip(*((min(v), max(v)) for v in zip(*curves, strict=True)), strict=True)
             axes.fill_between(rounds, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
