@@ -366,7 +366,7 @@ batch = 32
 epochs = 1
 lr = 0.05
 augment = true
-features = "identity|q=8"   # codec of the feature maps: float32, identity|q=N, hadamard|q=N
+features = "identity|q=8"   # codec of the feature maps: float32, identity|q=N, relu|q=4|zstd
 update = "float32"          # of weight updates, and of weights on their way down
 state = "float32"           # (feddropout, fedavg): "hadamard|q=4", "eden|b=2/float16", ...
 
