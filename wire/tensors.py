@@ -225,11 +225,13 @@ def load(
     Raises:
         WireError: the file is not one intact frame, or as `unpack`.
     """
-    data = path.read_bytes()
-    try:
-        frame = frames.decode(data, max_bytes=len(data))
-    except FrameError as fault:
-        raise FrameError(f"{where}: {fault}") from fault
+    with path.open("rb") as file:
+        try:
+            (frame,) = frames.read(file, max_bytes=path.stat().st_size)
+        except FrameError as fault:
+            raise FrameError(f"{where}: {fault}") from fault
+        except ValueError as fault:
+            raise FrameError(f"{where}: expected one frame ({fault})") from fault
     return unpack(frame, where=where, most=most, spec=spec)
 
 
