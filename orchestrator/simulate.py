@@ -83,8 +83,8 @@ def run(
 def hold_threads(number: int) -> None:
     """Train and encode with so many threads.
 
-    Without a limit numpy's matrix products take all cores, and where others use them too a codec
-    takes 15 times as long (measured with two processes on two cores).
+    Without a limit numpy's matrix products take all cores, and where others use them too a codec's
+    rotations take 15 times as long (measured with two processes on two cores).
     """
     torch.set_num_threads(number)
     threadpool_limits(number, user_api="blas")
