@@ -47,7 +47,7 @@ import models
 from benchmarks import command
 from orchestrator import datasets, distill, shards
 from orchestrator.config import ServerConfig
-from orchestrator.samples import Samples
+from orchestrator.samples import Samples, Source
 from wire import codecs, tensors
 
 REFERENCE, OURS = "reference", "stillhouse"
@@ -175,7 +175,7 @@ def _contenders(
         made.load_state_dict(start)
         return made.to(device)
 
-    samples = Samples(opened, device)
+    samples = Samples([*map(Source, opened)], device)
     found = [_reference(plain, opened, model(), device)]
     low = replace(plain, precision="bfloat16")
     found.append(_ours(OURS, plain, samples, model()))
@@ -206,10 +206,10 @@ def _reference(
     """Batches of float32 arrays by device, as the published code keeps and walks them."""
     batches = []
     for shard in opened:
-        drawn = Samples([shard], torch.device("cpu"))
+        drawn = Samples([Source(shard)], torch.device("cpu"))
         for at in np.split(np.arange(len(shard)), range(config.batch, len(shard), config.batch)):
             one = drawn.draw(at)
-            batches.append([np.ascontiguousarray(part.numpy()) for part in one])
+            batches.append([np.ascontiguousarray(part.numpy()) for part in one[:3]])
     step = torch.optim.Adam(model.parameters(), config.lr, weight_decay=config.weight_decay)
     total = sum(len(shard) for shard in opened)
 

@@ -252,7 +252,7 @@ class Agent:
         if order.feedback:
             path = self.config.state / _owed(order.run, order.owed)
             return path if path.exists() else None
-        name = self.journal.weights_file(order.run, order.artifact.digest)
+        name = self.journal.weights_file(order.run)
         return self.config.state / name if name else None
 
     def _ended(self, order: Order, outcome: Outcome | StillhouseError) -> None:

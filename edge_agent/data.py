@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 PAD = 4  # pixels on each side of the image that a crop may reach into
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Streams of a seed; the payload codecs draw from low numbers of the same seed.
-_SHUFFLE, _AUGMENT = 1 << 62, 1 << 63
+_SHUFFLE, _VIEW, _AUGMENT = 1 << 62, 3 << 61, 1 << 63
+PLAIN, MIRRORED = 0, 1  # the two views that are not drawn
 
 Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
@@ -269,48 +270,98 @@ class Preprocess:
         return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
 
+class Looks(NamedTuple):
+    """How each of N samples is looked at: a crop of it with `PAD` zeros around, then a flip.
+
+    Attributes:
+        rows, columns: (N,) int64, 0 to 2 PAD; where the crop begins, `PAD` for none.
+        flips: (N,) bool, whether it is mirrored, left for right.
+    """
+
+    rows: Indices
+    columns: Indices
+    flips: NDArray[np.bool_]
+
+    def of(self, chosen: Indices) -> "Looks":
+        """Those of some samples."""
+        return Looks(self.rows[chosen], self.columns[chosen], self.flips[chosen])
+
+    @property
+    def plain(self) -> bool:
+        """Whether samples stay as they are."""
+        return bool((self.rows == PAD).all() and (self.columns == PAD).all()) and not any(
+            self.flips
+        )
+
+
+def looks(view: int, n: int) -> Looks:
+    """A view of `n` samples: each sample's look, by its number.
+
+    Args:
+        view: `PLAIN`, `MIRRORED`, or the seed of looks that are drawn.
+        n: how many samples there are.
+    """
+    if view not in (PLAIN, MIRRORED):
+        return drawn(seeds.raw(view, _VIEW, 3 * n))
+    middle = np.full(n, PAD)
+    return Looks(middle, middle, np.full(n, view == MIRRORED))
+
+
+def drawn(raw: NDArray[np.uint64]) -> Looks:
+    """Looks made of random integers (3 N,): row offsets, then column offsets, then flips."""
+    rows, columns, flips = raw.reshape(3, -1)
+    places = np.uint64(2 * PAD + 1)
+    offsets = (rows % places).astype(np.int64), (columns % places).astype(np.int64)
+    return Looks(*offsets, (flips & np.uint64(1)).astype(bool))
+
+
 def epoch(
-    images: ImageSet, *, batch: int, seed: int, augment: bool
+    images: ImageSet, *, batch: int, seed: int, augment: bool, view: int = PLAIN
 ) -> Iterator[tuple[Indices, Pixels]]:
     """One pass in random order: (indices (B,), pixels uint8 (B, H, W, C)), ceil(N / B) times.
 
     The last batch is filled up from the head of the same permutation, and again where N < B.
-    `seed` means this epoch: give each epoch its own.
+    `seed` means this epoch: give each epoch its own. Another view than `PLAIN` shows the images
+    so, and `augment` is of no effect then.
     """
     n = len(images.y)
     order = np.argsort(seeds.raw(seed, _SHUFFLE, n), kind="stable").astype(np.int64)
     order = np.resize(order, -(-n // batch) * batch)  # numpy repeats it
+    shown = looks(view, n)
     for number, indices in enumerate(order.reshape(-1, batch)):
         pixels = images.x[indices]
-        if augment:
-            pixels = _augment(pixels, seeds.raw(seed, _AUGMENT + number, 3 * batch))
+        if view != PLAIN:
+            pixels = look(pixels, shown.of(indices))
+        elif augment:
+            pixels = look(pixels, drawn(seeds.raw(seed, _AUGMENT + number, 3 * batch)))
         yield indices, pixels
 
 
-def batches(images: ImageSet, batch: int) -> Iterator[tuple[Indices, Pixels, int]]:
+def batches(
+    images: ImageSet, batch: int, view: int = PLAIN
+) -> Iterator[tuple[Indices, Pixels, int]]:
     """Samples 0..N-1 in order: (indices (B,), pixels uint8 (B, H, W, C), valid).
 
     Only the first `valid` of a batch count: all B, but in the last one, which is filled up from
     sample 0 on.
     """
     n = len(images.y)
-    order = np.resize(np.arange(n), -(-n // batch) * batch)
+    order, shown = np.resize(np.arange(n), -(-n // batch) * batch), looks(view, n)
     for number, indices in enumerate(order.reshape(-1, batch)):
-        yield indices, images.x[indices], min(batch, n - number * batch)
+        pixels = images.x[indices] if view == PLAIN else look(images.x[indices], shown.of(indices))
+        yield indices, pixels, min(batch, n - number * batch)
 
 
-def _augment(pixels: Pixels, raw: NDArray[np.uint64]) -> Pixels:
-    """Crop and flip: `raw` (3 B) gives row offsets, then column offsets, then flips."""
+def look(pixels: Pixels, how: Looks) -> Pixels:
+    """Crop and flip images, uint8 (B, H, W, C)."""
     count, height, width, channels = pixels.shape
-    rows, columns, flips = raw.reshape(3, count)
-    places = np.uint64(2 * PAD + 1)
     padded = np.zeros((count, height + 2 * PAD, width + 2 * PAD, channels), np.uint8)
     padded[:, PAD:-PAD, PAD:-PAD] = pixels
     # Rows as runs of bytes: a crop copies width * channels bytes at a time. (B, 9, 9, H, W C)
     lines = padded.reshape(count, height + 2 * PAD, -1)
     crops = sliding_window_view(lines, (height, width * channels), axis=(1, 2))[:, :, ::channels]
-    chosen: Pixels = crops[np.arange(count), rows % places, columns % places].reshape(pixels.shape)
-    mirrored = np.flatnonzero(flips & np.uint64(1))
+    chosen: Pixels = crops[np.arange(count), how.rows, how.columns].reshape(pixels.shape)
+    mirrored = np.flatnonzero(how.flips)
     straight = chosen[mirrored]
     flipped = np.empty_like(straight)
     for c in range(channels):  # a channel at a time is 4x faster than reversing 3-byte pixels

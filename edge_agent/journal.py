@@ -68,9 +68,9 @@ class Journal:
                 (messages.encode(result), order.run, order.sequence),
             )
             if weights_file:
+                self._db.execute("DELETE FROM weights WHERE run = ?", (order.run,))
                 self._db.execute(
-                    "INSERT INTO weights VALUES (?, ?, ?) "
-                    "ON CONFLICT (run, artifact) DO UPDATE SET file = excluded.file",
+                    "INSERT INTO weights VALUES (?, ?, ?)",
                     (order.run, order.artifact.digest, weights_file),
                 )
 
@@ -81,11 +81,9 @@ class Journal:
                 "UPDATE work SET receipted = 1 WHERE run = ? AND sequence = ?", (run, sequence)
             )
 
-    def weights_file(self, run: str, artifact: str) -> str | None:
+    def weights_file(self, run: str) -> str | None:
         """The name of the file with the device's own weights for a run, if it has trained any."""
-        row = self._db.execute(
-            "SELECT file FROM weights WHERE run = ? AND artifact = ?", (run, artifact)
-        ).fetchone()
+        row = self._db.execute("SELECT file FROM weights WHERE run = ?", (run,)).fetchone()
         return row[0] if row else None
 
     def weights_files(self) -> set[str]:

@@ -127,6 +127,7 @@ class Inference:
     Attributes:
         x: the bound input buffer, (B, *input) float32.
         outputs: the bound output buffers by name (`logits`, and of `extract` also `features`).
+        flops: of one pass.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class Inference:
                 "graph; features come only from split models such as resnet8"
             )
         graph = artifact.manifest.graphs[kind]
+        self.flops = graph.flops
         self._session = _session(artifact, graph, threads, flush_denormals=flush_denormals)
         self.outputs: State = {o.name: np.empty(o.shape, o.dtype) for o in graph.outputs}
         inputs = {

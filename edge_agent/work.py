@@ -2,8 +2,8 @@
 
 Training follows FedGKT (He et al. 2020, algorithm 1) where the order brings teacher logits, and
 local SGD (FedAvg) where it does not; the agent does not know which it is part of. Features leave
-in evaluation mode, without augmentation, in the order of the samples: what comes back as teacher
-logits is keyed by sample.
+in evaluation mode, of the views that the order names and in the order of the samples: what comes
+back as teacher logits is keyed by sample and view.
 """
 
 import logging
@@ -68,7 +68,8 @@ def perform(order: Order, artifact: Artifact, own: Path | None, desk: Desk) -> O
         order: its blobs are in `desk.blobs`.
         artifact: the one that the order names, verified.
         own: safetensors of what an earlier order of this run left (`Outcome.own`), or None; with
-            error feedback, of the order that `order.owed` names.
+            error feedback, of the order that `order.owed` names. Of another artifact of the model,
+            what both have is taken over.
         desk: images, blob store, threads, progress, cancellation.
 
     Raises:
@@ -82,28 +83,29 @@ def perform(order: Order, artifact: Artifact, own: Path | None, desk: Desk) -> O
     counts = meter.Meter()
     start = load_file(artifact.weights)
     values = sum(array.size for array in start.values())
-    given = _read(desk.blobs, order.state, values) if order.state else None
-    if given is not None:
-        _fit(given, start)
-        start |= given
-    elif own is not None:
-        start = _own(own, start)
+    given = _read(desk.blobs, order.state, values) if order.state else {}
+    mine = order.own or order.state is None
+    if mine and own is not None:
+        kept = _own(own)
+        start |= {n: kept[n] for n in start if n in kept and kept[n].shape == start[n].shape}
+    _fit(given, start)
+    start |= given
     state: State = start
     if order.epochs:
         with counts.phase("train"):
             state = _train(order, artifact, start, desk, counts.metrics)
     blobs: dict[str, BlobRef] = {}
-    left = state if given is None and order.epochs else None
-    kept = sorted(spec.name for spec in manifest.state_of("parameter", "buffer"))
+    left = state if mine and order.epochs else None
+    sent = sorted(spec.name for spec in manifest.state_of("parameter", "buffer"))
     for what, spec in order.returns.items():
-        if what == "features":
+        if what in ("features", "logits"):
             with counts.phase("extract"):
                 blobs[what] = _extract(order, artifact, state, desk, counts.metrics)
             continue
-        named = {name: state[name] for name in kept}
+        named = {name: state[name] for name in sent}
         if what == "update":
             owed = _owed(own, start) if order.feedback and own is not None else {}
-            named = {name: state[name] - start[name] for name in kept}
+            named = {name: state[name] - start[name] for name in sent}
             packed, left = encode_update(order, named, owed)
         else:
             packed = tensors.pack(tensors.weights(named, spec), seed=order.seed)
@@ -167,7 +169,13 @@ def _train(
         seed = order.seed + epoch
         loss = correct = 0.0
         for i, (indices, pixels) in enumerate(
-            data.epoch(desk.images, batch=manifest.batch, seed=seed, augment=order.augment)
+            data.epoch(
+                desk.images,
+                batch=manifest.batch,
+                seed=seed,
+                augment=order.augment,
+                view=order.view,
+            )
         ):
             if desk.cancel.is_set():
                 raise CancelledError("a newer order replaced this one")
@@ -188,39 +196,43 @@ def _train(
 
 
 def _extract(
-    order: Order, artifact: Artifact, state: State, desk: Desk, metrics: dict[str, float]
+    order: Order,
+    artifact: Artifact,
+    state: State,
+    desk: Desk,
+    metrics: dict[str, float],
 ) -> BlobRef:
     """Write one record a batch, so that memory stays that of a batch."""
     from edge_agent.trainer import Inference
 
-    manifest = artifact.manifest
-    run = Inference(artifact, "extract", state, threads=desk.threads)
+    manifest, maps = artifact.manifest, "features" in order.returns
+    run = Inference(artifact, "extract" if maps else "eval", state, threads=desk.threads)
     preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
-    labels = desk.images.y
-    right = done = batches = 0
+    labels, done, batches, right = desk.images.y, 0, 0, 0
+    total = len(labels) * len(order.views)
     with desk.blobs.create() as sink:
-        for indices, pixels, valid in data.batches(desk.images, manifest.micro_batch):
-            if desk.cancel.is_set():
-                raise CancelledError("a newer order replaced this one")
-            preprocess(pixels, out=run.x)
-            run()
-            logits = run.outputs["logits"][:valid]
-            y = labels[indices[:valid]]
-            right += int((logits.argmax(axis=1) == y).sum())
-            sink.write(
-                feature_record(order, run.outputs["features"][:valid], logits, y, first=done)
-            )
-            done += valid
-            batches += 1
-            desk.progress("extract", done, len(labels))
-    metrics["extract_accuracy"] = right / len(labels)
-    metrics["extract_flops"] = float(batches * manifest.graphs["extract"].flops)
+        for view in order.views:
+            for indices, pixels, valid in data.batches(desk.images, manifest.micro_batch, view):
+                if desk.cancel.is_set():
+                    raise CancelledError("a newer order replaced this one")
+                preprocess(pixels, out=run.x)
+                run()
+                logits = run.outputs["logits"][:valid]
+                y = labels[indices[:valid]]
+                right += int((logits.argmax(axis=1) == y).sum())
+                features = run.outputs["features"][:valid] if maps else None
+                sink.write(extract_record(order, features, logits, y, first=done))
+                done += valid
+                batches += 1
+                desk.progress("extract", done, total)
+    metrics["extract_accuracy"] = right / total
+    metrics["extract_flops"] = float(batches * run.flops)
     return sink.ref
 
 
-def feature_record(
+def extract_record(
     order: Order,
-    features: NDArray[np.float32],
+    features: NDArray[np.float32] | None,
     logits: NDArray[np.float32],
     labels: NDArray[np.int64],
     *,
@@ -230,19 +242,21 @@ def feature_record(
 
     Args:
         order: says the codec and the seed.
-        features: of neighbouring samples,
+        features: of neighbouring samples; None for the payload "logits", which has only these.
         logits: of the same,
         labels: and theirs.
-        first: number of the first of them.
+        first: number of the first of them, all views counted.
 
     Raises:
         CodecError: training diverged.
     """
-    record: list[tensors.Named] = [
-        ("features", features, order.returns["features"]),
-        ("logits", logits, "float32"),
-        ("labels", labels.astype(np.uint16), "raw"),
-    ]
+    record: list[tensors.Named] = [("logits", logits, order.returns.get("logits", "float32"))]
+    if features is not None:
+        record = [
+            ("features", features, order.returns["features"]),
+            ("logits", logits, "float32"),
+            ("labels", labels.astype(np.uint16), "raw"),
+        ]
     return tensors.pack(record, seed=order.seed + first)
 
 
@@ -266,16 +280,16 @@ def _read(blobs: BlobStore, ref: BlobRef, most: int) -> State:
     return tensors.load(blobs.path(ref.digest), where=f"blob {ref.digest:.12}", most=most)
 
 
-def _own(path: Path, start: State) -> State:
+def _own(path: Path) -> State:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as fault:
         log.warning("%s cannot be read (%s); going on without it", path, fault)
-        return start
+        return {}
 
 
 def _owed(path: Path, start: State) -> State:
-    owed = _own(path, {})
+    owed = _own(path)
     if any(name not in start or array.shape != start[name].shape for name, array in owed.items()):
         log.warning("%s is of another sub-model; going on without it", path)
         return {}

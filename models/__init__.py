@@ -1,7 +1,7 @@
 """PyTorch definitions of the networks, the registry that makes them by name, and sub-models."""
 
 from models.average import Average
-from models.registry import SplitModel, build, input_shape, names
+from models.registry import SplitModel, build, freeze, input_shape, names
 from models.submodel import layout, narrow
 from models.units import Layout, Units, choose, cut, digest, kept, paste, places
 
@@ -14,6 +14,7 @@ __all__ = [
     "choose",
     "cut",
     "digest",
+    "freeze",
     "input_shape",
     "kept",
     "layout",

@@ -3,13 +3,14 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from models.allconv import AllCNN
 from models.caldas import CaldasCNN
-from models.resnet import DeviceResNet, ServerResNet
+from models.resnet import DeviceResNet, ResNet, ServerResNet
 from wire.errors import StillhouseError
 
 Shape = tuple[int, int, int]
@@ -31,12 +32,18 @@ class _Entry:
     shape: Shape
 
 
-def _device(classes: int, shape: Shape) -> nn.Module:
-    return DeviceResNet(classes, shape[0])
+def _device(depth: int, cut: int = 0) -> _Entry:
+    return _Entry(
+        lambda classes, shape: DeviceResNet(classes, shape[0], depth=depth, cut=cut), (3, 32, 32)
+    )
 
 
 def _server(n: int) -> _Entry:
     return _Entry(lambda classes, shape: ServerResNet(classes, n, shape[0]), (16, 32, 32))
+
+
+def _whole(n: int) -> _Entry:
+    return _Entry(lambda classes, shape: ResNet(classes, n, shape[0]), (3, 32, 32))
 
 
 def _caldas(classes: int, shape: Shape) -> nn.Module:
@@ -44,11 +51,19 @@ def _caldas(classes: int, shape: Shape) -> nn.Module:
 
 
 _MODELS = {
-    "resnet8": _Entry(_device, (3, 32, 32)),
+    "resnet8": _device(8),
+    "resnet8-block1": _device(8, cut=1),
+    "resnet8-block2": _device(8, cut=2),
+    "resnet4": _device(4),
+    "resnet6": _device(6),
     "resnet10": _server(1),
     "resnet19": _server(2),
     "resnet55": _server(6),
     "resnet109": _server(12),
+    "resnet11": _whole(1),
+    "resnet20": _whole(2),
+    "resnet56": _whole(6),
+    "resnet110": _whole(12),
     "caldas_cnn": _Entry(_caldas, (1, 28, 28)),
     "allconv": _Entry(AllCNN, (3, 32, 32)),
 }
@@ -98,3 +113,14 @@ def _entry(name: str) -> _Entry:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise StillhouseError(f"no model is named {name!r}; {hint}known are: {', '.join(_MODELS)}")
     return _MODELS[name]
+
+
+def freeze(model: SplitModel) -> None:
+    """Let the extractor stay as it is in training: parameters, and statistics of batch norm."""
+
+    def stay(extractor: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
+        return nn.Module.train(extractor, mode=False)
+
+    model.extractor.requires_grad_(requires_grad=False)
+    model.extractor.train = MethodType(stay, model.extractor)  # type: ignore[method-assign]
+    model.extractor.eval()

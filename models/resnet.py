@@ -7,8 +7,10 @@ two blocks, the server takes the stem's feature map H and holds the rest of a Re
     device   x (N,3,32,32) -> stem -> H (N,16,32,32) -> 2 blocks -> pool -> FC -> logits (N,classes)
     server                           H (N,16,32,32) -> 3n blocks -> pool -> FC -> logits (N,classes)
 
-A block is conv1x1, conv3x3 (which carries the stride), conv1x1 to four times the planes, each
-followed by batch norm; the shortcut is a 1x1 projection where the shape changes.
+A whole ResNet-(9n+2) is the stem and the server half in one module. A block is conv1x1, conv3x3
+(which carries the stride), conv1x1 to four times the planes, each followed by batch norm; the
+shortcut is a 1x1 projection where the shape changes. The devices ResNet-4 and ResNet-6 have basic
+blocks instead, two conv3x3 each, and send the same H as ResNet-8.
 """
 
 from collections.abc import Iterator
@@ -47,25 +49,50 @@ class Bottleneck(nn.Module):
         return F.relu(y + self.shortcut(x))
 
 
-class DeviceResNet(nn.Module):
-    """The device half, ResNet-8: a small classifier whose stem is the feature extractor W_e.
+class Basic(nn.Module):
+    """One basic block with an identity shortcut: (N, planes, H, W) -> (N, planes, H, W)."""
 
-    10,586 parameters with 3 input channels and 10 classes, 464 of them in the extractor.
+    def __init__(self, planes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output, after the last ReLU."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + x)
+
+
+class DeviceResNet(nn.Module):
+    """The device half: a small classifier whose stem is the feature extractor W_e.
+
+    ResNet-8 has 10,586 parameters with 3 input channels and 10 classes, 464 of them in the stem.
+
+    Args:
+        classes: number of logits.
+        channels: of the images.
+        depth: 4 or 6, with one or two basic blocks, or 8, with two bottleneck blocks.
+        cut: how many of the blocks belong to the extractor, too. H then has 64 channels at depth 8.
+            One seed gives the same weights for each cut.
     """
 
-    def __init__(self, classes: int, channels: int = 3) -> None:
+    def __init__(self, classes: int, channels: int = 3, *, depth: int = 8, cut: int = 0) -> None:
         super().__init__()
-        self.extractor = nn.Sequential(
-            nn.Conv2d(channels, STEM_PLANES, 3, padding=1, bias=False),
-            nn.BatchNorm2d(STEM_PLANES),
-            nn.ReLU(),
+        stem, width = _stem(channels), EXPANSION * 16 if depth == 8 else STEM_PLANES
+        blocks: list[nn.Module] = (
+            [*_stage(STEM_PLANES, 16, blocks=2, stride=1)]
+            if depth == 8
+            else [Basic(STEM_PLANES) for _ in range(depth // 2 - 1)]
         )
-        self.blocks = nn.Sequential(*_stage(STEM_PLANES, 16, blocks=2, stride=1))
-        self.fc = nn.Linear(EXPANSION * 16, classes)
+        self.extractor = nn.Sequential(*stem, *blocks[:cut])
+        self.blocks = nn.Sequential(*blocks[cut:])
+        self.fc = nn.Linear(width, classes)
         _initialise(self)
 
     def extract(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Feature map H (N, 16, H, W) and logits (N, classes) of images x (N, channels, H, W)."""
+        """Feature map H (N, 16 or 64, H, W) and logits (N, classes) of x (N, channels, H, W)."""
         features = self.extractor(x)
         pooled = torch.flatten(F.adaptive_avg_pool2d(self.blocks(features), 1), 1)
         return features, self.fc(pooled)
@@ -93,6 +120,30 @@ class ServerResNet(nn.Module):
         pooled = torch.flatten(F.adaptive_avg_pool2d(self.stages(features), 1), 1)
         logits: Tensor = self.fc(pooled)
         return logits
+
+
+class ResNet(nn.Module):
+    """All of ResNet-(9n+2) in one place: what FedGKT's two halves are compared with."""
+
+    def __init__(self, classes: int, n: int, channels: int = 3) -> None:
+        super().__init__()
+        self.extractor = _stem(channels)
+        self.rest = ServerResNet(classes, n)
+        _initialise(self.extractor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of images x (N, channels, H, W)."""
+        logits: Tensor = self.rest(self.extractor(x))
+        return logits
+
+
+def _stem(channels: int) -> nn.Sequential:
+    """Images (N, channels, H, W) -> H (N, 16, H, W)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, STEM_PLANES, 3, padding=1, bias=False),
+        nn.BatchNorm2d(STEM_PLANES),
+        nn.ReLU(),
+    )
 
 
 def _stage(inputs: int, planes: int, *, blocks: int, stride: int) -> Iterator[Bottleneck]:

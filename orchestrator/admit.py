@@ -148,6 +148,25 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
         raise AdmissionError(f"label {int(record['labels'].max())} of {classes} classes")
 
 
+def logits(record: Mapping[str, Array], classes: int, room: int) -> None:
+    """Look over one batch of logits (n, classes) that came without feature maps.
+
+    Raises:
+        AdmissionError: a name, shape, dtype or count is wrong, or a value is not finite or absurd.
+    """
+    if set(record) != {"logits"}:
+        raise AdmissionError(f"expected logits, got {sorted(record)}")
+    array = record["logits"]
+    if array.dtype != np.float32 or array.shape != (len(array), classes):
+        raise AdmissionError(
+            f"logits: expected float32 [n, {classes}], got {array.dtype.name} {list(array.shape)}"
+        )
+    if not 1 <= len(array) <= room:
+        raise AdmissionError(f"{len(array)} samples where at most {room} were announced")
+    if not np.abs(array).max() <= MAX_VALUE:  # or NaN
+        raise AdmissionError(f"logits hold values that are not finite or above {MAX_VALUE:g}")
+
+
 def plausible(samples: int, classes: int, size: int) -> None:
     """Whether a payload of `size` bytes can hold so many samples, before room is made for them.
 

@@ -130,7 +130,11 @@ def train(
 
 @torch.inference_mode()
 def extract(
-    model: SplitModel, images: ImageSet, config: DeviceConfig, device: torch.device
+    model: SplitModel,
+    images: ImageSet,
+    config: DeviceConfig,
+    device: torch.device,
+    view: int = data.PLAIN,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Feature maps and logits of all images in their order and in evaluation mode, batch by batch.
 
@@ -139,9 +143,10 @@ def extract(
         images: that it holds.
         config: its batch is that of a record.
         device: where it is computed, many batches at once.
+        view: of the images.
     """
     preprocess, at_once = Preprocess(config.mean, config.std), AT_ONCE // config.batch or 1
-    for _, pixels, valid in data.batches(images, at_once * config.batch):
+    for _, pixels, valid in data.batches(images, at_once * config.batch, view):
         x = np.empty((valid, *config.input), np.float32)
         preprocess(pixels[:valid], out=x)
         features, logits = (p.cpu().numpy() for p in model.extract(torch.from_numpy(x).to(device)))
@@ -178,7 +183,11 @@ def _batches(job: Job, config: DeviceConfig) -> Iterator[_Batch]:
     teacher = silent if job.teacher is None else job.teacher
     for epoch in range(order.epochs):
         drawn = data.epoch(
-            images, batch=config.batch, seed=order.seed + epoch, augment=order.augment
+            images,
+            batch=config.batch,
+            seed=order.seed + epoch,
+            augment=order.augment,
+            view=order.view,
         )
         for number, (indices, pixels) in enumerate(drawn):
             preprocess(pixels, out=x)
@@ -193,7 +202,7 @@ class _Stack:
 
     def __init__(self, model: nn.Module, starts: Sequence[Weights], device: torch.device) -> None:
         self._model = copy.deepcopy(model).to(device).train()
-        trained = {name for name, _ in model.named_parameters()}
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
         self._parts = {
             name: torch.from_numpy(np.stack([start[name] for start in starts]))
             .to(device)

@@ -4,7 +4,7 @@ import fnmatch
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from wire import codecs, records, tensors, topics
 from wire.link import BrokerAddress
@@ -62,6 +62,9 @@ class CohortConfig:
         wait_s: once `min_devices` are there, wait so long for more, unless `max_devices` are there.
         quorum: the round closes when this share of the cohort has returned.
         deadline_s: the round closes then with whoever has returned.
+        carry_rounds: an order that is not answered when its round closes stays open for so many
+            more, and its result counts in the round that it arrives in (fedgkt, local); until
+            then the device is given no other. 0: late results are refused.
         max_weight: a device counts in an average of weights at most so many times as much as the
             median one: nobody can check how many samples it says to have.
     """
@@ -71,9 +74,12 @@ class CohortConfig:
     wait_s: float = 10.0
     quorum: float = 1.0
     deadline_s: float = 600.0
+    carry_rounds: int = 0
     max_weight: float = 10.0
 
     def __post_init__(self) -> None:
+        if self.carry_rounds < 0:
+            raise ValueError(f"carry_rounds: expected 0 or more, got {self.carry_rounds}")
         if not 1 <= self.max_weight < math.inf:
             raise ValueError(f"max_weight: expected 1 or more, got {self.max_weight}")
         if self.min_devices < 1 or (self.max_devices and self.max_devices < self.min_devices):
@@ -86,11 +92,37 @@ class CohortConfig:
 
 
 @dataclass(frozen=True)
+class Other:
+    """Devices that train another model than the rest.
+
+    Attributes:
+        model: a registry name.
+        devices: a pattern of names, `zero-*`.
+    """
+
+    model: str
+    devices: str
+
+
+class Recipe(NamedTuple):
+    """What a training artifact is made of, besides what all devices share.
+
+    `frozen`: the extractor stays as it is, batch norm's statistics included.
+    """
+
+    model: str
+    keep_rate: float = 1.0
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
 class DeviceConfig:
     """What each device trains, and how its payloads are coded.
 
     Attributes:
         model: a registry name.
+        others: devices with another model, the first that holds a device decides (fedgkt, local);
+            their feature maps must have the same shape.
         classes, input: number of classes; channels, height, width.
         mean, std: of the pixels on the 0..1 scale, per channel.
         batch, epochs, lr, optimizer, momentum, weight_decay: of local training.
@@ -121,6 +153,17 @@ class DeviceConfig:
     update: str = "float32"
     state: str = "float32"
     feedback: bool = False
+    others: tuple[Other, ...] = ()
+
+    def model_of(self, device: str) -> str:
+        """The registry name of a device's model."""
+        fits = (other.model for other in self.others if fnmatch.fnmatchcase(device, other.devices))
+        return next(fits, self.model)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that a device may train, `model` first."""
+        return tuple(dict.fromkeys([self.model, *(other.model for other in self.others)]))
 
     def __post_init__(self) -> None:
         codecs.parse(self.features)
@@ -216,12 +259,58 @@ def check_keep_rate(rate: float) -> None:
 
 
 @dataclass(frozen=True)
+class TransferConfig:
+    """What travels in FedGKT, and how often.
+
+    Attributes:
+        extractor: "own": each device trains its own (the paper); "shared": after each round all
+            devices go on with the mean of theirs.
+        freeze_after: the extractor is trained in so many rounds, then no more: feature maps travel
+            once, and from then on logits alone. None: always trained (the paper).
+        views: each round shows each sample in another crop, and mirrored or not, and teacher
+            logits are those of the same view. Once the extractor is frozen, feature maps of the
+            plain and the mirrored image travel, and the server crops them by itself.
+        resend: feature maps travel again only where those of held-out images have changed by more
+            than this share (squared error) since; 0: in every round.
+        age_decay: a sample's weight in server training for each round since its feature maps or
+            logits were made.
+        logits: codec spec of logits, those that come without feature maps and those that go back.
+    """
+
+    extractor: Literal["own", "shared"] = "own"
+    freeze_after: int | None = None
+    views: bool = False
+    resend: float = 0.0
+    age_decay: float = 1.0
+    logits: str = "float16"
+
+    def __post_init__(self) -> None:
+        codecs.parse(self.logits)
+        if self.freeze_after is not None and self.freeze_after < 0:
+            raise ValueError(f"freeze_after: expected 0 rounds or more, got {self.freeze_after}")
+        if not 0 <= self.resend < 1 or not 0 < self.age_decay <= 1:
+            raise ValueError(
+                f"resend {self.resend}, age_decay {self.age_decay}: expected 0 <= resend < 1, "
+                "0 < age_decay <= 1"
+            )
+        if self.resend and self.views:
+            raise ValueError("resend: with views every round shows other feature maps; leave one")
+
+    def frozen(self, round_: int) -> bool:
+        """Whether the extractor stays as it is in this round."""
+        return self.freeze_after is not None and round_ > self.freeze_after
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """How the server trains its large model (FedGKT), and evaluates.
 
     Attributes:
         model: a registry name; takes the devices' feature maps.
         epochs, batch, lr, optimizer, weight_decay: of server training in each round.
+        schedule: of the learning rate. "constant"; "cosine", from lr to 0 over all rounds and their
+            epochs; "plateau", a tenth whenever held-out accuracy has not risen for `patience`
+            rounds (the reference code).
         alpha, temperature: of the distillation term.
         torch_device: "auto" takes CUDA where there is one.
         precision: of convolutions and matrix products; "auto" is bfloat16 on CUDA, else float32.
@@ -236,6 +325,8 @@ class ServerConfig:
     lr: float = 1e-3
     optimizer: Literal["sgd", "adam"] = "adam"
     weight_decay: float = 5e-4
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    patience: int = 5
     alpha: float = 1.0
     temperature: float = 3.0
     torch_device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -245,8 +336,8 @@ class ServerConfig:
     eval_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.eval_batch < 1 or self.eval_every < 1:
-            raise ValueError("expected eval_batch >= 1, eval_every >= 1")
+        if self.eval_batch < 1 or self.eval_every < 1 or self.patience < 0:
+            raise ValueError("expected eval_batch >= 1, eval_every >= 1, patience >= 0")
         if self.epochs < 1 or self.batch < 2 or self.lr <= 0 or self.temperature <= 0:
             raise ValueError("expected epochs >= 1, batch >= 2, lr > 0, temperature > 0")
 
@@ -287,6 +378,7 @@ class RunConfig:
     cohort: CohortConfig = field(default_factory=CohortConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     submodel: SubmodelConfig = field(default_factory=SubmodelConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
@@ -303,6 +395,14 @@ class RunConfig:
             raise ValueError(f"submodel: strategy {self.strategy!r} trains whole models; "
                              "use feddropout")  # fmt: skip
         device = self.device
+        if self.transfer != TransferConfig() and self.strategy != "fedgkt":
+            raise ValueError(f"transfer: strategy {self.strategy!r} sends no feature maps; "
+                             "use fedgkt")  # fmt: skip
+        if (device.others or self.cohort.carry_rounds) and self.strategy not in ("fedgkt", "local"):
+            raise ValueError(
+                f"device.others and cohort.carry_rounds are for fedgkt and local, not for "
+                f"{self.strategy}, which averages weights; leave them out"
+            )
         if (device.mu or device.feedback) and self.strategy not in ("fedavg", "feddropout"):
             raise ValueError(
                 f"device.mu and device.feedback are for fedavg and feddropout, not for "
@@ -315,9 +415,14 @@ class RunConfig:
             )
 
     @property
-    def rates(self) -> frozenset[float]:
-        """Keep rates of the models that devices train."""
-        return self.submodel.rates
+    def recipes(self) -> tuple[Recipe, ...]:
+        """What devices train, each once."""
+        device = self.device
+        made = [Recipe(device.model, rate) for rate in sorted(self.submodel.rates)]
+        made += [Recipe(name) for name in device.models[1:]]
+        if self.transfer.freeze_after is not None:
+            made += [Recipe(name, frozen=True) for name in device.models]
+        return tuple(dict.fromkeys(made))
 
     @property
     def folder(self) -> Path:

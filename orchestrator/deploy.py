@@ -82,18 +82,17 @@ def export_run(folder: Path, out: Path, device: str | None = None) -> Deployed:
         )
     round_, state = last_checkpoint(folder)
     chosen = ""
-    small = models.build(
-        config.device.model, classes=config.device.classes, input_shape=config.device.input
-    )
     if config.strategy != "fedgkt":
-        parts = [distill.load(small, state.under("global"))]
+        parts = [distill.load(_device_model(config, ""), state.under("global"))]
     else:
         names = sorted(state.notes["shards"])
         if device is not None and device not in names:
             raise RunError(f"no device {device!r} in {folder}; there are {', '.join(names)}")
         chosen = device or _best(folder, names)
-        distill.load(small, state.under(f"device/{chosen}"))
-        extractor = small.get_submodule("extractor")
+        extractor = distill.load(
+            _device_model(config, chosen).get_submodule("extractor"),
+            state.under(f"extractor/{chosen}"),
+        )
         shape = _feature_shape(extractor, config)
         server = models.build(config.server.model, classes=config.device.classes, input_shape=shape)
         parts = [extractor, distill.load(server, state.under("server"))]
@@ -110,6 +109,11 @@ def _best(folder: Path, names: list[str]) -> str:
     except (OSError, ValueError, KeyError, IndexError):
         return names[0]
     return max(names, key=lambda n: devices.get(n, {}).get("server_accuracy", 0.0))
+
+
+def _device_model(config: RunConfig, name: str) -> nn.Module:
+    device = config.device
+    return models.build(device.model_of(name), classes=device.classes, input_shape=device.input)
 
 
 def _feature_shape(extractor: nn.Module, config: RunConfig) -> tuple[int, int, int]:

@@ -4,23 +4,29 @@
 
 He et al. 2020, equation 5 (with the T^2 that keeps the gradient's size independent of T, Hinton
 et al. 2015). z_c are the device's logits of the same sample, z_s the large model's. Samples of all
-shards are shuffled together; the logits that go back are computed in evaluation mode.
+shards are shuffled together; where feature maps of a plain and a mirrored view are there, each
+epoch crops and flips them anew. The logits that go back are computed in evaluation mode.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from edge_agent import data
 from orchestrator.config import ServerConfig
 from orchestrator.samples import Samples
 from wire import seeds
 from wire.errors import RunError
 
 Progress = Callable[[int, int], None]
+LOOKS = 1 << 32  # streams of a training's seed: those below give the order of samples
 
 
 def loss(
@@ -30,6 +36,7 @@ def loss(
     *,
     alpha: float,
     temperature: float,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean over the batch of CE + alpha * T^2 * KL(teacher || student).
 
@@ -39,15 +46,17 @@ def loss(
         teacher: z_c, (B, C).
         alpha: weight of the distillation term.
         temperature: T.
+        weights: of the samples in the mean, (B,); None: all alike.
     """
-    hard = F.cross_entropy(logits, labels)
+    hard = F.cross_entropy(logits, labels, reduction="none")
     soft = F.kl_div(
         F.log_softmax(logits / temperature, dim=1),
         F.log_softmax(teacher / temperature, dim=1),
-        reduction="batchmean",
+        reduction="none",
         log_target=True,
-    )
-    return hard + alpha * temperature**2 * soft
+    ).sum(dim=1)
+    each = hard + alpha * temperature**2 * soft
+    return each.mean() if weights is None else (weights * each).sum() / weights.sum()
 
 
 def optimizer(model: nn.Module, config: ServerConfig) -> torch.optim.Optimizer:
@@ -66,6 +75,75 @@ def optimizer(model: nn.Module, config: ServerConfig) -> torch.optim.Optimizer:
     )
 
 
+class Schedule:
+    """The learning rate of the server's epochs, from round to round.
+
+    Args:
+        config: which one.
+        step: the optimizer that follows it.
+        round_: of this training, from 1.
+        rounds: of the run.
+        noted: what `after` gave in the round before, None in the first.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        step: torch.optim.Optimizer,
+        round_: int,
+        rounds: int,
+        noted: Mapping[str, Any] | None,
+    ) -> None:
+        self._config, self._round, self._rounds = config, round_, rounds
+        self._plateau = ReduceLROnPlateau(step, "max", patience=config.patience)
+        if noted:
+            self._plateau.load_state_dict(dict(noted))
+
+    def rate(self, epoch: int) -> float:
+        """Of an epoch of this round, from 0."""
+        config = self._config
+        if config.schedule == "plateau":
+            return float(self._plateau.get_last_lr()[0])
+        if config.schedule == "constant":
+            return config.lr
+        done = ((self._round - 1) * config.epochs + epoch) / (self._rounds * config.epochs)
+        return config.lr * (1 + math.cos(math.pi * min(done, 1))) / 2
+
+    def after(self, accuracy: float | None) -> dict[str, Any] | None:
+        """What the next round needs to know, given this one's held-out accuracy."""
+        if self._config.schedule != "plateau":
+            return None
+        if accuracy is not None:
+            self._plateau.step(accuracy)
+        return self._plateau.state_dict()
+
+
+def slots(step: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
+    """The optimizer's tensors as PARAMETER NUMBER/NAME."""
+    return {
+        f"{number}/{name}": value.detach().cpu().numpy()
+        for number, own in step.state_dict()["state"].items()
+        for name, value in own.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def resume(step: torch.optim.Optimizer, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Let the optimizer go on where `slots` took them; with none it begins anew."""
+    if not tensors:
+        return
+    given: dict[int, dict[str, torch.Tensor]] = {}
+    for path, array in tensors.items():
+        number, name = path.split("/")
+        given.setdefault(int(number), {})[name] = torch.from_numpy(np.array(array))
+    step.load_state_dict({**step.state_dict(), "state": given})
+    # Fused optimizers walk through memory: each slot must lie there as its parameter does.
+    for parameter, own in step.state.items():
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                own[name] = torch.empty_like(parameter).copy_(value)
+
+
 def train(
     model: nn.Module,
     step: torch.optim.Optimizer,
@@ -74,8 +152,18 @@ def train(
     *,
     seed: int,
     progress: Progress,
+    rate: Callable[[int], float] | None = None,
 ) -> float:
     """Train `model` for `config.epochs` passes over all samples; returns the last one's mean loss.
+
+    Args:
+        model: W_s.
+        step: its optimizer.
+        samples: of all devices.
+        config: batch, epochs, precision and the loss.
+        seed: of the order of samples, and of their looks.
+        progress: called after each step.
+        rate: the learning rate of an epoch, from 0; None leaves it as it is.
 
     Raises:
         RunError: the loss is not finite any more.
@@ -89,13 +177,16 @@ def train(
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     whole = torch.compile(model, dynamic=False) if config.compile else model
     for epoch in range(config.epochs):
+        for group in step.param_groups if rate else ():
+            group["lr"] = rate(epoch)  # type: ignore[misc]
         order = seeds.raw(seed, epoch, len(samples)).argsort(kind="stable")
+        looks = data.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
         total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
         for i in range(batches):
             chosen = order[i * config.batch : (i + 1) * config.batch]
             if len(chosen) < 2:
                 continue
-            drawn = samples.draw(chosen)
+            drawn = samples.draw(chosen, looks.of(chosen))
             with autocast(config, device):
                 out = (whole if len(chosen) == config.batch else model)(drawn.features)
             value = loss(
@@ -104,6 +195,7 @@ def train(
                 drawn.logits,
                 alpha=config.alpha,
                 temperature=config.temperature,
+                weights=drawn.weights,
             )
             step.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
@@ -129,12 +221,25 @@ def autocast(config: ServerConfig, device: torch.device) -> torch.autocast:
 
 
 def teach(
-    model: nn.Module, samples: Samples, span: range, config: ServerConfig
+    model: nn.Module,
+    samples: Samples,
+    span: range,
+    config: ServerConfig,
+    view: int = data.PLAIN,
 ) -> NDArray[np.float32]:
-    """z_s (n, C) of a span of samples, in evaluation mode and their order."""
-    numbers = np.arange(span.start, span.stop)
+    """z_s (n, C) of a span of samples, in evaluation mode and their order.
+
+    Args:
+        model: W_s.
+        samples: of all devices.
+        span: those of one device.
+        config: how many at once.
+        view: under which they are looked at, where their feature maps can be cropped.
+    """
+    numbers, looks = np.arange(len(span)), data.looks(view, len(span))
     pieces = np.split(numbers, range(config.eval_batch, len(numbers), config.eval_batch))
-    return _logits(model, (samples.draw(piece).features for piece in pieces), config)
+    drawn = (samples.draw(span.start + piece, looks.of(piece)) for piece in pieces)
+    return _logits(model, (batch.features for batch in drawn), config)
 
 
 def predict(

@@ -12,9 +12,9 @@ from torch import nn
 import models
 from edge_agent import data
 from edge_agent.data import Preprocess
-from models import submodel
+from models import SplitModel, submodel
 from orchestrator import broker, distill, fleet
-from orchestrator.config import DeviceConfig, RunConfig
+from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.report import Report
 from orchestrator.store import Store
@@ -111,44 +111,56 @@ def read_heldout(config: RunConfig) -> HeldOut:
     return HeldOut(torch.from_numpy(x), torch.from_numpy(y))
 
 
-def fresh(config: RunConfig) -> nn.Module:
-    """The device model with its initial weights; the same seed gives the same."""
+def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
+    """A device model with its initial weights; the same seed gives the same.
+
+    No recipe is the whole main model. Units are cut out by `submodel.narrow`.
+    """
     device = config.device
     torch.manual_seed(config.seed)
-    return models.build(device.model, classes=device.classes, input_shape=device.input)
+    name = recipe.model if recipe else device.model
+    model = models.build(name, classes=device.classes, input_shape=device.input)
+    if recipe and recipe.frozen and isinstance(model, SplitModel):
+        models.freeze(model)
+    return model
 
 
-def prepare_variants(config: RunConfig, store: Store) -> dict[float, Variant]:
-    """The training artifact of each keep rate: the one in the run's folder, or a new export.
+def prepare_variants(config: RunConfig, store: Store) -> dict[Recipe, Variant]:
+    """The training artifact of each recipe: the one in the run's folder, or a new export.
 
     Raises:
         ExportError: the model cannot be compiled.
         ArtifactError: one in the folder is damaged.
     """
     variants, digests = {}, set()
-    for rate in sorted(config.rates):
-        artifact = _artifact(config, store.folder, rate)
+    for recipe in config.recipes:
+        artifact = _artifact(config, store.folder, recipe)
         files = {"manifest.json": artifact.digest}
         files |= {name: ref.sha256 for name, ref in artifact.manifest.files.items()}
         for name, digest in files.items():
             if not store.blobs.has(digest):
                 store.blobs.put((artifact.folder / name).read_bytes())
         digests |= set(files.values())
-        variants[rate] = Variant(rate, store.blobs.ref(artifact.digest), artifact.manifest.features)
+        ref = store.blobs.ref(artifact.digest)
+        variants[recipe] = Variant(recipe, ref, artifact.manifest.features)
     store.keep(frozenset(digests))
     return variants
 
 
-def _artifact(config: RunConfig, folder: Path, rate: float) -> Artifact:
-    folder /= "artifact" if rate == 1 else f"artifact-{rate!r}"
+def _artifact(config: RunConfig, folder: Path, recipe: Recipe) -> Artifact:
+    device, rate = config.device, recipe.keep_rate
+    parts = ["artifact", recipe.model if recipe.model != device.model else ""]
+    parts += [repr(rate) if rate != 1 else "", "frozen" if recipe.frozen else ""]
+    folder /= "-".join(filter(None, parts))
     if not folder.exists():
-        device, model = config.device, fresh(config)
-        log.info("compiling the training step of %s, keep rate %g", device.model, rate)
+        model = fresh(config, recipe)
+        what = f"keep rate {rate:g}" + (", the extractor frozen" if recipe.frozen else "")
+        log.info("compiling the training step of %s, %s", recipe.model, what)
         if rate != 1:
             model = submodel.narrow(model, submodel.layout(model, device.input), rate)
         export(
             model,
-            name=device.model,
+            name=recipe.model,
             classes=device.classes,
             input_shape=device.input,
             batch=device.batch,
@@ -178,7 +190,7 @@ def _optimizer(device: DeviceConfig) -> Optimizer:
 def task(
     config: RunConfig,
     store: Store,
-    variants: Mapping[float, Variant],
+    variants: Mapping[Recipe, Variant],
     heldout: HeldOut,
     report: Report,
 ) -> Task:
@@ -193,6 +205,7 @@ def task(
         run=store.run_id,
         variants=variants,
         initial=distill.weights(fresh(config)),
+        others={m: distill.weights(fresh(config, Recipe(m))) for m in config.device.models[1:]},
         blobs=store.blobs,
         shards=Path(shards),
         heldout=heldout,

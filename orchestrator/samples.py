@@ -3,42 +3,85 @@
 On a GPU with room for them they lie there as they lie in their shards, quantized, and a batch is
 picked out and decoded there: no sample crosses the bus twice. Elsewhere they stay in mapped files,
 and what a batch draws is read from them.
+
+A convolution commutes with shifts. So where a device has sent the feature maps of its plain and of
+its mirrored images, a crop of the image is a crop of one of the two, and a batch shows each sample
+under a look of its own. What lies beyond the image is black, and the feature map of black is one
+value a channel, `fill`. At the border of the image and of the crop the two differ, one pixel wide
+for one 3 x 3 convolution: there the device's convolution met its own zero padding.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edge_agent.data import PAD, Looks
 from orchestrator.shards import Shard
 
 SHARE = 0.6  # of a GPU's free memory that samples may take; the rest is for training
 
 
 class Batch(NamedTuple):
-    """Feature maps (B, *shape) float32, channels last; z_c (B, C) float32; labels (B,) int64."""
+    """Feature maps (B, *shape) float32, channels last; z_c (B, C) float32; labels (B,) int64.
+
+    `weights` (B,) float32 of the samples in the loss.
+    """
 
     features: torch.Tensor
     logits: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one device sent.
+
+    Attributes:
+        shard: its rows.
+        weight: of its samples in the loss.
+        fill: None where a row is a sample. Otherwise the first half of the rows shows the plain
+            images and the second the same mirrored, and `fill` (channels,) is the feature map of a
+            black image.
+    """
+
+    shard: Shard
+    weight: float = 1.0
+    fill: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.shard) // (1 if self.fill is None else 2)
 
 
 class Samples:
-    """The samples of all shards, in the order of the shards.
+    """The samples of all sources, in the order of the sources.
 
     Args:
-        shards: one or more, whose feature maps have one shape and came by one codec.
+        sources: one or more, whose feature maps have one shape and came by one codec.
         device: where batches are wanted.
+
+    Attributes:
+        spans: the numbers of each source's samples.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device) -> None:
-        self._columns, self._device = [shard.columns for shard in shards], device
-        sizes = [len(shard) for shard in shards]
+    def __init__(self, sources: Sequence[Source], device: torch.device) -> None:
+        self._columns, self._device = [each.shard.columns for each in sources], device
+        sizes = [len(each) for each in sources]
         starts = np.cumsum([0, *sizes])[:-1].tolist()
         self.spans = [range(start, start + n) for start, n in zip(starts, sizes, strict=True)]
-        self._owner = np.repeat(np.arange(len(shards)), sizes)
+        self._owner = np.repeat(np.arange(len(sources)), sizes)
+        self._starts, self._sizes = np.array(starts), np.array(sizes)
+        self._first = np.cumsum([0, *(len(each.shard) for each in sources)])[:-1]
+        self._weights = np.array([each.weight for each in sources], np.float32)
+        self._cropped = np.array([each.fill is not None for each in sources])
+        channels = self._columns[0]["features"].shape[1]
+        none = np.zeros(channels, np.float32)
+        self._fills = np.stack([none if each.fill is None else each.fill for each in sources])
         self._resident: dict[str, torch.Tensor] = {}
         if device.type == "cuda" and self._fits():
             for name in self._columns[0]:
@@ -49,36 +92,70 @@ class Samples:
         """Number of samples."""
         return len(self._owner)
 
-    def draw(self, chosen: NDArray[np.int64]) -> Batch:
-        """The samples with these numbers, in this order."""
-        if self._resident:
-            at = torch.from_numpy(chosen).to(self._device)
-            return _decode({name: column[at] for name, column in self._resident.items()})
+    def draw(self, chosen: NDArray[np.int64], looks: Looks | None = None) -> Batch:
+        """The samples with these numbers, in this order.
+
+        Args:
+            chosen: (B,).
+            looks: B of them, for samples that can be cropped; None shows these plain.
+        """
         owner = self._owner[chosen]
+        cropped = self._cropped[owner]
+        rows = chosen - self._starts[owner]
+        if looks is not None:
+            rows += np.where(cropped & looks.flips, self._sizes[owner], 0)
+        features = _decode(read := self._read(owner, rows))
+        if looks is not None and cropped.any():
+            middle = np.where(cropped, looks.rows, PAD), np.where(cropped, looks.columns, PAD)
+            features = _crop(features, Looks(*middle, looks.flips), self._fills[owner])
+        if features.dim() == 4:  # 1.5 to 1.9 times the images a second of NCHW, on two x86 cores
+            features = features.contiguous(memory_format=torch.channels_last)
+        weights = torch.from_numpy(self._weights[owner]).to(self._device)
+        return Batch(features, read["logits"], read["labels"], weights)
+
+    def _read(self, owner: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Columns of these rows of these sources."""
+        if self._resident:
+            at = torch.from_numpy(self._first[owner] + rows).to(self._device)
+            return {name: column[at] for name, column in self._resident.items()}
         owners = np.unique(owner)
         places = [np.flatnonzero(owner == i) for i in owners]
         back = np.concatenate(places).argsort()
         read = {}
         for name in self._columns[0]:
-            pieces = [
-                self._columns[i][name][chosen[where] - self.spans[i].start]
-                for i, where in zip(owners, places, strict=True)
+            pieces: list[NDArray[Any]] = [
+                self._columns[i][name][rows[where]] for i, where in zip(owners, places, strict=True)
             ]
             read[name] = torch.from_numpy(np.concatenate(pieces)[back]).to(self._device)
-        return _decode(read)
+        return read
 
     def _fits(self) -> bool:
         free, _ = torch.cuda.mem_get_info(self._device)
         return sum(a.nbytes for columns in self._columns for a in columns.values()) < SHARE * free
 
 
-def _decode(columns: Mapping[str, torch.Tensor]) -> Batch:
+def _decode(columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Feature maps from levels, low + step * level, block by block; see `Lattice`."""
     features = columns["features"]
     if "low" in columns:
         low, step = columns["low"], columns["step"]
         rows = features.view(*low.shape, -1).float()
         features = torch.addcmul(low[..., None], rows, step[..., None]).view(features.shape)
-    if features.dim() == 4:  # 1.5 to 1.9 times the images a second of NCHW, on two x86 cores
-        features = features.contiguous(memory_format=torch.channels_last)
-    return Batch(features, columns["logits"], columns["labels"])
+    return features
+
+
+def _crop(features: torch.Tensor, looks: Looks, fills: NDArray[np.float32]) -> torch.Tensor:
+    """Crops of feature maps (B, C, H, W), those of mirrored images counted from the other side.
+
+    A crop at column c of an image, mirrored, is the crop at 2 PAD - c of the mirrored image.
+    """
+    count, channels, height, width = features.shape
+    device = features.device
+    fill = torch.from_numpy(fills).to(device)[:, None, None, :]
+    padded = fill.expand(count, height + 2 * PAD, width + 2 * PAD, channels).contiguous()
+    padded[:, PAD:-PAD, PAD:-PAD] = features.permute(0, 2, 3, 1)
+    left = np.where(looks.flips, 2 * PAD - looks.columns, looks.columns)
+    rows = torch.from_numpy(looks.rows[:, None] + np.arange(height)).to(device)
+    columns = torch.from_numpy(left[:, None] + np.arange(width)).to(device)
+    each = torch.arange(count, device=device)[:, None, None]
+    return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

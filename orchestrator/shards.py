@@ -104,6 +104,27 @@ def shelve(
     return open_shard(folder)
 
 
+def read_logits(payload: Path, *, rows: int, classes: int, spec: str) -> NDArray[np.float32]:
+    """The records of a payload "logits", (rows, classes) together.
+
+    Raises:
+        AdmissionError, WireError: it is not that.
+    """
+    read: list[Array] = []
+    done = 0
+    with payload.open("rb") as file:
+        for frame in frames.read(file, max_bytes=RECORD_LIMIT):
+            where = f"logits record at sample {done}"
+            most = (rows - done) * classes
+            parts = tensors.parts(frame, where=where, most=most, spec={"logits": spec})
+            record = {name: part.array() for name, part in parts.items()}
+            admit.logits(record, classes, rows - done)
+            read.append(record["logits"])
+            done += len(record["logits"])
+    admit.complete(done, rows)
+    return np.concatenate(read)
+
+
 def _record(parts: Mapping[str, Part]) -> dict[str, Array]:
     """The arrays of a record, by the names of a shard's files."""
     lattice = parts["features"].lattice() if "features" in parts else None

@@ -26,11 +26,11 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 import edge_agent
 from edge_agent import data
 from edge_agent.data import ImageSet
-from edge_agent.work import encode_update, feature_record
+from edge_agent.work import encode_update, extract_record
 from models import SplitModel, submodel
 from orchestrator import admit, cohort, distill, launch, rounds
 from orchestrator.cohort import Job, Trained
-from orchestrator.config import RunConfig
+from orchestrator.config import Recipe, RunConfig
 from orchestrator.report import Report
 from orchestrator.store import Store, Verdict
 from orchestrator.strategies import create
@@ -116,16 +116,17 @@ def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:
     }
 
 
-def _variants(config: RunConfig) -> dict[float, Variant]:
-    """Nothing is compiled: a keep rate is known by a digest of its own."""
-    found, model, features = {}, launch.fresh(config), None
-    if isinstance(model, SplitModel):
-        with torch.inference_mode():
-            maps, _ = model.eval().extract(torch.zeros(1, *config.device.input))
-        features = tuple(maps.shape[1:])
-    for rate in config.rates:
-        digest = hashlib.sha256(f"{config.device.model}/{rate}".encode()).hexdigest()
-        found[rate] = Variant(rate, BlobRef(digest, 0, 1024), features)
+def _variants(config: RunConfig) -> dict[Recipe, Variant]:
+    """Nothing is compiled: a recipe is known by a digest of its own."""
+    found = {}
+    for recipe in config.recipes:
+        model, features = launch.fresh(config, recipe), None
+        if isinstance(model, SplitModel):
+            with torch.inference_mode():
+                maps, _ = model.eval().extract(torch.zeros(1, *config.device.input))
+            features = tuple(maps.shape[1:])
+        digest = hashlib.sha256("/".join(map(str, recipe)).encode()).hexdigest()
+        found[recipe] = Variant(recipe, BlobRef(digest, 0, 1024), features)
     return found
 
 
@@ -142,12 +143,13 @@ class _Simulation:
         self._images, self._stack = images, stack
         self._births = {name: _birth(name, held) for name, held in images.items()}
         self._owed, self._own = _Kept(store.folder / "owed"), _Kept(store.folder / "own")
-        whole = launch.fresh(config)
-        layout = submodel.layout(whole, config.device.input) if not config.submodel.whole else None
-        self._models = {
-            variant.artifact.digest: submodel.narrow(whole, layout, rate) if layout else whole
-            for rate, variant in strategy.task.variants.items()
-        }
+        self._models = {}
+        for recipe, variant in strategy.task.variants.items():
+            model = launch.fresh(config, recipe)
+            if not config.submodel.whole:
+                layout = submodel.layout(model, config.device.input)
+                model = submodel.narrow(model, layout, recipe.keep_rate)
+            self._models[variant.artifact.digest] = model
 
     def run(self, report: Report, changed: Callable[[Report], None]) -> None:
         config, store = self._config, self._store
@@ -211,11 +213,12 @@ class _Simulation:
         """What the device has for an order: its own weights, where it brings none."""
         task, images = self._strategy.task, self._images[name]
         mine = self._mine(name, order)
-        start = _under("weights", mine) or task.initial
+        start = _under("weights", mine) or task.initial_of(name)
         teacher = None
         if order.state is not None:
             path = task.blobs.path(order.state.digest)
-            start = tensors.load(path, where="weights", most=task.values)
+            given = tensors.load(path, where="weights", most=task.values)
+            start = {**start, **given} if order.own else given
         if order.teacher is not None:
             most = len(images.y) * self._config.device.classes
             path = task.blobs.path(order.teacher.digest)
@@ -224,7 +227,9 @@ class _Simulation:
 
     def _mine(self, name: str, order: Order) -> cohort.Weights:
         """What the device kept of the round before, where it trains weights of its own."""
-        return {} if order.state else self._own.read(name, self._own.last(name, order.round))
+        if order.state and not order.own:
+            return {}
+        return self._own.read(name, self._own.last(name, order.round))
 
     def _result(self, name: str, job: Job, trained: Trained) -> Result:
         order, blobs, fault = job.order, {}, ""
@@ -233,7 +238,7 @@ class _Simulation:
                 blobs[what] = self._payload(name, job, trained, what, spec)
         except StillhouseError as diverged:
             fault = str(diverged)
-        if order.state is None:
+        if order.state is None or order.own:
             kept = {f"weights/{n}": array for n, array in trained.weights.items()}
             kept |= {f"optimizer/{n}": array for n, array in trained.optimizer.items()}
             self._own.write(name, order.round, kept, self._own.last(name, order.round))
@@ -263,18 +268,20 @@ class _Simulation:
             return blobs.put(packed)
         if what == "state":
             return blobs.put(tensors.pack(tensors.weights(weights, spec), seed=order.seed))
-        model = distill.load(launch.fresh(self._config), weights).eval()
+        whole = launch.fresh(self._config, Recipe(self._config.device.model_of(name)))
+        model = distill.load(whole, weights).eval()
         assert isinstance(model, SplitModel)  # noqa: S101 - the strategy saw its feature maps
-        model.to(self._strategy.task.torch_device)
-        done, labels = 0, job.images.y
+        on, done, labels = self._strategy.task.torch_device, 0, job.images.y
+        model.to(on)
         with blobs.create() as sink:
-            for features, logits in cohort.extract(
-                model, job.images, self._config.device, self._strategy.task.torch_device
-            ):
-                end = done + len(logits)
-                own = labels[done:end]
-                sink.write(feature_record(order, features, logits, own, first=done))
-                done = end
+            for view in order.views:
+                for features, logits in cohort.extract(
+                    model, job.images, self._config.device, on, view
+                ):
+                    own = np.take(labels, range(done, done + len(logits)), mode="wrap")
+                    maps = features if what == "features" else None
+                    sink.write(extract_record(order, maps, logits, own, first=done))
+                    done += len(logits)
         return sink.ref
 
 

@@ -27,6 +27,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_CHUNK_BYTES = frames.MAX_MESSAGE_BYTES - 4096
 MAX_BLOB_BYTES = 1 << 36
 MAX_WANT = 64
+MAX_VIEWS = 16
 MAX_COUNT = 1 << 53  # what SQLite, JSON and file offsets all take
 
 
@@ -114,8 +115,10 @@ class Order:
         run, sequence: name the order; a higher sequence of the same run replaces a lower one.
         round: of the run, for people.
         artifact: the manifest of the training artifact.
-        state: parameters and buffers to start from, with a fresh optimizer; None means the
-            device's own, optimizer included, or the artifact's initial ones at first.
+        state: parameters and buffers to start from, with a fresh optimizer; those that it leaves
+            out are the artifact's initial ones. None means the device's own, optimizer included,
+            or the artifact's initial ones at first.
+        own: `state` is laid over the device's own weights instead, which keep their optimizer.
         teacher: logits (N, C) float32 in the order of the device's samples, or None.
         data_digest: the samples that `teacher` belongs to; "" when there is no teacher.
         epochs: passes over the device's samples; 0 trains nothing.
@@ -128,11 +131,16 @@ class Order:
         feedback: keep what the codec of the update leaves out (error feedback),
         owed: and add what was left out by the order of this sequence, the last of this device's
             whose update was aggregated; 0: nothing.
-        augment: random crop (padding 4) and horizontal flip of each training image.
+        augment: random crop (padding 4) and horizontal flip of each training image, anew in each
+            epoch.
+        view: which view of the images is trained on, and `teacher` belongs to: 0 is the images as
+            they are, 1 mirrored, and any other number the seed of a crop and flip of each image;
+            `augment` is then of no effect. See `edge_agent.data.looks`.
+        views: of which views features and logits are returned, one after the other.
         seed: of shuffling, augmentation and stochastic rounding.
         returns: what to send back and the codec spec of each: "state" (parameters and buffers),
             "update" (their difference to `state`), "features" (with logits and labels, in
-            evaluation mode, in the order of the samples).
+            evaluation mode, in the order of the samples), "logits" (of these alone).
     """
 
     run: str
@@ -150,6 +158,9 @@ class Order:
     temperature: float = 1.0
     mu: float = 0.0
     augment: bool = False
+    view: int = 0
+    views: tuple[int, ...] = (0,)
+    own: bool = False
     submodel: str = ""
     feedback: bool = False
     owed: int = 0
@@ -162,11 +173,18 @@ class Order:
             epochs=self.epochs,
             seed=self.seed >> 10,
             owed=self.owed,
+            view=self.view,
         )
-        unknown = set(self.returns) - {"state", "update", "features"}
+        unknown = set(self.returns) - {"state", "update", "features", "logits"}
         if unknown:
             raise ValueError(f"returns: cannot return {', '.join(sorted(unknown))}; known are "
-                             "state, update, features")  # fmt: skip
+                             "state, update, features, logits")  # fmt: skip
+        if not 1 <= len(self.views) <= MAX_VIEWS or not all(0 <= v < MAX_COUNT for v in self.views):
+            raise ValueError(f"views: expected 1 to {MAX_VIEWS} numbers from 0 on")
+        if {"features", "logits"} <= set(self.returns):
+            raise ValueError("returns: features come with their logits; name one of the two")
+        if self.own and "update" in self.returns:
+            raise ValueError("returns: an update is a difference to `state`, which is not whole")
         if "update" in self.returns and self.state is None:
             raise ValueError("returns: an update is a difference to `state`, and none is given")
         if self.feedback and "update" not in self.returns:

@@ -21,7 +21,8 @@ import models
 from models.average import Average
 from models.units import Units
 from orchestrator import admit, distill
-from orchestrator.strategies.strategy import Array, Metrics, State, Task
+from orchestrator.config import Recipe
+from orchestrator.strategies.strategy import Array, Metrics, State, Task, norm
 from wire import tensors
 from wire.messages import Birth, BlobRef, Order, Result
 
@@ -67,7 +68,7 @@ class FedAvg:
                 name,
                 round_,
                 sequence,
-                share.keep_rate,
+                Recipe(device.model, share.keep_rate),
                 state=packed[share.digest],
                 returns={"update": device.update},
                 mu=device.mu,
@@ -81,7 +82,8 @@ class FedAvg:
         """Names, shapes, finite values, and a norm that is not absurd."""
         del state
         shapes = self.shapes(self.share_of(order, result.device))
-        admit.weights(read_payload(self.task, order, result, "update"), shapes, self.task.norm)
+        update = read_payload(self.task, order, result, "update")
+        admit.weights(update, shapes, norm(self.task.initial))
 
     def aggregate(
         self, state: State, orders: Mapping[str, Order], results: Sequence[Result]

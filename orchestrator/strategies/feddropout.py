@@ -31,7 +31,7 @@ class FedDropout(FedAvg):
         device = task.config.device
         model = models.build(device.model, classes=device.classes, input_shape=device.input)
         self.layout = submodel.layout(model, device.input)
-        self._rates = {v.artifact.digest: rate for rate, v in task.variants.items()}
+        self._rates = {v.artifact.digest: r.keep_rate for r, v in task.variants.items()}
 
     def share(self, name: str, birth: Birth, round_: int) -> Share:
         """By the device's tier."""

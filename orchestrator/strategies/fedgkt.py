@@ -5,106 +5,161 @@ samples and their own weights (42 kB for ResNet-8); the server trains W_s on all
 those of absent devices included, and sends z_s of each sample back with the next order. It
 evaluates without any device's test data: the extractor travels with the weights, and held-out
 images go through extractor and large model here.
+
+`TransferConfig` says what differs from the paper. A shard is asked for only where the feature maps
+that the server has are not those that the device would send now; else z_c alone travel.
 """
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 import models
+from edge_agent.data import MIRRORED, PLAIN
 from orchestrator import distill, shards
-from orchestrator.samples import Samples
+from orchestrator.config import Recipe
+from orchestrator.samples import Samples, Source
 from orchestrator.shards import Shard
 from orchestrator.strategies.fedavg import read_payload
 from orchestrator.strategies.local import admit_own_weights, device_model, evaluate_device
 from orchestrator.strategies.strategy import Array, Metrics, State, Task
 from wire import tensors
-from wire.errors import RunError
+from wire.errors import AdmissionError, RunError
 from wire.messages import Birth, BlobRef, Order, Result
+
+EXTRACTOR = "extractor."
+PROBE = 64  # held-out images that tell how far an extractor has moved
 
 
 class FedGKT:
     """Group knowledge transfer.
 
-    State: tensors `server/...` (the large model), `optimizer/...` (its optimizer) and
-    `device/<name>/...` (each device's last weights); notes "shards" and "teachers", each by device.
+    State: tensors `server/...` (the large model), `optimizer/...` (its optimizer),
+    `device/<name>/...` (each device's last weights), `extractor/<name>/...` (the one that made the
+    device's feature maps) and `shared/...` (the extractor that all go on with, if they do); notes
+    "shards" and "teachers", each by device, and "schedule".
 
     Raises:
-        RunError: the device model has no extractor, or the server model does not take its features.
+        RunError: a device model has no extractor, or the feature maps of two differ in shape, or
+            crops of images are not crops of feature maps.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        features = task.variants[1.0].features
-        if features is None:
-            raise RunError(
-                f"model {task.config.device.model!r} has no feature extractor, which fedgkt needs; "
-                "use resnet8, or strategy fedavg"
-            )
-        channels, height, width = features
+        shapes = {name: task.variants[Recipe(name)].features for name in task.config.device.models}
+        for name, shape in shapes.items():
+            if shape is None:
+                raise RunError(
+                    f"model {name!r} has no feature extractor, which fedgkt needs; use resnet8, or "
+                    "strategy fedavg"
+                )
+        if len(set(shapes.values())) > 1:
+            raise RunError(f"feature maps of the device models differ: {shapes}; the large model "
+                           "takes one shape, use models with one")  # fmt: skip
+        channels, height, width = next(shape for shape in shapes.values() if shape)
         self.shape = (channels, height, width)
+        transfer, image = task.config.transfer, task.config.device.input
+        cropped = transfer.views and transfer.freeze_after is not None
+        if cropped and (height, width) != image[1:]:
+            raise RunError(
+                f"transfer.views: feature maps of {height} x {width} are not crops of images of "
+                f"{image[1]} x {image[2]}; use an extractor without strides, or no views"
+            )
 
     def begin(self) -> State:
         """A fresh large model; the same seed gives the same."""
         torch.manual_seed(self.task.config.seed)
-        return State(
-            _under("server", distill.weights(self._server())),
-            {"shards": {}, "teachers": {}, "blobs": []},
-        )
+        learnt = _under("server", distill.weights(self._server()))
+        if self.task.config.transfer.extractor == "shared":
+            learnt |= _under("shared", _extractor(self.task.initial))
+        return State(learnt, {"shards": {}, "teachers": {}, "blobs": []})
 
     def orders(
         self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
         """To each device its own teacher logits, if they are for the samples it has now."""
-        device, orders = self.task.config.device, {}
+        task, device, transfer = self.task, self.task.config.device, self.task.config.transfer
+        frozen, orders = transfer.frozen(round_), {}
+        shared = state.under("shared")
+        whole = {EXTRACTOR + name: array for name, array in shared.items()}
+        packed = tensors.pack(tensors.weights(whole, "float32"), seed=0)
+        ref = task.blobs.put(packed) if shared else None
         for name, birth in cohort.items():
             teacher = state.notes["teachers"].get(name)
             fits = teacher is not None and teacher["data_digest"] == birth.data_digest
-            orders[name] = self.task.order(
+            fits = fits and device.alpha > 0
+            returns = {"state": "float32"}
+            if self._stale(state, name, birth, round_, shared):
+                returns["features"] = device.features
+            elif task.config.server.alpha:
+                returns["logits"] = transfer.logits
+            orders[name] = task.order(
                 name,
                 round_,
                 sequence,
+                Recipe(device.model_of(name), frozen=frozen),
+                state=ref,
+                own=True,
                 teacher=BlobRef(**teacher["ref"]) if fits else None,
                 data_digest=birth.data_digest,
                 alpha=device.alpha if fits else 0.0,
-                returns={"features": device.features, "state": "float32"},
+                view=teacher["view"] if fits else self._view(round_ - 1),
+                views=self._views(round_),
+                returns=returns,
             )
         return orders
 
     def admit(self, state: State, order: Order, result: Result) -> None:
         """Weights as `Local` does; every record of the features, decoded to a shard on the way."""
-        del state
         admit_own_weights(self.task, order, result)
-        self._shelve(result.blobs["features"], result.samples)
+        rows = result.samples * len(order.views)
+        if "features" in result.blobs:
+            self._shelve(result.blobs["features"], rows)
+        if "logits" in result.blobs:
+            held = state.notes["shards"][result.device]
+            if held["samples"] != rows:
+                raise AdmissionError(
+                    f"logits of {rows} samples, but feature maps of {held['samples']} are here"
+                )
+            self._logits(result.blobs["logits"], rows, order.returns["logits"])
 
     def aggregate(
         self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Train on all shards, compute every sample's z_s, evaluate."""
         task, config = self.task, self.task.config.server
-        round_ = next(iter(orders.values())).round
+        round_ = max(order.round for order in orders.values())
         held: dict[str, dict[str, Any]] = dict(state.notes["shards"])
-        weights = {n: a for n, a in state.tensors.items() if n.startswith("device/")}
+        kept = {n: a for n, a in state.tensors.items() if n.startswith(("device/", "extractor/"))}
+        kept |= _under("shared", state.under("shared"))
+        own = {r.device: read_payload(task, orders[r.device], r, "state") for r in results}
         for result in results:
-            held[result.device] = {
-                "ref": _plain(result.blobs["features"]),
-                "samples": result.samples,
-                "data_digest": result.data_digest,
-                "round": round_,
-            }
-            own = read_payload(task, orders[result.device], result, "state")
-            weights |= {f"device/{result.device}/{n}": a for n, a in own.items()}
+            name, order = result.device, orders[result.device]
+            if "features" in result.blobs:
+                kept |= _under(f"extractor/{name}", _extractor(own[name]))
+            held[name] = {**held.get(name, {}), **_entry(order, result)}
+            kept |= _under(f"device/{name}", own[name])
+        transfer = task.config.transfer
+        if transfer.extractor == "shared" and not transfer.frozen(round_):
+            sizes = {result.device: result.samples for result in results}
+            kept |= _under("shared", _mean({n: _extractor(own[n]) for n in own}, sizes))
         names = sorted(held)
-        opened = [self._shelve(BlobRef(**held[n]["ref"]), held[n]["samples"]) for n in names]
         model = distill.load(self._server(), state.under("server")).to(task.torch_device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         step = distill.optimizer(model, config)
-        _restore(step, state.under("optimizer"))
-        samples = Samples(opened, task.torch_device)
+        distill.resume(step, state.under("optimizer"))
+        samples = Samples(
+            [self._source(name, held[name], kept, round_) for name in names], task.torch_device
+        )
+        schedule = distill.Schedule(
+            config, step, round_, task.config.rounds, state.notes.get("schedule")
+        )
         mean_loss = distill.train(
             model,
             step,
@@ -112,30 +167,124 @@ class FedGKT:
             config,
             seed=(task.config.seed << 20) + round_,
             progress=lambda done, total: task.progress("distil", done, total),
+            rate=schedule.rate,
         )
         teachers = {}
         for i, (name, span) in enumerate(zip(names, samples.spans, strict=True)):
-            logits = distill.teach(model, samples, span, config)
-            ref = task.blobs.put(tensors.pack([("logits", logits, "float32")], seed=0))
-            teachers[name] = {"ref": _plain(ref), "data_digest": held[name]["data_digest"]}
+            if not task.config.device.alpha:
+                break
+            # Uncropped feature maps show the view that they were sent in.
+            view = self._view(round_) if held[name]["cropped"] else held[name]["view"]
+            logits = distill.teach(model, samples, span, config, view)
+            ref = task.blobs.put(tensors.pack([("logits", logits, transfer.logits)], seed=0))
+            own_data = held[name]["data_digest"]
+            teachers[name] = {"ref": _plain(ref), "data_digest": own_data, "view": view}
             task.progress("teach", i + 1, len(names))
-        digests = [entry["ref"]["digest"] for part in (held, teachers) for entry in part.values()]
-        notes = {"shards": held, "teachers": teachers, "blobs": digests}
-        learnt = _under("server", distill.weights(model)) | _flat(step) | weights
-        after = State(learnt, notes)
-        self._forget({held[n]["ref"]["digest"] for n in names})
-        return after, {"server_loss": mean_loss, **self._evaluate(after, model, names)}
+        after = State(_under("server", distill.weights(model)) | kept, {})
+        scores = self._evaluate(after, model, names)
+        notes = {
+            "shards": held,
+            "teachers": teachers,
+            "schedule": schedule.after(scores.get("server_accuracy")),
+            "blobs": sorted(_digests(held, teachers)),
+        }
+        after = State({**after.tensors, **_under("optimizer", distill.slots(step))}, notes)
+        self._forget({entry["ref"]["digest"] for entry in held.values()})
+        return after, {"server_loss": mean_loss, **scores}
+
+    def _views(self, round_: int) -> tuple[int, ...]:
+        """Of which views feature maps and logits are sent in a round."""
+        transfer = self.task.config.transfer
+        if transfer.views and transfer.frozen(round_):
+            return PLAIN, MIRRORED
+        return (self._view(round_),)
+
+    def _view(self, round_: int) -> int:
+        """That a round shows: 2 or higher, since 0 and 1 are not drawn."""
+        config = self.task.config
+        return (config.seed << 20) + round_ + 2 if config.transfer.views else PLAIN
+
+    def _stale(
+        self, state: State, name: str, birth: Birth, round_: int, shared: Mapping[str, Array]
+    ) -> bool:
+        """Whether the feature maps that are here are not those that the device would send."""
+        held, transfer = state.notes["shards"].get(name), self.task.config.transfer
+        if held is None or held["data_digest"] != birth.data_digest:
+            return True
+        views = self._views(round_)
+        if held["cropped"] != (len(views) > 1) or held["view"] != views[0]:
+            return True
+        sent = state.under(f"extractor/{name}")
+        now = shared or _extractor(state.under(f"device/{name}"))
+        if transfer.frozen(round_):
+            return any(not np.array_equal(sent[key], now[key]) for key in now)
+        return not transfer.resend or self._moved(name, sent, now) > transfer.resend
+
+    @torch.inference_mode()
+    def _moved(self, name: str, sent: Mapping[str, Array], now: Mapping[str, Array]) -> float:
+        """Squared error of held-out feature maps by one extractor, over those by another."""
+        x = self.task.heldout.x[:PROBE].to(self.task.torch_device)
+        old, new = (self._extractor(name, weights)(x) for weights in (sent, now))
+        return float((new - old).square().sum() / new.square().sum())
+
+    @torch.inference_mode()
+    def _fill(self, name: str, weights: Mapping[str, Array]) -> NDArray[np.float32]:
+        """The feature map of a black image, far from its border: (channels,)."""
+        device = self.task.config.device
+        black = [-mean / std for mean, std in zip(device.mean, device.std, strict=True)]
+        x = torch.tensor(black)[None, :, None, None].expand(1, *device.input)
+        maps = self._extractor(name, weights)(x.to(self.task.torch_device))
+        middle: NDArray[np.float32] = (
+            maps[0, :, maps.shape[2] // 2, maps.shape[3] // 2].cpu().numpy()
+        )
+        return middle
+
+    def _extractor(self, name: str, weights: Mapping[str, Array]) -> nn.Module:
+        device = self.task.config.device
+        model = models.build(
+            device.model_of(name), classes=device.classes, input_shape=device.input
+        )
+        extractor = model.get_submodule("extractor")
+        return distill.load(extractor, weights).to(self.task.torch_device).eval()
+
+    def _source(
+        self, name: str, entry: Mapping[str, Any], kept: Mapping[str, Array], round_: int
+    ) -> Source:
+        """What is here of a device, its newest logits beside its feature maps."""
+        shard = self._shelve(BlobRef(**entry["ref"]), entry["samples"])
+        if entry["logits"]:
+            ref, spec = BlobRef(**entry["logits"]), self.task.config.transfer.logits
+            shard = replace(shard, logits=self._logits(ref, entry["samples"], spec))
+        made_by = State(kept, {}).under(f"extractor/{name}")
+        fill = self._fill(name, made_by) if entry["cropped"] else None
+        age = round_ - entry["round"]
+        return Source(shard, self.task.config.transfer.age_decay**age, fill)
+
+    def _logits(self, ref: BlobRef, rows: int, spec: str) -> NDArray[np.float32]:
+        """The records of a payload "logits", (rows, C) together.
+
+        Raises:
+            AdmissionError, WireError: they are not that.
+        """
+        classes = self.task.config.device.classes
+        return shards.read_logits(
+            self.task.blobs.path(ref.digest), rows=rows, classes=classes, spec=spec
+        )
 
     def _evaluate(self, state: State, model: nn.Module, names: Sequence[str]) -> Metrics:
         """Held-out accuracy of each device's extractor + large model, and of its own classifier."""
         heldout, config = self.task.heldout, self.task.config.server
-        devices = {}
+        devices, known = {}, {}
         for i, name in enumerate(names):
-            small = device_model(self.task, state.under(f"device/{name}"))
-            stacked = nn.Sequential(small.get_submodule("extractor"), model)
-            logits = distill.predict(stacked, heldout.x, config)
+            weights = state.under(f"extractor/{name}")
+            key = b"".join(weights[n].tobytes() for n in sorted(weights))
+            if key not in known:  # a shared extractor is looked at once
+                stacked = nn.Sequential(self._extractor(name, weights), model)
+                logits = distill.predict(stacked, heldout.x, config)
+                known[key] = distill.accuracy(logits, heldout.y)
+            small = device_model(self.task, name, state.under(f"device/{name}"))
             devices[name] = {
-                "server_accuracy": distill.accuracy(logits, heldout.y),
+                "server_accuracy": known[key],
                 "device_accuracy": evaluate_device(self.task, small),
             }
             self.task.progress("evaluate", i + 1, len(names))
@@ -151,11 +300,11 @@ class FedGKT:
             config.server.model, classes=config.device.classes, input_shape=self.shape
         )
 
-    def _shelve(self, ref: BlobRef, samples: int) -> Shard:
+    def _shelve(self, ref: BlobRef, rows: int) -> Shard:
         return shards.shelve(
             self.task.blobs.path(ref.digest),
             self.task.shards / ref.digest,
-            samples=samples,
+            samples=rows,
             shape=self.shape,
             classes=self.task.config.device.classes,
             spec=self.task.config.device.features,
@@ -168,34 +317,46 @@ class FedGKT:
                 shutil.rmtree(folder)
 
 
+def _entry(order: Order, result: Result) -> dict[str, Any]:
+    """What is noted of a result's payloads, beside or in place of what was noted before."""
+    noted: dict[str, Any] = {"round": order.round, "data_digest": result.data_digest}
+    if "features" in result.blobs:
+        noted |= {
+            "ref": _plain(result.blobs["features"]),
+            "logits": None,
+            "samples": result.samples * len(order.views),
+            "view": order.views[0],
+            "cropped": len(order.views) > 1,
+        }
+    elif "logits" in result.blobs:
+        noted["logits"] = _plain(result.blobs["logits"])
+    return noted
+
+
 def _plain(ref: BlobRef) -> dict[str, Any]:
     return {"digest": ref.digest, "size": ref.size, "chunk_bytes": ref.chunk_bytes}
 
 
-def _under(prefix: str, weights: Mapping[str, Array]) -> dict[str, Array]:
-    return {f"{prefix}/{name}": array for name, array in weights.items()}
+def _digests(held: Mapping[str, Any], teachers: Mapping[str, Any]) -> set[str]:
+    refs = [entry[key] for entry in held.values() for key in ("ref", "logits")]
+    refs += [entry["ref"] for entry in teachers.values()]
+    return {ref["digest"] for ref in refs if ref}
 
 
-def _flat(step: torch.optim.Optimizer) -> dict[str, Array]:
-    """The optimizer's tensors as `optimizer/<parameter number>/<name>`."""
+def _extractor(weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Of a device's weights those of its extractor, by their names in it."""
+    cut = len(EXTRACTOR)
+    return {n[cut:]: a for n, a in weights.items() if n.startswith(EXTRACTOR)}
+
+
+def _mean(each: Mapping[str, Mapping[str, Array]], sizes: Mapping[str, int]) -> dict[str, Array]:
+    """The mean of several extractors, by their devices' samples."""
+    names, shares = [*each], [sizes[name] for name in each]
     return {
-        f"optimizer/{number}/{name}": value.detach().cpu().numpy()
-        for number, slots in step.state_dict()["state"].items()
-        for name, value in slots.items()
-        if isinstance(value, torch.Tensor)
+        key: np.average([each[n][key] for n in names], axis=0, weights=shares).astype(np.float32)
+        for key in each[names[0]]
     }
 
 
-def _restore(step: torch.optim.Optimizer, tensors: Mapping[str, Array]) -> None:
-    if not tensors:
-        return
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    for path, array in tensors.items():
-        number, name = path.split("/")
-        slots.setdefault(int(number), {})[name] = torch.from_numpy(np.array(array))
-    step.load_state_dict({**step.state_dict(), "state": slots})
-    # Fused optimizers walk through memory: each slot must lie there as its parameter does.
-    for parameter, own in step.state.items():
-        for name, value in own.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                own[name] = torch.empty_like(parameter).copy_(value)
+def _under(prefix: str, weights: Mapping[str, Array]) -> dict[str, Array]:
+    return {f"{prefix}/{name}": array for name, array in weights.items()}

@@ -11,7 +11,7 @@ from torch import nn
 import models
 from orchestrator import admit, distill
 from orchestrator.strategies.fedavg import read_payload
-from orchestrator.strategies.strategy import Array, Metrics, State, Task
+from orchestrator.strategies.strategy import Array, Metrics, State, Task, norm
 from wire.messages import Birth, Order, Result
 
 
@@ -46,7 +46,7 @@ class Local:
         for i, result in enumerate(results):
             weights = read_payload(self.task, orders[result.device], result, "state")
             tensors |= {f"device/{result.device}/{n}": a for n, a in weights.items()}
-            right = evaluate_device(self.task, device_model(self.task, weights))
+            right = evaluate_device(self.task, device_model(self.task, result.device, weights))
             devices[result.device] = {"device_accuracy": right}
             self.task.progress("evaluate", i + 1, len(results))
         mean = float(np.mean([d["device_accuracy"] for d in devices.values()]))
@@ -55,14 +55,15 @@ class Local:
 
 def admit_own_weights(task: Task, order: Order, result: Result) -> None:
     """Look over the "state" payload of a device that keeps its own weights."""
-    shapes = {name: array.shape for name, array in task.initial.items()}
-    admit.weights(read_payload(task, order, result, "state"), shapes, task.norm)
+    initial = task.initial_of(result.device)
+    shapes = {name: array.shape for name, array in initial.items()}
+    admit.weights(read_payload(task, order, result, "state"), shapes, norm(initial))
 
 
-def device_model(task: Task, weights: Mapping[str, Array]) -> nn.Module:
-    """The device's model with its weights, where large tensors are computed."""
+def device_model(task: Task, name: str, weights: Mapping[str, Array]) -> nn.Module:
+    """A device's model with its weights, where large tensors are computed."""
     device = task.config.device
-    model = models.build(device.model, classes=device.classes, input_shape=device.input)
+    model = models.build(device.model_of(name), classes=device.classes, input_shape=device.input)
     return distill.load(model, weights).to(task.torch_device)
 
 

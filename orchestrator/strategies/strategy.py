@@ -8,7 +8,7 @@ I/O but blobs: the coordinator talks to devices, journals and checkpoints.
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orchestrator.config import RunConfig
+from orchestrator.config import Recipe, RunConfig
 from wire.blobs import BlobStore
 from wire.messages import Birth, BlobRef, Order, Result
 
@@ -57,15 +57,15 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Variant:
-    """The device model at one keep rate, as devices train it.
+    """One of the models that devices train.
 
     Attributes:
-        keep_rate: 1 is the whole model.
+        recipe: what it is.
         artifact: the manifest of its training artifact, by which devices know it.
         features: shape of one sample's feature map, or None where it has no extractor.
     """
 
-    keep_rate: float
+    recipe: Recipe
     artifact: BlobRef
     features: tuple[int, ...] | None = None
 
@@ -77,8 +77,9 @@ class Task:
     Attributes:
         config: of the run.
         run: its name for devices, which is its alone.
-        variants: what devices train, by keep rate; all those that the configuration names.
-        initial: parameters and buffers of the whole device model before round 1.
+        variants: what devices train, by recipe; all those that the configuration names.
+        initial: parameters and buffers of the whole device model before round 1,
+        others: and of other models that devices train, by name.
         blobs: the run's blob store.
         shards: folder for decoded feature maps.
         heldout: for evaluation.
@@ -88,23 +89,25 @@ class Task:
 
     config: RunConfig
     run: str
-    variants: Mapping[float, Variant]
+    variants: Mapping[Recipe, Variant]
     initial: Mapping[str, Array]
     blobs: BlobStore
     shards: Path
     heldout: HeldOut
     torch_device: torch.device
     progress: Progress
+    others: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
+
+    def initial_of(self, device: str) -> Mapping[str, Array]:
+        """Parameters and buffers of a device's model before round 1."""
+        model = self.config.device.model_of(device)
+        return self.others.get(model, self.initial)
 
     @property
     def values(self) -> int:
-        """How many values the whole device model has."""
-        return sum(array.size for array in self.initial.values())
-
-    @property
-    def norm(self) -> float:
-        """Norm of the initial weights, by which `admit.weights` knows what is absurd."""
-        return math.sqrt(sum(float(np.square(a, dtype=float).sum()) for a in self.initial.values()))
+        """How many values the largest of the device models has."""
+        every = (self.initial, *self.others.values())
+        return max(sum(array.size for array in model.values()) for model in every)
 
     @property
     def limits(self) -> dict[str, int]:
@@ -114,30 +117,35 @@ class Task:
             "state": weights,
             "update": weights,
             "features": self.config.max_upload_bytes,
+            "logits": self.config.max_upload_bytes,
         }
 
     def order(
-        self, name: str, round_: int, sequence: int, keep_rate: float = 1.0, **settings: Any
+        self, name: str, round_: int, sequence: int, recipe: Recipe | None = None, **settings: Any
     ) -> Order:
         """An order to device `name` with what is the same for every strategy filled in.
+
+        No recipe is the whole model that the device trains.
 
         Each device and round has a seed of its own: were rounding errors the same everywhere, they
         would not average out.
         """
         device = self.config.device
         key = hashlib.sha256(f"{self.config.seed}/{round_}/{name}".encode()).digest()
-        return Order(
-            run=self.run,
-            sequence=sequence,
-            round=round_,
-            artifact=self.variants[keep_rate].artifact,
-            epochs=device.epochs,
-            lr=device.lr,
-            temperature=device.temperature,
-            augment=device.augment,
-            seed=int.from_bytes(key[:6], "little"),
-            **settings,
-        )
+        shared: dict[str, Any] = {
+            "artifact": self.variants[recipe or Recipe(device.model_of(name))].artifact,
+            "epochs": device.epochs,
+            "lr": device.lr,
+            "temperature": device.temperature,
+            "augment": device.augment,
+            "seed": int.from_bytes(key[:6], "little"),
+        }
+        return Order(self.run, sequence, round_, **(shared | settings))
+
+
+def norm(weights: Mapping[str, Array]) -> float:
+    """Of all values together, by which `admit.weights` knows what is absurd."""
+    return math.sqrt(sum(float(np.square(a, dtype=float).sum()) for a in weights.values()))
 
 
 class Strategy(Protocol):

@@ -260,7 +260,7 @@ def test_augmentation_is_the_dense_definition():
     """Zero-padded, cropped at (row, column), flipped where the last third of the draw is odd."""
     images = make(16, shape=(8, 6, 3))
     raw = np.random.Philox(key=3).random_raw(48)
-    got = data._augment(images.x, raw)
+    got = data.look(images.x, data.drawn(raw))
     seen = set()
     for n in range(16):
         row, column, flip = int(raw[n] % 9), int(raw[16 + n] % 9), int(raw[32 + n] & 1)
@@ -301,3 +301,29 @@ def test_evaluation_goes_through_the_samples_in_order(n, batch, valid):
     for indices, pixels, _ in got:
         assert len(indices) == batch
         assert np.array_equal(pixels, images.x[indices])
+
+
+@pytest.mark.parametrize("view", [data.PLAIN, data.MIRRORED, 77])
+def test_a_view_shows_each_sample_the_same_wherever_it_comes(view):
+    images = make(10, shape=(8, 6, 3))
+    whole = data.look(images.x, data.looks(view, 10))
+    if view == data.PLAIN:
+        assert np.array_equal(whole, images.x)
+    elif view == data.MIRRORED:
+        assert np.array_equal(whole, images.x[:, :, ::-1])
+    else:
+        assert not np.array_equal(whole, data.look(images.x, data.looks(78, 10)))
+    for indices, pixels in data.epoch(images, batch=4, seed=3, augment=False, view=view):
+        assert np.array_equal(pixels, whole[indices])
+    got = np.concatenate([pixels[:valid] for _, pixels, valid in data.batches(images, 4, view)])
+    assert np.array_equal(got, whole)
+
+
+def test_augmentation_is_of_no_effect_beside_a_view():
+    images = make(8)
+    for (_, one), (_, other) in zip(
+        data.epoch(images, batch=4, seed=3, augment=True, view=9),
+        data.epoch(images, batch=4, seed=3, augment=False, view=9),
+        strict=True,
+    ):
+        assert np.array_equal(one, other)

@@ -12,9 +12,8 @@ import torch
 import models
 from orchestrator import distill
 from orchestrator.config import ServerConfig
-from orchestrator.samples import Samples
+from orchestrator.samples import Samples, Source
 from orchestrator.shards import Shard
-from orchestrator.strategies.fedgkt import _flat, _restore
 
 CONFIG = ServerConfig(model="resnet10", epochs=2, batch=8)
 
@@ -41,7 +40,7 @@ def train(shards, seed=0, config=CONFIG):
     torch.manual_seed(0)
     model = models.build("resnet10", classes=3, input_shape=(16, 8, 8))
     step = distill.optimizer(model, config)
-    samples = Samples(shards, torch.device("cpu"))
+    samples = Samples([*map(Source, shards)], torch.device("cpu"))
     loss = distill.train(model, step, samples, config, seed=seed, progress=lambda *_: None)
     return model, step, loss
 
@@ -53,7 +52,9 @@ def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_weights():
     assert loss == same
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    logits = distill.teach(first, Samples(shards, torch.device("cpu")), range(40, 65), CONFIG)
+    logits = distill.teach(
+        first, Samples([*map(Source, shards)], torch.device("cpu")), range(40, 65), CONFIG
+    )
     assert distill.accuracy(logits, torch.from_numpy(shards[1].labels)) > 0.6
 
 
@@ -107,9 +108,9 @@ def test_training_goes_on_after_a_checkpoint_as_if_it_had_not_stopped(optimizer)
     other.to(memory_format=torch.channels_last)
     again = distill.optimizer(other, config)
     # As files keep them: in C order, whatever the order in memory was.
-    kept = {name: np.array(array, order="C") for name, array in _flat(step).items()}
-    _restore(again, {name.removeprefix("optimizer/"): array for name, array in kept.items()})
-    samples = Samples(shards, torch.device("cpu"))
+    kept = {name: np.array(array, order="C") for name, array in distill.slots(step).items()}
+    distill.resume(again, kept)
+    samples = Samples([*map(Source, shards)], torch.device("cpu"))
     for model, own in ((whole, step), (other, again)):
         distill.train(model, own, samples, config, seed=1, progress=lambda *_: None)
     for a, b in zip(whole.parameters(), other.parameters(), strict=True):
@@ -119,7 +120,7 @@ def test_training_goes_on_after_a_checkpoint_as_if_it_had_not_stopped(optimizer)
 def test_the_optimizer_survives_a_checkpoint():
     model, step, _ = train([shard(24, 0)])
     fresh = distill.optimizer(model, CONFIG)
-    _restore(fresh, {name.removeprefix("optimizer/"): a for name, a in _flat(step).items()})
+    distill.resume(fresh, distill.slots(step))
     before, after = step.state_dict()["state"], fresh.state_dict()["state"]
     assert before.keys() == after.keys()
     for number, slots in before.items():

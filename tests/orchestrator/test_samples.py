@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.samples import Samples
+import models
+from edge_agent import data
+from edge_agent.data import PAD
+from orchestrator.samples import Samples, Source
 from orchestrator.shards import Shard, shelve
 from wire import frames, tensors
 
@@ -49,7 +52,7 @@ def test_batches_are_what_the_devices_sent(tmp_path, spec, shape, quantized):
     given = [sent(tmp_path, name, n, spec, shape) for name, n in (("a", 7), ("bb", 1), ("ccc", 4))]
     shards, wanted = [shard for shard, _ in given], [each for _, each in given]
     assert all(shard.features.dtype == (np.uint8 if quantized else np.float32) for shard in shards)
-    samples = Samples(shards, torch.device("cpu"))
+    samples = Samples([*map(Source, shards)], torch.device("cpu"))
     assert len(samples) == 12
     assert samples.spans == [range(7), range(7, 8), range(8, 12)]
     whole = {key: np.concatenate([each[key] for each in wanted]) for key in wanted[0]}
@@ -60,3 +63,44 @@ def test_batches_are_what_the_devices_sent(tmp_path, spec, shape, quantized):
         np.testing.assert_array_equal(batch.labels, whole["labels"][chosen])
         assert batch.labels.dtype == torch.int64
         assert batch.features.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_crop_of_feature_maps_is_the_feature_map_of_the_crop():
+    """But for the border of image and crop, one pixel wide, where the device's padding was."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1, 256, (9, 16, 16, 3), np.uint8)
+    net = models.build("resnet8", classes=3, input_shape=(3, 16, 16)).eval()
+
+    @torch.no_grad()
+    def extract(shown):
+        x = torch.from_numpy(shown).permute(0, 3, 1, 2).float() / 255
+        return net.extractor(x).numpy()
+
+    rows = np.concatenate([extract(pixels), extract(pixels[:, :, ::-1].copy())])
+    shard = Shard(rows, np.arange(54, dtype=np.float32).reshape(18, 3), np.arange(18) % 9)
+    fill = extract(np.zeros((1, 16, 16, 3), np.uint8))[0, :, 8, 8]
+    other = Shard(rows[:4], np.zeros((4, 3), np.float32), np.zeros(4, np.int64))
+    samples = Samples([Source(other), Source(shard, 0.5, fill)], torch.device("cpu"))
+    assert samples.spans == [range(4), range(4, 13)]
+    looks = data.looks(123, 9)
+    assert 0 < looks.flips.sum() < 9
+    batch = samples.draw(np.arange(4, 13), looks)
+    wanted = extract(data.look(pixels, looks))
+    same = np.isclose(batch.features.numpy(), wanted, atol=1e-5).all(axis=1)
+    for n, (row, column) in enumerate(zip(looks.rows - PAD, looks.columns - PAD, strict=True)):
+        # Inside the crop, and two pixels around where the image ends in it.
+        borders = np.zeros((16, 16), bool)
+        borders[[0, -1]] = borders[:, [0, -1]] = True
+        for axis, start in ((0, row), (1, -column if looks.flips[n] else column)):
+            for edge in (-start - 1, -start, 16 - start - 1, 16 - start):
+                if 0 <= edge < 16:
+                    borders.swapaxes(0, axis)[edge] = True
+        assert same[n][~borders].all()
+        assert (~borders).sum() >= 9 * 9
+    assert np.array_equal(batch.logits, shard.logits[np.arange(9) + 9 * looks.flips])
+    assert batch.weights.tolist() == [0.5] * 9
+    plain = samples.draw(np.array([2, 5]))
+    assert np.array_equal(plain.features, rows[[2, 1]])
+    assert plain.weights.tolist() == [1.0, 0.5]
+    # Samples whose feature maps are of one view stay as they are, whatever the look.
+    assert np.array_equal(samples.draw(np.arange(4), looks.of(np.arange(4))).features, rows[:4])

@@ -16,13 +16,15 @@ from orchestrator.cohort import Job
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
+    Other,
     RunConfig,
     ServerConfig,
     SubmodelConfig,
     Tier,
+    TransferConfig,
 )
 from orchestrator.report import Report
-from orchestrator.store import Store, last_checkpoint
+from orchestrator.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.strategies import create
 from wire import frames, tensors
 from wire.artifact import open_artifact
@@ -181,11 +183,21 @@ def gkt(config):
     )
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam", "lr": 0.001, "augment": True}],
-                         ids=["sgd", "adam-augment"])  # fmt: skip
-def test_fedgkt_with_agents_arrives_where_its_simulation_does(gkt, digits, tmp_path, settings):
+@pytest.mark.parametrize(
+    ("settings", "transfer"),
+    [
+        ({}, {}),
+        ({"optimizer": "adam", "lr": 0.001, "augment": True}, {}),
+        ({}, {"views": True, "extractor": "shared", "freeze_after": 1}),
+        ({"others": (Other("resnet4", "device-1"),)}, {"views": True}),
+    ],
+    ids=["sgd", "adam-augment", "shared-frozen-views", "two-models-views"],
+)
+def test_fedgkt_with_agents_arrives_where_its_simulation_does(
+    gkt, digits, tmp_path, settings, transfer
+):
     """Devices keep weights and optimizer of their own; a teacher is there from round 2 on."""
-    gkt = replace(gkt, device=replace(gkt.device, **settings))
+    gkt = replace(gkt, device=replace(gkt.device, **settings), transfer=TransferConfig(**transfer))
     expected = simulate.run(gkt, digits).entries
     real = replace(gkt, runs=tmp_path / "real")
     images = simulate.read_shards(gkt, digits)
@@ -204,12 +216,16 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(gkt, digits, tmp_p
             results = []
             for name, order in orders.items():
                 desk = Desk(images[name], store.blobs, 1, lambda *_: None, threading.Event())
-                done = perform(order, open_artifact(store.folder / "artifact"), own.get(name), desk)
+                artifact = next(
+                    open_artifact(path) for path in store.folder.glob("artifact*")
+                    if open_artifact(path).digest == order.artifact.digest
+                )  # fmt: skip
+                done = perform(order, artifact, own.get(name), desk)
                 own[name] = tmp_path / f"{name}.safetensors"
                 save_file(done.own, own[name])
                 results.append(
                     Result(name, order.run, order.sequence, number, len(images[name].y),
-                           blobs=done.blobs, metrics=done.metrics)
+                           images[name].digest, done.blobs, done.metrics)
                 )  # fmt: skip
                 strategy.admit(state, order, results[-1])
                 same = entry["devices"][name]
@@ -220,6 +236,49 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(gkt, digits, tmp_p
     finally:
         store.close()
     assert len({name for entry in expected for name in entry["cohort"]}) == 3
+
+
+def test_feature_maps_travel_only_when_they_are_others(gkt, digits):
+    """Bytes of the payloads by round, and what the server learns from what it has already."""
+    gkt = replace(gkt, cohort=CohortConfig(min_devices=3), rounds=4)
+    gkt = replace(gkt, device=replace(gkt.device, features="relu|q=2|zstd"))
+
+    def up(**transfer):
+        chosen = replace(
+            gkt, name="-".join(transfer) or "plain", transfer=TransferConfig(**transfer)
+        )
+        entries = simulate.run(chosen, digits).entries
+        assert entries[-1]["server_loss"] < entries[0]["server_loss"]
+        return [sum(d["bytes_up"] for d in e["devices"].values()) for e in entries]
+
+    every = up()
+    assert max(every) < 1.2 * min(every)
+    frozen = up(freeze_after=2)  # own extractors: what was sent last is what they would send
+    assert frozen[:2] == every[:2]
+    assert max(frozen[2:]) < 0.5 * every[2]
+    shared = up(extractor="shared", freeze_after=1, views=True)
+    assert shared[1] > 1.5 * shared[0]  # plain and mirrored, once
+    assert shared[3] == shared[2] < 0.5 * shared[0]
+    lazy = up(resend=0.9)
+    assert lazy[0] == every[0]
+    assert max(lazy[1:]) < 0.5 * every[1]
+
+
+def test_devices_go_on_with_the_mean_of_their_extractors(gkt, digits):
+    gkt = replace(gkt, cohort=CohortConfig(min_devices=3), rounds=2)
+    gkt = replace(gkt, transfer=TransferConfig(extractor="shared", freeze_after=1))
+    simulate.run(gkt, digits)
+    _, state = last_checkpoint(gkt.folder)
+    shared = state.under("shared")
+    images = simulate.read_shards(gkt, digits)
+    before = read_checkpoint(gkt.folder, 1)
+    for key, array in shared.items():
+        own = [before.under(f"device/{name}")[f"extractor.{key}"] for name in images]
+        sizes = [len(held.y) for held in images.values()]
+        np.testing.assert_allclose(array, np.average(own, axis=0, weights=sizes), atol=1e-6)
+        for name in images:  # frozen: they hold it still
+            assert np.array_equal(state.under(f"device/{name}")[f"extractor.{key}"], array)
+            assert np.array_equal(state.under(f"extractor/{name}")[key], array)
 
 
 @pytest.mark.parametrize("strategy", ["fedgkt", "local"])
