@@ -8,7 +8,7 @@ import contextlib
 import logging
 import queue
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from orchestrator.config import RunConfig
 from orchestrator.intake import Intake
 from orchestrator.report import Report
 from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind
-from orchestrator.store import Attempt, Store, Verdict
+from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies.strategy import Metrics, State, Strategy
 from wire import messages, topics
 from wire.errors import AdmissionError, RunError, StillhouseError, WireError
@@ -98,9 +98,12 @@ class Coordinator:
         self._births: dict[str, Birth] = {}
         self._checking: set[str] = set()
         self._began = time.monotonic()
+        self._late: frozenset[str] = frozenset()
         self._state = store.checkpoint() or strategy.begin()
-        self._attempt = store.open_attempt()
-        self._rounds = self._restored(self._attempt)
+        last = store.last_attempt()
+        self._attempt = None if last is None or last.closed else last
+        self._carried: dict[str, Order] = {}
+        self._rounds = self._restored(last)
         self._address = address
         self.link = Link(
             address,
@@ -211,7 +214,7 @@ class Coordinator:
         if device not in self._births:
             return  # not enrolled, or its birth is still on the way: it will offer again
         attempt = self._attempt
-        order = attempt.orders.get(device) if attempt else None
+        order = (attempt.orders if attempt else self._carried).get(device)
         collecting = self._rounds.phase is Phase.COLLECTING
         try:
             samples = self._births[device].samples
@@ -302,11 +305,12 @@ class Coordinator:
                 self._send(device, "order", self._attempt.orders[device])
             case Close(number, returned):
                 log.info("round %d: aggregating %d results", number, len(returned))
-                self._intake.clear()
                 assert self._attempt is not None  # noqa: S101 - a round is open
+                self._carried = {d: self._attempt.orders[d] for d in self._rounds.carried}
+                self._late = self._intake.clear() if self._carried else frozenset()
                 verdicts = self._attempt.verdicts
                 results = [verdicts[device].result for device in sorted(returned)]
-                self._submit(self._aggregate, self._attempt.orders, results)
+                self._submit(self._aggregate, self._attempt, results)
             case GiveUp(number):
                 raise RunError(self._hopeless(number))
             case Finish():
@@ -323,25 +327,30 @@ class Coordinator:
         )
 
     def _open(self, number: int, cohort: frozenset[str]) -> None:
-        births = {device: self._births[device] for device in sorted(cohort)}
+        carried = {device: self._carried[device] for device in self._rounds.carried}
+        births = {device: self._births[device] for device in sorted(cohort - carried.keys())}
         sequence = self.store.next_sequence()
         orders = self.strategy.orders(self._state, number, sequence, births)
-        self._attempt = self.store.begin(number, orders)
+        self._attempt = self.store.begin(number, {**carried, **orders})
         self._intake.clear()
         self._began = time.monotonic()
         self.report.opened()
-        log.info("round %d of %d: %d devices", number, self.config.rounds, len(cohort))
+        late = f", {len(carried)} with an earlier order" if carried else ""
+        log.info("round %d of %d: %d devices%s", number, self.config.rounds, len(cohort), late)
         for device, order in orders.items():
             self._send(device, "order", order)
 
-    def _aggregate(self, orders: Mapping[str, Order], results: list[Result]) -> Event:
-        return Aggregated(*self.strategy.aggregate(self._state, orders, results))
+    def _aggregate(self, attempt: Attempt, results: list[Result]) -> Event:
+        return Aggregated(
+            *self.strategy.aggregate(self._state, attempt.round, attempt.orders, results)
+        )
 
     def _close(self, state: State, metrics: Metrics) -> None:
         assert self._attempt is not None  # noqa: S101 - a round was open
         seconds = time.monotonic() - self._began
         entry = self.report.closed(self._attempt, metrics, seconds)
-        self.store.close_round(self._attempt, state, entry)
+        needed = self._late | referred(self._carried.values())
+        self.store.close_round(self._attempt, state, entry, needed)
         self._state, self._attempt = state, None
         scores = (
             f"{key} {100 * value:.1f} %" for key, value in metrics.items() if "accuracy" in key
@@ -354,9 +363,14 @@ class Coordinator:
         """Where an earlier orchestrator left off; its deadline begins anew."""
         fresh = rounds.State(rounds=self.config.rounds, seed=self.config.seed)
         closed = len(self.store.closed_rounds())
-        if attempt is None:
+        if attempt is None or attempt.closed:
             phase = Phase.FINISHED if closed >= self.config.rounds else Phase.FORMING
-            return replace(fresh, round=closed, phase=phase)
+            if attempt:
+                self._carried = attempt.carried(self.config.cohort.carry_rounds)
+            ages = {name: closed + 1 - order.round for name, order in self._carried.items()}
+            return replace(fresh, round=closed, phase=phase, carried=ages)
+        earlier = {n: o for n, o in attempt.orders.items() if o.round < attempt.round}
+        self._carried = earlier
         verdicts = attempt.verdicts.values()
         log.info("going on with round %d, %d results are here", attempt.round, len(verdicts))
         return replace(
@@ -364,6 +378,7 @@ class Coordinator:
             round=attempt.round,
             phase=Phase.COLLECTING,
             cohort=frozenset(attempt.orders),
+            carried={name: attempt.round - order.round for name, order in earlier.items()},
             returned=frozenset(v.device for v in verdicts if v.accepted),
             failed=frozenset(v.device for v in verdicts if not v.accepted),
             deadline_s=time.monotonic() + self.config.cohort.deadline_s,

@@ -36,9 +36,11 @@ class Intake:
         """Give a device's result up."""
         self._pulls.pop(device, None)
 
-    def clear(self) -> None:
-        """Give all up: the round is closed."""
+    def clear(self) -> frozenset[str]:
+        """Give all up, for the round is closed; digests of what had begun to come."""
+        begun = frozenset(f.ref.digest for _, fetches in self._pulls.values() for f in fetches)
         self._pulls.clear()
+        return begun
 
     def resume(self, device: str) -> None:
         """The device is there anew: what it was asked may be lost."""

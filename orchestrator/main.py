@@ -58,6 +58,7 @@ def simulate(
         int, typer.Option(help="Devices trained at once; 0: one on a CPU, all on a GPU.", min=0)
     ] = 0,
     threads: Annotated[int, typer.Option(help="Of PyTorch and numpy; 0: theirs.", min=0)] = 0,
+    late: Annotated[float, typer.Option(help="Share of devices that miss a round's end.")] = 0.0,
 ) -> None:
     """Do a run with its devices simulated in this process, by PyTorch."""
     from orchestrator import simulate as simulation
@@ -66,7 +67,7 @@ def simulate(
     if threads:
         simulation.hold_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    report = simulation.run(chosen, shards, stack=stack, changed=_tell)
+    report = simulation.run(chosen, shards, stack=stack, late=late, changed=_tell)
     console.print(view.rounds(report.entries))
     console.print(f"report: {chosen.folder / 'report.json'}")
 

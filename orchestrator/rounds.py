@@ -4,6 +4,9 @@
        ^                           | nobody returned                           |
        +---------------------------+-------------------------------------------+
 
+A device that has not answered when its round closes may keep its order for `carry_rounds` more
+(asynchronous rounds): it is of their cohorts too, and is given no other order meanwhile.
+
 A round of which nobody returned is tried again, with other devices where there are more than a
 cohort takes. Where all that were asked reported a fault or were refused, `ATTEMPTS` times in a row,
 the run gives up: the same orders would fail again.
@@ -42,7 +45,8 @@ class State:
     Attributes:
         round: the one that is open, or the last that was.
         live: session number of each device that is there.
-        cohort: devices that were given an order.
+        cohort: devices that have an order of this round, or one of an earlier round open.
+        carried: of these, whose order is of an earlier round, and how many rounds ago that was.
         returned: of these, whose result was accepted.
         failed: of these, who reported a fault or was refused.
         ready_at_s: when the cohort may be formed, once there are enough devices.
@@ -59,6 +63,7 @@ class State:
     phase: Phase = Phase.FORMING
     live: Mapping[str, int] = field(default_factory=dict)
     cohort: frozenset[str] = frozenset()
+    carried: Mapping[str, int] = field(default_factory=dict)
     returned: frozenset[str] = frozenset()
     failed: frozenset[str] = frozenset()
     ready_at_s: float | None = None
@@ -71,7 +76,7 @@ class State:
 
 @dataclass(frozen=True)
 class Open:
-    """Begin a round: give each device of the cohort an order."""
+    """Begin a round: give each device of the cohort an order, unless it is carried."""
 
     round: int
     cohort: frozenset[str]
@@ -176,7 +181,14 @@ def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
     if not (full or now_s >= ready_at_s):
         return replace(state, ready_at_s=ready_at_s), ()
     number = state.round + 1
-    cohort = choose(state.live, rules.max_devices, state.seed, number, state.attempt)
+    free = {
+        device: session for device, session in state.live.items() if device not in state.carried
+    }
+    most, chosen = rules.max_devices, frozenset[str]()
+    if not most or most > len(state.carried):
+        room = most and most - len(state.carried)
+        chosen = choose(free, room, state.seed, number, state.attempt)
+    cohort = chosen | state.carried.keys()
     opened = replace(
         state,
         round=number,
@@ -204,6 +216,7 @@ def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
             phase=Phase.FORMING,
             round=state.round - 1,
             cohort=frozenset(),
+            carried={name: age for name, age in state.carried.items() if name not in state.failed},
             ready_at_s=now_s,
             not_before_s=now_s + PAUSE_S,
             attempt=state.attempt + 1,
@@ -213,7 +226,11 @@ def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
         asked = len(again.faulty) >= ASKED or not again.live.keys() - again.faulty
         hopeless = again.fruitless >= ATTEMPTS and asked
         return again, (GiveUp(state.round),) if hopeless else ()
-    return replace(state, phase=Phase.AGGREGATING), (Close(state.round, state.returned),)
+    open_ = state.cohort - state.returned - state.failed
+    ages = {device: state.carried.get(device, 0) + 1 for device in open_}
+    carried = {device: age for device, age in ages.items() if age <= rules.carry_rounds}
+    closed = replace(state, phase=Phase.AGGREGATING, carried=carried)
+    return closed, (Close(state.round, state.returned),)
 
 
 def choose(

@@ -4,8 +4,9 @@ Strategy, orders, codecs, checks, journal and checkpoints are those of a run ove
 simulated device decodes the weights that it is sent and encodes the update that it returns, so that
 noise and bytes are the real ones. Only the network is missing, and PyTorch trains in place of ONNX
 Runtime (`orchestrator.cohort`). Bytes are those of the payloads: no MQTT, no artifact, which
-travels once. No device is late or lost, so a round has neither quorum nor deadline. The same
-command goes on where a run was stopped.
+travels once. A round has neither quorum nor deadline; a share of the devices may be late, and
+answers in the round after where `cohort.carry_rounds` lets it, or else not. The same command goes
+on where a run was stopped.
 """
 
 import hashlib
@@ -32,14 +33,16 @@ from orchestrator import admit, cohort, distill, launch, rounds
 from orchestrator.cohort import Job, Trained
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.report import Report
-from orchestrator.store import Store, Verdict
+from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import State, Strategy, Variant
-from wire import tensors, topics
+from wire import seeds, tensors, topics
 from wire.errors import RunError, StillhouseError
 from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
 
 log = logging.getLogger("orchestrator")
+
+_LATE = 1 << 40  # streams of the run's seed; those of lower numbers choose a round's devices
 
 
 def run(
@@ -47,6 +50,7 @@ def run(
     shards: Path,
     *,
     stack: int = 0,
+    late: float = 0.0,
     changed: Callable[[Report], None] = lambda _: None,
 ) -> Report:
     """Do a run, from the start or from where it stopped.
@@ -55,10 +59,11 @@ def run(
         config: of the run; `cohort.max_devices` devices take part in a round.
         shards: a folder of `device-*.npz`, one a device, named by its file.
         stack: devices that are trained at once; 0: one on a CPU, the whole cohort on a GPU.
+        late: share of a round's devices, drawn by seed, that miss its end.
         changed: called after each round.
 
     Raises:
-        RunError: no shards are there, or tiers go by memory.
+        RunError: no shards are there, tiers go by memory, or all would be late.
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
     """
     if any(tier.memory_mb for tier in config.submodel.tiers):
@@ -66,14 +71,19 @@ def run(
             "submodel.tiers: simulated devices have no memory to go by; name them instead, "
             'devices = "device-1*"'
         )
+    if not 0 <= late < 1:
+        raise RunError(f"late: expected a share of the devices from 0 to below 1, got {late}")
     heldout = launch.read_heldout(config)
     images = read_shards(config, shards)
     held = hashlib.sha256("".join(f"{n}:{i.digest}" for n, i in images.items()).encode())
-    store = Store(config, f"{len(images)} simulated devices with data {held.hexdigest():.12}")
+    what = f"{len(images)} simulated devices with data {held.hexdigest():.12}"
+    store = Store(config, what + (f", {late:g} of them late" if late else ""))
     try:
         report = Report(config, store)
         task = launch.task(config, store, _variants(config), heldout, report)
-        simulation = _Simulation(config, store, create(config.strategy, task), images, stack)
+        simulation = _Simulation(
+            config, store, create(config.strategy, task), images, stack=stack, late=late
+        )
         simulation.run(report, changed)
     finally:
         store.close()
@@ -137,10 +147,12 @@ class _Simulation:
         store: Store,
         strategy: Strategy,
         images: Mapping[str, ImageSet],
+        *,
         stack: int,
+        late: float,
     ) -> None:
         self._config, self._store, self._strategy = config, store, strategy
-        self._images, self._stack = images, stack
+        self._images, self._stack, self._late = images, stack, late
         self._births = {name: _birth(name, held) for name, held in images.items()}
         self._owed, self._own = _Kept(store.folder / "owed"), _Kept(store.folder / "own")
         self._models = {}
@@ -154,26 +166,42 @@ class _Simulation:
     def run(self, report: Report, changed: Callable[[Report], None]) -> None:
         config, store = self._config, self._store
         state = store.checkpoint() or self._strategy.begin()
-        live = dict.fromkeys(self._births, 1)
+        last = store.last_attempt(closed=True)
+        carried = self._carried(last) if last else {}
         for number in range(len(store.closed_rounds()) + 1, config.rounds + 1):
             began = time.monotonic()
+            live = {name: 1 for name in self._births if name not in carried}
             chosen = rounds.choose(live, config.cohort.max_devices, config.seed, number)
             births = {name: self._births[name] for name in sorted(chosen)}
             orders = self._strategy.orders(state, number, store.next_sequence(), births)
             report.opened()
-            attempt = store.begin(number, orders)
-            results = {result.device: result for result in self._perform(orders, report)}
-            verdicts = {name: self._decide(state, orders[name], results[name]) for name in births}
+            attempt = store.begin(number, {**carried, **orders})
+            missing = self._missing(attempt)
+            done = {n: order for n, order in sorted(attempt.orders.items()) if n not in missing}
+            results = {result.device: result for result in self._perform(done, report)}
+            verdicts = {n: self._decide(state, order, results[n]) for n, order in done.items()}
             accepted = [verdict.result for verdict in verdicts.values() if verdict.accepted]
             if not accepted:
                 first = next(iter(verdicts.values())).reason
                 raise RunError(f"round {number}: no result can be used; the first: {first}")
             attempt = replace(attempt, verdicts=verdicts)
-            state, metrics = self._strategy.aggregate(state, orders, accepted)
+            state, metrics = self._strategy.aggregate(state, number, attempt.orders, accepted)
             entry = report.closed(attempt, metrics, time.monotonic() - began)
-            store.close_round(attempt, state, entry)
+            carried = self._carried(attempt)
+            store.close_round(attempt, state, entry, referred(carried.values()))
             changed(report)
         report.save(final=True)
+
+    def _missing(self, attempt: Attempt) -> frozenset[str]:
+        """Devices with an order of this round that miss its end."""
+        fresh = sorted(n for n, order in attempt.orders.items() if order.round == attempt.round)
+        draw = seeds.raw(self._config.seed, _LATE + attempt.round, len(fresh))
+        return frozenset(fresh[i] for i in draw.argsort()[: int(self._late * len(fresh))])
+
+    def _carried(self, attempt: Attempt) -> dict[str, Order]:
+        """Orders that are answered in the round after."""
+        late = self._missing(attempt) if self._config.cohort.carry_rounds else ()
+        return {name: attempt.orders[name] for name in late}
 
     def _decide(self, state: State, order: Order, result: Result) -> Verdict:
         device, limits = result.device, self._strategy.task.limits

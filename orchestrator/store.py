@@ -19,7 +19,7 @@ import os
 import secrets
 import shutil
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The open round: its orders, and the verdicts so far."""
+    """A round that was opened: its orders, those carried over included, and verdicts so far."""
 
     sequence: int
     round: int
     orders: Mapping[str, Order]
     verdicts: Mapping[str, Verdict]
+    closed: bool = False
+
+    def carried(self, rounds: int) -> dict[str, Order]:
+        """Orders that are open still once the round is closed: not answered, nor too old."""
+        unanswered = {n: o for n, o in self.orders.items() if n not in self.verdicts}
+        return {n: o for n, o in unanswered.items() if self.round - o.round < rounds}
+
+
+def referred(orders: Iterable[Order]) -> set[str]:
+    """Digests of the blobs that devices may still ask for, to do these orders."""
+    refs = (ref for order in orders for ref in (order.state, order.teacher))
+    return {ref.digest for ref in refs if ref}
 
 
 class Store:
@@ -127,12 +139,14 @@ class Store:
         rows = self._db.execute("SELECT report FROM attempts WHERE closed = 1 ORDER BY round")
         return [json.loads(report) for (report,) in rows]
 
-    def open_attempt(self) -> Attempt | None:
-        """The round that was open when the orchestrator last stopped."""
+    def last_attempt(self, *, closed: bool = False) -> Attempt | None:
+        """The round that was last opened, or the last of those that are closed."""
         row = self._db.execute(
-            "SELECT sequence, round, closed FROM attempts ORDER BY sequence DESC LIMIT 1"
+            "SELECT sequence, round, closed FROM attempts WHERE closed >= ? "
+            "ORDER BY sequence DESC LIMIT 1",
+            (closed,),
         ).fetchone()
-        if row is None or row[2]:
+        if row is None:
             return None
         orders = {}
         for device, data in self._db.execute(
@@ -141,7 +155,7 @@ class Store:
             order, _ = messages.decode(data, sender="journal")
             assert isinstance(order, Order)  # noqa: S101 - only begin() writes this column
             orders[device] = order
-        return Attempt(row[0], row[1], orders, self._verdicts(row[0]))
+        return Attempt(row[0], row[1], orders, self._verdicts(row[0]), bool(row[2]))
 
     def next_sequence(self) -> int:
         """The sequence number that `begin` will give next."""
@@ -170,25 +184,39 @@ class Store:
         return {device: (up, down) for device, up, down in rows}
 
     def decide(self, sequence: int, verdict: Verdict) -> None:
-        """Note what became of a result, before the device is told. The first word stands."""
+        """Note what became of a result, before the device is told. The first word stands.
+
+        A result of an order that was carried over is noted under its own sequence as well, by which
+        the device offers it.
+        """
+        rest = (
+            verdict.device, verdict.accepted, verdict.reason, messages.encode(verdict.result)
+        )  # fmt: skip
         with self._db:
-            self._db.execute(
+            self._db.executemany(
                 "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?)",
-                (
-                    sequence,
-                    verdict.device,
-                    verdict.accepted,
-                    verdict.reason,
-                    messages.encode(verdict.result),
-                ),
+                [(number, *rest) for number in sorted({sequence, verdict.result.sequence})],
             )
 
     def verdict(self, sequence: int, device: str) -> Verdict | None:
         """What became of a device's result, if it is decided."""
         return self._verdicts(sequence).get(device)
 
-    def close_round(self, attempt: Attempt, state: State, report: Mapping[str, Any]) -> None:
-        """Write the checkpoint, note the round as closed, then drop what neither refers to."""
+    def close_round(
+        self,
+        attempt: Attempt,
+        state: State,
+        report: Mapping[str, Any],
+        needed: Collection[str] = (),
+    ) -> None:
+        """Write the checkpoint, note the round as closed, then drop what neither refers to.
+
+        Args:
+            attempt: the round.
+            state: after it.
+            report: its entry.
+            needed: digests of further blobs to keep, which carried orders refer to.
+        """
         final = self.folder / "checkpoints" / f"{attempt.round:04d}"
         building = final.with_suffix(".new")
         shutil.rmtree(building, ignore_errors=True)
@@ -207,7 +235,7 @@ class Store:
             )
         for old in sorted(final.parent.iterdir(), key=lambda path: int(path.name))[:-2]:
             shutil.rmtree(old)
-        self.blobs.keep_only(state.blobs() | self._kept)
+        self.blobs.keep_only(state.blobs() | self._kept | set(needed))
 
     def checkpoint(self) -> State | None:
         """The state after the last closed round.
@@ -239,7 +267,7 @@ class Store:
             table = json.loads(path.read_text())
             before = records.plain(records.build(RunConfig, table, where=str(path), error=RunError))
             before = json.loads(json.dumps(before))
-            for key in ("fleet", "strategy", "seed", "device", "submodel", "server"):
+            for key in ("fleet", "strategy", "seed", "device", "submodel", "transfer", "server"):
                 if before[key] != current[key]:
                     self._lock.close()
                     raise RunError(

@@ -86,10 +86,10 @@ class FedAvg:
         admit.weights(update, shapes, norm(self.task.initial))
 
     def aggregate(
-        self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
+        self, state: State, round_: int, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Fold updates in one by one, so that memory is that of the model."""
-        config, round_ = self.task.config, next(iter(orders.values())).round
+        config = self.task.config
         median = statistics.median_low(result.samples for result in results)
         counted = [min(r.samples, int(config.cohort.max_weight * median)) for r in results]
         average, devices = self.average(state.under("global"), sum(counted)), {}

@@ -130,11 +130,10 @@ class FedGKT:
             self._logits(result.blobs["logits"], rows, order.returns["logits"])
 
     def aggregate(
-        self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
+        self, state: State, round_: int, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Train on all shards, compute every sample's z_s, evaluate."""
         task, config = self.task, self.task.config.server
-        round_ = max(order.round for order in orders.values())
         held: dict[str, dict[str, Any]] = dict(state.notes["shards"])
         kept = {n: a for n, a in state.tensors.items() if n.startswith(("device/", "extractor/"))}
         kept |= _under("shared", state.under("shared"))

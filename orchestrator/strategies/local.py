@@ -39,9 +39,10 @@ class Local:
         admit_own_weights(self.task, order, result)
 
     def aggregate(
-        self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
+        self, state: State, round_: int, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Evaluate each device's own classifier."""
+        del round_
         tensors, devices = dict(state.tensors), {}
         for i, result in enumerate(results):
             weights = read_payload(self.task, orders[result.device], result, "state")

@@ -169,13 +169,14 @@ class Strategy(Protocol):
         """
 
     def aggregate(
-        self, state: State, orders: Mapping[str, Order], results: Sequence[Result]
+        self, state: State, round_: int, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Take in a round's accepted results, in the order of device names.
 
         Args:
             state: before the round.
-            orders: of the round, by device.
+            round_: its number, from 1.
+            orders: that devices may answer in it; a carried one is of an earlier round.
             results: one or more.
 
         Returns:

@@ -250,6 +250,38 @@ def test_a_device_that_dies_delays_no_longer_than_the_deadline(processes, digits
 
 
 @pytest.mark.e2e
+def test_a_late_device_counts_in_a_later_round_though_the_orchestrator_is_killed(
+    processes, digits, any_broker
+):
+    fleet = Fleet(processes, digits, any_broker.url, rounds=4)
+    text = (fleet.folder / "run.toml").read_text()
+    text = text.replace("[device]", "quorum = 0.6\ncarry_rounds = 4\n[device]")
+    (fleet.folder / "run.toml").write_text(text)
+    fleet.start()
+    processes.wait_for("training", lambda: fleet.stands("train", 1))
+    late = processes.running["agent-2"]
+    late.send_signal(signal.SIGSTOP)
+    try:
+        processes.wait_for("round 2", lambda: fleet.status()["round"] == 2)
+        processes.kill("run")
+        fleet.orchestrator()
+        processes.wait_for("round 3", lambda: fleet.status()["round"] == 3)
+        processes.kill("agent-1")  # two of three must answer, so round 3 or 4 waits for the late one
+    finally:
+        late.send_signal(signal.SIGCONT)
+    report = fleet.finish()
+    for entry in report["rounds"]:
+        assert all(device["accepted"] for device in entry["devices"].values() if "reason" in device)
+    assert all("reason" not in e["devices"].get("device-2", {}) for e in report["rounds"][:2])
+    journal = sqlite3.connect(fleet.folder / "runs/run/journal.db")
+    rows = journal.execute("SELECT sequence, result FROM verdicts WHERE device = 'device-2'")
+    counted = {sequence: messages.decode(data, sender="")[0] for sequence, data in rows}
+    first = min(counted)
+    assert counted[first].round == 1  # under its own order,
+    assert any(result == counted[first] for s, result in counted.items() if s > first)  # and later
+
+
+@pytest.mark.e2e
 @pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
 def test_a_run_whose_every_device_diverges_gives_up_and_goes_on_when_started_again(
     processes, digits, any_broker

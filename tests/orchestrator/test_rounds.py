@@ -190,8 +190,8 @@ EVENTS = st.lists(
 )
 
 
-@given(EVENTS)
-def test_whatever_happens_rounds_go_up_by_one_and_close_only_with_results(events):
+@given(EVENTS, st.sampled_from([RULES, replace(RULES, quorum=0.5, carry_rounds=2)]))
+def test_whatever_happens_rounds_go_up_by_one_and_close_only_with_results(events, rules):
     state, now, opened, closed = State(rounds=3, seed=0), 0.0, 0, 0
     for kind, device, session, pause in events:
         now += pause
@@ -203,20 +203,74 @@ def test_whatever_happens_rounds_go_up_by_one_and_close_only_with_results(events
         if kind == "aggregated" and state.phase is not Phase.AGGREGATING:
             continue
         state, actions = {
-            "born": lambda s, d=device, n=session, t=now: rounds.born(s, RULES, d, n, t),
+            "born": lambda s, d=device, n=session, t=now: rounds.born(s, rules, d, n, t),
             "died": lambda s, d=device, n=session: rounds.died(s, d, n),
-            "returned": lambda s, d=device, t=now: rounds.returned(s, RULES, d, t),
-            "failed": lambda s, d=device, t=now: rounds.failed(s, RULES, d, t),
-            "tick": lambda s, t=now: rounds.ticked(s, RULES, t),
-            "aggregated": lambda s, t=now: rounds.aggregated(s, RULES, t),
+            "returned": lambda s, d=device, t=now: rounds.returned(s, rules, d, t),
+            "failed": lambda s, d=device, t=now: rounds.failed(s, rules, d, t),
+            "tick": lambda s, t=now: rounds.ticked(s, rules, t),
+            "aggregated": lambda s, t=now: rounds.aggregated(s, rules, t),
         }[kind](state)
         for action in actions:
             if isinstance(action, Open):
                 opened = action.round
                 assert opened == closed + 1
-                assert len(action.cohort) >= RULES.min_devices
+                assert len(action.cohort) >= rules.min_devices
             if isinstance(action, Close):
                 closed = action.round
                 assert closed == opened
                 assert action.returned
                 assert action.returned <= state.cohort
+                assert state.carried.keys() <= state.cohort - state.returned - state.failed
+                assert max(state.carried.values(), default=0) <= rules.carry_rounds
+
+
+ASYNC = CohortConfig(min_devices=2, wait_s=10.0, quorum=0.6, deadline_s=100.0, carry_rounds=1)
+
+
+def test_a_late_device_keeps_its_order_and_counts_in_the_round_after():
+    state = collecting("a", "b", "c", rules=ASYNC, last=3)
+    state, _ = rounds.returned(state, ASYNC, "a", 1.0)
+    state, actions = rounds.returned(state, ASYNC, "b", 2.0)
+    assert actions == (Close(1, frozenset("ab")),)
+    assert state.carried == {"c": 1}
+    state, actions = rounds.aggregated(state, ASYNC, 3.0)
+    assert actions == (Open(2, frozenset("abc")),)
+    # It is reminded of what it has when it is born anew, and its answer closes the round.
+    state, actions = rounds.born(state, ASYNC, "c", 2, 4.0)
+    assert actions == (Remind("c"),)
+    state, _ = rounds.returned(state, ASYNC, "c", 5.0)
+    state, actions = rounds.returned(state, ASYNC, "a", 6.0)
+    assert actions == (Close(2, frozenset("ac")),)
+    assert state.carried == {"b": 1}
+
+
+def test_an_order_is_carried_no_longer_than_the_rules_say():
+    state = collecting("a", "b", "c", rules=ASYNC, last=9)
+    for number in (1, 2):
+        for device in "ab":
+            state, actions = rounds.returned(state, ASYNC, device, 20.0)
+        assert actions == (Close(number, frozenset("ab")),)
+        assert state.carried == ({"c": 1} if number == 1 else {})
+        state, _ = rounds.aggregated(state, ASYNC, 21.0)
+    assert state.cohort == frozenset("abc")  # it is given a new order
+
+
+def test_carried_devices_take_the_places_of_new_ones():
+    rules = replace(ASYNC, max_devices=2, quorum=0.5)
+    state = replace(State(rounds=9, seed=0), live=dict.fromkeys("abcde", 1), ready_at_s=0.0)
+    state, actions = rounds.ticked(state, rules, 1.0)
+    (opened,) = actions
+    first, second = sorted(opened.cohort)
+    state, _ = rounds.returned(state, rules, first, 2.0)
+    state, actions = rounds.aggregated(state, rules, 3.0)
+    (opened,) = actions
+    assert len(opened.cohort) == 2
+    assert second in opened.cohort
+
+
+def test_a_failed_order_is_not_carried():
+    state = collecting("a", "b", "c", rules=ASYNC, last=9)
+    state, _ = rounds.failed(state, ASYNC, "c", 19.0)
+    for device in "ab":
+        state, _ = rounds.returned(state, ASYNC, device, 20.0)
+    assert state.carried == {}

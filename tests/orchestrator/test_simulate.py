@@ -162,7 +162,7 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
                 flops = outcome.metrics["train_flops"] / same["train_flops"]
                 assert 0.9 < flops < 1.25, flops
                 strategy.admit(state, order, results[-1])
-            state, _ = strategy.aggregate(state, orders, results)
+            state, _ = strategy.aggregate(state, number, orders, results)
     finally:
         store.close()
     assert_close(state.tensors, weights_of(config), start_of(config), 0.05)
@@ -231,7 +231,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
                 same = entry["devices"][name]
                 assert done.metrics["train_loss"] == pytest.approx(same["train_loss"], rel=0.03)
                 assert sum(ref.size for ref in done.blobs.values()) == same["bytes_up"]
-            state, metrics = strategy.aggregate(state, orders, results)
+            state, metrics = strategy.aggregate(state, number, orders, results)
             assert metrics["server_loss"] == pytest.approx(entry["server_loss"], rel=0.03)
     finally:
         store.close()
@@ -262,6 +262,24 @@ def test_feature_maps_travel_only_when_they_are_others(gkt, digits):
     lazy = up(resend=0.9)
     assert lazy[0] == every[0]
     assert max(lazy[1:]) < 0.5 * every[1]
+
+
+def test_late_devices_count_in_the_round_after(gkt, digits, tmp_path):
+    cohort_ = CohortConfig(min_devices=3, carry_rounds=1)
+    gkt = replace(gkt, cohort=cohort_, transfer=TransferConfig(age_decay=0.5))
+    report = simulate.run(gkt, digits, late=0.4)
+    joined = [{n for n, d in e["devices"].items() if d.get("accepted")} for e in report.entries]
+    assert [len(names) for names in joined] == [2, 3, 2]
+    (first,) = set(report.entries[0]["cohort"]) - joined[0]
+    assert first in joined[1]
+    parts = replace(gkt, runs=tmp_path / "parts")
+    for last in (1, 2, 3):
+        simulate.run(replace(parts, rounds=last), digits, late=0.4)
+    for name, array in weights_of(gkt).items():
+        assert np.array_equal(array, weights_of(parts)[name]), name
+    gone = replace(gkt, runs=tmp_path / "gone", cohort=CohortConfig(min_devices=3))
+    entries = simulate.run(gone, digits, late=0.4).entries
+    assert [sum("accepted" in d for d in e["devices"].values()) for e in entries] == [2, 2, 2]
 
 
 def test_devices_go_on_with_the_mean_of_their_extractors(gkt, digits):
@@ -417,7 +435,7 @@ def test_a_device_weighs_no_more_than_ten_median_ones(config, digits, honest):
             packed, _ = encode_update(orders[name], update, {})
             ref = store.blobs.put(packed)
             results.append(Result(name, store.run_id, 1, 1, samples, blobs={"update": ref}))
-        after, _ = strategy.aggregate(state, orders, results)
+        after, _ = strategy.aggregate(state, 1, orders, results)
     finally:
         store.close()
     moved = after.tensors["global/fc1.bias"] - state.tensors["global/fc1.bias"]

@@ -40,22 +40,39 @@ def order(sequence: int) -> Order:
     return Order("run", sequence, 1, REF, 1, 0.1, 7, {"features": "float32"})
 
 
+EMPTY = State({"w": np.ones(1, np.float32)}, {})
+
+
 def verdict(device: str, sequence: int, accepted: bool) -> Verdict:
     return Verdict(device, accepted, "", Result(device, "run", sequence, 1, 10))
 
 
 def test_an_open_round_is_restored_with_its_verdicts(config, opened):
     store = opened(config)
-    assert store.open_attempt() is None
+    assert store.last_attempt() is None
     assert store.next_sequence() == 1
     store.begin(1, {"a": order(1), "b": order(1)})
     store.decide(1, verdict("a", 1, accepted=True))
     store.close()
     again = opened(config)
-    attempt = again.open_attempt()
+    attempt = again.last_attempt()
     assert (attempt.sequence, attempt.round) == (1, 1)
     assert attempt.orders == {"a": order(1), "b": order(1)}
     assert attempt.verdicts == {"a": verdict("a", 1, accepted=True)}
+
+
+def test_a_late_result_is_known_by_its_own_order_and_in_the_round_it_counts_in(config, opened):
+    store = opened(config)
+    store.close_round(store.begin(1, {"a": order(1), "b": order(1)}), EMPTY, {"round": 1})
+    assert store.last_attempt().carried(0) == {}
+    assert store.last_attempt().carried(1) == {"a": order(1), "b": order(1)}
+    attempt = store.begin(2, {"a": replace(order(2), round=2), "b": order(1)})
+    late = verdict("b", 1, accepted=True)
+    store.decide(attempt.sequence, late)
+    assert store.verdict(1, "b") == late
+    assert store.last_attempt().verdicts == {"b": late}
+    assert store.last_attempt().carried(1) == {"a": replace(order(2), round=2)}
+    assert store.last_attempt(closed=True).round == 1
 
 
 def test_bytes_that_an_earlier_orchestrator_counted_in_the_open_round_stay_counted(config, opened):
@@ -69,7 +86,7 @@ def test_bytes_that_an_earlier_orchestrator_counted_in_the_open_round_stay_count
     again = opened(config)
     report = Report(config, again)
     report.received("a", 1)
-    attempt = replace(again.open_attempt(), verdicts={"a": verdict("a", 1, accepted=True)})
+    attempt = replace(again.last_attempt(), verdicts={"a": verdict("a", 1, accepted=True)})
     device = report.closed(attempt, {}, 1.0)["devices"]["a"]
     assert (device["bytes_up"], device["bytes_down"]) == (151, 7)
     again.begin(2, {"a": order(2)})
@@ -94,7 +111,7 @@ def test_checkpoints_come_back_and_blobs_nobody_needs_go(config, opened):
         state = State({"w": np.full(3, round_, np.float32)}, {"blobs": [kept.digest], "n": round_})
         store.close_round(attempt, state, {"round": round_})
     assert [entry["round"] for entry in store.closed_rounds()] == [1, 2, 3]
-    assert store.open_attempt() is None
+    assert store.last_attempt().closed
     state = store.checkpoint()
     np.testing.assert_array_equal(state.tensors["w"], [3, 3, 3])
     assert state.notes == {"blobs": [kept.digest], "n": 3}
@@ -124,7 +141,7 @@ def test_a_crash_between_checkpoint_and_journal_repeats_the_round(config, opened
     store.close()
     again = opened(config)
     assert again.checkpoint() is None
-    attempt = again.open_attempt()
+    attempt = again.last_attempt()
     again.close_round(attempt, State({"w": np.ones(1, np.float32)}, {}), {"round": 1})
     assert again.checkpoint().tensors["w"] == 1
 

@@ -19,40 +19,45 @@ def feature_map(seed=0, samples=4):
     return np.maximum(smooth / 4, 0).astype(np.float32).reshape(-1)
 
 
+def top(bits):
+    """The highest level; 1.5 bits are three levels."""
+    return 2 if bits == 1.5 else 2**bits - 1
+
+
 def coded(spec, values):
     codec = codecs.parse(spec)
     body = codec.encode(values, seed=0, name="h")
     return codec.decode(body, len(values), seed=0, name="h")
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 1.5, *range(2, 9)])
 def test_zeros_stay_exact_and_nothing_turns_negative(bits):
     values = feature_map()
     decoded = coded(f"relu|q={bits}", values)
     assert (decoded[values == 0] == 0).all()
     assert (decoded >= 0).all()
-    assert len(np.unique(decoded[:1024])) <= 2**bits
+    assert len(np.unique(decoded[:1024])) <= 1 + top(bits)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [1, 1.5, *range(2, 9)])
 @pytest.mark.parametrize("n", [1024, 100])
 def test_a_block_is_the_best_of_its_four_clip_levels(bits, n):
     """By trying them all in float64, each with the scale that fits its levels best."""
-    values = feature_map(bits)[:n].astype(np.float64)
-    top, errors = 2**bits - 1, []
+    values = feature_map(round(2 * bits))[:n].astype(np.float64)
+    highest, errors = top(bits), []
     for fraction in (1, 0.9, 0.75, 0.6):
-        levels = np.minimum(np.rint(values * top / (fraction * values.max())), top)
+        levels = np.minimum(np.rint(values * highest / (fraction * values.max())), highest)
         scale = (levels @ values) / (levels @ levels)
         errors.append(np.square(values - scale * levels).sum())
     decoded = coded(f"relu|q={bits}", values.astype(np.float32))
     assert np.square(values - decoded).sum() == pytest.approx(min(errors), rel=1e-3)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 3, 4])
 def test_clipping_pays_at_few_bits(bits):
     values = feature_map()
-    blocks, top = values.reshape(-1, 1024), 2**bits - 1
-    step = blocks.max(axis=1, keepdims=True) / top
+    blocks = values.reshape(-1, 1024)
+    step = blocks.max(axis=1, keepdims=True) / top(bits)
     plain = np.square(blocks - np.rint(blocks / step) * step).sum() / np.square(blocks).sum()
     assert error(f"relu|q={bits}", values)[0] < plain / 1.05
 

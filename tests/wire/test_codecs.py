@@ -20,7 +20,7 @@ SIGNED = [
     "eden|b=0.05", "eden|b=0.5", "eden|b=0.5|mse", "drive", "drive|mse", "eden|b=1.5",
     "eden|b=2", "eden|b=2|mse", "eden|b=3.25|mse", "eden|b=5", "eden|b=8|mse", "eden|b=2|zstd",
 ]  # fmt: skip
-RELU = ["relu|q=1", "relu|q=3", "relu|q=4", "relu|q=8", "relu|q=2|zstd"]
+RELU = ["relu|q=1", "relu|q=1.5", "relu|q=3", "relu|q=4", "relu|q=8", "relu|q=2|zstd"]
 SPECS = SIGNED + RELU
 RAMP = np.linspace(-1, 1, 20, dtype=np.float32)
 
@@ -44,6 +44,7 @@ GOLDEN = {
     "eden|b=2|mse": "46c79e3ea772ce4d2654b59a4d4ca08676727e20",
     "eden|b=5": "5a2cae3ef7c96a0966149fcbee59f0d181947bcce12a2b8b8b9f64f248e8d408dbb1f75d360d7e94"
     "df744c2c",
+    "relu|q=1.5": "3694d73eaa550055aa00",
     "relu|q=2": "a622963ebf5a41a5fe00",
     "relu|q=3": "7034103eb7cb4d01a28db50f00",
 }

@@ -6,7 +6,7 @@ A spec is a few stages joined by `|`:
     codec      = "float32" | "float16"
                | ("identity" | "hadamard" | "kashin") ["|s=" rate] "|q=" bits
                | "eden|b=" bits ["|mse"] | "drive" ["|mse"]
-               | "relu|q=" bits
+               | "relu|q=" (bits | "1.5")
 
     float32    the values; the only lossless one
     float16    the values in half precision, up to 65,504
@@ -19,7 +19,8 @@ A spec is a few stages joined by `|`:
     eden       rotation and the normal distribution's best levels: a seventh of hadamard|q=2's error
                at 2 bits (`eden`); b from 0.05 to 8, whole or not. Unbiased, for updates; `mse`, the
                least error, for downloads. drive is eden|b=1
-    relu       for feature maps behind a ReLU: an exact zero, a clip level that fits (`relu`)
+    relu       for feature maps behind a ReLU: an exact zero, a clip level that fits; 1.5 bits are
+               three levels (`relu`)
     zstd       Zstandard around any of them; pays where zeros or a few levels dominate (`entropy`)
 
 Bytes are little-endian. Values are cut into blocks, and a block is
@@ -29,7 +30,7 @@ Bytes are little-endian. Values are cut into blocks, and a block is
     identity, hadamard            4,096    min float32, step float32, k levels of q bits
     kashin                        3,481    the same, of 4,096 coefficients
     eden                          4,096    scale float32, levels of b bits
-    relu                          1,024    scale float32, levels of q bits
+    relu                          1,024    scale float32, levels of q bits (2 for 1.5)
 
 with k = max(1, round(s * 4096)) levels, packed as in `packing`. The last block, the tail, is padded
 to a multiple of eight (identity, relu), to a power of two (hadamard: 8 or more, eden: 64 or more),
@@ -50,7 +51,7 @@ from functools import lru_cache
 from wire.codecs.codec import Cast, Codec, Coder, Lattice
 from wire.codecs.draws import Floats
 from wire.codecs.eden import Eden
-from wire.codecs.relu import Relu
+from wire.codecs.relu import TERNARY, Relu
 from wire.codecs.transforms import Hadamard, Identity, Kashin, Transform
 from wire.codecs.uniform import Uniform
 from wire.errors import CodecError
@@ -63,7 +64,7 @@ _SPEC = re.compile(
     (?: (?P<cast>float32|float16)
       | (?P<transform>identity|hadamard|kashin) (?:\|s=(?P<s>{_NUMBER}))? \|q=(?P<q>\d{{1,3}})
       | (?: eden\|b=(?P<b>{_NUMBER}) | drive ) (?P<mse>\|mse)?
-      | relu\|q=(?P<levels>\d{{1,3}})
+      | relu\|q=(?P<levels>1\.5|\d{{1,3}})
     ) (?P<zstd>\|zstd)?
     """,
     re.VERBOSE | re.ASCII,
@@ -82,7 +83,7 @@ _KNOWN = (
     *(f"{t}|q={n}" for t in (*_TRANSFORMS, "relu") for n in (8, 4, 2)),
     *(f"{t}|s=0.25|q=4" for t in _TRANSFORMS),
     *(f"eden|b={n}{mse}" for n in (2, 4) for mse in ("", "|mse")),
-    "relu|q=4|zstd", "identity|q=8|zstd",
+    "relu|q=4|zstd", "relu|q=1.5|zstd", "identity|q=8|zstd",
 )  # fmt: skip
 
 
@@ -110,7 +111,10 @@ def _coder(spec: str, match: re.Match[str]) -> Coder:
         name = match["transform"]
         return Uniform(name, _TRANSFORMS[name], rate, _levels(spec, bits))
     if match["levels"]:
-        return Relu(_levels(spec, int(match["levels"])))
+        if match["levels"] == "1.5":
+            return Relu(TERNARY, 2)
+        bits = _levels(spec, int(match["levels"]))
+        return Relu(2**bits - 1, bits)
     share = float(match["b"] or 1)
     if not 0.05 <= share <= 8:
         raise CodecError(f"codec {spec!r}: b must be 0.05 to 8 bits, got {share:g}")

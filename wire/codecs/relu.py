@@ -4,7 +4,8 @@ Half of the values of such a map are zeros, which a rotation would fill. So its 
 stay where they are, and level 0 is exactly zero. A block is 1,024 values, one channel of 32 x 32
 pixels in FedGKT's maps, each with its own scale.
 
-With L = 2^q - 1 levels above zero a block x is clipped at a fraction f of its maximum and rounded
+With L = 2^q - 1 levels above zero (two for q = 1.5, which takes 2 bits a value before Zstandard
+and log2(3) at most after it) a block x is clipped at a fraction f of its maximum and rounded
 to the nearest level, l = min(round(x L / (f max x)), L), and decodes to a l. For given levels the
 least squared error is that of the projection of x on l:
 
@@ -36,12 +37,19 @@ from wire.codecs.packing import pack, packed_bytes, unpack
 _SCALE = np.dtype("<f4")
 _HEAD = _SCALE.itemsize
 _FRACTIONS = (1.0, 0.9, 0.75, 0.6)
+TERNARY = 2  # the highest of three levels
 
 
 @dataclass(frozen=True)
 class Relu:
-    """1 to 8 bits a value."""
+    """So many evenly spaced levels above zero, in so many bits a value.
 
+    Attributes:
+        top: the highest level.
+        bits: 1 to 8, into which it fits.
+    """
+
+    top: int
     bits: int
 
     lossless = False
@@ -51,7 +59,7 @@ class Relu:
     @property
     def spec(self) -> str:
         """The text that `parse` makes this codec of."""
-        return f"relu|q={self.bits}"
+        return f"relu|q={1.5 if self.top == TERNARY else self.bits}"
 
     def row_bytes(self, n: int) -> int:
         """Bytes of a block of `n` values."""
@@ -90,7 +98,7 @@ class Relu:
         return unpack(rows[:, _HEAD:], self.bits, n), np.zeros_like(step), step
 
     def _levels(self, scaled: Floats, fraction: Floats | np.float32) -> Floats:
-        top = np.float32(2**self.bits - 1)
+        top = np.float32(self.top)
         chosen: Floats = scaled * (top / fraction)
         np.rint(chosen, out=chosen)
         np.minimum(chosen, top, out=chosen)
