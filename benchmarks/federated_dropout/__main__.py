@@ -21,117 +21,64 @@ Measured: see docs/federated-dropout.md.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-from benchmarks import command
+from benchmarks import command, runs
 from benchmarks.federated_dropout import report, settings
-from benchmarks.federated_dropout.settings import Setting
-from benchmarks.race import ContenderError
-from wire.errors import SettingsError
 
 DEVICES = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and report; 0, or 2 where the input is bad or a run fails."""
+    """Run and report; 0, 2 where the input is bad or a run fails, 3 where rounds are left."""
     parser = command.parser("federated_dropout", __doc__)
-    parser.add_argument("--data", choices=tuple(settings.DATA), default="mnist")
-    parser.add_argument("--train", default="", help=".npz of the training set; default: download")
-    parser.add_argument("--heldout", type=Path, help=".npz of the test set, with --train")
-    parser.add_argument("--settings", default="claim", help="groups or names, by ;")
-    parser.add_argument("--rounds", type=command.count, default=100)
-    parser.add_argument("--seeds", type=command.count, default=3)
-    parser.add_argument("--devices", type=command.count, default=DEVICES)
-    parser.add_argument("--per-device", type=command.count, help="samples; default: all")
-    parser.add_argument("--eval-every", type=command.count, default=5)
-    parser.add_argument("--jobs", type=command.count, default=1, help="runs at once")
-    parser.add_argument("--threads", type=command.count, default=1, help="of each run")
-    parser.add_argument("--out", type=Path, default=Path("federated-dropout"))
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
-    return command.run(parser, arguments, _measure)
+    runs.add_options(
+        parser,
+        data=tuple(settings.DATA),
+        settings="claim",
+        out="federated-dropout",
+        rounds=100,
+        devices=DEVICES,
+        eval_every=5,
+    )
+    return runs.main(parser, arguments, _measure)
 
 
 def _measure(options: argparse.Namespace) -> None:
     if options.one:
-        _one(options, json.loads(options.one))
+        _one(options, **json.loads(options.one))
         return
     chosen = settings.find(options.settings)
     for seed in range(options.seeds):
-        _deal(options, seed)
-    jobs = [(setting, seed) for seed in range(options.seeds) for setting in chosen]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda job: _spawn(options, *job), jobs))
-    report.write(options.out, options.data)
-    if failed := sum(map(bool, codes)):
-        raise ContenderError(f"{failed} of {len(jobs)} runs failed; start again to go on with them")
-
-
-def _spawn(options: argparse.Namespace, setting: Setting, seed: int) -> int:
-    """One run in a process of its own, so that torch's threads are its own."""
-    if report.is_done(options.out, options.data, setting, seed, options.rounds):
-        return 0
-    one = json.dumps({"setting": setting.name, "seed": seed})
-    plain = ["--data", options.data, "--rounds", str(options.rounds), "--out", str(options.out),
-             "--devices", str(options.devices), "--eval-every", str(options.eval_every),
-             "--threads", str(options.threads), "--train", options.train]  # fmt: skip
-    if options.heldout:
-        plain += ["--heldout", str(options.heldout)]
-    if options.per_device:
-        plain += ["--per-device", str(options.per_device)]
-    print(f"{options.data}, seed {seed}: {setting.name}", flush=True)
-    module = "benchmarks.federated_dropout"
-    line = [sys.executable, "-m", module, *plain, "--one", one]
-    return subprocess.run(line, check=False).returncode
-
-
-def _deal(options: argparse.Namespace, seed: int) -> None:
-    """The shards of a seed, unless they are there."""
-    from orchestrator import datasets
-
-    folder = settings.data_folder(options.out, options.data, seed)
-    if not (folder / "split.json").exists():
-        datasets.build(
+        runs.deal(
+            runs.data_folder(options.out, options.data, seed),
             options.train or options.data,
-            folder,
             devices=options.devices,
             per_device=options.per_device,
             seed=seed,
             heldout=options.heldout,
         )
-        return
-    dealt = json.loads((folder / "split.json").read_text())
-    first = dealt["devices"][0]["samples"]
-    for what, there, wanted in (
-        ("devices", len(dealt["devices"]), options.devices),
-        ("samples a device", first, options.per_device or first),
-        ("as its source", dealt["source"], Path(options.train).name or options.data),
-    ):
-        if there != wanted:
-            raise SettingsError(
-                f"{folder} was dealt out with {there} {what}, now it is {wanted}; write to another "
-                "--out"
-            )
+    runs.do(
+        options,
+        "benchmarks.federated_dropout",
+        [setting.name for setting in chosen],
+        lambda name, seed: runs.is_done(options.out, options.data, name, seed, options.rounds),
+        lambda: report.write(options.out, options.data),
+    )
 
 
-def _one(options: argparse.Namespace, job: dict[str, Any]) -> None:
-    from orchestrator import simulate
-
-    simulate.hold_threads(options.threads)
-    setting = settings.find(job["setting"])[-1]
+def _one(options: argparse.Namespace, name: str, seed: int, seconds: float | None) -> None:
+    setting = settings.find(name)[-1]
     config = settings.run_config(
         setting,
         data=options.data,
-        seed=job["seed"],
+        seed=seed,
         rounds=options.rounds,
         eval_every=options.eval_every,
         folder=options.out,
     )
-    simulate.run(config, config.heldout.parent)
+    runs.simulate(options, config, seconds)
     report.keep(config, setting, options.out)
 
 

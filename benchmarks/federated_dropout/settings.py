@@ -8,6 +8,7 @@ together; `beyond` is what came after the paper, `claim` both.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks import runs
 from orchestrator.config import CohortConfig, DeviceConfig, RunConfig, ServerConfig, SubmodelConfig
 from wire.errors import SettingsError
 
@@ -128,8 +129,8 @@ def run_config(
     )
     whole = setting.keep_rate == 1
     config = RunConfig(
-        name=f"{data}-{slug(setting.name)}-{seed}",
-        heldout=data_folder(folder, data, seed) / "heldout.npz",
+        name=runs.title(data, setting.name, seed),
+        heldout=runs.data_folder(folder, data, seed) / "heldout.npz",
         strategy="fedavg" if whole else "feddropout",
         rounds=rounds,
         runs=folder,
@@ -148,13 +149,3 @@ def run_config(
             absent=setting.absent,  # type: ignore[arg-type]
         ),
     )
-
-
-def data_folder(folder: Path, data: str, seed: int) -> Path:
-    """Where the shards of a seed lie."""
-    return folder / f"data-{data}-{seed}"
-
-
-def slug(name: str) -> str:
-    """A name that can stand in a path."""
-    return "".join(c if c.isalnum() or c == "." else "-" for c in name)

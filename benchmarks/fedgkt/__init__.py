@@ -1,0 +1,1 @@
+"""FedGKT: the paper's experiments and what came after; see `__main__`."""

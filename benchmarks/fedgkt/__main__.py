@@ -1,0 +1,160 @@
+"""FedGKT, the experiments of He et al. 2020 (arXiv 2007.14513) and after.
+
+    python -m benchmarks.fedgkt --data cifar10 --settings transfer --preset cpu --seeds 3 --out gkt
+
+Devices train ResNet-8 and send feature maps; the server trains the rest of a large network on them.
+Devices are simulated (`orchestrator.simulate`): every payload is encoded and decoded by the codecs
+of the wire, and bytes are those of the payloads. `settings.py` says which runs there are; "two-way"
+is the one that all are compared with, and comes with each.
+
+    --preset paper   16 devices with all images, 200 rounds, resnet55, 20 epochs of server training
+                     a round (10 with --split dirichlet)
+    --preset cpu     8 devices with 500 images each, 12 rounds, resnet10, 4 epochs in bfloat16;
+                     2,000 images to evaluate on
+
+An option that is given wins over the preset's. A run that is there already is not done again, and
+one that was stopped goes on; a folder is for one set of options, its rounds aside. Results come as
+`DATA.json` and a table, and as pictures: `DATA-GROUP.png` accuracy over rounds,
+`DATA-payload-bytes.png` accuracy over bytes a sample, `DATA-uplink-bytes.png` accuracy over all
+bytes sent. Runs of fewer rounds than the longest are left out, and said to be. With `--pieces 50`
+no round begins after 50 minutes, and 3 is returned while rounds are left.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import command, runs
+from benchmarks.fedgkt import report, settings
+from benchmarks.fedgkt.settings import Plan, Setting
+from wire.errors import SettingsError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run and report; 0, 2 where the input is bad or a run fails, 3 where rounds are left."""
+    parser = command.parser("fedgkt", __doc__)
+    runs.add_options(
+        parser,
+        data=tuple(settings.DATA),
+        settings="transfer",
+        out="fedgkt",
+        rounds=None,
+        devices=None,
+        eval_every=None,
+    )
+    parser.add_argument("--preset", choices=settings.PRESETS, default="paper")
+    parser.add_argument("--split", choices=("iid", "dirichlet"), default="iid")
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet")
+    parser.add_argument("--heldout-limit", type=command.count, help="images to evaluate on")
+    parser.add_argument("--server-model", choices=tuple(settings.WHOLE))
+    parser.add_argument("--server-epochs", type=command.count)
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="server's")
+    parser.add_argument("--epochs", type=command.count, help="of devices' training")
+    parser.add_argument("--batch", type=command.count, help="of devices' training")
+    parser.add_argument("--lr", type=float, help="of devices' training")
+    return runs.main(parser, arguments, _measure)
+
+
+def _measure(options: argparse.Namespace) -> None:
+    plan = _plan(options)
+    if options.one:
+        _one(options, plan, **json.loads(options.one))
+        return
+    chosen = settings.find(options.settings, plan.devices)
+    report.check(plan, options.out)
+    for seed in range(options.seeds):
+        for setting in chosen:
+            deal(options, plan, setting, seed)
+    report.claim(plan, options.out)
+    runs.do(
+        options,
+        "benchmarks.fedgkt",
+        [setting.name for setting in chosen],
+        lambda name, seed: runs.is_done(options.out, plan.data, name, seed, options.rounds),
+        lambda: report.write(options.out, plan),
+    )
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """What all runs have in common; the preset's values come into `options` where none were given.
+
+    Raises:
+        SettingsError: the data set cannot be downloaded, and no file is given.
+    """
+    for key, value in settings.presets(options.split)[options.preset].items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    if options.data == "cinic10" and not options.train:
+        raise SettingsError("cinic10 cannot be downloaded here; give --train and --heldout")
+    return Plan(
+        data=options.data,
+        source=Path(options.train).name or options.data,
+        split=options.split,
+        alpha=options.alpha if options.split == "dirichlet" else None,
+        devices=options.devices,
+        per_device=options.per_device,
+        heldout_limit=options.heldout_limit,
+        server_model=options.server_model,
+        server_epochs=options.server_epochs,
+        precision=options.precision,
+        epochs=options.epochs,
+        batch=options.batch,
+        lr=options.lr,
+        eval_every=options.eval_every,
+    )
+
+
+def deal(options: argparse.Namespace, plan: Plan, setting: Setting, seed: int) -> None:
+    """The shards of a seed; another number of devices gets the base run's images, dealt anew."""
+    base = settings.data_folder(settings.BASE, plan, seed, options.out)
+    own = settings.data_folder(setting, plan, seed, options.out)
+    shared: dict[str, Any] = {"split": plan.split, "alpha": options.alpha, "seed": seed}
+    if own == base:
+        runs.deal(
+            base,
+            options.train or plan.data,
+            devices=plan.devices,
+            per_device=plan.per_device,
+            heldout=options.heldout,
+            heldout_samples=plan.heldout_limit,
+            **shared,
+        )
+        return
+    pool = base / "pool.npz"
+    if not pool.exists():
+        shards = [np.load(base / f"device-{number}.npz") for number in range(plan.devices)]
+        x, y = (np.concatenate([shard[key] for shard in shards]) for key in ("x", "y"))
+        np.savez(pool, x=x, y=y, classes=shards[0]["classes"])
+    # By images of each device the Dirichlet is another one than by shares of each class.
+    equal = None
+    if plan.split == "dirichlet" and plan.per_device:
+        equal = plan.per_device * plan.devices // setting.devices
+    runs.deal(
+        own,
+        str(pool),
+        devices=setting.devices,
+        per_device=equal,
+        heldout=base / "heldout.npz",
+        **shared,
+    )
+
+
+def _one(
+    options: argparse.Namespace, plan: Plan, name: str, seed: int, seconds: float | None
+) -> None:
+    setting = settings.find(name, plan.devices)[-1]
+    config = settings.run_config(
+        setting, plan, seed=seed, rounds=options.rounds, folder=options.out
+    )
+    more = {"late": setting.late} if setting.late else {}
+    runs.simulate(options, config, seconds, **more)
+    report.keep(config, setting, plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

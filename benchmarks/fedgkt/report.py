@@ -1,0 +1,214 @@
+"""What became of the runs: a file for each, the table, and the pictures."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import models
+from benchmarks import runs
+from benchmarks.fedgkt import settings
+from benchmarks.fedgkt.settings import BASE, GROUPS, ORDER, Plan, Setting
+from benchmarks.runs import Record
+from orchestrator.config import RunConfig
+from wire import tensors
+from wire.errors import SettingsError
+
+SERVER, DEVICE = "server_accuracy", "device_accuracy"
+MARKS = {3072: ("--", "3,072 bytes, the raw image"), 1024: (":", "1,024 bytes")}
+
+
+def check(plan: Plan, folder: Path) -> None:
+    """Refuse a folder of another plan: its runs could not be compared.
+
+    Raises:
+        SettingsError: it was begun with another one; the message names what differs.
+    """
+    path = _options(plan, folder)
+    if not path.exists():
+        return
+    before, now = json.loads(path.read_text()), asdict(plan)
+    differ = [f"{k} {before[k]} (now {now[k]})" for k in before if before[k] != now[k]]
+    if differ:
+        raise SettingsError(f"{folder} was begun with {', '.join(differ)}; write to another --out")
+
+
+def claim(plan: Plan, folder: Path) -> None:
+    """Let a folder be of one plan from now on."""
+    _options(plan, folder).write_text(json.dumps(asdict(plan), indent=1) + "\n")
+
+
+def _options(plan: Plan, folder: Path) -> Path:
+    return folder / f"{plan.data}-options.json"
+
+
+def keep(config: RunConfig, setting: Setting, plan: Plan) -> None:
+    """Write a finished run's record: accuracies, bytes and FLOPs."""
+    rounds = json.loads((config.folder / "report.json").read_text())["rounds"]
+    joined = [d for entry in rounds for d in entry["devices"].values() if d.get("accepted")]
+    record = {
+        "setting": asdict(setting),
+        "seed": config.seed,
+        "rounds": len(rounds),
+        "options": asdict(plan),
+        "features": config.device.features,
+        "devices": config.cohort.min_devices,
+        "refused": sum(len(entry["cohort"]) for entry in rounds) - len(joined),
+        **{key: {e["round"]: e[key] for e in rounds if key in e} for key in (SERVER, DEVICE)},
+        **{
+            way: {e["round"]: sum(d.get(way, 0) for d in e["devices"].values()) for e in rounds}
+            for way in ("bytes_up", "bytes_down")
+        },
+        "feature_bytes": _feature_bytes(config, joined),
+        "train_flops": statistics.fmean(d["train_flops"] for d in joined),
+        "seconds": sum(entry["seconds"] for entry in rounds),
+    }
+    runs.keep(config, config.runs, record)
+
+
+def _feature_bytes(config: RunConfig, joined: Sequence[Mapping[str, Any]]) -> float | None:
+    """Bytes a sample and round of feature maps, logits and label: all that is not weights."""
+    if config.strategy != "fedgkt":
+        return None
+    device = config.device
+    model = models.build(device.model, classes=device.classes, input_shape=device.input)
+    weights = {n: t.numpy() for n, t in model.state_dict().items() if t.is_floating_point()}
+    packed = len(tensors.pack(tensors.weights(weights, "float32"), seed=0))
+    sent = sum(d["bytes_up"] for d in joined) - packed * len(joined)
+    return float(sent / sum(d["samples"] for d in joined))
+
+
+def write(folder: Path, plan: Plan) -> None:
+    """All records of a data set as one file, the table on the terminal, and the pictures."""
+    records = runs.collect(folder, plan.data)
+    if not records:
+        return
+    console = Console()
+    console.width = max(console.width, 170)
+    console.print(table(plan.data, records))
+    if short := runs.left_out(records):
+        console.print(short)
+    shown = runs.by_setting(records, ORDER)
+    for name in GROUPS:
+        chosen = {s.name: shown[s.name] for s in settings.group(name, plan.devices)
+                  if s.name in shown}  # fmt: skip
+        _draw_rounds(folder / f"{plan.data}-{name}.png", f"{plan.data}: {name}", chosen, shown)
+        if name == "payload":
+            _draw_payload(folder / f"{plan.data}-payload-bytes.png", plan.data, chosen)
+        if name == "uplink":
+            _draw_uplink(folder / f"{plan.data}-uplink-bytes.png", plan.data, chosen, shown)
+
+
+def table(data: str, records: Sequence[Record]) -> Table:
+    """One row a setting.
+
+    "server" is accuracy of the large model, or of averaged weights, after the last round; "devices"
+    that of the devices' own networks, their mean; both the mean of the seeds (lowest-highest).
+    "to two-way" is in points, of runs with the same seed: mean (lowest, highest). "up" is megabytes
+    (10^6) a device and round, "sent" all of a run up and down.
+    """
+    shown = Table(title=f"{data}: {max(r['rounds'] for r in records)} rounds", box=None)
+    for name in ("setting", "seeds", "server", f"to {BASE.name}", "devices", f"to {BASE.name}",
+                 "up", "sent", "s a round"):  # fmt: skip
+        shown.add_column(name, justify="left" if name == "setting" else "right")
+    rows = runs.by_setting(records, ORDER)
+    for name, mine in rows.items():
+        row = [name, str(len(mine))]
+        for key in (SERVER, DEVICE):
+            there = all(record[key] for record in mine)
+            ended = [100 * runs.last(record, key) for record in mine] if there else []
+            row += [_spread(ended), runs.gaps(mine, rows.get(BASE.name, []), key) if there else ""]
+        up = statistics.fmean(
+            sum(r["bytes_up"].values()) / r["rounds"] / r["devices"] for r in mine
+        )
+        sent = statistics.fmean(_sent(record, record["rounds"]) for record in mine)
+        seconds = statistics.fmean(record["seconds"] / record["rounds"] for record in mine)
+        shown.add_row(*row, f"{up / 1e6:.3f}", f"{sent:.1f}", f"{seconds:.1f}")
+    return shown
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else mean
+
+
+def _sent(record: Record, number: int) -> float:
+    """Megabytes up and down until after a round, all devices together."""
+    both = (record["bytes_up"], record["bytes_down"])
+    return float(sum(way[str(n)] for way in both for n in range(1, number + 1))) / 1e6
+
+
+def _draw_rounds(
+    path: Path, title: str, chosen: dict[str, list[Record]], shown: dict[str, list[Record]]
+) -> None:
+    """Accuracy over rounds of a group's settings and the base: server and devices."""
+    from matplotlib.figure import Figure
+
+    drawn = {name: mine for name, mine in shown.items() if name in {BASE.name, *chosen}}
+    if len(drawn) < 2:
+        return
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    for axes, key, whose in zip(
+        figure.subplots(1, 2), (SERVER, DEVICE), ("the server's", "the devices' own"), strict=True
+    ):
+        runs.draw(axes, drawn, key, base=BASE.name)
+        axes.set_xlabel("round")
+        axes.set_ylabel("accuracy on the test set, %")
+        axes.set_title(f"{title}, {whose} network")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_payload(path: Path, data: str, chosen: dict[str, list[Record]]) -> None:
+    """Bytes of features a sample against accuracy after the last round: mean, and its range."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if len(chosen) < 2:
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for mine in chosen.values():
+        ended = [100 * runs.last(record, SERVER) for record in mine]
+        mean, at = statistics.fmean(ended), statistics.fmean(r["feature_bytes"] for r in mine)
+        reach = [[mean - min(ended)], [max(ended) - mean]]
+        axes.errorbar([at], [mean], reach, fmt="o", color="black", capsize=3)
+        axes.annotate(mine[0]["features"], (at, mean), (6, 4), textcoords="offset points")
+    for at, (dash, what) in MARKS.items():
+        axes.axvline(at, color="gray", linestyle=dash, label=what)
+    axes.margins(x=0.15)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("bytes of features a sample and round")
+    axes.set_ylabel("accuracy on the test set, %")
+    axes.set_title(f"{data}: codec of feature maps, the server's network after the last round")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _draw_uplink(
+    path: Path, data: str, chosen: dict[str, list[Record]], shown: dict[str, list[Record]]
+) -> None:
+    """Megabytes sent so far against accuracy, with FedAvg of the whole large network."""
+    from matplotlib.figure import Figure
+
+    if len(chosen) < 2:
+        return
+    also = {name: shown[name] for name in ("fedavg large",) if name in shown}
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    runs.draw(axes, chosen | also, SERVER, base=BASE.name, across=_sent)
+    axes.set_xscale("log")
+    axes.set_xlabel("megabytes sent, up and down, all devices")
+    axes.set_ylabel("accuracy on the test set, %")
+    axes.set_title(f"{data}: how often features travel, the server's network")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,253 @@
+"""Which runs: data sets, presets, and what differs from the base run in each setting.
+
+The base run is FedGKT with knowledge going both ways and feature maps sent as `relu|q=4|zstd`. A
+setting is a few keys of `run.toml` that it has otherwise. Groups: `transfer` is which way knowledge
+goes, an ablation of He et al. 2020; `compare` what FedGKT has to beat; `payload` the codec of
+feature maps; `uplink` how often they travel; `devices` how many devices hold the same images;
+`late` devices that miss a round's end.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks import runs
+from orchestrator.config import RunConfig
+from wire import records
+from wire.errors import SettingsError
+
+FEATURES = "relu|q=4|zstd"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set's classes, and mean and deviation of its pixels on the 0..1 scale."""
+
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+DATA = {
+    "cifar10": Data(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Data(100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "cinic10": Data(10, (0.4789, 0.4723, 0.4305), (0.2421, 0.2383, 0.2587)),
+    "digits": Data(10, (0.306, 0.306, 0.306), (0.324, 0.324, 0.324)),
+}
+
+# The network that a device half's extractor and a server half are together.
+WHOLE = {
+    "resnet10": "resnet11",
+    "resnet19": "resnet20",
+    "resnet55": "resnet56",
+    "resnet109": "resnet110",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a folder have in common; None is all images.
+
+    Attributes:
+        data, source: the data set's name, and the file that it was read from or the name again.
+        split, alpha: how images are dealt out; alpha is None for iid.
+        devices, per_device: how many devices of the base run, and images of each.
+        heldout_limit: images that are evaluated on, drawn at random by seed.
+        server_model, server_epochs, precision: of `[server]`.
+        epochs, batch, lr: of `[device]`.
+        eval_every: rounds from one evaluation of averaged weights to the next.
+    """
+
+    data: str
+    source: str
+    split: Literal["iid", "dirichlet"]
+    alpha: float | None
+    devices: int
+    per_device: int | None
+    heldout_limit: int | None
+    server_model: str
+    server_epochs: int
+    precision: str
+    epochs: int
+    batch: int
+    lr: float
+    eval_every: int
+
+
+def presets(split: str) -> dict[str, dict[str, Any]]:
+    """Defaults of the command line by name; the paper's depend on how images are dealt out."""
+    paper = {
+        "rounds": 200,
+        "devices": 16,
+        "server_model": "resnet55",
+        "server_epochs": 20 if split == "iid" else 10,
+        "precision": "auto",
+        "epochs": 1,
+        "batch": 32,
+        "lr": 0.05,
+        "eval_every": 1,
+    }
+    cpu = {
+        "rounds": 12,
+        "devices": 8,
+        "per_device": 500,
+        "heldout_limit": 2000,
+        "server_model": "resnet10",
+        "server_epochs": 4,
+        "precision": "bfloat16",
+    }
+    return {"paper": paper, "cpu": paper | cpu}
+
+
+PRESETS = tuple(presets("iid"))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run has that the base run has not.
+
+    Attributes:
+        name: of the setting.
+        change: keys of `run.toml`.
+        devices: that the images are dealt out to; 0: as many as in the base run.
+        whole: devices train the whole large network.
+        late: share of a round's devices that miss its end.
+    """
+
+    name: str
+    change: Mapping[str, Any] = field(default_factory=dict)
+    devices: int = 0
+    whole: bool = False
+    late: float = 0.0
+
+
+BASE = Setting("two-way")
+
+
+def _uplink(name: str, **transfer: object) -> Setting:
+    return Setting(name, {"transfer": transfer} if transfer else {})
+
+
+GROUPS: dict[str, tuple[Setting, ...]] = {
+    "transfer": (
+        Setting("none", {"device": {"alpha": 0.0}, "server": {"alpha": 0.0}}),
+        Setting("to server", {"device": {"alpha": 0.0}}),
+        Setting("to devices", {"server": {"alpha": 0.0}}),
+        BASE,
+    ),
+    "compare": (
+        Setting("fedavg large", {"strategy": "fedavg"}, whole=True),
+        Setting("centralized", {"strategy": "fedavg"}, whole=True, devices=1),
+        Setting("resnet8 alone", {"strategy": "local"}),
+        Setting("fedavg resnet8", {"strategy": "fedavg"}),
+    ),
+    "payload": tuple(
+        Setting(spec, {"device": {"features": spec}} if spec != FEATURES else {})
+        for spec in ("float32", *(f"relu|q={q}|zstd" for q in ("8", "4", "3", "2", "1.5", "1")))
+    ),
+    "uplink": (
+        _uplink("every round"),
+        _uplink("every round, views", views=True),
+        _uplink("shared", extractor="shared"),
+        _uplink("on change", resend=0.1),
+        _uplink("freeze after 1", freeze_after=1),
+        _uplink("freeze after 3", freeze_after=3),
+        _uplink("shared, freeze after 3", extractor="shared", freeze_after=3),
+        _uplink("shared, freeze after 1, views", extractor="shared", freeze_after=1, views=True),
+        _uplink("shared, freeze after 3, views", extractor="shared", freeze_after=3, views=True),
+        _uplink("frozen from the start, views", freeze_after=0, views=True),
+    ),
+    "devices": tuple(Setting(f"{n} devices", devices=n) for n in (8, 16, 64, 128)),
+    "late": (
+        Setting("30 % late", {"cohort": {"carry_rounds": 1}}, late=0.3),
+        Setting(
+            "30 % late, aged",
+            {"cohort": {"carry_rounds": 1}, "transfer": {"age_decay": 0.5}},
+            late=0.3,
+        ),
+    ),
+}
+ORDER = tuple(dict.fromkeys([BASE.name, *(s.name for group in GROUPS.values() for s in group)]))
+
+
+def group(name: str, devices: int) -> list[Setting]:
+    """The settings of a group; what says the same as the base run is the base run.
+
+    Args:
+        name: of the group.
+        devices: of the base run.
+    """
+    return [_resolve(setting, devices) for setting in GROUPS[name]]
+
+
+def _resolve(setting: Setting, devices: int) -> Setting:
+    own = setting.devices if setting.devices != devices else 0
+    return BASE if replace(setting, name=BASE.name, devices=own) == BASE else setting
+
+
+def find(names: str, devices: int) -> list[Setting]:
+    """The settings of groups or names, separated by `;`, the base run first.
+
+    Args:
+        names: as on the command line.
+        devices: of the base run.
+
+    Raises:
+        SettingsError: none has the name; the message tells all.
+    """
+    every = {setting.name: (setting,) for group in GROUPS.values() for setting in group} | GROUPS
+    found = {BASE.name: BASE}
+    for name in map(str.strip, names.split(";")):
+        if name not in every:
+            known = "; ".join([*GROUPS, *(n for n in every if n not in GROUPS)])
+            raise SettingsError(f"no setting is named {name!r}; known are: {known}")
+        for setting in every[name]:
+            own = _resolve(setting, devices)
+            found[own.name] = own
+    return list(found.values())
+
+
+def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: Path) -> RunConfig:
+    """The run of a setting: every device takes part in every round.
+
+    Raises:
+        SettingsError: there is no such key in `run.toml`.
+    """
+    chosen = DATA[plan.data]
+    table: dict[str, Any] = {
+        "name": runs.title(plan.data, setting.name, seed),
+        "heldout": str(data_folder(setting, plan, seed, folder) / "heldout.npz"),
+        "strategy": "fedgkt",
+        "rounds": rounds,
+        "runs": str(folder),
+        "seed": seed,
+        "cohort": {"min_devices": setting.devices or plan.devices},
+        "device": {
+            "model": WHOLE[plan.server_model] if setting.whole else "resnet8",
+            "classes": chosen.classes,
+            "input": (3, 32, 32),
+            "mean": chosen.mean,
+            "std": chosen.std,
+            "batch": plan.batch,
+            "epochs": plan.epochs,
+            "lr": plan.lr,
+            "features": FEATURES,
+        },
+        "server": {
+            "model": plan.server_model,
+            "epochs": plan.server_epochs,
+            "precision": plan.precision,
+            "eval_every": plan.eval_every,
+        },
+    }
+    for key, value in setting.change.items():
+        table[key] = {**table.get(key, {}), **value} if isinstance(value, Mapping) else value
+    return records.build(RunConfig, table, where=f"setting {setting.name!r}", error=SettingsError)
+
+
+def data_folder(setting: Setting, plan: Plan, seed: int, folder: Path) -> Path:
+    """Where the shards of a seed lie: those of the base run, or of as many devices as it wants."""
+    base = runs.data_folder(folder, plan.data, seed)
+    devices = setting.devices or plan.devices
+    return base if devices == plan.devices else base.with_name(f"{base.name}-{devices}")

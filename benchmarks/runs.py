@@ -1,0 +1,315 @@
+"""Many runs of `orchestrator.simulate`, settings times seeds, and what became of them.
+
+    OUT/data-DATA-SEED/          images, dealt out once for all settings of a seed
+    OUT/DATA-SETTING-SEED/       a run's folder; what was stopped goes on from it
+    OUT/DATA-SETTING-SEED.json   a finished run's record
+    OUT/DATA.json                all records
+
+A record has a "setting" with its "name", a "seed", "rounds", and accuracies as {round: accuracy}.
+Each run is a process of its own, so that torch's threads are its own.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import command
+from benchmarks.race import ContenderError
+from wire.errors import SettingsError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from orchestrator.config import RunConfig
+    from orchestrator.datasets import Split
+    from orchestrator.report import Report
+
+Record = dict[str, Any]
+UNFINISHED = 3
+DASHES = ("-", "--", ":")
+
+
+class TimeIsUp(Exception):  # noqa: N818 - nothing went wrong
+    """Rounds are left after the time of --pieces."""
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    *,
+    data: Sequence[str],
+    settings: str,
+    out: str,
+    rounds: int | None,
+    devices: int | None,
+    eval_every: int | None,
+) -> None:
+    """The options of every such benchmark, with the defaults of this one."""
+    parser.add_argument("--data", choices=tuple(data), default=data[0])
+    parser.add_argument("--train", default="", help=".npz of the training set; default: download")
+    parser.add_argument("--heldout", type=Path, help=".npz of the test set, with --train")
+    parser.add_argument("--settings", default=settings, help="groups or names, by ;")
+    parser.add_argument("--rounds", type=command.count, default=rounds)
+    parser.add_argument("--seeds", type=command.count, default=3)
+    parser.add_argument("--devices", type=command.count, default=devices)
+    parser.add_argument("--per-device", type=command.count, help="samples; default: all")
+    parser.add_argument("--eval-every", type=command.count, default=eval_every)
+    parser.add_argument("--jobs", type=command.count, default=1, help="runs at once")
+    parser.add_argument("--threads", type=command.count, default=1, help="of each run")
+    parser.add_argument("--pieces", type=_minutes, metavar="MINUTES",
+                        help="begin no round after so long, end with 3")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+
+
+def main(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    measure: Callable[[argparse.Namespace], None],
+) -> int:
+    """Measure; 0, 2 as `command.run` has it, or 3 where rounds are left after --pieces."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser.set_defaults(given=given)
+    try:
+        return command.run(parser, given, measure)
+    except TimeIsUp as left:
+        print(left)
+        return UNFINISHED
+
+
+def do(
+    options: argparse.Namespace,
+    module: str,
+    names: Sequence[str],
+    done: Callable[[str, int], bool],
+    report: Callable[[], None],
+) -> None:
+    """All runs of the settings `names` that are not done, then the report.
+
+    Raises:
+        ContenderError: runs failed; their processes told why.
+        TimeIsUp: rounds are left.
+    """
+    until = time.monotonic() + 60 * (options.pieces or math.inf)
+    jobs = [(name, seed) for seed in range(options.seeds) for name in names]
+
+    def spawn(job: tuple[str, int]) -> int:
+        name, seed = job
+        left = until - time.monotonic()
+        if done(name, seed):
+            return 0
+        if left <= 0:
+            return UNFINISHED
+        print(f"{options.data}, seed {seed}: {name}", flush=True)
+        one = {"name": name, "seed": seed, "seconds": left if options.pieces else None}
+        line = [sys.executable, "-m", module, *options.given, "--one", json.dumps(one)]
+        return subprocess.run(line, check=False).returncode
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        codes = list(pool.map(spawn, jobs))
+    report()
+    if failed := sum(code not in (0, UNFINISHED) for code in codes):
+        raise ContenderError(f"{failed} of {len(jobs)} runs failed; start again to go on with them")
+    if left := codes.count(UNFINISHED):
+        raise TimeIsUp(f"{left} of {len(jobs)} runs are not done; the same command goes on")
+
+
+def simulate(
+    options: argparse.Namespace,
+    config: "RunConfig",
+    seconds: float | None,
+    **more: Any,
+) -> None:
+    """One run, in the process that is its own.
+
+    Args:
+        options: of the command line.
+        config: of the run; the shards lie beside its held-out images.
+        seconds: the round in which so many have passed is the last; None sets no limit.
+        more: for `orchestrator.simulate.run`.
+
+    Raises:
+        TimeIsUp: rounds are left.
+    """
+    from orchestrator import simulate
+
+    began = time.monotonic()
+
+    def changed(report: "Report") -> None:
+        reached = len(report.entries)
+        if seconds is not None and time.monotonic() - began >= seconds and reached < config.rounds:
+            raise TimeIsUp(f"{config.name}: {reached} of {config.rounds} rounds")
+
+    simulate.hold_threads(options.threads)
+    simulate.run(config, config.heldout.parent, changed=changed, **more)
+
+
+def deal(
+    folder: Path,
+    source: str,
+    *,
+    devices: int,
+    seed: int,
+    per_device: int | None = None,
+    split: "Split" = "iid",
+    alpha: float = 0.5,
+    heldout: Path | None = None,
+    heldout_samples: int | None = None,
+) -> None:
+    """Deal images out to devices (`orchestrator.datasets.build`), unless they are there.
+
+    Raises:
+        SettingsError: what is there was dealt out in another way.
+        DataError: the source cannot be read or dealt out so.
+    """
+    from orchestrator import datasets
+
+    if not (folder / "split.json").exists():
+        datasets.build(
+            source,
+            folder,
+            devices=devices,
+            per_device=per_device,
+            split=split,
+            alpha=alpha,
+            seed=seed,
+            heldout=heldout,
+            heldout_samples=heldout_samples,
+        )
+        return
+    dealt = json.loads((folder / "split.json").read_text())
+    first = dealt["devices"][0]["samples"]
+    for what, there, wanted in (
+        ("devices", len(dealt["devices"]), devices),
+        ("samples a device", first, per_device or first),
+        ("as its source", dealt["source"], Path(source).name),
+        ("as its split", dealt["split"], split),
+        ("as its alpha", dealt["alpha"], alpha if split == "dirichlet" else None),
+    ):
+        if there != wanted:
+            raise SettingsError(
+                f"{folder} was dealt out with {there} {what}, now it is {wanted}; write to another "
+                "--out"
+            )
+
+
+def data_folder(folder: Path, data: str, seed: int) -> Path:
+    """Where the shards of a seed lie."""
+    return folder / f"data-{data}-{seed}"
+
+
+def title(data: str, setting: str, seed: int) -> str:
+    """A run's name, and that of its folder and its record."""
+    slug = "".join(c if c.isalnum() or c == "." else "-" for c in setting)
+    return f"{data}-{slug}-{seed}"
+
+
+def keep(config: "RunConfig", folder: Path, record: Record) -> None:
+    """Write a finished run's record."""
+    (folder / f"{config.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def is_done(folder: Path, data: str, setting: str, seed: int, rounds: int) -> bool:
+    """Whether a run's record is there, of as many rounds."""
+    path = folder / f"{title(data, setting, seed)}.json"
+    return path.exists() and json.loads(path.read_text())["rounds"] >= rounds
+
+
+def collect(folder: Path, data: str) -> list[Record]:
+    """All records of a data set, which are written as one file too."""
+    paths = sorted(folder.glob(f"{data}-*-[0-9]*.json"))
+    records = [json.loads(path.read_text()) for path in paths]
+    if records:
+        (folder / f"{data}.json").write_text(json.dumps(records, indent=1) + "\n")
+    return records
+
+
+def by_setting(records: Sequence[Record], order: Iterable[str]) -> dict[str, list[Record]]:
+    """Records of the most rounds by setting, in an order of settings."""
+    rounds = max(record["rounds"] for record in records)
+    grouped = defaultdict(list)
+    for record in records:
+        if record["rounds"] == rounds:
+            grouped[record["setting"]["name"]].append(record)
+    return {name: grouped[name] for name in order if name in grouped}
+
+
+def left_out(records: Sequence[Record]) -> str:
+    """What `by_setting` leaves out, in words; empty if it is nothing."""
+    longest = max(record["rounds"] for record in records)
+    short = [f"{r['setting']['name']} (seed {r['seed']})" for r in records if r["rounds"] < longest]
+    return f"left out, with fewer than {longest} rounds: {', '.join(short)}" if short else ""
+
+
+def last(record: Record, key: str = "accuracy") -> float:
+    """Accuracy after the last round."""
+    return float(record[key][str(record["rounds"])])
+
+
+def gaps(mine: Sequence[Record], base: Sequence[Record], key: str = "accuracy") -> str:
+    """Points of accuracy to another setting's runs of the same seed: mean (lowest, highest)."""
+    points = [
+        100 * (last(r, key) - last(b, key)) for r in mine for b in base if r["seed"] == b["seed"]
+    ]
+    if not points:
+        return ""
+    return f"{statistics.fmean(points):+.2f} ({min(points):+.2f}, {max(points):+.2f})"
+
+
+def draw(
+    axes: "Axes",
+    runs: dict[str, list[Record]],
+    key: str,
+    *,
+    base: str,
+    across: Callable[[Record, int], float] = lambda _, number: number,
+) -> None:
+    """A curve of accuracy for each setting, the base in black; bands are lowest to highest.
+
+    Args:
+        axes: to draw on.
+        runs: records by setting.
+        key: of the accuracies in a record; settings that have none are not drawn.
+        base: the setting to compare with.
+        across: of a record and a round, the horizontal coordinate; its mean over seeds is drawn.
+    """
+    lowest = 100.0
+    for number, (name, mine) in enumerate(runs.items()):
+        # A run that was made longer was evaluated at its former end as well.
+        rounds = sorted(set.intersection(*({int(r) for r in m[key]} for m in mine)))
+        if not rounds:
+            continue
+        curves = [[100 * record[key][str(r)] for r in rounds] for record in mine]
+        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+        at = [statistics.fmean(across(record, r) for record in mine) for r in rounds]
+        # A setting has one look in all pictures of a group; a colour comes back after ten.
+        colour, dash = f"C{(number - 1) % 10}", DASHES[number // 11 % len(DASHES)]
+        if name == base:
+            colour, dash = "black", "-"
+        axes.plot(at, mean, dash, label=name, color=colour, linewidth=2 if name == base else 1.5)
+        if len(mine) > 1:
+            low, high = zip(*((min(v), max(v)) for v in zip(*curves, strict=True)), strict=True)
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+        lowest = min(lowest, *mean[len(mean) // 4 :])
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.set_ylim(max(0.0, lowest - 2), None)
+        axes.legend(fontsize="small")
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected minutes over 0, got {text!r}")
+    return value
