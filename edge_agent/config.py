@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wire import records, topics
-from wire.link import BrokerAddress
+from wire.address import BrokerAddress
 
 
 @dataclass(frozen=True)

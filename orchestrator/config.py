@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from wire import codecs, records, tensors, topics
-from wire.link import BrokerAddress
+from wire.address import BrokerAddress
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remi
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies.strategy import Metrics, State, Strategy
 from wire import messages, topics
+from wire.address import BrokerAddress
 from wire.errors import AdmissionError, RunError, StillhouseError, WireError
-from wire.link import Arrived, BrokerAddress, Connected, Link, LinkEvent, Lost
+from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
     Chunk,

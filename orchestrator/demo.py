@@ -17,8 +17,8 @@ import numpy as np
 from orchestrator import datasets, fleet, launch
 from orchestrator.config import BrokerConfig, CohortConfig, DeviceConfig, RunConfig, ServerConfig
 from orchestrator.report import Report
+from wire.address import BrokerAddress
 from wire.errors import RunError
-from wire.link import BrokerAddress
 
 STOP_S = 20.0
 

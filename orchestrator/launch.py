@@ -2,28 +2,22 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
-
-import models
-from edge_agent import data
-from edge_agent.data import Preprocess
-from models import SplitModel, submodel
-from orchestrator import broker, distill, fleet
+from models import submodel
+from orchestrator import broker, fleet
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
+from orchestrator.prepare import fresh, read_heldout, task
 from orchestrator.report import Report
 from orchestrator.store import Store
 from orchestrator.strategies import create
-from orchestrator.strategies.strategy import HeldOut, Task, Variant
+from orchestrator.strategies.strategy import Variant
 from tools.export import Adam, Optimizer, Sgd, export
+from wire.address import BrokerAddress
 from wire.artifact import Artifact, open_artifact
 from wire.errors import RunError
-from wire.link import BrokerAddress
 
 log = logging.getLogger("orchestrator")
 
@@ -96,35 +90,6 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
         yield BrokerAddress(running.url, fleet.ORCHESTRATOR if users else "", password)
 
 
-def read_heldout(config: RunConfig) -> HeldOut:
-    """Held-out images, normalized as the devices normalize theirs.
-
-    Raises:
-        DataError: they are missing or do not fit the model.
-    """
-    device = config.device
-    images = data.load(config.heldout, classes=device.classes, input_shape=device.input)
-    most = config.heldout_limit or len(images.y)
-    pixels, y = images.x[:most], images.y[:most].copy()
-    x = np.empty((len(y), *device.input), np.float32)
-    Preprocess(device.mean, device.std)(pixels, out=x)
-    return HeldOut(torch.from_numpy(x), torch.from_numpy(y))
-
-
-def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
-    """A device model with its initial weights; the same seed gives the same.
-
-    No recipe is the whole main model. Units are cut out by `submodel.narrow`.
-    """
-    device = config.device
-    torch.manual_seed(config.seed)
-    name = recipe.model if recipe else device.model
-    model = models.build(name, classes=device.classes, input_shape=device.input)
-    if recipe and recipe.frozen and isinstance(model, SplitModel):
-        models.freeze(model)
-    return model
-
-
 def prepare_variants(config: RunConfig, store: Store) -> dict[Recipe, Variant]:
     """The training artifact of each recipe: the one in the run's folder, or a new export.
 
@@ -185,30 +150,3 @@ def _optimizer(device: DeviceConfig) -> Optimizer:
     if device.optimizer == "adam":
         return Adam(weight_decay=device.weight_decay)
     return Sgd(device.momentum, nesterov=device.momentum > 0, weight_decay=device.weight_decay)
-
-
-def task(
-    config: RunConfig,
-    store: Store,
-    variants: Mapping[Recipe, Variant],
-    heldout: HeldOut,
-    report: Report,
-) -> Task:
-    """What the run's strategy works with."""
-    name = config.server.torch_device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    shards = store.folder / "shards"
-    shards.mkdir(exist_ok=True)
-    return Task(
-        config=config,
-        run=store.run_id,
-        variants=variants,
-        initial=distill.weights(fresh(config)),
-        others={m: distill.weights(fresh(config, Recipe(m))) for m in config.device.models[1:]},
-        blobs=store.blobs,
-        shards=Path(shards),
-        heldout=heldout,
-        torch_device=torch.device(name),
-        progress=report.progress,
-    )

@@ -29,7 +29,7 @@ from edge_agent import data
 from edge_agent.data import ImageSet
 from edge_agent.work import encode_update, extract_record
 from models import SplitModel, submodel
-from orchestrator import admit, cohort, distill, launch, rounds
+from orchestrator import admit, cohort, distill, prepare, rounds
 from orchestrator.cohort import Job, Trained
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.report import Report
@@ -73,14 +73,14 @@ def run(
         )
     if not 0 <= late < 1:
         raise RunError(f"late: expected a share of the devices from 0 to below 1, got {late}")
-    heldout = launch.read_heldout(config)
+    heldout = prepare.read_heldout(config)
     images = read_shards(config, shards)
     held = hashlib.sha256("".join(f"{n}:{i.digest}" for n, i in images.items()).encode())
     what = f"{len(images)} simulated devices with data {held.hexdigest():.12}"
     store = Store(config, what + (f", {late:g} of them late" if late else ""))
     try:
         report = Report(config, store)
-        task = launch.task(config, store, _variants(config), heldout, report)
+        task = prepare.task(config, store, _variants(config), heldout, report)
         simulation = _Simulation(
             config, store, create(config.strategy, task), images, stack=stack, late=late
         )
@@ -130,7 +130,7 @@ def _variants(config: RunConfig) -> dict[Recipe, Variant]:
     """Nothing is compiled: a recipe is known by a digest of its own."""
     found = {}
     for recipe in config.recipes:
-        model, features = launch.fresh(config, recipe), None
+        model, features = prepare.fresh(config, recipe), None
         if isinstance(model, SplitModel):
             with torch.inference_mode():
                 maps, _ = model.eval().extract(torch.zeros(1, *config.device.input))
@@ -157,7 +157,7 @@ class _Simulation:
         self._owed, self._own = _Kept(store.folder / "owed"), _Kept(store.folder / "own")
         self._models = {}
         for recipe, variant in strategy.task.variants.items():
-            model = launch.fresh(config, recipe)
+            model = prepare.fresh(config, recipe)
             if not config.submodel.whole:
                 layout = submodel.layout(model, config.device.input)
                 model = submodel.narrow(model, layout, recipe.keep_rate)
@@ -296,7 +296,7 @@ class _Simulation:
             return blobs.put(packed)
         if what == "state":
             return blobs.put(tensors.pack(tensors.weights(weights, spec), seed=order.seed))
-        whole = launch.fresh(self._config, Recipe(self._config.device.model_of(name)))
+        whole = prepare.fresh(self._config, Recipe(self._config.device.model_of(name)))
         model = distill.load(whole, weights).eval()
         assert isinstance(model, SplitModel)  # noqa: S101 - the strategy saw its feature maps
         on, done, labels = self._strategy.task.torch_device, 0, job.images.y

@@ -64,8 +64,8 @@ def agent(folder: Path, threads: int) -> Prepared:
     from edge_agent.config import AgentConfig
     from edge_agent.work import Desk, perform
     from wire import tensors
+    from wire.address import BrokerAddress
     from wire.artifact import open_artifact
-    from wire.link import BrokerAddress
     from wire.messages import BlobRef, Order
 
     chosen, artifact = setting.load(folder), open_artifact(folder / "artifact")

@@ -11,8 +11,8 @@ from edge_agent import main as _main  # noqa: F401 - what the command imports ta
 from edge_agent.agent import Agent
 from edge_agent.config import AgentConfig
 from edge_agent.work import Desk, perform
+from wire.address import BrokerAddress
 from wire.artifact import open_artifact
-from wire.link import BrokerAddress
 from wire.messages import BlobRef, Order
 
 folder = Path(sys.argv[1])

@@ -12,13 +12,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from orchestrator import broker, distill, launch, simulate
+from orchestrator import broker, distill, prepare, simulate
 from orchestrator.config import load
 from orchestrator.deploy import export_run
 from orchestrator.store import last_checkpoint
 from tests.conftest import Processes
 from wire import messages, topics
-from wire.link import BrokerAddress, Link
+from wire.address import BrokerAddress
+from wire.link import Link
 from wire.messages import Birth, Platform, Result
 
 RUN = """\
@@ -203,7 +204,7 @@ def test_feddropout_ends_where_its_simulation_does_though_agent_and_orchestrator
             assert device["train_loss"] == pytest.approx(payload["train_loss"], rel=0.02)
         small, large = (entry["devices"][n]["train_flops"] for n in ("device-2", "device-0"))
         assert small < 0.5 * large
-    before = distill.weights(launch.fresh(simulated))
+    before = distill.weights(prepare.fresh(simulated))
     _, real = last_checkpoint(fleet.folder / "runs/run")
     _, state = last_checkpoint(simulated.folder)
     for name, start in before.items():
@@ -266,7 +267,7 @@ def test_a_late_device_counts_in_a_later_round_though_the_orchestrator_is_killed
         processes.kill("run")
         fleet.orchestrator()
         processes.wait_for("round 3", lambda: fleet.status()["round"] == 3)
-        processes.kill("agent-1")  # two of three must answer, so round 3 or 4 waits for the late one
+        processes.kill("agent-1")  # two of three must answer: the late one is waited for
     finally:
         late.send_signal(signal.SIGCONT)
     report = fleet.finish()

@@ -1,7 +1,12 @@
 """Simulated runs: what agents would have done, from the same seeds, with the same bytes."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +16,7 @@ from threadpoolctl import threadpool_info
 
 from edge_agent import data
 from edge_agent.work import Desk, encode_update, perform
-from orchestrator import cohort, launch, rounds, simulate
+from orchestrator import cohort, distill, launch, prepare, rounds, simulate
 from orchestrator.cohort import Job
 from orchestrator.config import (
     CohortConfig,
@@ -26,7 +31,7 @@ from orchestrator.config import (
 from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.strategies import create
-from wire import frames, tensors
+from wire import frames, records, tensors
 from wire.artifact import open_artifact
 from wire.errors import RunError
 from wire.messages import BlobRef, Order, Result
@@ -72,7 +77,7 @@ def assert_close(these, those, start, share):
 
 
 def start_of(config):
-    return {f"global/{n}": a for n, a in launch.distill.weights(launch.fresh(config)).items()}
+    return {f"global/{n}": a for n, a in distill.weights(prepare.fresh(config)).items()}
 
 
 def test_a_simulated_run_is_repeatable_and_goes_on_where_it_stopped(config, digits, tmp_path):
@@ -88,7 +93,7 @@ def test_a_simulated_run_is_repeatable_and_goes_on_where_it_stopped(config, digi
 
 def test_what_is_counted_are_the_payloads_that_codecs_made(config, digits):
     report = simulate.run(replace(config, rounds=1), digits)
-    values = sum(a.size for a in launch.distill.weights(launch.fresh(config)).values())
+    values = sum(a.size for a in distill.weights(prepare.fresh(config)).values())
     for device in report.entries[0]["devices"].values():
         # Half the units of two layers on either side: a quarter of the weights, at 8 and 4 bits.
         assert 0.25 < device["bytes_down"] / values < 0.30
@@ -99,8 +104,8 @@ def test_what_is_counted_are_the_payloads_that_codecs_made(config, digits):
 def test_a_stack_of_devices_trains_as_each_does_alone(config, digits):
     config = replace(config, device=replace(config.device, mu=0.1, momentum=0.9))
     images = simulate.read_shards(config, digits)
-    model = launch.fresh(config)
-    start = launch.distill.weights(model)
+    model = prepare.fresh(config)
+    start = distill.weights(model)
     ref = BlobRef("ab" * 32, 1, 1024)
     jobs = [
         Job(Order("run", 1, 1, ref, 2, 0.05, seed, {"update": "float32"}, state=ref, mu=0.1),
@@ -140,7 +145,7 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
     store = Store(real)
     try:
         variants = launch.prepare_variants(real, store)
-        task = launch.task(real, store, variants, launch.read_heldout(real), Report(real, store))
+        task = prepare.task(real, store, variants, prepare.read_heldout(real), Report(real, store))
         strategy = create(real.strategy, task)
         state = strategy.begin()
         for number in (1, 2):
@@ -206,7 +211,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
     store = Store(real)
     try:
         variants = launch.prepare_variants(real, store)
-        task = launch.task(real, store, variants, launch.read_heldout(real), Report(real, store))
+        task = prepare.task(real, store, variants, prepare.read_heldout(real), Report(real, store))
         strategy = create(real.strategy, task)
         state = strategy.begin()
         for number, entry in enumerate(expected, 1):
@@ -315,8 +320,8 @@ def test_devices_with_weights_of_their_own_go_on_where_they_stopped(
 
 def test_a_stack_of_devices_that_distil_trains_as_each_does_alone(gkt, digits):
     images = simulate.read_shards(gkt, digits)
-    model, rng = launch.fresh(gkt), np.random.default_rng(0)
-    start = launch.distill.weights(model)
+    model, rng = prepare.fresh(gkt), np.random.default_rng(0)
+    start = distill.weights(model)
     ref = BlobRef("ab" * 32, 1, 1024)
     order = Order("run", 2, 2, ref, 1, 0.02, 7, {"state": "float32"}, teacher=ref, alpha=1.0,
                   temperature=3.0, data_digest="ab" * 32)  # fmt: skip
@@ -420,8 +425,8 @@ def test_a_device_weighs_no_more_than_ten_median_ones(config, digits, honest):
     )  # fmt: skip
     store = Store(config)
     try:
-        task = launch.task(
-            config, store, simulate._variants(config), launch.read_heldout(config),
+        task = prepare.task(
+            config, store, simulate._variants(config), prepare.read_heldout(config),
             Report(config, store),
         )  # fmt: skip
         strategy = create("fedavg", task)
@@ -440,6 +445,39 @@ def test_a_device_weighs_no_more_than_ten_median_ones(config, digits, honest):
         store.close()
     moved = after.tensors["global/fc1.bias"] - state.tensors["global/fc1.bias"]
     assert np.allclose(moved, 1000 / (1000 + 100 * honest), atol=1e-5)
+
+
+ABSENT = ("paho", "onnx", "onnxruntime", "onnxscript", "amqtt", "typer", "rich", "PIL",
+          "torchvision", "sklearn", "matplotlib", "zstandard")  # fmt: skip
+
+
+def test_a_simulation_needs_neither_broker_nor_onnx(gkt, digits, tmp_path):
+    """PyTorch, numpy, safetensors, msgpack and threadpoolctl are enough."""
+    gkt = replace(gkt, rounds=1)
+    (tmp_path / "run.json").write_text(json.dumps(records.plain(gkt), default=str))
+    code = f"""
+import json, sys
+for name in {ABSENT!r}:
+    sys.modules[name] = None  # an import of it fails
+from pathlib import Path
+from orchestrator import simulate
+from orchestrator.config import RunConfig
+from wire import records
+table = json.loads(Path("run.json").read_text())
+config = records.build(RunConfig, table, where="run.json", error=ValueError)
+report = simulate.run(config, Path({str(digits)!r}))
+print(report.entries[0]["server_accuracy"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 <= float(done.stdout) <= 1
 
 
 def test_threads_are_held_for_pytorch_and_numpy():

@@ -6,7 +6,8 @@ import threading
 import pytest
 from paho.mqtt import client as paho
 
-from wire.link import Arrived, BrokerAddress, Connected, Link
+from wire.address import BrokerAddress
+from wire.link import Arrived, Connected, Link
 
 BODY = bytes(300_000)
 

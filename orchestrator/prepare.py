@@ -1,0 +1,74 @@
+"""What a run needs before it begins, over the wire or simulated: model, held-out images, task."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import models
+from edge_agent import data
+from edge_agent.data import Preprocess
+from models import SplitModel
+from orchestrator import distill
+from orchestrator.config import Recipe, RunConfig
+from orchestrator.report import Report
+from orchestrator.store import Store
+from orchestrator.strategies.strategy import HeldOut, Task, Variant
+
+
+def read_heldout(config: RunConfig) -> HeldOut:
+    """Held-out images, normalized as the devices normalize theirs.
+
+    Raises:
+        DataError: they are missing or do not fit the model.
+    """
+    device = config.device
+    images = data.load(config.heldout, classes=device.classes, input_shape=device.input)
+    most = config.heldout_limit or len(images.y)
+    pixels, y = images.x[:most], images.y[:most].copy()
+    x = np.empty((len(y), *device.input), np.float32)
+    Preprocess(device.mean, device.std)(pixels, out=x)
+    return HeldOut(torch.from_numpy(x), torch.from_numpy(y))
+
+
+def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
+    """A device model with its initial weights; the same seed gives the same.
+
+    No recipe is the whole main model. Units are cut out by `submodel.narrow`.
+    """
+    device = config.device
+    torch.manual_seed(config.seed)
+    name = recipe.model if recipe else device.model
+    model = models.build(name, classes=device.classes, input_shape=device.input)
+    if recipe and recipe.frozen and isinstance(model, SplitModel):
+        models.freeze(model)
+    return model
+
+
+def task(
+    config: RunConfig,
+    store: Store,
+    variants: Mapping[Recipe, Variant],
+    heldout: HeldOut,
+    report: Report,
+) -> Task:
+    """What the run's strategy works with."""
+    name = config.server.torch_device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    shards = store.folder / "shards"
+    shards.mkdir(exist_ok=True)
+    return Task(
+        config=config,
+        run=store.run_id,
+        variants=variants,
+        initial=distill.weights(fresh(config)),
+        others={m: distill.weights(fresh(config, Recipe(m))) for m in config.device.models[1:]},
+        blobs=store.blobs,
+        shards=Path(shards),
+        heldout=heldout,
+        torch_device=torch.device(name),
+        progress=report.progress,
+    )
