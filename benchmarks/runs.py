@@ -125,6 +125,7 @@ def do(
 def simulate(
     options: argparse.Namespace,
     config: "RunConfig",
+    shards: Path,
     seconds: float | None,
     **more: Any,
 ) -> None:
@@ -132,7 +133,8 @@ def simulate(
 
     Args:
         options: of the command line.
-        config: of the run; the shards lie beside its held-out images.
+        config: of the run.
+        shards: the folder that the images were dealt out to.
         seconds: the round in which so many have passed is the last; None sets no limit.
         more: for `orchestrator.simulate.run`.
 
@@ -149,7 +151,7 @@ def simulate(
             raise TimeIsUp(f"{config.name}: {reached} of {config.rounds} rounds")
 
     simulate.hold_threads(options.threads)
-    simulate.run(config, config.heldout.parent, changed=changed, **more)
+    simulate.run(config, shards, changed=changed, **more)
 
 
 def deal(

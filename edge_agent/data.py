@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PAD = 4  # pixels on each side of the image that a crop may reach into
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Streams of a seed; the payload codecs draw from low numbers of the same seed.
-_SHUFFLE, _VIEW, _AUGMENT = 1 << 62, 3 << 61, 1 << 63
+_HOLDOUT, _SHUFFLE, _VIEW, _AUGMENT = 1 << 61, 1 << 62, 3 << 61, 1 << 63
 PLAIN, MIRRORED = 0, 1  # the two views that are not drawn
 
 Pixels = NDArray[np.uint8]
@@ -315,19 +315,41 @@ def drawn(raw: NDArray[np.uint64]) -> Looks:
     return Looks(*offsets, (flips & np.uint64(1)).astype(bool))
 
 
+def held_out(digest: str, n: int, share: float) -> NDArray[np.bool_]:
+    """Which samples are never trained on, (N,): the same for the same data, whoever asks.
+
+    Args:
+        digest: of the images, see `ImageSet`.
+        n: how many there are.
+        share: of them; at least one is left to train on.
+    """
+    chosen = np.zeros(n, bool)
+    if not share:
+        return chosen
+    draw = seeds.raw(int(digest[:15], 16), _HOLDOUT, n).argsort(kind="stable")
+    chosen[draw[: min(round(share * n), n - 1)]] = True
+    return chosen
+
+
 def epoch(
-    images: ImageSet, *, batch: int, seed: int, augment: bool, view: int = PLAIN
+    images: ImageSet,
+    *,
+    batch: int,
+    seed: int,
+    augment: bool,
+    view: int = PLAIN,
+    holdout: float = 0.0,
 ) -> Iterator[tuple[Indices, Pixels]]:
     """One pass in random order: (indices (B,), pixels uint8 (B, H, W, C)), ceil(N / B) times.
 
     The last batch is filled up from the head of the same permutation, and again where N < B.
     `seed` means this epoch: give each epoch its own. Another view than `PLAIN` shows the images
-    so, and `augment` is of no effect then.
+    so, and `augment` is of no effect then. Of N samples `holdout` is the share that is left out.
     """
-    n = len(images.y)
-    order = np.argsort(seeds.raw(seed, _SHUFFLE, n), kind="stable").astype(np.int64)
-    order = np.resize(order, -(-n // batch) * batch)  # numpy repeats it
-    shown = looks(view, n)
+    shown = looks(view, len(images.y))
+    trained = np.flatnonzero(~held_out(images.digest, len(images.y), holdout))
+    order = trained[np.argsort(seeds.raw(seed, _SHUFFLE, len(trained)), kind="stable")]
+    order = np.resize(order, steps(len(trained), batch) * batch)  # numpy repeats it
     for number, indices in enumerate(order.reshape(-1, batch)):
         pixels = images.x[indices]
         if view != PLAIN:
@@ -335,6 +357,11 @@ def epoch(
         elif augment:
             pixels = look(pixels, drawn(seeds.raw(seed, _AUGMENT + number, 3 * batch)))
         yield indices, pixels
+
+
+def steps(n: int, batch: int) -> int:
+    """Batches of one pass over `n` samples."""
+    return -(-n // batch)
 
 
 def batches(
@@ -346,7 +373,7 @@ def batches(
     sample 0 on.
     """
     n = len(images.y)
-    order, shown = np.resize(np.arange(n), -(-n // batch) * batch), looks(view, n)
+    order, shown = np.resize(np.arange(n), steps(n, batch) * batch), looks(view, n)
     for number, indices in enumerate(order.reshape(-1, batch)):
         pixels = images.x[indices] if view == PLAIN else look(images.x[indices], shown.of(indices))
         yield indices, pixels, min(batch, n - number * batch)

@@ -163,7 +163,10 @@ def _train(
             "with --proximal"
         )
     preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
-    per_epoch = -(-len(desk.images.y) // manifest.batch)
+    left_out = data.held_out(desk.images.digest, len(desk.images.y), order.holdout)
+    per_epoch = data.steps(int((~left_out).sum()), manifest.batch)
+    if teacher is not None and left_out.any():
+        metrics["teacher_heldout_accuracy"] = _share(teacher, desk.images.y, left_out)
     loss = correct = 0.0
     for epoch in range(order.epochs):
         seed = order.seed + epoch
@@ -175,6 +178,7 @@ def _train(
                 seed=seed,
                 augment=order.augment,
                 view=order.view,
+                holdout=order.holdout,
             )
         ):
             if desk.cancel.is_set():
@@ -208,8 +212,9 @@ def _extract(
     manifest, maps = artifact.manifest, "features" in order.returns
     run = Inference(artifact, "extract" if maps else "eval", state, threads=desk.threads)
     preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
-    labels, done, batches, right = desk.images.y, 0, 0, 0
+    labels, done, batches = desk.images.y, 0, 0
     total = len(labels) * len(order.views)
+    right = np.zeros(total, bool)
     with desk.blobs.create() as sink:
         for view in order.views:
             for indices, pixels, valid in data.batches(desk.images, manifest.micro_batch, view):
@@ -219,15 +224,44 @@ def _extract(
                 run()
                 logits = run.outputs["logits"][:valid]
                 y = labels[indices[:valid]]
-                right += int((logits.argmax(axis=1) == y).sum())
-                features = run.outputs["features"][:valid] if maps else None
+                right[done : done + valid] = logits.argmax(axis=1) == y
+                features = cover(run.outputs["features"][:valid], order) if maps else None
                 sink.write(extract_record(order, features, logits, y, first=done))
                 done += valid
                 batches += 1
                 desk.progress("extract", done, total)
-    metrics["extract_accuracy"] = right / total
+    left_out = data.held_out(desk.images.digest, len(labels), order.holdout)
+    metrics["extract_accuracy"] = float(right.mean())
+    if left_out.any():
+        metrics["heldout_accuracy"] = float(right[: len(labels)][left_out].mean())
     metrics["extract_flops"] = float(batches * run.flops)
     return sink.ref
+
+
+def cover(features: NDArray[np.float32], order: Order) -> NDArray[np.float32]:
+    """Feature maps (B, *shape) clipped and under noise, where the order says so.
+
+    Each sample's values are scaled to an L2 norm of at most `clip`, and each gets Gaussian noise of
+    deviation noise * clip: the Gaussian mechanism (Dwork and Roth 2014, appendix A), for which one
+    sample in place of another is a difference of at most 2 clip. Negative values become 0, since
+    what is done to its output costs no privacy. The noise comes from the system's entropy and no
+    seed, so that nobody can draw it again.
+    """
+    if not order.clip:
+        return features
+    flat = features.reshape(len(features), -1)
+    norms = np.linalg.norm(flat, axis=1, keepdims=True)
+    clipped = flat * np.minimum(1, order.clip / np.maximum(norms, 1e-12)).astype(np.float32)
+    if order.noise:
+        drawn = np.random.default_rng().standard_normal(flat.shape, np.float32)
+        clipped = np.maximum(clipped + np.float32(order.noise * order.clip) * drawn, 0)
+    covered: NDArray[np.float32] = clipped.reshape(features.shape)
+    return covered
+
+
+def _share(logits: NDArray[np.float32], labels: data.Indices, of: NDArray[np.bool_]) -> float:
+    """Share of some samples whose largest logit is their label's."""
+    return float((logits[of].argmax(axis=1) == labels[of]).mean())
 
 
 def extract_record(

@@ -52,6 +52,12 @@ class Job:
     teacher: NDArray[np.float32] | None = None
 
     @property
+    def trained(self) -> int:
+        """How many samples are trained on."""
+        n = len(self.images.y)
+        return n - int(data.held_out(self.images.digest, n, self.order.holdout).sum())
+
+    @property
     def alpha(self) -> float:
         """Weight of the distillation term."""
         return 0.0 if self.teacher is None else self.order.alpha
@@ -86,7 +92,7 @@ def train(
     _resume(step, stack, [job.optimizer for job in jobs], device)
     alpha = torch.tensor([job.alpha for job in jobs], device=device)
     temperature = jobs[0].order.temperature
-    steps = [job.order.epochs * -(-len(job.images.y) // config.batch) for job in jobs]
+    steps = [job.order.epochs * data.steps(job.trained, config.batch) for job in jobs]
     tallies = [np.zeros(2) for _ in jobs]
     done: dict[int, tuple[Weights, Weights]] = {}
     flops = _flops(model, config)
@@ -188,6 +194,7 @@ def _batches(job: Job, config: DeviceConfig) -> Iterator[_Batch]:
             seed=order.seed + epoch,
             augment=order.augment,
             view=order.view,
+            holdout=order.holdout,
         )
         for number, (indices, pixels) in enumerate(drawn):
             preprocess(pixels, out=x)

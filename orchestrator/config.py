@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from wire import codecs, records, tensors, topics
 from wire.address import BrokerAddress
+from wire.messages import check_noise
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ class DeviceConfig:
         alpha, temperature: of the distillation term (FedGKT).
         mu: weight of the proximal term (FedProx); 0 compiles none.
         augment: random crop with padding 4 and horizontal flip.
+        holdout: share of each device's images, drawn by their digest, that it does not train on;
+            it reports its accuracy on them, and with fedgkt the server evaluates on them where it
+            has no images of its own.
+        clip, noise: feature maps are scaled to an L2 norm of at most `clip`, and get Gaussian noise
+            of deviation noise * clip (local differential privacy, by sample and sending); 0: not.
         features: codec spec of feature maps.
         update, state: of weights on their way up and down, MATRICES[/VECTORS]: `eden|b=2/float16`.
         feedback: each device adds to its update what the codec left out of the last one.
@@ -149,6 +155,9 @@ class DeviceConfig:
     temperature: float = 3.0
     mu: float = 0.0
     augment: bool = False
+    holdout: float = 0.0
+    clip: float = 0.0
+    noise: float = 0.0
     features: str = "identity|q=8"
     update: str = "float32"
     state: str = "float32"
@@ -182,6 +191,9 @@ class DeviceConfig:
                 f"input {list(self.input)}: expected [channels, height, width], with a mean "
                 f"({len(self.mean)}) and a std ({len(self.std)}) a channel"
             )
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout: expected a share from 0 to below 1, got {self.holdout}")
+        check_noise(self.clip, self.noise)
         if self.classes < 2 or self.batch < 1 or self.epochs < 1 or self.lr <= 0:
             raise ValueError("expected classes >= 2, batch >= 1, epochs >= 1, lr > 0")
 
@@ -351,7 +363,8 @@ class RunConfig:
         fleet: whose devices may take part.
         strategy: the algorithm.
         rounds: how many.
-        heldout: images that the server evaluates on (.npz or folder).
+        heldout: images that the server evaluates on (.npz or folder). None: feature maps and logits
+            of images that devices hold out (`device.holdout`; fedgkt).
         heldout_limit: use at most so many of them; 0 takes all.
         runs: folder of all runs.
         admission: "open" takes any device that the broker lets in; "enrolled" only those made by
@@ -363,7 +376,7 @@ class RunConfig:
     """
 
     name: str
-    heldout: Path
+    heldout: Path | None = None
     fleet: str = "fleet"
     strategy: Literal["fedgkt", "fedavg", "feddropout", "local"] = "fedgkt"
     rounds: int = 10
@@ -395,6 +408,13 @@ class RunConfig:
             raise ValueError(f"submodel: strategy {self.strategy!r} trains whole models; "
                              "use feddropout")  # fmt: skip
         device = self.device
+        if self.heldout is None and (
+            self.strategy != "fedgkt" or not device.holdout or self.transfer.resend
+        ):
+            raise ValueError(
+                "heldout: name images that the server evaluates on; only fedgkt does without, with "
+                "device.holdout over 0 and transfer.resend = 0"
+            )
         if self.transfer != TransferConfig() and self.strategy != "fedgkt":
             raise ValueError(f"transfer: strategy {self.strategy!r} sends no feature maps; "
                              "use fedgkt")  # fmt: skip
@@ -438,7 +458,8 @@ def load(path: Path) -> RunConfig:
     """
     config = records.load(RunConfig, path)
     folder = path.resolve().parent
-    return replace(config, heldout=folder / config.heldout, runs=folder / config.runs)
+    heldout = config.heldout and folder / config.heldout
+    return replace(config, heldout=heldout, runs=folder / config.runs)
 
 
 TEMPLATE = """\

@@ -19,12 +19,14 @@ from orchestrator.strategies.strategy import HeldOut, Task, Variant
 
 
 def read_heldout(config: RunConfig) -> HeldOut:
-    """Held-out images, normalized as the devices normalize theirs.
+    """Held-out images, normalized as the devices normalize theirs; none where none are named.
 
     Raises:
         DataError: they are missing or do not fit the model.
     """
     device = config.device
+    if config.heldout is None:
+        return HeldOut(torch.empty(0, *device.input), torch.empty(0, dtype=torch.int64))
     images = data.load(config.heldout, classes=device.classes, input_shape=device.input)
     most = config.heldout_limit or len(images.y)
     pixels, y = images.x[:most], images.y[:most].copy()

@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 import edge_agent
 from edge_agent import data
 from edge_agent.data import ImageSet
-from edge_agent.work import encode_update, extract_record
+from edge_agent.work import cover, encode_update, extract_record
 from models import SplitModel, submodel
 from orchestrator import admit, cohort, distill, prepare, rounds
 from orchestrator.cohort import Job, Trained
@@ -301,15 +301,21 @@ class _Simulation:
         assert isinstance(model, SplitModel)  # noqa: S101 - the strategy saw its feature maps
         on, done, labels = self._strategy.task.torch_device, 0, job.images.y
         model.to(on)
+        right = np.zeros(len(labels) * len(order.views), bool)
         with blobs.create() as sink:
             for view in order.views:
                 for features, logits in cohort.extract(
                     model, job.images, self._config.device, on, view
                 ):
                     own = np.take(labels, range(done, done + len(logits)), mode="wrap")
-                    maps = features if what == "features" else None
+                    right[done : done + len(own)] = logits.argmax(axis=1) == own
+                    maps = cover(features, order) if what == "features" else None
                     sink.write(extract_record(order, maps, logits, own, first=done))
                     done += len(logits)
+        left_out = data.held_out(job.images.digest, len(labels), order.holdout)
+        trained.metrics["extract_accuracy"] = float(right.mean())
+        if left_out.any():
+            trained.metrics["heldout_accuracy"] = float(right[: len(labels)][left_out].mean())
         return sink.ref
 
 

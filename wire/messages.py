@@ -14,6 +14,7 @@ The device sends a result again until it has the receipt; the orchestrator sends
 when a device is born anew. Both are told apart by (run, sequence), so that repetition is harmless.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,15 @@ def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if not 0 <= count < MAX_COUNT:
             raise ValueError(f"{name}: expected 0 to {MAX_COUNT - 1}, got {count}")
+
+
+def check_noise(clip: float, noise: float) -> None:
+    """Raise ValueError unless feature maps can be clipped and covered so."""
+    if not (0 <= clip < math.inf and 0 <= noise < math.inf) or (noise and not clip):
+        raise ValueError(
+            f"clip {clip}, noise {noise}: expected 0 or more, and a clip over 0 where there is "
+            "noise"
+        )
 
 
 def _check_submodel(digest: str) -> None:
@@ -136,6 +146,11 @@ class Order:
         view: which view of the images is trained on, and `teacher` belongs to: 0 is the images as
             they are, 1 mirrored, and any other number the seed of a crop and flip of each image;
             `augment` is then of no effect. See `edge_agent.data.looks`.
+        holdout: share of the samples that is not trained on, but evaluated on; see
+            `edge_agent.data.held_out`.
+        clip: feature maps longer than this (L2 norm of a sample's) are scaled down to it; 0: none.
+        noise: deviation of the Gaussian noise that is added to each value then, as a multiple of
+            `clip`; negative values become 0.
         views: of which views features and logits are returned, one after the other.
         seed: of shuffling, augmentation and stochastic rounding.
         returns: what to send back and the codec spec of each: "state" (parameters and buffers),
@@ -159,6 +174,9 @@ class Order:
     mu: float = 0.0
     augment: bool = False
     view: int = 0
+    holdout: float = 0.0
+    clip: float = 0.0
+    noise: float = 0.0
     views: tuple[int, ...] = (0,)
     own: bool = False
     submodel: str = ""
@@ -183,6 +201,9 @@ class Order:
             raise ValueError(f"views: expected 1 to {MAX_VIEWS} numbers from 0 on")
         if {"features", "logits"} <= set(self.returns):
             raise ValueError("returns: features come with their logits; name one of the two")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout: expected a share from 0 to below 1, got {self.holdout}")
+        check_noise(self.clip, self.noise)
         if self.own and "update" in self.returns:
             raise ValueError("returns: an update is a difference to `state`, which is not whole")
         if "update" in self.returns and self.state is None:

@@ -78,7 +78,8 @@ def _one(options: argparse.Namespace, name: str, seed: int, seconds: float | Non
         eval_every=options.eval_every,
         folder=options.out,
     )
-    runs.simulate(options, config, seconds)
+    shards = runs.data_folder(options.out, options.data, seed)
+    runs.simulate(options, config, shards, seconds)
     report.keep(config, setting, options.out)
 
 

@@ -152,7 +152,8 @@ def _one(
         setting, plan, seed=seed, rounds=options.rounds, folder=options.out
     )
     more = {"late": setting.late} if setting.late else {}
-    runs.simulate(options, config, seconds, **more)
+    shards = settings.data_folder(setting, plan, seed, options.out)
+    runs.simulate(options, config, shards, seconds, **more)
     report.keep(config, setting, plan)
 
 

@@ -49,7 +49,10 @@ class State:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images that no device has: x float32 (N, C, H, W) normalized, y int64 (N,)."""
+    """Images that no device has: x float32 (N, C, H, W) normalized, y int64 (N,).
+
+    There may be none, where devices hold out some of theirs.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
@@ -138,6 +141,7 @@ class Task:
             "lr": device.lr,
             "temperature": device.temperature,
             "augment": device.augment,
+            "holdout": device.holdout,
             "seed": int.from_bytes(key[:6], "little"),
         }
         return Order(self.run, sequence, round_, **(shared | settings))

@@ -327,3 +327,16 @@ def test_augmentation_is_of_no_effect_beside_a_view():
         strict=True,
     ):
         assert np.array_equal(one, other)
+
+
+def test_held_out_samples_are_the_same_for_the_same_data_and_never_trained_on():
+    images = ImageSet(make(40).x, make(40).y, "ab" * 32)
+    mask = data.held_out(images.digest, 40, 0.25)
+    assert mask.sum() == 10
+    assert np.array_equal(mask, data.held_out(images.digest, 40, 0.25))
+    assert not np.array_equal(mask, data.held_out("cd" * 32, 40, 0.25))
+    assert not data.held_out(images.digest, 40, 0.0).any()
+    assert data.held_out(images.digest, 1, 0.9).sum() == 0
+    seen = [i for i, _ in data.epoch(images, batch=8, seed=1, augment=False, view=5, holdout=0.25)]
+    assert len(seen) == data.steps(30, 8) == 4
+    assert set(np.concatenate(seen)) == set(np.flatnonzero(~mask))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import models
 from edge_agent import data
 from edge_agent.data import ImageSet, Preprocess
-from edge_agent.work import CancelledError, Desk, perform
+from edge_agent.work import CancelledError, Desk, cover, perform
 from orchestrator import distill
 from tools.export import Sgd, export
 from wire import frames, tensors
@@ -259,3 +259,22 @@ def test_the_same_order_gives_the_same_bytes(artifact, desk):
     work = order(artifact, returns={"features": "hadamard|q=4", "state": "identity|q=8"})
     first = perform(work, artifact, None, desk).blobs
     assert perform(work, artifact, None, desk).blobs == first
+
+
+def test_feature_maps_are_clipped_and_covered_by_noise_that_nobody_can_draw_again():
+    rng = np.random.default_rng(0)
+    maps = np.maximum(rng.standard_normal((4, 16, 32, 32)), 0).astype(np.float32)
+    maps[0] /= 1e3
+    work = Order("run", 1, 1, BlobRef("ab" * 32, 1, 1024), 1, 0.1, 7, {"features": "float32"})
+    assert cover(maps, work) is maps
+    clipped = cover(maps, replace(work, clip=5.0))
+    norms = np.linalg.norm(clipped.reshape(4, -1), axis=1)
+    np.testing.assert_allclose(norms[1:], 5.0, rtol=1e-5)
+    np.testing.assert_array_equal(clipped[0], maps[0])
+    noisy = [cover(maps, replace(work, clip=5.0, noise=2.0)) for _ in range(2)]
+    assert not np.array_equal(*noisy)
+    assert noisy[0].min() == 0
+    # Half of a normal distribution of deviation 2 * 5, over almost nothing.
+    assert np.sqrt(np.square(noisy[0][0]).mean() * 2) == pytest.approx(10.0, rel=0.05)
+    with pytest.raises(ValueError, match="a clip over 0 where there is noise"):
+        replace(work, noise=1.0)
