@@ -29,6 +29,38 @@ Progress = Callable[[int, int], None]
 LOOKS = 1 << 32  # streams of a training's seed: those below give the order of samples
 
 
+class Ranks:
+    """The processes that train one model together: this one alone. `ranks.Group` is several.
+
+    Each computes its part of every batch; weights and optimizer are the same in all.
+    """
+
+    rank, size = 0, 1
+
+    def part(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """This process's part of a batch, or of other things that are counted."""
+        return numbers
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model`, begun with rank 0's weights, with the mean of all ranks' gradients."""
+        return model
+
+    def settle(self, model: nn.Module) -> None:
+        """Give all ranks the means of what batch norm kept in each."""
+
+    def sum(self, value: float) -> float:
+        """Of all ranks' values."""
+        return value
+
+    def gather(self, rows: NDArray[np.float32], total: int) -> NDArray[np.float32]:
+        """On rank 0 the rows of all parts of `total`, in their order; elsewhere this part's."""
+        del total
+        return rows
+
+
+ALONE = Ranks()
+
+
 def loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
@@ -37,6 +69,7 @@ def loss(
     alpha: float,
     temperature: float,
     weights: torch.Tensor | None = None,
+    total: float | None = None,
 ) -> torch.Tensor:
     """Mean over the batch of CE + alpha * T^2 * KL(teacher || student).
 
@@ -47,6 +80,8 @@ def loss(
         alpha: weight of the distillation term.
         temperature: T.
         weights: of the samples in the mean, (B,); None: all alike.
+        total: of the weights in the whole batch, where these samples are a part of it; their losses
+            are their share of the mean, and the shares' sum is the mean.
     """
     hard = F.cross_entropy(logits, labels, reduction="none")
     soft = F.kl_div(
@@ -56,7 +91,9 @@ def loss(
         log_target=True,
     ).sum(dim=1)
     each = hard + alpha * temperature**2 * soft
-    return each.mean() if weights is None else (weights * each).sum() / weights.sum()
+    if weights is None:
+        return each.mean()
+    return (weights * each).sum() / (weights.sum() if total is None else total)
 
 
 def optimizer(model: nn.Module, config: ServerConfig) -> torch.optim.Optimizer:
@@ -153,6 +190,7 @@ def train(
     seed: int,
     progress: Progress,
     rate: Callable[[int], float] | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Train `model` for `config.epochs` passes over all samples; returns the last one's mean loss.
 
@@ -164,31 +202,35 @@ def train(
         seed: of the order of samples, and of their looks.
         progress: called after each step.
         rate: the learning rate of an epoch, from 0; None leaves it as it is.
+        ranks: that train together; each calls this, with all samples.
 
     Raises:
         RunError: the loss is not finite any more.
 
-    Batches are drawn from all devices' samples in one shuffled order; a last batch of a single
-    sample is left out, since batch norm cannot normalize it. The loss is added up where it is
-    computed, so that a GPU is not waited for in every step.
+    Batches are drawn from all devices' samples in one shuffled order; a last batch of less than two
+    samples a rank is left out, since batch norm cannot normalize one. The loss is added up where it
+    is computed, so that a GPU is not waited for in every step.
     """
     device = next(model.parameters()).device
-    batches, mean = -(-len(samples) // config.batch), 0.0
+    trained = samples.trained
+    batches, mean = -(-len(trained) // config.batch), 0.0
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    whole = torch.compile(model, dynamic=False) if config.compile else model
+    joint = ranks.wrap(model)
+    whole = torch.compile(joint, dynamic=False) if config.compile else joint
     for epoch in range(config.epochs):
         for group in step.param_groups if rate else ():
             group["lr"] = rate(epoch)  # type: ignore[misc]
-        order = seeds.raw(seed, epoch, len(samples)).argsort(kind="stable")
+        order = trained[seeds.raw(seed, epoch, len(trained)).argsort(kind="stable")]
         looks = data.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
         total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
         for i in range(batches):
             chosen = order[i * config.batch : (i + 1) * config.batch]
-            if len(chosen) < 2:
+            if len(chosen) < 2 * ranks.size:
                 continue
-            drawn = samples.draw(chosen, looks.of(chosen))
+            mine = ranks.part(chosen)
+            drawn = samples.draw(mine, looks.of(mine))
             with autocast(config, device):
-                out = (whole if len(chosen) == config.batch else model)(drawn.features)
+                out = (whole if len(chosen) == config.batch else joint)(drawn.features)
             value = loss(
                 out.float(),
                 drawn.labels,
@@ -196,19 +238,22 @@ def train(
                 alpha=config.alpha,
                 temperature=config.temperature,
                 weights=drawn.weights,
+                total=None if ranks.size == 1 else samples.weight(chosen),
             )
             step.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            # The gradient of the batch's mean is the sum of the ranks' gradients, not their mean.
+            (value * ranks.size).backward()  # type: ignore[no-untyped-call]
             step.step()
             total += value.detach() * len(chosen)
             seen += len(chosen)
             progress(epoch * batches + i + 1, config.epochs * batches)
-        mean = float(total) / max(seen, 1)
+        mean = ranks.sum(float(total)) / max(seen, 1)
         if not np.isfinite(mean):
             raise RunError(
                 f"server training diverged in epoch {epoch + 1} (loss {mean}); lower server.lr and "
                 "start again: the run goes on after its last closed round"
             )
+    ranks.settle(model)
     return mean
 
 
@@ -226,6 +271,8 @@ def teach(
     span: range,
     config: ServerConfig,
     view: int = data.PLAIN,
+    *,
+    ranks: Ranks = ALONE,
 ) -> NDArray[np.float32]:
     """z_s (n, C) of a span of samples, in evaluation mode and their order.
 
@@ -235,11 +282,12 @@ def teach(
         span: those of one device.
         config: how many at once.
         view: under which they are looked at, where their feature maps can be cropped.
+        ranks: that compute a part each, and rank 0 has all; the span has a sample for each.
     """
-    numbers, looks = np.arange(len(span)), data.looks(view, len(span))
+    numbers, looks = ranks.part(np.arange(len(span))), data.looks(view, len(span))
     pieces = np.split(numbers, range(config.eval_batch, len(numbers), config.eval_batch))
     drawn = (samples.draw(span.start + piece, looks.of(piece)) for piece in pieces)
-    return _logits(model, (batch.features for batch in drawn), config)
+    return ranks.gather(_logits(model, (batch.features for batch in drawn), config), len(span))
 
 
 def predict(

@@ -39,11 +39,15 @@ def start(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
 ) -> None:
     """Do a run, or go on with one that was stopped."""
-    from orchestrator import launch
+    from orchestrator import launch, ranks
 
     chosen = config.load(config_file)
-    with _display() as show:
-        report = launch.run(chosen, changed=show)
+    with ranks.joined(chosen.server) as group:
+        if group and group.rank:
+            group.serve()
+            return
+        with _display() as show:
+            report = launch.run(chosen, changed=show)
     console.print(view.rounds(report.entries))
     console.print()
     console.print(view.agents(report.entries))
@@ -61,13 +65,18 @@ def simulate(
     late: Annotated[float, typer.Option(help="Share of devices that miss a round's end.")] = 0.0,
 ) -> None:
     """Do a run with its devices simulated in this process, by PyTorch."""
+    from orchestrator import ranks
     from orchestrator import simulate as simulation
 
     chosen = config.load(config_file)
     if threads:
         simulation.hold_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    report = simulation.run(chosen, shards, stack=stack, late=late, changed=_tell)
+    with ranks.joined(chosen.server) as group:
+        if group and group.rank:
+            group.serve()
+            return
+        report = simulation.run(chosen, shards, stack=stack, late=late, changed=_tell)
     console.print(view.rounds(report.entries))
     console.print(f"report: {chosen.folder / 'report.json'}")
 

@@ -47,11 +47,13 @@ class Source:
         fill: None where a row is a sample. Otherwise the first half of the rows shows the plain
             images and the second the same mirrored, and `fill` (channels,) is the feature map of a
             black image.
+        left_out: (N,) bool, the samples that are not trained on; None: none.
     """
 
     shard: Shard
     weight: float = 1.0
     fill: NDArray[np.float32] | None = None
+    left_out: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -66,14 +68,19 @@ class Samples:
         device: where batches are wanted.
 
     Attributes:
+        sources: as they were given.
         spans: the numbers of each source's samples.
+        trained: the numbers of those that are trained on.
     """
 
     def __init__(self, sources: Sequence[Source], device: torch.device) -> None:
+        self.sources = tuple(sources)
         self._columns, self._device = [each.shard.columns for each in sources], device
         sizes = [len(each) for each in sources]
         starts = np.cumsum([0, *sizes])[:-1].tolist()
         self.spans = [range(start, start + n) for start, n in zip(starts, sizes, strict=True)]
+        every = (e.left_out if e.left_out is not None else np.zeros(len(e), bool) for e in sources)
+        self.trained = np.flatnonzero(~np.concatenate([*every]))
         self._owner = np.repeat(np.arange(len(sources)), sizes)
         self._starts, self._sizes = np.array(starts), np.array(sizes)
         self._first = np.cumsum([0, *(len(each.shard) for each in sources)])[:-1]
@@ -112,6 +119,10 @@ class Samples:
             features = features.contiguous(memory_format=torch.channels_last)
         weights = torch.from_numpy(self._weights[owner]).to(self._device)
         return Batch(features, read["logits"], read["labels"], weights)
+
+    def weight(self, chosen: NDArray[np.int64]) -> float:
+        """Sum of the weights of the samples with these numbers."""
+        return float(self._weights[self._owner[chosen]].sum())
 
     def _read(self, owner: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """Columns of these rows of these sources."""

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 import models
-from edge_agent.data import MIRRORED, PLAIN
-from orchestrator import distill, shards
+from edge_agent.data import MIRRORED, PLAIN, held_out
+from orchestrator import distill, ranks, shards
 from orchestrator.config import Recipe
 from orchestrator.samples import Samples, Source
 from orchestrator.shards import Shard
@@ -111,6 +111,8 @@ class FedGKT:
                 alpha=device.alpha if fits else 0.0,
                 view=teacher["view"] if fits else self._view(round_ - 1),
                 views=self._views(round_),
+                clip=device.clip,
+                noise=device.noise,
                 returns=returns,
             )
         return orders
@@ -159,7 +161,7 @@ class FedGKT:
         schedule = distill.Schedule(
             config, step, round_, task.config.rounds, state.notes.get("schedule")
         )
-        mean_loss = distill.train(
+        mean_loss = ranks.train(
             model,
             step,
             samples,
@@ -174,13 +176,16 @@ class FedGKT:
                 break
             # Uncropped feature maps show the view that they were sent in.
             view = self._view(round_) if held[name]["cropped"] else held[name]["view"]
-            logits = distill.teach(model, samples, span, config, view)
+            logits = ranks.teach(model, samples, span, config, view)
             ref = task.blobs.put(tensors.pack([("logits", logits, transfer.logits)], seed=0))
             own_data = held[name]["data_digest"]
             teachers[name] = {"ref": _plain(ref), "data_digest": own_data, "view": view}
             task.progress("teach", i + 1, len(names))
         after = State(_under("server", distill.weights(model)) | kept, {})
-        scores = self._evaluate(after, model, names)
+        if len(task.heldout.y):
+            scores = self._evaluate(after, model, names)
+        else:
+            scores = self._evaluate_left_out(model, samples, names)
         notes = {
             "shards": held,
             "teachers": teachers,
@@ -256,8 +261,9 @@ class FedGKT:
             shard = replace(shard, logits=self._logits(ref, entry["samples"], spec))
         made_by = State(kept, {}).under(f"extractor/{name}")
         fill = self._fill(name, made_by) if entry["cropped"] else None
-        age = round_ - entry["round"]
-        return Source(shard, self.task.config.transfer.age_decay**age, fill)
+        age, n = round_ - entry["round"], len(shard) // (2 if entry["cropped"] else 1)
+        left_out = held_out(entry["data_digest"], n, self.task.config.device.holdout)
+        return Source(shard, self.task.config.transfer.age_decay**age, fill, left_out)
 
     def _logits(self, ref: BlobRef, rows: int, spec: str) -> NDArray[np.float32]:
         """The records of a payload "logits", (rows, C) together.
@@ -291,6 +297,30 @@ class FedGKT:
             key: float(np.mean([d[key] for d in devices.values()]))
             for key in ("server_accuracy", "device_accuracy")
         }
+        return {**means, "devices": devices}
+
+    def _evaluate_left_out(
+        self, model: nn.Module, samples: Samples, names: Sequence[str]
+    ) -> Metrics:
+        """Accuracy on what devices hold out, of the large model and by the logits that they sent.
+
+        Feature maps of one view are evaluated in that view.
+        """
+        right: dict[str, list[NDArray[np.bool_]]] = {"server": [], "device": []}
+        devices = {}
+        for name, span, source in zip(names, samples.spans, samples.sources, strict=True):
+            assert source.left_out is not None  # noqa: S101 - `_source` sets it
+            of, shard = np.flatnonzero(source.left_out), source.shard
+            logits = ranks.teach(model, samples, span, self.task.config.server)
+            for who, z in (("server", logits), ("device", shard.logits)):
+                right[who].append(z[of].argmax(axis=1) == shard.labels[of])
+            devices[name] = {
+                f"{who}_accuracy": float(each[-1].mean()) for who, each in right.items() if len(of)
+            }
+            self.task.progress("evaluate", len(devices), len(names))
+        if not any(len(each) for each in right["server"]):
+            raise RunError("device.holdout leaves no image of any device to evaluate on; raise it")
+        means = {f"{who}_accuracy": float(np.concatenate(e).mean()) for who, e in right.items()}
         return {**means, "devices": devices}
 
     def _server(self) -> nn.Module:

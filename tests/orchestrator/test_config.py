@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import DeviceConfig, RunConfig, SubmodelConfig, Tier
+from orchestrator.config import (
+    CohortConfig,
+    DeviceConfig,
+    Other,
+    RunConfig,
+    SubmodelConfig,
+    Tier,
+    TransferConfig,
+)
+from wire.errors import StillhouseError
 
 
 @pytest.mark.parametrize(
@@ -40,3 +49,51 @@ def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
         RunConfig(**settings, device=device, submodel=SubmodelConfig(0.5))
     RunConfig(**settings, device=device, submodel=SubmodelConfig(0.5, units="ordered"))
     RunConfig(**settings, device=device)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"heldout": None}, "name images that the server evaluates on"),
+        (
+            {"heldout": None, "device": DeviceConfig(holdout=0.1),
+             "transfer": TransferConfig(resend=0.1)},
+            "name images that the server evaluates on",
+        ),
+        ({"strategy": "fedavg", "transfer": TransferConfig(freeze_after=1)}, "no feature maps"),
+        ({"strategy": "fedavg", "cohort": CohortConfig(carry_rounds=1)}, "which averages weights"),
+        (
+            {"strategy": "fedavg", "device": DeviceConfig(others=(Other("resnet4", "a"),))},
+            "which averages weights",
+        ),
+    ],
+)  # fmt: skip
+def test_a_run_that_could_not_do_what_it_says_is_refused(settings, text):
+    with pytest.raises(ValueError, match=text):
+        RunConfig(**{"name": "run", "heldout": Path("heldout.npz"), **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"freeze_after": -1}, "expected 0 rounds or more"),
+        ({"resend": 1.0}, "resend < 1"),
+        ({"age_decay": 0.0}, "0 < age_decay"),
+        ({"resend": 0.1, "views": True}, "leave one"),
+        ({"logits": "float17"}, "did you mean 'float16'"),
+    ],
+)
+def test_a_transfer_that_cannot_be_is_refused(settings, text):
+    with pytest.raises((ValueError, StillhouseError), match=text):
+        TransferConfig(**settings)
+
+
+def test_the_first_pattern_that_holds_a_device_decides_its_model():
+    device = DeviceConfig(others=(Other("resnet4", "zero-*"), Other("resnet6", "*-2")))
+    assert [device.model_of(n) for n in ("zero-2", "pi-2", "pi-3")] == [
+        "resnet4", "resnet6", "resnet8",
+    ]  # fmt: skip
+    assert device.models == ("resnet8", "resnet4", "resnet6")
+    run = RunConfig("run", Path("x"), device=device, transfer=TransferConfig(freeze_after=2))
+    assert len(run.recipes) == 6
+    assert sum(recipe.frozen for recipe in run.recipes) == 3

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import save_file
 from threadpoolctl import threadpool_info
 
+import models
 from edge_agent import data
 from edge_agent.work import Desk, encode_update, perform
 from orchestrator import cohort, distill, launch, prepare, rounds, simulate
@@ -194,7 +195,7 @@ def gkt(config):
         ({}, {}),
         ({"optimizer": "adam", "lr": 0.001, "augment": True}, {}),
         ({}, {"views": True, "extractor": "shared", "freeze_after": 1}),
-        ({"others": (Other("resnet4", "device-1"),)}, {"views": True}),
+        ({"others": (Other("resnet4", "device-1"),), "holdout": 0.2}, {"views": True}),
     ],
     ids=["sgd", "adam-augment", "shared-frozen-views", "two-models-views"],
 )
@@ -267,6 +268,34 @@ def test_feature_maps_travel_only_when_they_are_others(gkt, digits):
     lazy = up(resend=0.9)
     assert lazy[0] == every[0]
     assert max(lazy[1:]) < 0.5 * every[1]
+
+
+@pytest.mark.parametrize("transfer", [{}, {"freeze_after": 1, "views": True}], ids=["", "cropped"])
+def test_a_server_without_images_evaluates_on_what_devices_hold_out(gkt, digits, transfer):
+    device = replace(gkt.device, holdout=0.25)
+    gkt = replace(gkt, heldout=None, device=device, cohort=CohortConfig(min_devices=3))
+    gkt = replace(gkt, transfer=TransferConfig(**transfer))
+    entry = simulate.run(gkt, digits).entries[-1]
+    _, state = last_checkpoint(gkt.folder)
+    large = models.build("resnet10", classes=10, input_shape=(16, 32, 32))
+    distill.load(large, state.under("server")).eval()
+    right = []
+    for name, held in simulate.read_shards(gkt, digits).items():
+        mask = data.held_out(held.digest, len(held.y), 0.25)
+        assert 0 < mask.sum() < len(mask)
+        x = np.empty((mask.sum(), 3, 32, 32), np.float32)
+        data.Preprocess(device.mean, device.std)(held.x[mask], out=x)
+        small = models.build("resnet8", classes=10)
+        distill.load(small, state.under(f"device/{name}")).eval()
+        with torch.no_grad():
+            features, logits = small.extract(torch.from_numpy(x))
+            right.append(large(features).argmax(1).numpy() == held.y[mask])
+        assert entry["devices"][name]["server_accuracy"] == pytest.approx(right[-1].mean())
+        own = (logits.argmax(1).numpy() == held.y[mask]).mean()
+        assert entry["devices"][name]["device_accuracy"] == pytest.approx(own)
+        assert entry["devices"][name]["heldout_accuracy"] == pytest.approx(own)
+        assert entry["devices"][name]["steps"] == data.steps(int((~mask).sum()), device.batch)
+    assert entry["server_accuracy"] == pytest.approx(np.concatenate(right).mean())
 
 
 def test_late_devices_count_in_the_round_after(gkt, digits, tmp_path):

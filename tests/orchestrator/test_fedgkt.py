@@ -1,0 +1,183 @@
+"""FedGKT's rules: what is asked for, what is refused, what a mixed fleet may be."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edge_agent.work import extract_record
+from orchestrator import prepare, simulate
+from orchestrator.config import (
+    CohortConfig,
+    DeviceConfig,
+    Other,
+    RunConfig,
+    ServerConfig,
+    TransferConfig,
+)
+from orchestrator.report import Report
+from orchestrator.store import Store
+from orchestrator.strategies import create
+from wire import tensors
+from wire.errors import AdmissionError, RunError, StillhouseError
+from wire.messages import Result
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = (16, 32, 32)
+
+
+@pytest.fixture
+def config(tmp_path, digits):
+    return RunConfig(
+        name="run",
+        heldout=digits / "heldout.npz",
+        runs=tmp_path / "runs",
+        rounds=9,
+        cohort=CohortConfig(min_devices=3),
+        device=DeviceConfig(mean=(0.3,) * 3, std=(0.37,) * 3, features="float32"),
+        server=ServerConfig(model="resnet10", epochs=1, batch=32, torch_device="cpu"),
+    )
+
+
+@pytest.fixture
+def made(config, digits, request):
+    """(strategy, births, store) of a configuration."""
+
+    def make(chosen=config):
+        store = Store(chosen)
+        request.addfinalizer(store.close)
+        task = prepare.task(
+            chosen, store, simulate._variants(chosen), prepare.read_heldout(chosen),
+            Report(chosen, store),
+        )  # fmt: skip
+        images = simulate.read_shards(chosen, digits)
+        births = {name: simulate._birth(name, held) for name, held in images.items()}
+        return create("fedgkt", task), births, store
+
+    return make
+
+
+def result(strategy, order, birth, *, change=None, what="features", records=None):
+    """A device's answer, by default a proper one."""
+    n, blobs = birth.samples * len(order.views), {}
+    state = dict(strategy.task.initial_of(birth.device))
+    if change:
+        change(state)
+    packed = tensors.pack(tensors.weights(state, "float32"), seed=0)
+    blobs["state"] = strategy.task.blobs.put(packed)
+    rng = np.random.default_rng(0)
+    if records is None:
+        features = np.maximum(rng.standard_normal((n, *SHAPE)), 0).astype(np.float32)
+        logits = rng.standard_normal((n, 10)).astype(np.float32)
+        maps = features if what == "features" else None
+        records = extract_record(order, maps, logits, np.arange(n) % 10, first=0)
+    blobs[what] = strategy.task.blobs.put(records)
+    return Result(birth.device, order.run, order.sequence, order.round, birth.samples,
+                  birth.data_digest, blobs)  # fmt: skip
+
+
+def test_a_model_that_changes_in_mid_run_is_refused_by_name(made):
+    strategy, births, _ = made()
+    state = strategy.begin()
+    orders = strategy.orders(state, 1, 1, births)
+    name = min(births)
+    strategy.admit(state, orders[name], result(strategy, orders[name], births[name]))
+
+    def other(weights):
+        weights["fc.weight"] = np.zeros((10, 16), np.float32)
+
+    with pytest.raises(AdmissionError, match=r"'fc.weight': expected float32 \[10, 64\]"):
+        strategy.admit(
+            state, orders[name], result(strategy, orders[name], births[name], change=other)
+        )
+    with pytest.raises(AdmissionError, match=r"missing or unknown: .*'extra'"):
+        strategy.admit(
+            state, orders[name],
+            result(strategy, orders[name], births[name],
+                   change=lambda w: w.update(extra=w.pop("fc.bias"))),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (np.zeros((63, 10), np.float32), "63 samples, 64 were announced"),
+        (np.zeros((65, 10), np.float32), "65|more than"),
+        (np.zeros((64, 9), np.float32), r"expected float32 \[n, 10\], got float32 \[64, 9\]"),
+        (np.full((64, 10), 6e4, np.float32) * 1e6, "not finite or above"),
+        (np.zeros((64, 2, 5), np.float32), r"expected float32 \[n, 10\]"),
+    ],
+)
+def test_logits_that_do_not_fit_are_refused(made, config, array, text):
+    config = replace(config, transfer=TransferConfig(freeze_after=0, logits="float32"))
+    strategy, births, _ = made(config)
+    state = strategy.begin()
+    orders = strategy.orders(state, 1, 1, births)
+    answers = [result(strategy, orders[n], births[n]) for n in births]
+    for answer in answers:
+        strategy.admit(state, orders[answer.device], answer)
+    state, _ = strategy.aggregate(state, 1, orders, answers)
+    orders = strategy.orders(state, 2, 2, births)
+    name = min(births)
+    assert set(orders[name].returns) == {"state", "logits"}
+    strategy.admit(state, orders[name], result(strategy, orders[name], births[name], what="logits"))
+    packed = tensors.pack([("logits", array, "float32")], seed=0)
+    with pytest.raises(StillhouseError, match=text):
+        strategy.admit(
+            state, orders[name],
+            result(strategy, orders[name], births[name], what="logits", records=packed),
+        )  # fmt: skip
+
+
+def test_feature_maps_are_asked_for_again_where_the_samples_are_others(made, config):
+    config = replace(config, transfer=TransferConfig(freeze_after=0, views=True))
+    strategy, births, _ = made(config)
+    state = strategy.begin()
+    orders = strategy.orders(state, 1, 1, births)
+    assert all(order.views == (0, 1) for order in orders.values())
+    state, _ = strategy.aggregate(
+        state, 1, orders, [result(strategy, orders[n], births[n]) for n in births]
+    )
+    name = min(births)
+    births[name] = replace(births[name], data_digest="ef" * 32)
+    orders = strategy.orders(state, 2, 2, births)
+    for device, order in orders.items():
+        assert ("features" in order.returns) == (device == name)
+        assert (order.teacher is None) == (device == name)
+        assert order.augment is False
+    # No two rounds show the same view, and training shows that of the teacher.
+    views = [strategy.orders(state, n, n, births)[name].view for n in (2, 3, 4)]
+    assert len(set(views)) == 3
+    assert min(views) > 1
+
+
+def test_neither_logits_nor_teacher_travel_where_nobody_learns_from_them(made, config):
+    config = replace(
+        config,
+        device=replace(config.device, alpha=0.0),
+        server=replace(config.server, alpha=0.0),
+        transfer=TransferConfig(freeze_after=0),
+    )
+    strategy, births, _ = made(config)
+    state = strategy.begin()
+    orders = strategy.orders(state, 1, 1, births)
+    state, _ = strategy.aggregate(
+        state, 1, orders, [result(strategy, orders[n], births[n]) for n in births]
+    )
+    for order in strategy.orders(state, 2, 2, births).values():
+        assert order.teacher is None
+        assert set(order.returns) == {"state"}
+
+
+def test_what_a_fleet_cannot_be_is_refused(made, config):
+    mixed = replace(
+        config, device=replace(config.device, others=(Other("resnet8-block1", "device-1"),))
+    )
+    with pytest.raises(RunError, match="feature maps of the device models differ"):
+        made(mixed)
+    mixed = replace(
+        config, name="b", device=replace(config.device, others=(Other("allconv", "x"),))
+    )
+    with pytest.raises(RunError, match="model 'allconv' has no feature extractor"):
+        made(mixed)
