@@ -109,6 +109,17 @@ def weights(
         raise AdmissionError(f"norm {math.sqrt(total):.3g}, limit {limit:.3g}; training diverged")
 
 
+def variances(tensors: Mapping[str, Array]) -> None:
+    """Look over the running variances of a device's own weights, which nothing has rounded.
+
+    Raises:
+        AdmissionError: one is negative, and batch norm would make NaN of it.
+    """
+    for name, array in tensors.items():
+        if name.endswith("running_var") and array.min(initial=0) < 0:
+            raise AdmissionError(f"tensor {name!r}: expected variances, got {array.min():g}")
+
+
 def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, room: int) -> None:
     """Look over one batch of feature maps (n, *shape), logits (n, classes), labels (n,).
 

@@ -58,7 +58,9 @@ def admit_own_weights(task: Task, order: Order, result: Result) -> None:
     """Look over the "state" payload of a device that keeps its own weights."""
     initial = task.initial_of(result.device)
     shapes = {name: array.shape for name, array in initial.items()}
-    admit.weights(read_payload(task, order, result, "state"), shapes, norm(initial))
+    own = read_payload(task, order, result, "state")
+    admit.weights(own, shapes, norm(initial))
+    admit.variances(own)
 
 
 def device_model(task: Task, name: str, weights: Mapping[str, Array]) -> nn.Module:

@@ -91,6 +91,14 @@ def test_a_model_that_changes_in_mid_run_is_refused_by_name(made):
         strategy.admit(
             state, orders[name], result(strategy, orders[name], births[name], change=other)
         )
+
+    def negative(weights):
+        weights["extractor.1.running_var"] = np.full(16, -1, np.float32)
+
+    with pytest.raises(AdmissionError, match="running_var': expected variances, got -1"):
+        strategy.admit(
+            state, orders[name], result(strategy, orders[name], births[name], change=negative)
+        )
     with pytest.raises(AdmissionError, match=r"missing or unknown: .*'extra'"):
         strategy.admit(
             state, orders[name],
