@@ -321,13 +321,13 @@ def held_out(digest: str, n: int, share: float) -> NDArray[np.bool_]:
     Args:
         digest: of the images, see `ImageSet`.
         n: how many there are.
-        share: of them; at least one is left to train on.
+        share: of them; of two or more, at least one on either side where it is over 0.
     """
     chosen = np.zeros(n, bool)
-    if not share:
+    if not share or n < 2:
         return chosen
     draw = seeds.raw(int(digest[:15], 16), _HOLDOUT, n).argsort(kind="stable")
-    chosen[draw[: min(round(share * n), n - 1)]] = True
+    chosen[draw[: min(max(round(share * n), 1), n - 1)]] = True
     return chosen
 
 

@@ -1,12 +1,14 @@
 """PyTorch definitions of the networks, the registry that makes them by name, and sub-models."""
 
 from models.average import Average
+from models.clip import Clip
 from models.registry import SplitModel, build, freeze, input_shape, names
 from models.submodel import layout, narrow
 from models.units import Layout, Units, choose, cut, digest, kept, paste, places
 
 __all__ = [
     "Average",
+    "Clip",
     "Layout",
     "SplitModel",
     "Units",

@@ -131,10 +131,11 @@ class DeviceConfig:
         mu: weight of the proximal term (FedProx); 0 compiles none.
         augment: random crop with padding 4 and horizontal flip.
         holdout: share of each device's images, drawn by their digest, that it does not train on;
-            it reports its accuracy on them, and with fedgkt the server evaluates on them where it
-            has no images of its own.
+            it reports its accuracy on them, and the server evaluates on them where it has no images
+            of its own (fedgkt).
         clip, noise: feature maps are scaled to an L2 norm of at most `clip`, and get Gaussian noise
-            of deviation noise * clip (local differential privacy, by sample and sending); 0: not.
+            of deviation noise * clip; 0: not. That is local differential privacy of each map sent,
+            and of nothing else: logits, labels and the device's weights travel as they are.
         features: codec spec of feature maps.
         update, state: of weights on their way up and down, MATRICES[/VECTORS]: `eden|b=2/float16`.
         feedback: each device adds to its update what the codec left out of the last one.
@@ -297,7 +298,10 @@ class TransferConfig:
     logits: str = "float16"
 
     def __post_init__(self) -> None:
-        codecs.parse(self.logits)
+        if codecs.parse(self.logits).coder.lowest >= 0:
+            raise ValueError(
+                f"logits: {self.logits} takes no negative values; use float16, identity|q=8, ..."
+            )
         if self.freeze_after is not None and self.freeze_after < 0:
             raise ValueError(f"freeze_after: expected 0 rounds or more, got {self.freeze_after}")
         if not 0 <= self.resend < 1 or not 0 < self.age_decay <= 1:
@@ -414,6 +418,16 @@ class RunConfig:
             raise ValueError(
                 "heldout: name images that the server evaluates on; only fedgkt does without, with "
                 "device.holdout over 0 and transfer.resend = 0"
+            )
+        if device.holdout and self.strategy != "fedgkt":
+            raise ValueError(
+                f"device.holdout: strategy {self.strategy!r} evaluates on the server's images; "
+                "leave it out"
+            )
+        if device.clip and self.transfer.views and self.transfer.freeze_after is not None:
+            raise ValueError(
+                "device.clip: a crop of a clipped feature map is not that of the crop; leave out "
+                "clip and noise, or transfer.views or freeze_after"
             )
         if self.transfer != TransferConfig() and self.strategy != "fedgkt":
             raise ValueError(f"transfer: strategy {self.strategy!r} sends no feature maps; "

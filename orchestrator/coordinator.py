@@ -271,7 +271,8 @@ class Coordinator:
         """Note the verdict, then tell the device, then let the rules go on."""
         attempt, now = self._attempt, time.monotonic()
         open_ = self._rounds.phase is Phase.COLLECTING
-        if not attempt or result.sequence != attempt.sequence or not open_:
+        order = attempt.orders.get(result.device) if attempt else None
+        if not attempt or not order or result.sequence != order.sequence or not open_:
             return  # the round closed meanwhile; the device hears so when it offers again
         if known := attempt.verdicts.get(result.device):  # the first word stands
             self._receipt(known, result)
@@ -308,7 +309,8 @@ class Coordinator:
                 log.info("round %d: aggregating %d results", number, len(returned))
                 assert self._attempt is not None  # noqa: S101 - a round is open
                 self._carried = {d: self._attempt.orders[d] for d in self._rounds.carried}
-                self._late = self._intake.clear() if self._carried else frozenset()
+                begun = self._intake.clear()
+                self._late = begun if self._carried else frozenset()
                 verdicts = self._attempt.verdicts
                 results = [verdicts[device].result for device in sorted(returned)]
                 self._submit(self._aggregate, self._attempt, results)

@@ -95,7 +95,8 @@ def export_run(folder: Path, out: Path, device: str | None = None) -> Deployed:
         )
         shape = _feature_shape(extractor, config)
         server = models.build(config.server.model, classes=config.device.classes, input_shape=shape)
-        parts = [extractor, distill.load(server, state.under("server"))]
+        clip = [models.Clip(config.device.clip)] if config.device.clip else []
+        parts = [extractor, *clip, distill.load(server, state.under("server"))]
     stacked = _Stack(config, parts).eval()
     difference = _write(stacked, config, out)
     return Deployed(out, round_, chosen, difference)

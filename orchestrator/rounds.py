@@ -185,8 +185,9 @@ def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
         device: session for device, session in state.live.items() if device not in state.carried
     }
     most, chosen = rules.max_devices, frozenset[str]()
-    if not most or most > len(state.carried):
-        room = most and most - len(state.carried)
+    busy = len(state.carried.keys() & state.live.keys())
+    if not most or most > busy:
+        room = most and most - busy
         chosen = choose(free, room, state.seed, number, state.attempt)
     cohort = chosen | state.carried.keys()
     opened = replace(
@@ -203,8 +204,10 @@ def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
 
 
 def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
-    enough = math.ceil(rules.quorum * len(state.cohort) - 1e-9)
-    answered = len(state.returned | state.failed) == len(state.cohort)
+    # Who is gone with an order of an earlier round may answer, but is not waited for.
+    gone = state.carried.keys() - state.live.keys() - state.returned - state.failed
+    enough = math.ceil(rules.quorum * len(state.cohort - gone) - 1e-9)
+    answered = state.returned | state.failed == state.cohort - gone
     due = now_s >= state.deadline_s
     if not (len(state.returned) >= enough or answered or due):
         return state, ()
@@ -216,7 +219,11 @@ def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
             phase=Phase.FORMING,
             round=state.round - 1,
             cohort=frozenset(),
-            carried={name: age for name, age in state.carried.items() if name not in state.failed},
+            carried={
+                name: age + 1
+                for name, age in state.carried.items()
+                if name not in state.failed and age < rules.carry_rounds
+            },
             ready_at_s=now_s,
             not_before_s=now_s + PAUSE_S,
             attempt=state.attempt + 1,

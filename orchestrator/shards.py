@@ -66,7 +66,7 @@ def shelve(
 
     Args:
         payload: file of TENSORS frames, one a batch.
-        folder: where the shard goes; one that is there is taken as it is.
+        folder: where the shard goes; one that is there, of as many samples, is taken.
         samples: how many the device announced.
         shape: of one feature map.
         classes: of the task.
@@ -76,7 +76,9 @@ def shelve(
         AdmissionError, WireError: the payload is not `samples` proper samples.
     """
     if folder.exists():
-        return open_shard(folder)
+        shard = open_shard(folder)
+        admit.complete(len(shard), samples)
+        return shard
     admit.plausible(samples, classes, payload.stat().st_size)
     building = folder.with_suffix(".new")
     shutil.rmtree(building, ignore_errors=True)

@@ -171,7 +171,11 @@ class _Simulation:
         for number in range(len(store.closed_rounds()) + 1, config.rounds + 1):
             began = time.monotonic()
             live = {name: 1 for name in self._births if name not in carried}
-            chosen = rounds.choose(live, config.cohort.max_devices, config.seed, number)
+            most = config.cohort.max_devices
+            if most and len(carried) >= most:
+                live = {}
+            room = most and most - len(carried)
+            chosen = rounds.choose(live, room, config.seed, number)
             births = {name: self._births[name] for name in sorted(chosen)}
             orders = self._strategy.orders(state, number, store.next_sequence(), births)
             report.opened()

@@ -259,7 +259,10 @@ class Store:
         self._lock.close()
 
     def _claim(self, config: RunConfig) -> None:
-        """A run goes on only with what decides its numbers unchanged; more rounds are welcome."""
+        """A run goes on only with what decides its numbers unchanged.
+
+        More rounds are welcome, unless they decide the learning rate.
+        """
         path = self.folder / "run.json"
         current = json.loads(json.dumps(records.plain(config)))
         current["broker"]["password"] = ""  # the run's folder is for others to read
@@ -267,7 +270,8 @@ class Store:
             table = json.loads(path.read_text())
             before = records.plain(records.build(RunConfig, table, where=str(path), error=RunError))
             before = json.loads(json.dumps(before))
-            for key in ("fleet", "strategy", "seed", "device", "submodel", "transfer", "server"):
+            keys = ["fleet", "strategy", "seed", "device", "submodel", "transfer", "server"]
+            for key in [*keys, "rounds"] if config.server.schedule == "cosine" else keys:
                 if before[key] != current[key]:
                     self._lock.close()
                     raise RunError(

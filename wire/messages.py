@@ -149,8 +149,8 @@ class Order:
         holdout: share of the samples that is not trained on, but evaluated on; see
             `edge_agent.data.held_out`.
         clip: feature maps longer than this (L2 norm of a sample's) are scaled down to it; 0: none.
-        noise: deviation of the Gaussian noise that is added to each value then, as a multiple of
-            `clip`; negative values become 0.
+        noise: deviation of the Gaussian noise that is added to each of their values then, as a
+            multiple of `clip`; negative values become 0. Logits and weights get none.
         views: of which views features and logits are returned, one after the other.
         seed: of shuffling, augmentation and stochastic rounding.
         returns: what to send back and the codec spec of each: "state" (parameters and buffers),

@@ -10,7 +10,9 @@ images go through extractor and large model here.
 that the server has are not those that the device would send now; else z_c alone travel.
 """
 
+import logging
 import shutil
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,11 +31,14 @@ from orchestrator.shards import Shard
 from orchestrator.strategies.fedavg import read_payload
 from orchestrator.strategies.local import admit_own_weights, device_model, evaluate_device
 from orchestrator.strategies.strategy import Array, Metrics, State, Task
-from wire import tensors
+from wire import codecs, tensors
 from wire.errors import AdmissionError, RunError
 from wire.messages import Birth, BlobRef, Order, Result
 
+log = logging.getLogger("orchestrator")
+
 EXTRACTOR = "extractor."
+LEAST = 1e-6  # weight of a sample, so that a batch of old ones has a mean
 PROBE = 64  # held-out images that tell how far an extractor has moved
 
 
@@ -62,6 +67,12 @@ class FedGKT:
         if len(set(shapes.values())) > 1:
             raise RunError(f"feature maps of the device models differ: {shapes}; the large model "
                            "takes one shape, use models with one")  # fmt: skip
+        every = [_shapes(_extractor(own)) for own in (task.initial, *task.others.values())]
+        if task.config.transfer.extractor == "shared" and any(one != every[0] for one in every):
+            raise RunError(
+                f"transfer.extractor: models {', '.join(shapes)} have different extractors, of "
+                'which there is no mean; use "own"'
+            )
         channels, height, width = next(shape for shape in shapes.values() if shape)
         self.shape = (channels, height, width)
         transfer, image = task.config.transfer, task.config.device.input
@@ -97,7 +108,7 @@ class FedGKT:
             returns = {"state": "float32"}
             if self._stale(state, name, birth, round_, shared):
                 returns["features"] = device.features
-            elif task.config.server.alpha:
+            elif task.config.server.alpha or not len(task.heldout.y):
                 returns["logits"] = transfer.logits
             orders[name] = task.order(
                 name,
@@ -148,8 +159,14 @@ class FedGKT:
             kept |= _under(f"device/{name}", own[name])
         transfer = task.config.transfer
         if transfer.extractor == "shared" and not transfer.frozen(round_):
-            sizes = {result.device: result.samples for result in results}
+            most = task.config.cohort.max_weight * statistics.median_low(r.samples for r in results)
+            sizes = {result.device: min(result.samples, most) for result in results}
             kept |= _under("shared", _mean({n: _extractor(own[n]) for n in own}, sizes))
+        for name, entry in held.items() if transfer.resend else ():
+            weights = State(kept, {})
+            now = weights.under("shared") or _extractor(weights.under(f"device/{name}"))
+            moved = self._moved(name, weights.under(f"extractor/{name}"), now)
+            held[name] = {**entry, "moved": moved}
         names = sorted(held)
         model = distill.load(self._server(), state.under("server")).to(task.torch_device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -177,7 +194,7 @@ class FedGKT:
             # Uncropped feature maps show the view that they were sent in.
             view = self._view(round_) if held[name]["cropped"] else held[name]["view"]
             logits = ranks.teach(model, samples, span, config, view)
-            ref = task.blobs.put(tensors.pack([("logits", logits, transfer.logits)], seed=0))
+            ref = task.blobs.put(self._packed(logits))
             own_data = held[name]["data_digest"]
             teachers[name] = {"ref": _plain(ref), "data_digest": own_data, "view": view}
             task.progress("teach", i + 1, len(names))
@@ -222,7 +239,7 @@ class FedGKT:
         now = shared or _extractor(state.under(f"device/{name}"))
         if transfer.frozen(round_):
             return any(not np.array_equal(sent[key], now[key]) for key in now)
-        return not transfer.resend or self._moved(name, sent, now) > transfer.resend
+        return not transfer.resend or held["moved"] > transfer.resend
 
     @torch.inference_mode()
     def _moved(self, name: str, sent: Mapping[str, Array], now: Mapping[str, Array]) -> float:
@@ -249,7 +266,8 @@ class FedGKT:
             device.model_of(name), classes=device.classes, input_shape=device.input
         )
         extractor = model.get_submodule("extractor")
-        return distill.load(extractor, weights).to(self.task.torch_device).eval()
+        made = distill.load(extractor, weights).to(self.task.torch_device).eval()
+        return nn.Sequential(made, models.Clip(device.clip)) if device.clip else made
 
     def _source(
         self, name: str, entry: Mapping[str, Any], kept: Mapping[str, Array], round_: int
@@ -263,7 +281,8 @@ class FedGKT:
         fill = self._fill(name, made_by) if entry["cropped"] else None
         age, n = round_ - entry["round"], len(shard) // (2 if entry["cropped"] else 1)
         left_out = held_out(entry["data_digest"], n, self.task.config.device.holdout)
-        return Source(shard, self.task.config.transfer.age_decay**age, fill, left_out)
+        weight = max(self.task.config.transfer.age_decay**age, LEAST)
+        return Source(shard, weight, fill, left_out)
 
     def _logits(self, ref: BlobRef, rows: int, spec: str) -> NDArray[np.float32]:
         """The records of a payload "logits", (rows, C) together.
@@ -275,6 +294,18 @@ class FedGKT:
         return shards.read_logits(
             self.task.blobs.path(ref.digest), rows=rows, classes=classes, spec=spec
         )
+
+    def _packed(self, logits: NDArray[np.float32]) -> bytes:
+        """Teacher logits as they travel; what the codec cannot hold is cut."""
+        spec = self.task.config.transfer.logits
+        most = codecs.parse(spec).coder.highest
+        if not np.abs(logits).max() <= most:
+            log.warning(
+                "logits of the large model go up to %g, and %s holds %g: they are cut; lower "
+                "server.lr if it stays so", np.abs(logits).max(), spec, most,
+            )  # fmt: skip
+            logits = np.clip(logits, -most, most)
+        return tensors.pack([("logits", logits, spec)], seed=0)
 
     def _evaluate(self, state: State, model: nn.Module, names: Sequence[str]) -> Metrics:
         """Held-out accuracy of each device's extractor + large model, and of its own classifier."""
@@ -378,7 +409,11 @@ def _extractor(weights: Mapping[str, Array]) -> dict[str, Array]:
     return {n[cut:]: a for n, a in weights.items() if n.startswith(EXTRACTOR)}
 
 
-def _mean(each: Mapping[str, Mapping[str, Array]], sizes: Mapping[str, int]) -> dict[str, Array]:
+def _shapes(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in weights.items()}
+
+
+def _mean(each: Mapping[str, Mapping[str, Array]], sizes: Mapping[str, float]) -> dict[str, Array]:
     """The mean of several extractors, by their devices' samples."""
     names, shares = [*each], [sizes[name] for name in each]
     return {

@@ -256,13 +256,18 @@ def test_a_late_device_counts_in_a_later_round_though_the_orchestrator_is_killed
 ):
     fleet = Fleet(processes, digits, any_broker.url, rounds=4)
     text = (fleet.folder / "run.toml").read_text()
-    text = text.replace("[device]", "quorum = 0.6\ncarry_rounds = 4\n[device]")
+    text = text.replace("[device]", "quorum = 0.6\ncarry_rounds = 4\n[device]").replace(
+        "min_devices = 3\nwait_s = 0.0", "min_devices = 2\nmax_devices = 3\nwait_s = 100.0"
+    )
     (fleet.folder / "run.toml").write_text(text)
-    fleet.start()
-    processes.wait_for("training", lambda: fleet.stands("train", 1))
+    fleet.orchestrator()
+    fleet.agent(2)
+    processes.wait_for("birth", lambda: "device-2" in fleet.status()["devices"])
     late = processes.running["agent-2"]
-    late.send_signal(signal.SIGSTOP)
+    late.send_signal(signal.SIGSTOP)  # it will get its order of round 1, and not do it for long
     try:
+        fleet.agent(0)
+        fleet.agent(1)
         processes.wait_for("round 2", lambda: fleet.status()["round"] == 2)
         processes.kill("run")
         fleet.orchestrator()

@@ -50,7 +50,7 @@ def test_keep_rate_compiles_a_sub_model(tmp_path, capsys):
 
 def test_bad_input_ends_with_two_and_a_reason(tmp_path, capsys):
     rest = ["--classes", "3", "--batch", "4", "--out", str(tmp_path / "art")]
-    assert main(["--model", "resnet56", *rest]) == 2
+    assert main(["--model", "resnet_55", *rest]) == 2
     assert "did you mean 'resnet55'" in capsys.readouterr().err
     assert main(["--model", "nowhere:net", *rest]) == 2
     assert "cannot be imported" in capsys.readouterr().err

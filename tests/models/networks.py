@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import models
-from models.resnet import Bottleneck
+from models.resnet import Basic, Bottleneck, ServerResNet
 
 CLASSES = 10
 
@@ -246,10 +246,13 @@ class Auxiliary(nn.Module):
 def _resnet(model, kept=None):
     """Groups and masks of the registered ResNets; a stage's first block makes its trunk."""
     groups, masks = {}, {}
-    if isinstance(model, models.SplitModel):
+    if not isinstance(model, ServerResNet):
         groups["extractor.0"] = 16
         masks["extractor.1"] = "extractor.0"
     for path, block in model.named_modules():
+        if isinstance(block, Basic):  # its output is added to the stem's
+            groups[f"{path}.conv1"] = 16
+            masks |= {f"{path}.bn1": f"{path}.conv1", f"{path}.bn2": "extractor.0"}
         if isinstance(block, Bottleneck):
             for i in (1, 2):
                 groups[f"{path}.conv{i}"] = block.conv1.out_channels

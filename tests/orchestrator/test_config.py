@@ -61,6 +61,12 @@ def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
             "name images that the server evaluates on",
         ),
         ({"strategy": "fedavg", "transfer": TransferConfig(freeze_after=1)}, "no feature maps"),
+        ({"strategy": "local", "device": DeviceConfig(holdout=0.1)}, "device.holdout: strategy"),
+        (
+            {"device": DeviceConfig(clip=1.0),
+             "transfer": TransferConfig(views=True, freeze_after=1)},
+            "device.clip: a crop of a clipped feature map",
+        ),
         ({"strategy": "fedavg", "cohort": CohortConfig(carry_rounds=1)}, "which averages weights"),
         (
             {"strategy": "fedavg", "device": DeviceConfig(others=(Other("resnet4", "a"),))},
@@ -81,6 +87,7 @@ def test_a_run_that_could_not_do_what_it_says_is_refused(settings, text):
         ({"age_decay": 0.0}, "0 < age_decay"),
         ({"resend": 0.1, "views": True}, "leave one"),
         ({"logits": "float17"}, "did you mean 'float16'"),
+        ({"logits": "relu|q=8"}, "takes no negative values"),
     ],
 )
 def test_a_transfer_that_cannot_be_is_refused(settings, text):

@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 
 from edge_agent.work import extract_record
-from orchestrator import prepare, simulate
+from orchestrator import distill, prepare, simulate
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
@@ -15,10 +17,11 @@ from orchestrator.config import (
     ServerConfig,
     TransferConfig,
 )
+from orchestrator.deploy import export_run
 from orchestrator.report import Report
-from orchestrator.store import Store
+from orchestrator.store import Store, last_checkpoint
 from orchestrator.strategies import create
-from wire import tensors
+from wire import frames, tensors
 from wire.errors import AdmissionError, RunError, StillhouseError
 from wire.messages import Result
 
@@ -111,7 +114,7 @@ def test_a_model_that_changes_in_mid_run_is_refused_by_name(made):
     ("array", "text"),
     [
         (np.zeros((63, 10), np.float32), "63 samples, 64 were announced"),
-        (np.zeros((65, 10), np.float32), "65|more than"),
+        (np.zeros((65, 10), np.float32), "650 values together, limit 640"),
         (np.zeros((64, 9), np.float32), r"expected float32 \[n, 10\], got float32 \[64, 9\]"),
         (np.full((64, 10), 6e4, np.float32) * 1e6, "not finite or above"),
         (np.zeros((64, 2, 5), np.float32), r"expected float32 \[n, 10\]"),
@@ -178,7 +181,67 @@ def test_neither_logits_nor_teacher_travel_where_nobody_learns_from_them(made, c
         assert set(order.returns) == {"state"}
 
 
+def test_another_count_of_a_payload_that_is_here_is_refused(made):
+    strategy, births, _ = made()
+    orders = strategy.orders(strategy.begin(), 1, 1, births)
+    name = min(births)
+    proper = result(strategy, orders[name], births[name])
+    strategy.admit(strategy.begin(), orders[name], proper)
+    with pytest.raises(AdmissionError, match="features of 64 samples, 8 were announced"):
+        strategy.admit(strategy.begin(), orders[name], replace(proper, samples=8))
+
+
+def test_nobody_moves_a_shared_extractor_by_claiming_many_samples(made, config):
+    config = replace(config, transfer=TransferConfig(extractor="shared"),
+                     cohort=CohortConfig(min_devices=3, max_weight=1.0))  # fmt: skip
+    strategy, births, _ = made(config)
+    state = strategy.begin()
+    orders = strategy.orders(state, 1, 1, births)
+    answers = [result(strategy, orders[n], births[n]) for n in sorted(births)]
+
+    def far(weights):
+        weights["extractor.0.weight"] = weights["extractor.0.weight"] + 8
+
+    liar = min(births)
+    many = replace(births[liar], samples=640)
+    answers[0] = result(strategy, orders[liar], many, change=far)
+    after, _ = strategy.aggregate(state, 1, orders, answers)
+    moved = after.under("shared")["0.weight"] - state.under("shared")["0.weight"]
+    assert np.allclose(moved, 8 / 3, atol=1e-5)  # as one of three, not as ten of twelve
+
+
+def test_teacher_logits_that_the_codec_cannot_hold_are_cut(made, caplog):
+    strategy, _, _ = made()
+    logits = np.array([[1e6, -1e6, 3.0]], np.float32)
+    read = tensors.unpack(frames.decode(strategy._packed(logits)), where="t")["logits"]
+    assert read.tolist() == [[65504.0, -65504.0, 3.0]]
+    assert "they are cut" in caplog.text
+
+
+def test_clipped_feature_maps_are_evaluated_and_exported_clipped(made, config, digits, tmp_path):
+    config = replace(config, rounds=1, device=replace(config.device, clip=2.0))
+    simulate.run(config, digits)
+    _, state = last_checkpoint(config.folder)
+    strategy, births, _ = made(replace(config, name="other"))
+    name = min(births)
+    maps = strategy._extractor(name, state.under(f"extractor/{name}"))(strategy.task.heldout.x[:9])
+    assert torch.allclose(maps.flatten(1).norm(dim=1), torch.tensor(2.0), rtol=1e-4)
+    done = export_run(config.folder, tmp_path / "model.onnx", name)
+    session = onnxruntime.InferenceSession(done.path)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (config.device.mean, config.device.std))
+    pixels = strategy.task.heldout.x[:9] * std + mean
+    (logits,) = session.run(None, {"image": pixels.numpy()})
+    large = distill.load(strategy._server(), state.under("server")).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, large(maps).numpy(), atol=1e-3)
+
+
 def test_what_a_fleet_cannot_be_is_refused(made, config):
+    others = (Other("resnet8-block2", "device-1"),)
+    deep = replace(config.device, model="resnet8-block1", others=others)
+    shared = replace(config, name="a", device=deep, transfer=TransferConfig(extractor="shared"))
+    with pytest.raises(RunError, match="have different extractors, of which there is no mean"):
+        made(shared)
     mixed = replace(
         config, device=replace(config.device, others=(Other("resnet8-block1", "device-1"),))
     )

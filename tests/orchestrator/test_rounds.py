@@ -268,6 +268,31 @@ def test_carried_devices_take_the_places_of_new_ones():
     assert second in opened.cohort
 
 
+def test_a_device_that_is_gone_with_an_earlier_order_is_not_waited_for():
+    rules = replace(ASYNC, quorum=1.0, carry_rounds=3)
+    state = collecting("a", "b", "c", rules=rules, last=9)
+    state, _ = rounds.died(state, "c", 1)
+    for device in "ab":
+        state, _ = rounds.returned(state, rules, device, 20.0)
+    state, actions = rounds.ticked(state, rules, 110.0)  # the first time it may come back
+    assert actions == (Close(1, frozenset("ab")),)
+    state, _ = rounds.aggregated(state, rules, 111.0)
+    for device in "ab":
+        state, actions = rounds.returned(state, rules, device, 112.0)
+    assert actions == (Close(2, frozenset("ab")),)
+    assert state.carried == {"c": 2}
+    # And where all others fail, the run gives up.
+    state, actions = rounds.aggregated(state, rules, 113.0)
+    for now in (120.0, 140.0, 160.0):
+        assert actions == (Open(3, state.cohort),)
+        for device in "ab":
+            state, actions = rounds.failed(state, rules, device, now)
+        if now < 160:
+            assert actions == ()
+            state, actions = rounds.ticked(state, rules, now + 11)
+    assert actions == (GiveUp(3),)
+
+
 def test_a_failed_order_is_not_carried():
     state = collecting("a", "b", "c", rules=ASYNC, last=9)
     state, _ = rounds.failed(state, ASYNC, "c", 19.0)
