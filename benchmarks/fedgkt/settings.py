@@ -135,6 +135,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         Setting("to server", {"device": {"alpha": 0.0}}),
         Setting("to devices", {"server": {"alpha": 0.0}}),
         BASE,
+        Setting("two-way, server alpha 0.1", {"server": {"alpha": 0.1}}),
     ),
     "compare": (
         Setting("fedavg large", {"strategy": "fedavg"}, whole=True),
