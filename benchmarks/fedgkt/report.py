@@ -100,8 +100,8 @@ def write(folder: Path, plan: Plan) -> None:
         _draw_rounds(folder / f"{plan.data}-{name}.png", f"{plan.data}: {name}", chosen, shown)
         if name == "payload":
             _draw_payload(folder / f"{plan.data}-payload-bytes.png", plan.data, chosen)
-        if name == "uplink":
-            _draw_uplink(folder / f"{plan.data}-uplink-bytes.png", plan.data, chosen, shown)
+        if name in ("uplink", "frugal"):
+            _draw_sent(folder / f"{plan.data}-{name}-bytes.png", plan.data, chosen, shown)
 
 
 def table(data: str, records: Sequence[Record]) -> Table:
@@ -195,20 +195,20 @@ def _draw_payload(path: Path, data: str, chosen: dict[str, list[Record]]) -> Non
     figure.savefig(path, dpi=110)
 
 
-def _draw_uplink(
+def _draw_sent(
     path: Path, data: str, chosen: dict[str, list[Record]], shown: dict[str, list[Record]]
 ) -> None:
-    """Megabytes sent so far against accuracy, with FedAvg of the whole large network."""
+    """Megabytes sent so far against accuracy; beside the base run and FedAvg of the whole."""
     from matplotlib.figure import Figure
 
     if len(chosen) < 2:
         return
-    also = {name: shown[name] for name in ("fedavg large",) if name in shown}
+    also = {name: shown[name] for name in (BASE.name, "fedavg large") if name in shown}
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     runs.draw(axes, chosen | also, SERVER, base=BASE.name, across=_sent)
     axes.set_xscale("log")
     axes.set_xlabel("megabytes sent, up and down, all devices")
     axes.set_ylabel("accuracy on the test set, %")
-    axes.set_title(f"{data}: how often features travel, the server's network")
+    axes.set_title(f"{data}: what is sent, and what the server learns of it")
     figure.savefig(path, dpi=110)

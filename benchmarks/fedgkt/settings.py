@@ -3,8 +3,8 @@
 The base run is FedGKT with knowledge going both ways and feature maps sent as `relu|q=4|zstd`. A
 setting is a few keys of `run.toml` that it has otherwise. Groups: `transfer` is which way knowledge
 goes, an ablation of He et al. 2020; `compare` what FedGKT has to beat; `payload` the codec of
-feature maps; `uplink` how often they travel; `devices` how many devices hold the same images;
-`late` devices that miss a round's end.
+feature maps; `uplink` how often they travel; `frugal` views and few bytes together; `devices` how
+many devices hold the same images; `late` devices that miss a round's end.
 """
 
 from collections.abc import Mapping
@@ -125,6 +125,14 @@ class Setting:
 BASE = Setting("two-way")
 
 
+FRUGAL = {"extractor": "shared", "freeze_after": 1, "views": True}
+
+
+def _frugal(name: str, features: str, alpha: float) -> Setting:
+    device, server = {"features": features}, {"alpha": alpha}
+    return Setting(name, {"device": device, "server": server, "transfer": FRUGAL})
+
+
 def _uplink(name: str, **transfer: object) -> Setting:
     return Setting(name, {"transfer": transfer} if transfer else {})
 
@@ -158,6 +166,11 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         _uplink("shared, freeze after 1, views", extractor="shared", freeze_after=1, views=True),
         _uplink("shared, freeze after 3, views", extractor="shared", freeze_after=3, views=True),
         _uplink("frozen from the start, views", freeze_after=0, views=True),
+    ),
+    "frugal": (
+        _frugal("frugal", "relu|q=2|zstd", 0.1),
+        _frugal("frugal, q=1", "relu|q=1|zstd", 0.1),
+        _frugal("frugal, to devices", "relu|q=2|zstd", 0.0),
     ),
     "devices": tuple(Setting(f"{n} devices", devices=n) for n in (8, 16, 64, 128)),
     "late": (

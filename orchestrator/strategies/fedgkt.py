@@ -28,6 +28,7 @@ from orchestrator import distill, ranks, shards
 from orchestrator.config import Recipe
 from orchestrator.samples import Samples, Source
 from orchestrator.shards import Shard
+from orchestrator.strategies import extractors
 from orchestrator.strategies.fedavg import read_payload
 from orchestrator.strategies.local import admit_own_weights, device_model, evaluate_device
 from orchestrator.strategies.strategy import Array, Metrics, State, Task
@@ -37,9 +38,7 @@ from wire.messages import Birth, BlobRef, Order, Result
 
 log = logging.getLogger("orchestrator")
 
-EXTRACTOR = "extractor."
 LEAST = 1e-6  # weight of a sample, so that a batch of old ones has a mean
-PROBE = 64  # held-out images that tell how far an extractor has moved
 
 
 class FedGKT:
@@ -67,7 +66,9 @@ class FedGKT:
         if len(set(shapes.values())) > 1:
             raise RunError(f"feature maps of the device models differ: {shapes}; the large model "
                            "takes one shape, use models with one")  # fmt: skip
-        every = [_shapes(_extractor(own)) for own in (task.initial, *task.others.values())]
+        every = [
+            extractors.shapes(extractors.part(own)) for own in (task.initial, *task.others.values())
+        ]
         if task.config.transfer.extractor == "shared" and any(one != every[0] for one in every):
             raise RunError(
                 f"transfer.extractor: models {', '.join(shapes)} have different extractors, of "
@@ -88,7 +89,7 @@ class FedGKT:
         torch.manual_seed(self.task.config.seed)
         learnt = _under("server", distill.weights(self._server()))
         if self.task.config.transfer.extractor == "shared":
-            learnt |= _under("shared", _extractor(self.task.initial))
+            learnt |= _under("shared", extractors.part(self.task.initial))
         return State(learnt, {"shards": {}, "teachers": {}, "blobs": []})
 
     def orders(
@@ -98,7 +99,7 @@ class FedGKT:
         task, device, transfer = self.task, self.task.config.device, self.task.config.transfer
         frozen, orders = transfer.frozen(round_), {}
         shared = state.under("shared")
-        whole = {EXTRACTOR + name: array for name, array in shared.items()}
+        whole = {extractors.EXTRACTOR + name: array for name, array in shared.items()}
         packed = tensors.pack(tensors.weights(whole, "float32"), seed=0)
         ref = task.blobs.put(packed) if shared else None
         for name, birth in cohort.items():
@@ -154,18 +155,20 @@ class FedGKT:
         for result in results:
             name, order = result.device, orders[result.device]
             if "features" in result.blobs:
-                kept |= _under(f"extractor/{name}", _extractor(own[name]))
+                kept |= _under(f"extractor/{name}", extractors.part(own[name]))
             held[name] = {**held.get(name, {}), **_entry(order, result)}
             kept |= _under(f"device/{name}", own[name])
         transfer = task.config.transfer
         if transfer.extractor == "shared" and not transfer.frozen(round_):
             most = task.config.cohort.max_weight * statistics.median_low(r.samples for r in results)
             sizes = {result.device: min(result.samples, most) for result in results}
-            kept |= _under("shared", _mean({n: _extractor(own[n]) for n in own}, sizes))
+            kept |= _under(
+                "shared", extractors.mean({n: extractors.part(own[n]) for n in own}, sizes)
+            )
         for name, entry in held.items() if transfer.resend else ():
             weights = State(kept, {})
-            now = weights.under("shared") or _extractor(weights.under(f"device/{name}"))
-            moved = self._moved(name, weights.under(f"extractor/{name}"), now)
+            now = weights.under("shared") or extractors.part(weights.under(f"device/{name}"))
+            moved = extractors.moved(task, name, weights.under(f"extractor/{name}"), now)
             held[name] = {**entry, "moved": moved}
         names = sorted(held)
         model = distill.load(self._server(), state.under("server")).to(task.torch_device)
@@ -236,38 +239,10 @@ class FedGKT:
         if held["cropped"] != (len(views) > 1) or held["view"] != views[0]:
             return True
         sent = state.under(f"extractor/{name}")
-        now = shared or _extractor(state.under(f"device/{name}"))
+        now = shared or extractors.part(state.under(f"device/{name}"))
         if transfer.frozen(round_):
             return any(not np.array_equal(sent[key], now[key]) for key in now)
         return not transfer.resend or held["moved"] > transfer.resend
-
-    @torch.inference_mode()
-    def _moved(self, name: str, sent: Mapping[str, Array], now: Mapping[str, Array]) -> float:
-        """Squared error of held-out feature maps by one extractor, over those by another."""
-        x = self.task.heldout.x[:PROBE].to(self.task.torch_device)
-        old, new = (self._extractor(name, weights)(x) for weights in (sent, now))
-        return float((new - old).square().sum() / new.square().sum())
-
-    @torch.inference_mode()
-    def _fill(self, name: str, weights: Mapping[str, Array]) -> NDArray[np.float32]:
-        """The feature map of a black image, far from its border: (channels,)."""
-        device = self.task.config.device
-        black = [-mean / std for mean, std in zip(device.mean, device.std, strict=True)]
-        x = torch.tensor(black)[None, :, None, None].expand(1, *device.input)
-        maps = self._extractor(name, weights)(x.to(self.task.torch_device))
-        middle: NDArray[np.float32] = (
-            maps[0, :, maps.shape[2] // 2, maps.shape[3] // 2].cpu().numpy()
-        )
-        return middle
-
-    def _extractor(self, name: str, weights: Mapping[str, Array]) -> nn.Module:
-        device = self.task.config.device
-        model = models.build(
-            device.model_of(name), classes=device.classes, input_shape=device.input
-        )
-        extractor = model.get_submodule("extractor")
-        made = distill.load(extractor, weights).to(self.task.torch_device).eval()
-        return nn.Sequential(made, models.Clip(device.clip)) if device.clip else made
 
     def _source(
         self, name: str, entry: Mapping[str, Any], kept: Mapping[str, Array], round_: int
@@ -278,7 +253,7 @@ class FedGKT:
             ref, spec = BlobRef(**entry["logits"]), self.task.config.transfer.logits
             shard = replace(shard, logits=self._logits(ref, entry["samples"], spec))
         made_by = State(kept, {}).under(f"extractor/{name}")
-        fill = self._fill(name, made_by) if entry["cropped"] else None
+        fill = extractors.fill(self.task, name, made_by) if entry["cropped"] else None
         age, n = round_ - entry["round"], len(shard) // (2 if entry["cropped"] else 1)
         left_out = held_out(entry["data_digest"], n, self.task.config.device.holdout)
         weight = max(self.task.config.transfer.age_decay**age, LEAST)
@@ -315,7 +290,7 @@ class FedGKT:
             weights = state.under(f"extractor/{name}")
             key = b"".join(weights[n].tobytes() for n in sorted(weights))
             if key not in known:  # a shared extractor is looked at once
-                stacked = nn.Sequential(self._extractor(name, weights), model)
+                stacked = nn.Sequential(extractors.build(self.task, name, weights), model)
                 logits = distill.predict(stacked, heldout.x, config)
                 known[key] = distill.accuracy(logits, heldout.y)
             small = device_model(self.task, name, state.under(f"device/{name}"))
@@ -401,25 +376,6 @@ def _digests(held: Mapping[str, Any], teachers: Mapping[str, Any]) -> set[str]:
     refs = [entry[key] for entry in held.values() for key in ("ref", "logits")]
     refs += [entry["ref"] for entry in teachers.values()]
     return {ref["digest"] for ref in refs if ref}
-
-
-def _extractor(weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Of a device's weights those of its extractor, by their names in it."""
-    cut = len(EXTRACTOR)
-    return {n[cut:]: a for n, a in weights.items() if n.startswith(EXTRACTOR)}
-
-
-def _shapes(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in weights.items()}
-
-
-def _mean(each: Mapping[str, Mapping[str, Array]], sizes: Mapping[str, float]) -> dict[str, Array]:
-    """The mean of several extractors, by their devices' samples."""
-    names, shares = [*each], [sizes[name] for name in each]
-    return {
-        key: np.average([each[n][key] for n in names], axis=0, weights=shares).astype(np.float32)
-        for key in each[names[0]]
-    }
 
 
 def _under(prefix: str, weights: Mapping[str, Array]) -> dict[str, Array]:

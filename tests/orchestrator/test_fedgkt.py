@@ -20,7 +20,7 @@ from orchestrator.config import (
 from orchestrator.deploy import export_run
 from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint
-from orchestrator.strategies import create
+from orchestrator.strategies import create, extractors
 from wire import frames, tensors
 from wire.errors import AdmissionError, RunError, StillhouseError
 from wire.messages import Result
@@ -224,7 +224,8 @@ def test_clipped_feature_maps_are_evaluated_and_exported_clipped(made, config, d
     _, state = last_checkpoint(config.folder)
     strategy, births, _ = made(replace(config, name="other"))
     name = min(births)
-    maps = strategy._extractor(name, state.under(f"extractor/{name}"))(strategy.task.heldout.x[:9])
+    made = extractors.build(strategy.task, name, state.under(f"extractor/{name}"))
+    maps = made(strategy.task.heldout.x[:9])
     assert torch.allclose(maps.flatten(1).norm(dim=1), torch.tensor(2.0), rtol=1e-4)
     done = export_run(config.folder, tmp_path / "model.onnx", name)
     session = onnxruntime.InferenceSession(done.path)
