@@ -510,6 +510,11 @@ features = "identity|q=8"   # codec of the feature maps: float32, identity|q=N, 
 update = "float32"          # of weight updates, and of weights on their way down
 state = "float32"           # (feddropout, fedavg): "hadamard|q=4", "eden|b=2/float16", ...
 
+# [transfer]                # fedgkt: feature maps travel twice, and then logits alone
+# extractor = "shared"      # of all devices, its mean,
+# freeze_after = 1          # trained in one round,
+# views = true              # and its feature maps cropped by the server: docs/fedgkt.md
+
 [server]
 model = "resnet55"          # resnet109, resnet55; resnet19 and resnet10 where there is no GPU
 epochs = 5

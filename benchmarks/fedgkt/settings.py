@@ -168,7 +168,7 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         _uplink("frozen from the start, views", freeze_after=0, views=True),
     ),
     "frugal": (
-        _frugal("frugal", "relu|q=2|zstd", 0.1),
+        _frugal("frugal, q=2", "relu|q=2|zstd", 0.1),
         _frugal("frugal, q=1", "relu|q=1|zstd", 0.1),
         _frugal("frugal, to devices", "relu|q=2|zstd", 0.0),
     ),
