@@ -8,7 +8,6 @@ shards are shuffled together; where feature maps of a plain and a mirrored view 
 epoch crops and flips them anew. The logits that go back are computed in evaluation mode.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from edge_agent import data
-from orchestrator.config import ServerConfig
+from orchestrator.config import ServerConfig, cosine
 from orchestrator.samples import Samples
 from wire import seeds
 from wire.errors import RunError
@@ -144,7 +143,7 @@ class Schedule:
         if config.schedule == "constant":
             return config.lr
         done = ((self._round - 1) * config.epochs + epoch) / (self._rounds * config.epochs)
-        return config.lr * (1 + math.cos(math.pi * min(done, 1))) / 2
+        return cosine(config.lr, done)
 
     def after(self, accuracy: float | None) -> dict[str, Any] | None:
         """What the next round needs to know, given this one's held-out accuracy."""

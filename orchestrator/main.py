@@ -28,7 +28,7 @@ def init(
     path = folder / "run.toml"
     try:
         with path.open("x") as file:
-            file.write(config.TEMPLATE)
+            file.write(config.template())
     except FileExistsError as fault:
         raise StillhouseError(f"{path} is there already; nothing was written") from fault
     console.print(f"{path} written; edit it, then: orchestrator start --config {path}")

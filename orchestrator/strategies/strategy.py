@@ -138,7 +138,7 @@ class Task:
         shared: dict[str, Any] = {
             "artifact": self.variants[recipe or Recipe(device.model_of(name))].artifact,
             "epochs": device.epochs,
-            "lr": device.lr,
+            "lr": device.rate(round_, self.config.rounds),
             "temperature": device.temperature,
             "augment": device.augment,
             "holdout": device.holdout,

@@ -1,0 +1,29 @@
+"""A run's configuration: `run.toml` as frozen dataclasses, and a template of one."""
+
+from orchestrator.config.cohort import BrokerConfig, CohortConfig
+from orchestrator.config.device import (
+    DeviceConfig,
+    Other,
+    Recipe,
+    SubmodelConfig,
+    Tier,
+    cosine,
+)
+from orchestrator.config.run import RunConfig, load, template
+from orchestrator.config.server import ServerConfig, TransferConfig
+
+__all__ = [
+    "BrokerConfig",
+    "CohortConfig",
+    "DeviceConfig",
+    "Other",
+    "Recipe",
+    "RunConfig",
+    "ServerConfig",
+    "SubmodelConfig",
+    "Tier",
+    "TransferConfig",
+    "cosine",
+    "load",
+    "template",
+]

@@ -1,0 +1,89 @@
+"""Where the broker is, who takes part in a round, and when it ends."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from wire.address import BrokerAddress
+
+
+@dataclass(frozen=True)
+class BrokerConfig:
+    """Where the broker is.
+
+    Attributes:
+        kind: "embedded" (pure Python, loopback only), "mosquitto" (the orchestrator runs Debian's
+            mosquitto itself) or "external" (`url` says where).
+        host, port: that our own broker listens on.
+        url: mqtt:// or mqtts:// of an external broker.
+        username, password: the orchestrator's, at an external broker.
+        ca_file, cert_file, key_file: PEM files, for mqtts.
+    """
+
+    kind: Literal["embedded", "mosquitto", "external"] = "embedded"
+    host: str = "127.0.0.1"
+    port: int = 1883
+    url: str = ""
+    username: str = ""
+    password: str = ""
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "external") != bool(self.url):
+            raise ValueError(
+                f"kind {self.kind!r} with url {self.url!r}: an external broker, and only that, "
+                "has a url"
+            )
+        if self.url:
+            self.address()
+
+    def address(self) -> BrokerAddress:
+        """Of an external broker.
+
+        Raises:
+            ValueError: the url or a file is wrong.
+        """
+        files = (self.ca_file, self.cert_file, self.key_file)
+        return BrokerAddress(self.url, self.username, self.password, *files)
+
+
+@dataclass(frozen=True)
+class CohortConfig:
+    """Who takes part in a round, and when it ends.
+
+    Attributes:
+        min_devices: a round begins only with so many.
+        max_devices: at most so many are chosen; 0 takes all. Over-select with `quorum` below 1.
+        wait_s: once `min_devices` are there, wait so long for more, unless `max_devices` are there.
+        quorum: the round closes when this share of the cohort has returned.
+        deadline_s: the round closes then with whoever has returned.
+        carry_rounds: an order that is not answered when its round closes stays open for so many
+            more, and its result counts in the round that it arrives in (fedgkt, local); until
+            then the device is given no other. 0: late results are refused.
+        max_weight: a device counts in an average of weights at most so many times as much as the
+            median one: nobody can check how many samples it says to have.
+    """
+
+    min_devices: int = 2
+    max_devices: int = 0
+    wait_s: float = 10.0
+    quorum: float = 1.0
+    deadline_s: float = 600.0
+    carry_rounds: int = 0
+    max_weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.carry_rounds < 0:
+            raise ValueError(f"carry_rounds: expected 0 or more, got {self.carry_rounds}")
+        if not 1 <= self.max_weight < math.inf:
+            raise ValueError(f"max_weight: expected 1 or more, got {self.max_weight}")
+        if self.min_devices < 1 or (self.max_devices and self.max_devices < self.min_devices):
+            raise ValueError(
+                f"min_devices {self.min_devices}, max_devices {self.max_devices}: expected "
+                "1 <= min_devices <= max_devices, or max_devices = 0"
+            )
+        if not 0 < self.quorum <= 1 or self.deadline_s <= 0 or self.wait_s < 0:
+            raise ValueError("expected 0 < quorum <= 1, deadline_s > 0, wait_s >= 0")

@@ -1,0 +1,199 @@
+"""What devices train, and how their payloads are coded."""
+
+import fnmatch
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from wire import codecs, tensors
+from wire.messages import check_noise
+
+
+class Recipe(NamedTuple):
+    """What a training artifact is made of, besides what all devices share.
+
+    `frozen`: the extractor stays as it is, batch norm's statistics included.
+    """
+
+    model: str
+    keep_rate: float = 1.0
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Other:
+    """Devices that train another model than the rest.
+
+    Attributes:
+        model: a registry name.
+        devices: a pattern of names, `zero-*`.
+    """
+
+    model: str
+    devices: str
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """What each device trains, and how its payloads are coded.
+
+    Attributes:
+        model: a registry name.
+        others: devices with another model, the first that holds a device decides (fedgkt, local);
+            their feature maps must have the same shape.
+        classes, input: number of classes; channels, height, width.
+        mean, std: of the pixels on the 0..1 scale, per channel.
+        batch, epochs, lr, optimizer, momentum, weight_decay: of local training.
+        schedule: of the learning rate. "constant"; "cosine", from lr to 0 over the rounds.
+        alpha, temperature: of the distillation term (FedGKT).
+        mu: weight of the proximal term (FedProx); 0 compiles none.
+        augment: random crop with padding 4 and horizontal flip.
+        holdout: share of each device's images, drawn by their digest, that it does not train on;
+            it reports its accuracy on them, and the server evaluates on them where it has no images
+            of its own (fedgkt).
+        clip, noise: feature maps are scaled to an L2 norm of at most `clip`, and get Gaussian noise
+            of deviation noise * clip; 0: not. That is local differential privacy of each map sent,
+            and of nothing else: logits, labels and the device's weights travel as they are.
+        features: codec spec of feature maps.
+        update, state: of weights on their way up and down, MATRICES[/VECTORS]: `eden|b=2/float16`.
+        feedback: each device adds to its update what the codec left out of the last one.
+    """
+
+    model: str = "resnet8"
+    classes: int = 10
+    input: tuple[int, int, int] = (3, 32, 32)
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
+    batch: int = 32
+    epochs: int = 1
+    lr: float = 0.05
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    alpha: float = 1.0
+    temperature: float = 3.0
+    mu: float = 0.0
+    augment: bool = False
+    holdout: float = 0.0
+    clip: float = 0.0
+    noise: float = 0.0
+    features: str = "identity|q=8"
+    update: str = "float32"
+    state: str = "float32"
+    feedback: bool = False
+    others: tuple[Other, ...] = ()
+
+    def model_of(self, device: str) -> str:
+        """The registry name of a device's model."""
+        fits = (other.model for other in self.others if fnmatch.fnmatchcase(device, other.devices))
+        return next(fits, self.model)
+
+    def rate(self, round_: int, rounds: int) -> float:
+        """The learning rate of a round, from 1, of a run of so many."""
+        return self.lr if self.schedule == "constant" else cosine(self.lr, (round_ - 1) / rounds)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that a device may train, `model` first."""
+        return tuple(dict.fromkeys([self.model, *(other.model for other in self.others)]))
+
+    def __post_init__(self) -> None:
+        codecs.parse(self.features)
+        tensors.policy(self.state)
+        if not 0 <= self.mu < math.inf:
+            raise ValueError(f"mu: expected 0 (no proximal term) or more, got {self.mu}")
+        sent = tensors.policy(self.update)
+        for codec in (sent.matrices, sent.vectors) if self.feedback else ():
+            if not (codec.spec.startswith("float") or "mse" in codec.spec.split("|")):
+                raise ValueError(
+                    f"feedback: {codec.spec} may leave out more than it was given, and what is "
+                    "owed then grows without bound; use a codec of least error, eden|b=1|mse"
+                )
+        if not len(self.mean) == len(self.std) == self.input[0]:
+            raise ValueError(
+                f"input {list(self.input)}: expected [channels, height, width], with a mean "
+                f"({len(self.mean)}) and a std ({len(self.std)}) a channel"
+            )
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout: expected a share from 0 to below 1, got {self.holdout}")
+        check_noise(self.clip, self.noise)
+        if self.classes < 2 or self.batch < 1 or self.epochs < 1 or self.lr <= 0:
+            raise ValueError("expected classes >= 2, batch >= 1, epochs >= 1, lr > 0")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Devices that train at one keep rate.
+
+    Attributes:
+        keep_rate: over 0 to 1.
+        devices: a pattern of names, `zero-*`.
+        memory_mb: devices with at most so much memory; 0 asks for none.
+    """
+
+    keep_rate: float
+    devices: str = "*"
+    memory_mb: int = 0
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+        if self.memory_mb < 0 or (self.devices == "*" and not self.memory_mb):
+            raise ValueError(
+                "expected a pattern of names in `devices`, or `memory_mb` over 0: a tier of all "
+                "devices is `submodel.keep_rate`"
+            )
+
+    def holds(self, device: str, memory_bytes: int) -> bool:
+        """Whether a device is of this tier."""
+        small = not self.memory_mb or memory_bytes <= self.memory_mb * 10**6
+        return small and fnmatch.fnmatchcase(device, self.devices)
+
+
+@dataclass(frozen=True)
+class SubmodelConfig:
+    """What sub-models devices train (Federated Dropout).
+
+    Attributes:
+        keep_rate: p, the share of the units of each hidden layer that a device of no tier trains.
+        units: which ones. "random": drawn for each device and round; "shared": drawn for each
+            round; "ordered": the first, always (FjORD, HeteroFL); "rolling": a window that moves
+            with the rounds (FedRolex).
+        absent: what an absent unit counts in the average. "zero": an update of zero (the paper);
+            "holders": nothing, the average is of those who have it.
+        tiers: the first that holds a device decides.
+    """
+
+    keep_rate: float = 1.0
+    units: Literal["random", "shared", "ordered", "rolling"] = "random"
+    absent: Literal["zero", "holders"] = "zero"
+    tiers: tuple[Tier, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_keep_rate(self.keep_rate)
+
+    def rate_of(self, device: str, memory_bytes: int) -> float:
+        """The keep rate of a device."""
+        fits = (tier.keep_rate for tier in self.tiers if tier.holds(device, memory_bytes))
+        return next(fits, self.keep_rate)
+
+    @property
+    def rates(self) -> frozenset[float]:
+        """All keep rates that a device may be given."""
+        return frozenset({self.keep_rate, *(tier.keep_rate for tier in self.tiers)})
+
+    @property
+    def whole(self) -> bool:
+        """Whether every device trains the whole model."""
+        return self.rates == {1}
+
+
+def cosine(lr: float, done: float) -> float:
+    """The learning rate when a share of the training is done: from lr to 0 along half a cosine."""
+    return lr * (1 + math.cos(math.pi * min(done, 1))) / 2
+
+
+def check_keep_rate(rate: float) -> None:
+    """Raise ValueError unless 0 < rate <= 1."""
+    if not 0 < rate <= 1:
+        raise ValueError(f"keep_rate: expected over 0 to 1 (the whole model), got {rate}")

@@ -1,0 +1,93 @@
+"""What FedGKT sends, and how the server trains its large model on it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from wire import codecs
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """What travels in FedGKT, and how often.
+
+    Attributes:
+        extractor: "own": each device trains its own (the paper); "shared": after each round all
+            devices go on with the mean of theirs.
+        freeze_after: the extractor is trained in so many rounds, then no more: feature maps travel
+            once, and from then on logits alone. None: always trained (the paper).
+        views: each round shows each sample in another crop, and mirrored or not, and teacher
+            logits are those of the same view. Once the extractor is frozen, feature maps of the
+            plain and the mirrored image travel, and the server crops them by itself.
+        resend: feature maps travel again only where those of held-out images have changed by more
+            than this share (squared error) since; 0: in every round.
+        age_decay: a sample's weight in server training for each round since its feature maps or
+            logits were made.
+        logits: codec spec of logits, those that come without feature maps and those that go back.
+    """
+
+    extractor: Literal["own", "shared"] = "own"
+    freeze_after: int | None = None
+    views: bool = False
+    resend: float = 0.0
+    age_decay: float = 1.0
+    logits: str = "float16"
+
+    def __post_init__(self) -> None:
+        if codecs.parse(self.logits).coder.lowest >= 0:
+            raise ValueError(
+                f"logits: {self.logits} takes no negative values; use float16, identity|q=8, ..."
+            )
+        if self.freeze_after is not None and self.freeze_after < 0:
+            raise ValueError(f"freeze_after: expected 0 rounds or more, got {self.freeze_after}")
+        if not 0 <= self.resend < 1 or not 0 < self.age_decay <= 1:
+            raise ValueError(
+                f"resend {self.resend}, age_decay {self.age_decay}: expected 0 <= resend < 1, "
+                "0 < age_decay <= 1"
+            )
+        if self.resend and self.views:
+            raise ValueError("resend: with views every round shows other feature maps; leave one")
+
+    def frozen(self, round_: int) -> bool:
+        """Whether the extractor stays as it is in this round."""
+        return self.freeze_after is not None and round_ > self.freeze_after
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the server trains its large model (FedGKT), and evaluates.
+
+    Attributes:
+        model: a registry name; takes the devices' feature maps.
+        epochs, batch, lr, optimizer, weight_decay: of server training in each round.
+        schedule: of the learning rate. "constant"; "cosine", from lr to 0 over all rounds and their
+            epochs; "plateau", a tenth whenever held-out accuracy has not risen for `patience`
+            rounds (the reference code).
+        alpha, temperature: of the distillation term.
+        torch_device: "auto" takes CUDA where there is one.
+        precision: of convolutions and matrix products; "auto" is bfloat16 on CUDA, else float32.
+        compile: let torch.compile make the large model; wants a C++ compiler, and on CUDA Triton.
+        eval_batch: images of one evaluation pass; on a CPU more than 64 are slower.
+        eval_every: weights are evaluated after each so many rounds, and after the last.
+    """
+
+    model: str = "resnet19"
+    epochs: int = 5
+    batch: int = 64
+    lr: float = 1e-3
+    optimizer: Literal["sgd", "adam"] = "adam"
+    weight_decay: float = 5e-4
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    patience: int = 5
+    alpha: float = 1.0
+    temperature: float = 3.0
+    torch_device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    eval_batch: int = 64
+    eval_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.eval_batch < 1 or self.eval_every < 1 or self.patience < 0:
+            raise ValueError("expected eval_batch >= 1, eval_every >= 1, patience >= 0")
+        if self.epochs < 1 or self.batch < 2 or self.lr <= 0 or self.temperature <= 0:
+            raise ValueError("expected epochs >= 1, batch >= 2, lr > 0, temperature > 0")
