@@ -2,7 +2,7 @@
 
 from models.average import Average
 from models.clip import Clip
-from models.registry import SplitModel, build, freeze, input_shape, names
+from models.registry import SplitModel, build, freeze, inherit, input_shape, names
 from models.submodel import layout, narrow
 from models.units import Layout, Units, choose, cut, digest, kept, paste, places
 
@@ -17,6 +17,7 @@ __all__ = [
     "cut",
     "digest",
     "freeze",
+    "inherit",
     "input_shape",
     "kept",
     "layout",

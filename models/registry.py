@@ -1,7 +1,7 @@
 """Networks by name, for configuration files and command lines."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Protocol, runtime_checkable
@@ -113,6 +113,29 @@ def _entry(name: str) -> _Entry:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise StillhouseError(f"no model is named {name!r}; {hint}known are: {', '.join(_MODELS)}")
     return _MODELS[name]
+
+
+def inherit(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
+    """Begin with another network's weights: those of the same name and shape.
+
+    A half of a ResNet takes its part of a whole one, as far as it has the same blocks: the device
+    half all but its classifier, the server half all, and not the classifier of other classes.
+
+    Args:
+        model: whose tensors are replaced.
+        weights: parameters and buffers of a network of the same kind, or of a whole ResNet.
+
+    Returns:
+        How many tensors were taken.
+    """
+    own = model.state_dict()
+    origins = {name: name for name in own}
+    if isinstance(model, DeviceResNet | ServerResNet) and "rest.fc.weight" in weights:
+        origins = model.origins()
+    found = {name: weights.get(there) for name, there in origins.items()}
+    taken = {n: t for n, t in found.items() if t is not None and t.shape == own[n].shape}
+    model.load_state_dict(own | taken)
+    return len(taken)
 
 
 def freeze(model: SplitModel) -> None:

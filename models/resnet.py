@@ -101,6 +101,20 @@ class DeviceResNet(nn.Module):
         """Logits (N, classes)."""
         return self.extract(x)[1]
 
+    def origins(self) -> dict[str, str]:
+        """Of each tensor that a whole ResNet has, too, its name there; it has no basic blocks."""
+        stem = len(_stem(1))
+        own = [f"extractor.{i}" for i in range(len(self.extractor))]
+        own += [f"blocks.{i}" for i in range(len(self.blocks))]
+        there = [f"extractor.{i}" for i in range(stem)]
+        there += [f"rest.stages.{i}" for i in range(len(own) - stem)]
+        return {
+            f"{place}.{name}": f"{origin}.{name}"
+            for place, origin in zip(own, there, strict=True)
+            if not isinstance(layer := self.get_submodule(place), Basic)
+            for name in layer.state_dict()
+        }
+
 
 class ServerResNet(nn.Module):
     """The server half of ResNet-(9n+2): n blocks in each of three stages, on a feature map H."""
@@ -120,6 +134,10 @@ class ServerResNet(nn.Module):
         pooled = torch.flatten(F.adaptive_avg_pool2d(self.stages(features), 1), 1)
         logits: Tensor = self.fc(pooled)
         return logits
+
+    def origins(self) -> dict[str, str]:
+        """Of each tensor its name in the whole ResNet."""
+        return {name: f"rest.{name}" for name in self.state_dict()}
 
 
 class ResNet(nn.Module):

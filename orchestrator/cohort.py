@@ -30,7 +30,7 @@ from orchestrator.config import DeviceConfig
 from wire.messages import Order
 
 Weights = Mapping[str, NDArray[np.float32]]
-AT_ONCE = 512  # images of one pass in evaluation mode
+AT_ONCE = {"cpu": 16, "cuda": 512}  # images of one pass in evaluation mode; the cache holds 16
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,13 @@ def extract(
         device: where it is computed, many batches at once.
         view: of the images.
     """
-    preprocess, at_once = Preprocess(config.mean, config.std), AT_ONCE // config.batch or 1
-    for _, pixels, valid in data.batches(images, at_once * config.batch, view):
+    preprocess = Preprocess(config.mean, config.std)
+    records = AT_ONCE[device.type] // config.batch or 1
+    for _, pixels, valid in data.batches(images, records * config.batch, view):
         x = np.empty((valid, *config.input), np.float32)
         preprocess(pixels[:valid], out=x)
-        features, logits = (p.cpu().numpy() for p in model.extract(torch.from_numpy(x).to(device)))
+        shown = torch.from_numpy(x).to(device).contiguous(memory_format=torch.channels_last)
+        features, logits = (part.cpu().numpy() for part in model.extract(shown))
         for at in range(0, valid, config.batch):
             end = at + config.batch
             yield np.ascontiguousarray(features[at:end]), logits[at:end]
@@ -223,7 +225,8 @@ class _Stack:
         logits: torch.Tensor
         if len(x) == 1:
             alone = {name: part.squeeze(0) for name, part in self._parts.items()}
-            logits = functional_call(self._model, alone, (x[0],))[None]
+            x = x[0].contiguous(memory_format=torch.channels_last)
+            logits = functional_call(self._model, alone, (x,))[None]
         else:
             logits = vmap(lambda parts, x: functional_call(self._model, parts, (x,)))(
                 self._parts, x

@@ -284,7 +284,8 @@ def teach(
         ranks: that compute a part each, and rank 0 has all; the span has a sample for each.
     """
     numbers, looks = ranks.part(np.arange(len(span))), data.looks(view, len(span))
-    pieces = np.split(numbers, range(config.eval_batch, len(numbers), config.eval_batch))
+    size = _at_once(model, config)
+    pieces = np.split(numbers, range(size, len(numbers), size))
     drawn = (samples.draw(span.start + piece, looks.of(piece)) for piece in pieces)
     return ranks.gather(_logits(model, (batch.features for batch in drawn), config), len(span))
 
@@ -294,17 +295,23 @@ def predict(
 ) -> NDArray[np.float32]:
     """Logits (N, C) in evaluation mode of inputs (N, ...), in their order."""
     device = next(model.parameters()).device
-    pieces = torch.split(torch.as_tensor(inputs), config.eval_batch)
+    pieces = torch.split(torch.as_tensor(inputs), _at_once(model, config))
     return _logits(
         model, (p.to(device).contiguous(memory_format=torch.channels_last) for p in pieces), config
     )
+
+
+def _at_once(model: nn.Module, config: ServerConfig) -> int:
+    """Images of one evaluation pass."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return config.eval_batch or (16 if on_cpu else 1024)
 
 
 @torch.inference_mode()
 def _logits(
     model: nn.Module, inputs: Iterable[torch.Tensor], config: ServerConfig
 ) -> NDArray[np.float32]:
-    model.eval()
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with autocast(config, next(model.parameters()).device):
         parts = [model(piece).float() for piece in inputs]
     return torch.cat(parts).cpu().numpy()

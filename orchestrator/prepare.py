@@ -1,6 +1,7 @@
 """What a run needs before it begins, over the wire or simulated: model, held-out images, task."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from models import SplitModel
 from orchestrator import distill
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.report import Report
-from orchestrator.store import Store
+from orchestrator.store import Store, last_checkpoint
 from orchestrator.strategies.strategy import HeldOut, Task, Variant
+from wire.errors import RunError
 
 
 def read_heldout(config: RunConfig) -> HeldOut:
@@ -39,14 +41,36 @@ def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
     """A device model with its initial weights; the same seed gives the same.
 
     No recipe is the whole main model. Units are cut out by `submodel.narrow`.
+
+    Raises:
+        RunError: nothing of `config.pretrained` fits it.
     """
     device = config.device
     torch.manual_seed(config.seed)
     name = recipe.model if recipe else device.model
     model = models.build(name, classes=device.classes, input_shape=device.input)
+    if config.pretrained and not models.inherit(model, _pretrained(config.pretrained)):
+        raise RunError(
+            f"pretrained: {name} has no layer in common with the model of {config.pretrained}; "
+            "name a run of that network, or of a whole resnet56 for its halves"
+        )
     if recipe and recipe.frozen and isinstance(model, SplitModel):
         models.freeze(model)
     return model
+
+
+@cache
+def _pretrained(folder: Path) -> dict[str, torch.Tensor]:
+    """The global model of a run that is done.
+
+    Raises:
+        RunError: there is none.
+    """
+    _, state = last_checkpoint(folder)
+    found = {name: torch.from_numpy(array) for name, array in state.under("global").items()}
+    if not found:
+        raise RunError(f"pretrained: {folder} has no global model; name a run of fedavg")
+    return found
 
 
 def task(
@@ -73,4 +97,5 @@ def task(
         heldout=heldout,
         torch_device=torch.device(name),
         progress=report.progress,
+        pretrained=_pretrained(config.pretrained) if config.pretrained else {},
     )

@@ -270,8 +270,11 @@ class Store:
             table = json.loads(path.read_text())
             before = records.plain(records.build(RunConfig, table, where=str(path), error=RunError))
             before = json.loads(json.dumps(before))
-            keys = ["fleet", "strategy", "seed", "device", "submodel", "transfer", "server"]
-            for key in [*keys, "rounds"] if config.server.schedule == "cosine" else keys:
+            keys = ["fleet", "strategy", "seed", "pretrained"]
+            keys += ["device", "submodel", "transfer", "server"]
+            if "cosine" in (config.device.schedule, config.server.schedule):
+                keys.append("rounds")
+            for key in keys:
                 if before[key] != current[key]:
                     self._lock.close()
                     raise RunError(

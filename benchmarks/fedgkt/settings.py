@@ -4,7 +4,8 @@ The base run is FedGKT with knowledge going both ways and feature maps sent as `
 setting is a few keys of `run.toml` that it has otherwise. Groups: `transfer` is which way knowledge
 goes, an ablation of He et al. 2020; `compare` what FedGKT has to beat; `payload` the codec of
 feature maps; `uplink` how often they travel; `frugal` views and few bytes together; `devices` how
-many devices hold the same images; `late` devices that miss a round's end.
+many devices hold the same images; `late` devices that miss a round's end; `pretrained` both halves
+begun with a whole network that was trained on all images, as the reference's partly were.
 """
 
 from collections.abc import Mapping
@@ -56,6 +57,8 @@ class Plan:
         heldout_limit: images that are evaluated on, drawn at random by seed.
         server_model, server_epochs, precision: of `[server]`.
         epochs, batch, lr: of `[device]`.
+        schedule: of both learning rates,
+        rounds: and when it ends; None where it is constant, and runs may be made longer.
         eval_every: rounds from one evaluation of averaged weights to the next.
     """
 
@@ -72,6 +75,8 @@ class Plan:
     epochs: int
     batch: int
     lr: float
+    schedule: Literal["constant", "cosine"]
+    rounds: int | None
     eval_every: int
 
 
@@ -86,16 +91,20 @@ def presets(split: str) -> dict[str, dict[str, Any]]:
         "epochs": 1,
         "batch": 32,
         "lr": 0.05,
-        "eval_every": 1,
+        "schedule": "cosine",
+        "eval_every": 5,
     }
     cpu = {
-        "rounds": 12,
-        "devices": 8,
-        "per_device": 500,
+        "rounds": 10,
+        "devices": 10,
+        "per_device": 250,
         "heldout_limit": 2000,
         "server_model": "resnet10",
         "server_epochs": 4,
         "precision": "bfloat16",
+        "epochs": 3,
+        "batch": 16,
+        "eval_every": 2,
     }
     return {"paper": paper, "cpu": paper | cpu}
 
@@ -113,6 +122,7 @@ class Setting:
         devices: that the images are dealt out to; 0: as many as in the base run.
         whole: devices train the whole large network.
         late: share of a round's devices that miss its end.
+        start: the setting whose run of the same seed the models begin with; empty: random weights.
     """
 
     name: str
@@ -120,6 +130,7 @@ class Setting:
     devices: int = 0
     whole: bool = False
     late: float = 0.0
+    start: str = ""
 
 
 BASE = Setting("two-way")
@@ -128,8 +139,8 @@ BASE = Setting("two-way")
 FRUGAL = {"extractor": "shared", "freeze_after": 1, "views": True}
 
 
-def _frugal(name: str, features: str, alpha: float) -> Setting:
-    device, server = {"features": features}, {"alpha": alpha}
+def _frugal(name: str, features: str, alpha: float, *, device_alpha: float = 1.0) -> Setting:
+    device, server = {"features": features, "alpha": device_alpha}, {"alpha": alpha}
     return Setting(name, {"device": device, "server": server, "transfer": FRUGAL})
 
 
@@ -169,18 +180,23 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     ),
     "frugal": (
         _frugal("frugal, q=2", "relu|q=2|zstd", 0.1),
-        _frugal("frugal, q=1", "relu|q=1|zstd", 0.1),
         _frugal("frugal, to devices", "relu|q=2|zstd", 0.0),
+        _frugal("frugal, to server", "relu|q=2|zstd", 0.1, device_alpha=0.0),
+        _frugal("frugal, none", "relu|q=2|zstd", 0.0, device_alpha=0.0),
+        _frugal("frugal, float32", "float32", 0.1),
+        _frugal("frugal, q=1", "relu|q=1|zstd", 0.1),
     ),
     "devices": tuple(Setting(f"{n} devices", devices=n) for n in (8, 16, 64, 128)),
     "late": (
         Setting("30 % late", {"cohort": {"carry_rounds": 1}}, late=0.3),
+        Setting("30 % lost", late=0.3),
         Setting(
             "30 % late, aged",
             {"cohort": {"carry_rounds": 1}, "transfer": {"age_decay": 0.5}},
             late=0.3,
         ),
     ),
+    "pretrained": (Setting("from centralized", start="centralized"),),
 }
 ORDER = tuple(dict.fromkeys([BASE.name, *(s.name for group in GROUPS.values() for s in group)]))
 
@@ -226,7 +242,7 @@ def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: 
     """The run of a setting: every device takes part in every round.
 
     Raises:
-        SettingsError: there is no such key in `run.toml`.
+        SettingsError: there is no such key in `run.toml`, or the run to begin with is not done.
     """
     chosen = DATA[plan.data]
     table: dict[str, Any] = {
@@ -246,15 +262,23 @@ def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: 
             "batch": plan.batch,
             "epochs": plan.epochs,
             "lr": plan.lr,
+            "schedule": plan.schedule,
             "features": FEATURES,
         },
         "server": {
             "model": plan.server_model,
             "epochs": plan.server_epochs,
             "precision": plan.precision,
+            "schedule": plan.schedule,
             "eval_every": plan.eval_every,
         },
     }
+    if setting.start:
+        if not runs.is_done(folder, plan.data, setting.start, seed, rounds):
+            raise SettingsError(
+                f"{setting.name!r} begins with what {setting.start!r} ended with; run that first"
+            )
+        table["pretrained"] = str(folder / runs.title(plan.data, setting.start, seed))
     for key, value in setting.change.items():
         table[key] = {**table.get(key, {}), **value} if isinstance(value, Mapping) else value
     return records.build(RunConfig, table, where=f"setting {setting.name!r}", error=SettingsError)

@@ -23,6 +23,8 @@ class RunConfig:
         heldout: images that the server evaluates on (.npz or folder). None: feature maps and logits
             of images that devices hold out (`device.holdout`; fedgkt).
         heldout_limit: use at most so many of them; 0 takes all.
+        pretrained: the folder of a run whose global model (fedavg, feddropout) all models begin
+            with, as far as they have the same layers (`models.inherit`). None: random weights.
         runs: folder of all runs.
         admission: "open" takes any device that the broker lets in; "enrolled" only those made by
             `orchestrator enroll`.
@@ -38,6 +40,7 @@ class RunConfig:
     strategy: Literal["fedgkt", "fedavg", "feddropout", "local"] = "fedgkt"
     rounds: int = 10
     heldout_limit: int = 0
+    pretrained: Path | None = None
     runs: Path = Path("runs")
     admission: Literal["open", "enrolled"] = "enrolled"
     seed: int = 0
@@ -125,8 +128,12 @@ def load(path: Path) -> RunConfig:
     """
     config = records.load(RunConfig, path)
     folder = path.resolve().parent
-    heldout = config.heldout and folder / config.heldout
-    return replace(config, heldout=heldout, runs=folder / config.runs)
+    return replace(
+        config,
+        heldout=config.heldout and folder / config.heldout,
+        pretrained=config.pretrained and folder / config.pretrained,
+        runs=folder / config.runs,
+    )
 
 
 def template() -> str:

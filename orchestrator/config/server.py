@@ -61,13 +61,14 @@ class ServerConfig:
         epochs, batch, lr, optimizer, weight_decay: of server training in each round.
         schedule: of the learning rate. "constant"; "cosine", from lr to 0 over all rounds and their
             epochs; "plateau", a tenth whenever held-out accuracy has not risen for `patience`
-            rounds (the reference code).
+            evaluations (the reference code).
         alpha, temperature: of the distillation term.
         torch_device: "auto" takes CUDA where there is one.
         precision: of convolutions and matrix products; "auto" is bfloat16 on CUDA, else float32.
         compile: let torch.compile make the large model; wants a C++ compiler, and on CUDA Triton.
-        eval_batch: images of one evaluation pass; on a CPU more than 64 are slower.
-        eval_every: weights are evaluated after each so many rounds, and after the last.
+        eval_batch: images of one evaluation pass; 0: 16 on a CPU, whose cache holds so many, and
+            1024 on a GPU.
+        eval_every: what is learnt is evaluated after each so many rounds, and after the last.
     """
 
     model: str = "resnet19"
@@ -83,11 +84,11 @@ class ServerConfig:
     torch_device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
-    eval_batch: int = 64
+    eval_batch: int = 0
     eval_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.eval_batch < 1 or self.eval_every < 1 or self.patience < 0:
-            raise ValueError("expected eval_batch >= 1, eval_every >= 1, patience >= 0")
+        if self.eval_batch < 0 or self.eval_every < 1 or self.patience < 0:
+            raise ValueError("expected eval_batch >= 0, eval_every >= 1, patience >= 0")
         if self.epochs < 1 or self.batch < 2 or self.lr <= 0 or self.temperature <= 0:
             raise ValueError("expected epochs >= 1, batch >= 2, lr > 0, temperature > 0")

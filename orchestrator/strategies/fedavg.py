@@ -22,7 +22,7 @@ from models.average import Average
 from models.units import Units
 from orchestrator import admit, distill
 from orchestrator.config import Recipe
-from orchestrator.strategies.strategy import Array, Metrics, State, Task, norm
+from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated, norm
 from wire import tensors
 from wire.messages import Birth, BlobRef, Order, Result
 
@@ -108,8 +108,7 @@ class FedAvg:
             sent = {result.device: result.sequence for result in results}
             notes = {"owed": {**state.notes.get("owed", {}), **sent}}
         after = State({f"global/{n}": a for n, a in done.items()}, notes)
-        due = round_ % config.server.eval_every == 0 or round_ == config.rounds
-        scores = {"server_accuracy": self._evaluate(done)} if due else {}
+        scores = {"server_accuracy": self._evaluate(done)} if evaluated(config, round_) else {}
         return after, {**scores, "devices": devices}
 
     def share(self, name: str, birth: Birth, round_: int) -> Share:

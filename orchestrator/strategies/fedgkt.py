@@ -31,7 +31,7 @@ from orchestrator.shards import Shard
 from orchestrator.strategies import extractors
 from orchestrator.strategies.fedavg import read_payload
 from orchestrator.strategies.local import admit_own_weights, device_model, evaluate_device
-from orchestrator.strategies.strategy import Array, Metrics, State, Task
+from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated
 from wire import codecs, tensors
 from wire.errors import AdmissionError, RunError
 from wire.messages import Birth, BlobRef, Order, Result
@@ -87,7 +87,9 @@ class FedGKT:
     def begin(self) -> State:
         """A fresh large model; the same seed gives the same."""
         torch.manual_seed(self.task.config.seed)
-        learnt = _under("server", distill.weights(self._server()))
+        server = self._server()
+        models.inherit(server, self.task.pretrained)
+        learnt = _under("server", distill.weights(server))
         if self.task.config.transfer.extractor == "shared":
             learnt |= _under("shared", extractors.part(self.task.initial))
         return State(learnt, {"shards": {}, "teachers": {}, "blobs": []})
@@ -202,10 +204,13 @@ class FedGKT:
             teachers[name] = {"ref": _plain(ref), "data_digest": own_data, "view": view}
             task.progress("teach", i + 1, len(names))
         after = State(_under("server", distill.weights(model)) | kept, {})
-        if len(task.heldout.y):
-            scores = self._evaluate(after, model, names)
-        else:
-            scores = self._evaluate_left_out(model, samples, names)
+        scores: Metrics = {}
+        if evaluated(task.config, round_):
+            scores = (
+                self._evaluate(after, model, names)
+                if len(task.heldout.y)
+                else self._evaluate_left_out(model, samples, names)
+            )
         notes = {
             "shards": held,
             "teachers": teachers,

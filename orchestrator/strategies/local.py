@@ -11,7 +11,7 @@ from torch import nn
 import models
 from orchestrator import admit, distill
 from orchestrator.strategies.fedavg import read_payload
-from orchestrator.strategies.strategy import Array, Metrics, State, Task, norm
+from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated, norm
 from wire.messages import Birth, Order, Result
 
 
@@ -42,16 +42,20 @@ class Local:
         self, state: State, round_: int, orders: Mapping[str, Order], results: Sequence[Result]
     ) -> tuple[State, Metrics]:
         """Evaluate each device's own classifier."""
-        del round_
         tensors, devices = dict(state.tensors), {}
         for i, result in enumerate(results):
             weights = read_payload(self.task, orders[result.device], result, "state")
             tensors |= {f"device/{result.device}/{n}": a for n, a in weights.items()}
-            right = evaluate_device(self.task, device_model(self.task, result.device, weights))
-            devices[result.device] = {"device_accuracy": right}
+            if evaluated(self.task.config, round_):
+                right = evaluate_device(self.task, device_model(self.task, result.device, weights))
+                devices[result.device] = {"device_accuracy": right}
             self.task.progress("evaluate", i + 1, len(results))
-        mean = float(np.mean([d["device_accuracy"] for d in devices.values()]))
-        return State(tensors, {}), {"device_accuracy": mean, "devices": devices}
+        scores: Metrics = {"devices": devices}
+        if devices:
+            scores["device_accuracy"] = float(
+                np.mean([device["device_accuracy"] for device in devices.values()])
+            )
+        return State(tensors, {}), scores
 
 
 def admit_own_weights(task: Task, order: Order, result: Result) -> None:

@@ -88,6 +88,7 @@ class Task:
         heldout: for evaluation.
         torch_device: where large tensors are computed.
         progress: (what, done, total), called now and then from long work.
+        pretrained: parameters and buffers of the model that all begin with; none: random weights.
     """
 
     config: RunConfig
@@ -100,6 +101,7 @@ class Task:
     torch_device: torch.device
     progress: Progress
     others: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
+    pretrained: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def initial_of(self, device: str) -> Mapping[str, Array]:
         """Parameters and buffers of a device's model before round 1."""
@@ -145,6 +147,11 @@ class Task:
             "seed": int.from_bytes(key[:6], "little"),
         }
         return Order(self.run, sequence, round_, **(shared | settings))
+
+
+def evaluated(config: RunConfig, round_: int) -> bool:
+    """Whether a round ends with an evaluation."""
+    return round_ % config.server.eval_every == 0 or round_ == config.rounds
 
 
 def norm(weights: Mapping[str, Array]) -> float:

@@ -12,13 +12,15 @@ from benchmarks.fedgkt.__main__ import deal, main
 from benchmarks.fedgkt.settings import BASE, GROUPS, Plan
 from wire.errors import SettingsError
 
-PLAN = Plan("digits", "digits", "iid", None, 3, 20, 40, "resnet10", 1, "float32", 1, 20, 0.05, 1)
+PLAN = Plan("digits", "digits", "iid", None, 3, 20, 40, "resnet10", 1, "float32", 1, 20, 0.05,
+            "constant", None, 1)  # fmt: skip
 
 
 def command(out, *more):
     return ["--data", "digits", "--preset", "cpu", "--precision", "float32", "--server-epochs", "1",
             "--devices", "3", "--per-device", "20", "--heldout-limit", "40", "--batch", "20",
-            "--rounds", "2", "--seeds", "1", "--out", str(out), *more]  # fmt: skip
+            "--epochs", "1", "--eval-every", "1", "--rounds", "2", "--seeds", "1",
+            "--out", str(out), *more]  # fmt: skip
 
 
 RAN = ("--settings", "resnet8 alone;fedavg resnet8;relu|q=1|zstd")
@@ -124,10 +126,17 @@ def test_what_says_the_same_as_the_base_run_is_the_base_run():
 @pytest.mark.parametrize("setting", [s for group in GROUPS.values() for s in group])
 def test_every_setting_is_a_run(setting, tmp_path):
     plan = Plan(**(vars(PLAN) | {"data": "cifar100"}))
+    if setting.start:
+        with pytest.raises(
+            SettingsError, match="begins with what 'centralized' ended with; run that"
+        ):
+            settings.run_config(setting, plan, seed=10, rounds=2, folder=tmp_path)
+        (tmp_path / "cifar100-centralized-10.json").write_text('{"rounds": 2}')
     config = settings.run_config(setting, plan, seed=10, rounds=2, folder=tmp_path)
     assert config.device.model in models.names()
     assert (config.device.model == "resnet8") != setting.whole
     assert config.cohort.min_devices == (setting.devices or 3)
+    assert config.pretrained == (tmp_path / "cifar100-centralized-10" if setting.start else None)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +144,7 @@ def test_every_setting_is_a_run(setting, tmp_path):
     [
         ([], (16, "resnet55", 20)),
         (["--split", "dirichlet"], (16, "resnet55", 10)),
-        (["--preset", "cpu", "--server-epochs", "2"], (8, "resnet10", 2)),
+        (["--preset", "cpu", "--server-epochs", "2"], (10, "resnet10", 2)),
     ],
 )
 def test_an_option_wins_over_the_preset(given, reached, tmp_path, capsys):

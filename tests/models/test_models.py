@@ -152,3 +152,36 @@ def test_a_frozen_extractor_stays_as_it_is():
     assert not any(n.startswith("extractor.") for n in moved)
     assert copied.blocks.training
     assert not copied.extractor.training
+
+
+@pytest.mark.parametrize("cut", ["resnet8", "resnet8-block1", "resnet8-block2"])
+def test_halves_begin_as_what_they_are_of_a_whole_network(cut):
+    torch.manual_seed(1)
+    whole, device = models.build("resnet20", classes=10), models.build(cut, classes=10)
+    server = models.build("resnet19", classes=10)
+    for module in whole.modules():  # a trained network's statistics are not 0 and 1
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+    weights = {n: t for n, t in whole.state_dict().items() if "num_batches" not in n}
+    blocks = sum(n.startswith(("rest.stages.0.", "rest.stages.1.")) for n in weights)
+    assert models.inherit(device, weights) == 5 + blocks
+    assert models.inherit(server, weights) == len(weights) - 5
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        h = whole.eval().extractor(x)
+        assert torch.equal(server.eval()(h), whole(x))
+        layers = torch.nn.Sequential(device.extractor, device.blocks).eval()
+        assert torch.equal(layers(x), whole.rest.stages[1](whole.rest.stages[0](h)))
+
+
+def test_what_does_not_fit_stays_as_it_is():
+    whole = models.build("resnet11", classes=10).state_dict()
+    other = models.build("resnet10", classes=7)
+    assert models.inherit(other, whole) == len(other.state_dict()) - 2  # fc
+    assert torch.equal(
+        other.state_dict()["stages.2.conv2.weight"], whole["rest.stages.2.conv2.weight"]
+    )
+    small = models.build("resnet4", classes=10)  # its blocks are no bottlenecks
+    assert models.inherit(small, whole) == len(small.extractor.state_dict())
+    assert models.inherit(models.build("allconv", classes=10), whole) == 0

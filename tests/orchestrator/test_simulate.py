@@ -518,3 +518,31 @@ def test_threads_are_held_for_pytorch_and_numpy():
         assert {pool["num_threads"] for pool in pools} == {torch.get_num_threads()} == {1}
     finally:
         simulate.hold_threads(before)
+
+
+def test_a_pretrained_run_is_where_both_halves_begin(gkt, digits):
+    gkt = replace(gkt, rounds=1)
+    whole = replace(gkt, name="whole", strategy="fedavg")
+    whole = replace(whole, device=replace(DEVICE, model="resnet11"))
+    simulate.run(whole, digits)
+    learnt = weights_of(whole)
+    taught = replace(gkt, pretrained=whole.folder)
+    device = distill.weights(prepare.fresh(taught))
+    for own, there in (("extractor.0.weight", "extractor.0.weight"),
+                       ("blocks.0.bn3.running_var", "rest.stages.0.bn3.running_var")):  # fmt: skip
+        assert np.array_equal(device[own], learnt[f"global/{there}"])
+    before = distill.weights(prepare.fresh(gkt))
+    assert np.array_equal(device["fc.weight"], before["fc.weight"])
+    simulate.run(taught, digits)
+    simulate.run(replace(taught, name="anew", pretrained=None), digits)
+    name = "server/stages.2.conv3.weight"
+    start = learnt["global/rest.stages.2.conv3.weight"]
+    after, anew = (weights_of(c)[name] for c in (taught, replace(gkt, name="anew")))
+    assert np.linalg.norm(after - start) < 0.5 * np.linalg.norm(anew - start)
+    with pytest.raises(RunError, match="started with pretrained"):
+        simulate.run(replace(taught, pretrained=None), digits)
+    with pytest.raises(RunError, match="has no global model; name a run of fedavg"):
+        simulate.run(replace(gkt, name="second", pretrained=taught.folder), digits)
+    alien = replace(whole, name="alien", device=replace(DEVICE, model="allconv"))
+    with pytest.raises(RunError, match="allconv has no layer in common with the model of"):
+        simulate.run(replace(alien, pretrained=whole.folder), digits)
