@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/orchestrator demo $(ARGS)
 
 test: lint mosquitto
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check $(PACKAGES)

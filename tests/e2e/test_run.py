@@ -140,6 +140,7 @@ def test_fedgkt_over_each_broker(processes, digits, any_broker):
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
 def test_fedavg_learns(processes, digits, any_broker):
     fleet = Fleet(
         processes,
