@@ -3,15 +3,26 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := benchmarks edge_agent models orchestrator tools wire tests
+# Of `make deb`: arm64 or amd64; 3.11 is Bookworm's Python, 3.13 Trixie's.
+ARCH ?= arm64
+TARGET_PYTHON ?= 3.11
+PACKAGES := benchmarks edge_agent hardware models orchestrator tools wire tests
 
-.PHONY: demo test lint format mosquitto clean
+.PHONY: demo test test-hardware deb lint format mosquitto clean
 
 demo: $(READY)
 	$(BIN)/orchestrator demo $(ARGS)
 
 test: lint mosquitto
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# Builds and emulates an arm64 system: wants root, and apt install mmdebstrap qemu-user-static
+# binfmt-support lintian.
+test-hardware: $(READY) mosquitto
+	$(BIN)/python -m pytest -m hardware tests/hardware $(ARGS)
+
+deb: $(READY)
+	$(BIN)/python -m hardware.deb --arch $(ARCH) --python $(TARGET_PYTHON)
 
 lint: $(READY)
 	$(BIN)/ruff check $(PACKAGES)

@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from edge_agent import __version__, data, meter, rounds
 from edge_agent.config import AgentConfig
 from edge_agent.journal import Journal
+from edge_agent.notify import Notifier
 from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Shelf, Supply
 from edge_agent.work import Desk, Outcome, perform
@@ -87,6 +88,7 @@ class Agent:
         self._stopping = threading.Event()
         self._reported = 0.0
         self._platform = meter.this_platform()
+        self._systemd = Notifier()
         self._session = 0
         self.link = Link(
             config.broker,
@@ -110,13 +112,16 @@ class Agent:
         if latest := self.journal.latest():
             order, result, receipted = latest
             self._apply(rounds.restored(order, result, receipted=receipted))
+        self._systemd.ready(f"{len(self.images.y)} images; looking for {self.config.broker.url}")
         self.link.start()
         try:
             while not self._stopping.is_set() and self.link.refused is None:
                 with contextlib.suppress(queue.Empty):
                     self._handle(self._events.get(timeout=TICK_S))
                 self._tick()
+                self._systemd.alive()
         finally:
+            self._systemd.stopping()
             self._cancel.set()
             if self._worker:
                 self._worker.join()
@@ -140,9 +145,11 @@ class Agent:
                 self._received(message, body)
             case Connected():
                 log.info("connected to %s as %s", self.config.broker.url, self.config.device)
+                self._systemd.status(f"connected to {self.config.broker.url}")
                 self._be_born()
             case Lost(reason):
                 log.warning("%s; trying again", reason)
+                self._systemd.status(f"{reason}; trying again")
             case Advanced(phase, done, total):
                 self._report(phase, done, total)
             case Ended(order, outcome):

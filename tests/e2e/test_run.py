@@ -101,7 +101,11 @@ class Fleet:
         """Wait for the end; the report."""
         process = self.processes.running["run"]
         self.processes.wait_for("end of the run", lambda: process.poll() is not None, 240.0)
-        assert process.returncode == 0, self.processes.log("run")
+        return self.report()
+
+    def report(self) -> dict:
+        """That of a run that has ended well."""
+        assert self.processes.running["run"].returncode == 0, self.processes.log("run")
         return json.loads((self.folder / "runs/run/report.json").read_text())
 
 

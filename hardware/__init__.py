@@ -1,0 +1,1 @@
+"""What puts Stillhouse on devices: a Debian package, images to flash, a broker's settings."""

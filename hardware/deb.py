@@ -1,0 +1,235 @@
+"""The edge agent as a Debian package: `python -m hardware.deb --arch arm64 --python 3.11`.
+
+The package has a Python environment of its own under /opt/stillhouse: a link to the system's
+interpreter, the agent, and the wheels of its dependencies for the target, in the versions of
+`constraints.txt`, as their makers built them. Nothing is compiled, here or on the device, so any
+machine with pip and dpkg-deb builds for all. A package is for one Python: 3.11 is that of Debian
+12 and Raspberry Pi OS Bookworm, 3.13 that of Debian 13 and Trixie, 3.12 that of Ubuntu 24.04.
+There is none for armhf: ONNX Runtime has no wheels for it.
+"""
+
+import argparse
+import gzip
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from email.utils import formatdate
+from importlib import metadata
+from pathlib import Path
+
+from edge_agent import __version__
+from wire.errors import StillhouseError
+
+ROOT = Path(__file__).parent.parent
+FILES = Path(__file__).parent / "package"
+NAME = "stillhouse-edge-agent"
+MAINTAINER = "Stillhouse <maintainers@stillhouse.example>"
+OURS = ("edge_agent", "wire")
+MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
+PYTHONS = ("3.11", "3.12", "3.13")
+# What the agent imports, and no more: ONNX Runtime asks for sympy and others for tools of its own.
+WHEELS = ("msgpack", "numpy", "onnxruntime", "paho-mqtt", "pillow", "safetensors", "threadpoolctl",
+          "zstandard")  # fmt: skip
+DEPENDS = ("adduser", "libc6 (>= 2.28)", "libstdc++6", "libgcc-s1")
+# Of no use to the agent: tests, stubs, headers, what builds and tests other packages, a second
+# copy of ONNX Runtime for C programs, and a second backend of zstandard.
+PRUNED = ("**/tests", "**/*.pyi", "numpy/_core/include", "numpy/_core/lib/*.a", "numpy/f2py",
+          "numpy/distutils", "numpy/testing/print_coercion_tables.py", "onnxruntime/transformers",
+          "onnxruntime/quantization", "onnxruntime/tools", "onnxruntime/datasets",
+          "onnxruntime/backend", "onnxruntime/capi/libonnxruntime.so.*", "zstandard/_cffi.*",
+          "zstandard/backend_cffi.py", "bin")  # fmt: skip
+
+
+class PackageError(StillhouseError):
+    """The package cannot be built."""
+
+
+def build(architecture: str, python: str, out: Path) -> Path:
+    """Build the package; returns its path.
+
+    Args:
+        architecture: "arm64" or "amd64".
+        python: the target's version, "3.11".
+        out: folder that the .deb goes to.
+
+    Raises:
+        PackageError: a wheel is missing for the target, or a tool fails; the message holds its
+            last words.
+    """
+    if shutil.which("dpkg-deb") is None:
+        raise PackageError("dpkg-deb is missing: sudo apt install dpkg")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="stillhouse-deb-") as scratch:
+        tree = Path(scratch) / "tree"
+        site = tree / f"opt/stillhouse/lib/python{python}/site-packages"
+        _install_wheels(site, architecture, python)
+        for package in OURS:
+            shutil.copytree(
+                ROOT / package, site / package, ignore=shutil.ignore_patterns("__pycache__")
+            )
+        _environment(tree / "opt/stillhouse", python)
+        _put(tree / f"usr/lib/systemd/system/{NAME}.service", FILES / f"{NAME}.service")
+        _put(tree / f"usr/share/lintian/overrides/{NAME}", FILES / "lintian-overrides")
+        _compressed(
+            tree / "usr/share/man/man1/edge-agent.1.gz", (FILES / "edge-agent.1").read_bytes()
+        )
+        _documents(tree / f"usr/share/doc/{NAME}", _version(python))
+        _link(tree / "usr/bin/edge-agent", "/opt/stillhouse/bin/edge-agent")
+        (tree / "etc/stillhouse").mkdir(parents=True)
+        _control(tree, architecture, python)
+        return _pack(tree, out / f"{NAME}_{_version(python)}_{architecture}.deb")
+
+
+def _version(python: str) -> str:
+    """A package for another Python is another version, so that each upgrades its own."""
+    return f"{__version__}+py{python.replace('.', '')}"
+
+
+def _install_wheels(site: Path, architecture: str, python: str) -> None:
+    machine = MACHINES[architecture]
+    pinned = _pinned(WHEELS)
+    platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(36, 16, -1)]
+    platforms += [f"manylinux2014_{machine}"]
+    _run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+            *("--no-deps", "--only-binary=:all:", "--no-compile", "--target", str(site)),
+            *("--implementation", "cp", "--python-version", python),
+            *("--abi", f"cp{python.replace('.', '')}", "--abi", "abi3", "--abi", "none"),
+            *(argument for platform in platforms for argument in ("--platform", platform)),
+            *pinned,
+        ],
+        f"wheels for {architecture} and Python {python}",
+    )
+    for pattern in PRUNED:
+        for path in sorted(site.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _pinned(names: Sequence[str]) -> list[str]:
+    """Names with the versions of `constraints.txt`, or those that are installed here."""
+    listed = dict(re.findall(r"(?m)^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text()))
+    known = {_plain(name): version for name, version in listed.items()}
+    return [f"{name}=={known.get(_plain(name)) or metadata.version(name)}" for name in names]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _environment(prefix: Path, python: str) -> None:
+    """A virtual environment, as `python -m venv` makes one on the target."""
+    (prefix / "pyvenv.cfg").write_text(
+        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {python}\n"
+    )
+    _link(prefix / "bin/python3", f"/usr/bin/python{python}")
+    _put(prefix / "bin/edge-agent", FILES / "edge-agent", mode=0o755)
+
+
+def _documents(folder: Path, version: str) -> None:
+    for name in ("README.md", "copyright"):
+        _put(folder / name, FILES / name)
+    when = formatdate(int(_epoch()))
+    entry = f"  * Version {version} of the project; its CHANGELOG.md says what is new."
+    log = f"{NAME} ({version}) stable; urgency=medium\n\n{entry}\n\n -- {MAINTAINER}  {when}\n"
+    _compressed(folder / "changelog.gz", log.encode())
+
+
+def _control(tree: Path, architecture: str, python: str) -> None:
+    folder = tree / "DEBIAN"
+    folder.mkdir()
+    size = sum(path.lstat().st_size for path in tree.rglob("*") if path.is_file())
+    fields = {
+        "Package": NAME,
+        "Version": _version(python),
+        "Architecture": architecture,
+        "Maintainer": MAINTAINER,
+        "Installed-Size": str(-(-size // 1024)),
+        "Depends": ", ".join([f"python{python}", *DEPENDS]),
+        "Section": "science",
+        "Priority": "optional",
+        "Homepage": "https://stillhouse.example",
+        "Description": "federated learning on small devices, the device's side\n"
+        " Trains a small network on images that stay on this device, by plain ONNX\n"
+        " Runtime, and exchanges what it has learnt with an orchestrator over MQTT.",
+    }
+    (folder / "control").write_text("".join(f"{key}: {value}\n" for key, value in fields.items()))
+    for script in ("postinst", "prerm", "postrm"):
+        _put(folder / script, FILES / script, mode=0o755)
+    listed = [path for path in sorted(tree.rglob("*")) if path.is_file() and not path.is_symlink()]
+    own = [path for path in listed if folder not in path.parents]
+    sums = _run(["md5sum", *(str(path.relative_to(tree)) for path in own)], "md5sum", folder=tree)
+    (folder / "md5sums").write_text(sums)
+
+
+def _pack(tree: Path, path: Path) -> Path:
+    for each in tree.rglob("*"):
+        if not each.is_symlink():
+            mode = each.stat().st_mode
+            each.chmod(0o755 if each.is_dir() or mode & 0o100 else 0o644)
+    for library in tree.rglob("*.so*"):
+        library.chmod(0o644)
+    partial = path.with_name(path.name + ".new")
+    _run(["dpkg-deb", "--root-owner-group", "-Zxz", "--build", str(tree), str(partial)], "dpkg-deb")
+    partial.replace(path)
+    return path
+
+
+def _put(path: Path, source: Path, mode: int = 0o644) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+    path.chmod(mode)
+
+
+def _compressed(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content, mtime=0))
+
+
+def _link(path: Path, target: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
+    """Standard output of a command; PackageError with its last words where it fails."""
+    # dpkg-deb holds times in the archive to this, so that one source gives one package.
+    environment = {"SOURCE_DATE_EPOCH": _epoch()} | os.environ
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise PackageError(f"{what}: {command[0]} failed: {done.stderr.strip()[-800:]}")
+    return done.stdout
+
+
+def _epoch() -> str:
+    """The time of the last commit, or of this file."""
+    done = subprocess.run(
+        ["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or str(int(Path(__file__).stat().st_mtime))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build; 0, or 2 with one line on what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m hardware.deb", description=__doc__)
+    parser.add_argument("--arch", choices=tuple(MACHINES), default="arm64")
+    parser.add_argument("--python", choices=PYTHONS, default="3.11", help="of the target")
+    parser.add_argument("--out", type=Path, default=Path("dist"))
+    chosen = parser.parse_args(arguments)
+    try:
+        path = build(chosen.arch, chosen.python, chosen.out)
+    except StillhouseError as fault:
+        print(f"deb: {fault}", file=sys.stderr)
+        return 2
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
