@@ -35,12 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="join the fleet and work until stopped")
     run.add_argument("--config", type=Path, required=True, help="agent.toml")
     run.add_argument("--verbose", action="store_true", help="say more")
+    doctor = commands.add_parser("doctor", help="look for what keeps this device from taking part")
+    doctor.add_argument("--config", type=Path, default=Path("/etc/stillhouse/agent.toml"))
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"))
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "init":
             return _init(chosen.file)
+        if chosen.command == "doctor":
+            from edge_agent import doctor as doctoring
+
+            return doctoring.report(chosen.config)
         return _run(chosen.config, verbose=chosen.verbose)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)

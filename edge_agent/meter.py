@@ -59,13 +59,17 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def model() -> str:
+    """What the machine calls itself."""
+    with suppress(OSError):  # Raspberry Pi and Jetson boards name themselves here
+        return Path("/proc/device-tree/model").read_text().strip("\0\n ")
+    return platform.node()
+
+
 def this_platform() -> Platform:
     """The machine this runs on."""
-    model = ""
-    with suppress(OSError):  # Raspberry Pi and Jetson boards name themselves here
-        model = Path("/proc/device-tree/model").read_text().strip("\0\n ")
     return Platform(
-        model=model or platform.node(),
+        model=model(),
         machine=platform.machine(),
         cores=os.cpu_count() or 1,
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -1,0 +1,172 @@
+"""What the doctor finds, on a device that is well and on one that is not."""
+
+import shutil
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from edge_agent import doctor
+from edge_agent.main import main
+
+PI4 = "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\n"
+PI5 = "processor\t: 0\nFeatures\t: fp asimd evtstrm aes crc32 atomics fphp asimdhp asimddp\n"
+X86 = "flags\t\t: fpu sse sse2 avx avx2 fma avx512f\n"
+ARMV6 = "Features\t: half thumb fastmult vfp edsp java tls\n"
+
+
+def configure(folder, url="mqtt://127.0.0.1:9", more="", **settings):
+    np.savez(folder / "images.npz", x=np.zeros((4, 8, 8, 3), np.uint8), y=np.array([0, 1, 0, 2]))
+    given = {"data": '"images.npz"', "state": '"state"', "image": "[3, 8, 8]", **settings}
+    text = 'device = "pi"\nfleet = "home"\n' + "".join(f"{k} = {v}\n" for k, v in given.items())
+    path = folder / "agent.toml"
+    path.write_text(f'{text}[broker]\nurl = "{url}"\n{more}')
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(doctor, "REACH_S", 1.0)
+
+
+@pytest.fixture
+def one_wheel(monkeypatch):
+    monkeypatch.setattr(doctor, "WHEELS", ("msgpack",))
+
+
+def bad(path, **more):
+    return [f for f in doctor.examine(path, **more) if f.level == "bad"]
+
+
+def test_a_device_that_is_well_is_said_to_be(tmp_path, any_broker, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "REACH_S", 10.0)
+    path = configure(tmp_path, any_broker.url)
+    assert main(["doctor", "--config", str(path)]) == 0
+    told = capsys.readouterr().out
+    takes = f"broker {any_broker.url} takes this device"
+    for text in ("OK   Python 3.", "OK   onnxruntime 1.", "OK   paho", "device pi of fleet home",
+                 "4 images of 3 classes", takes):  # fmt: skip
+        assert text in told
+    assert "BAD" not in told
+
+
+@pytest.mark.usefixtures("one_wheel")
+def test_each_finding_has_its_remedy_and_the_rest_is_looked_at(tmp_path, capsys):
+    (tmp_path / "state").write_text("a file where the folder should be")
+    path = configure(tmp_path, data='"nowhere"')
+    assert main(["doctor", "--config", str(path)]) == 1
+    told = capsys.readouterr().out
+    for text in ("state cannot be written", "let `state` name its folder",
+                 "nowhere: expected an .npz file or a folder", "say what to train on",
+                 "broker mqtt://127.0.0.1:9 cannot be reached", "nc -vz 127.0.0.1 9"):  # fmt: skip
+        assert text in told
+    assert told.count("BAD") == told.count("->") - told.count("WARN") == 3
+
+
+@pytest.mark.usefixtures("one_wheel")
+def test_settings_that_cannot_be_read_end_it(tmp_path):
+    (finding,) = bad(tmp_path / "agent.toml")
+    assert "agent.toml: cannot be read" in finding.what
+
+
+@pytest.mark.usefixtures("one_wheel")
+def test_a_silent_port_is_not_waited_for_longer_than_it_says(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        began = time.monotonic()
+        (finding,) = bad(configure(tmp_path, f"mqtt://127.0.0.1:{port}"))
+    assert "does not answer in 1 s" in finding.what
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "level", "text"),
+    [
+        (PI4, "ok", "processor has asimd"),
+        (PI5, "ok", "processor has asimd, asimddp, asimdhp"),
+        (X86, "ok", "processor has avx, avx2, avx512f, fma"),
+        (ARMV6, "warn", "without vector instructions"),
+        (None, "warn", "not told here"),
+    ],
+)
+def test_processors_are_told_by_what_they_can(cpuinfo, level, text, tmp_path):
+    (tmp_path / "proc").mkdir()
+    if cpuinfo:
+        (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    (finding,) = doctor._processor(tmp_path)
+    assert finding.level == level
+    assert text in finding.what
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("kill -ILL $$", "msgpack was built for another processor"),
+        ("echo 'ImportError: libstdc++.so.6' >&2; exit 1", "imported: ImportError: libstdc++.so.6"),
+    ],
+)
+@pytest.mark.usefixtures("one_wheel")
+def test_a_wheel_that_does_not_fit_is_named(script, text, tmp_path, monkeypatch):
+    python = tmp_path / "python3"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(doctor.sys, "executable", str(python))
+    (finding,) = doctor._wheels()
+    assert finding.level == "bad"
+    assert text in finding.what
+
+
+def test_a_clock_that_is_behind_or_alone_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    assert "nothing is seen that keeps it right" in doctor._clock(tmp_path).what
+    (tmp_path / "run/systemd/timesync").mkdir()
+    (tmp_path / "run/systemd/timesync/synchronized").touch()
+    assert doctor._clock(tmp_path).level == "ok"
+    monkeypatch.setattr(doctor.time, "time", lambda: 3600.0)
+    finding = doctor._clock(tmp_path)
+    assert finding.level == "bad"
+    assert "the clock says 1970-01-01" in finding.what
+
+
+@pytest.mark.parametrize(("free", "level"), [(100_000, "warn"), (4_000_000, "ok")])
+def test_free_memory_is_told(free, level, tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 8000000 kB\nMemAvailable: {free} kB\n")
+    assert doctor._memory(tmp_path).level == level
+
+
+@pytest.mark.parametrize(
+    ("days", "level", "text"),
+    [(-1, "bad", ", not on "), (5, "warn", "is good from "), (400, "ok", "is good from ")],
+)
+@pytest.mark.usefixtures("one_wheel")
+def test_dates_of_certificates_are_read(days, level, text, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    pem = tmp_path / "ca.pem"
+    make = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out {pem} -subj /CN=x -days 500"
+    subprocess.run(make.split(), cwd=tmp_path, check=True, capture_output=True)
+    path = configure(tmp_path, "mqtts://127.0.0.1:9", more=f'ca_file = "{pem}"\n')
+    chosen = doctor.config.load(path)
+    end = time.time() + 500 * 24 * 3600
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor.time, "time", lambda: end - days * 24 * 3600)
+        (finding,) = doctor._certificates(chosen)
+    assert finding.level == level
+    assert text in finding.what
+    pem.write_text("nothing")
+    (finding,) = doctor._certificates(chosen)
+    assert "is no certificate" in finding.what
+
+
+@pytest.mark.usefixtures("one_wheel")
+def test_a_password_that_all_can_read_is_warned_of(tmp_path):
+    path = configure(tmp_path, more='username = "pi"\npassword = "secret"\n')
+    path.chmod(0o644)
+    warned = [f.what for f in doctor.examine(path) if f.level == "warn"]
+    assert any("anyone here can read its password" in what for what in warned)
+    path.chmod(0o640)
+    warned = [f.what for f in doctor.examine(path) if f.level == "warn"]
+    assert not any("password" in what for what in warned)
