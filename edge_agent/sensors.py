@@ -1,0 +1,202 @@
+"""What boards tell of their power, heat and clocks; a sensor that is missing is None.
+
+    Raspberry Pi 5   `vcgencmd pmic_read_adc`: volts and amperes of each rail of its power chip. The
+                     5 V that USB devices and hats draw are not among them.
+    Jetson           INA3221 monitors under hwmon, by the labels of their rails; VDD_IN is the board
+    x86              RAPL: a counter of microjoules for each processor package.
+
+A Raspberry Pi 4 and older ones measure no power.
+"""
+
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+EVERY_S = 0.1
+BOARD_RAILS = ("VDD_IN", "POM_5V_IN", "VDD_GPU_SOC+VDD_CPU_CV+VIN_SYS_5V0")
+# Bits of get_throttled that hold now, and since boot (the same, 16 higher).
+THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
+
+Run = Callable[[str], str]
+
+
+class Power(Protocol):
+    """Where joules come from: a name, and what has been used since some fixed moment."""
+
+    name: str
+
+    def joules(self) -> float:
+        """Energy so far; its differences are what counts. Call it at least ten times a second."""
+
+
+class Rapl:
+    """Counters of an x86 processor's packages, which begin anew at their `max_energy_range_uj`."""
+
+    name = "RAPL"
+
+    def __init__(self, packages: list[Path]) -> None:
+        self._packages = packages
+        self._range = [int((p / "max_energy_range_uj").read_text()) for p in packages]
+        self._last = self._read()
+        self._total = 0
+
+    def joules(self) -> float:
+        """Energy of all packages since this was made."""
+        now = self._read()
+        for new, old, most in zip(now, self._last, self._range, strict=True):
+            self._total += new - old if new >= old else new - old + most
+        self._last = now
+        return self._total / 1e6
+
+    def _read(self) -> list[int]:
+        return [int((package / "energy_uj").read_text()) for package in self._packages]
+
+
+class Integral:
+    """Joules of a board that tells watts: the trapezoids between two readings."""
+
+    def __init__(
+        self, name: str, watts: Callable[[], float], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name, self._watts, self._clock = name, watts, clock
+        self._at, self._last, self._total = clock(), watts(), 0.0
+
+    def joules(self) -> float:
+        """Energy since this was made."""
+        now, watts = self._clock(), self._watts()
+        self._total += (now - self._at) * (watts + self._last) / 2
+        self._at, self._last = now, watts
+        return self._total
+
+
+def power(root: Path = Path("/"), run: Run | None = None) -> Power | None:
+    """What measures this machine's power; None where nothing does.
+
+    Args:
+        root: where /sys is looked for.
+        run: runs a command line and returns what it prints; raises OSError where it cannot.
+    """
+    run = run or _run
+    with suppress(OSError, ValueError):
+        packages = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]"))
+        if packages:
+            return Rapl(packages)
+    for folder in sorted((root / "sys/class/hwmon").glob("hwmon*")):
+        with suppress(OSError, ValueError):
+            if (folder / "name").read_text().strip() == "ina3221":
+                rail = _board_rail(folder)
+                return Integral(f"INA3221 {rail.label}", rail.watts)
+    with suppress(OSError, ValueError):
+        watts(run("vcgencmd pmic_read_adc"))
+        return Integral("PMIC", lambda: watts(run("vcgencmd pmic_read_adc")))
+    return None
+
+
+@dataclass(frozen=True)
+class _Rail:
+    label: str
+    volts: Path
+    amperes: Path
+
+    def watts(self) -> float:
+        return int(self.volts.read_text()) * int(self.amperes.read_text()) / 1e6
+
+
+def _board_rail(folder: Path) -> _Rail:
+    """The rail that feeds the whole board.
+
+    Raises:
+        ValueError: none of the labels is one.
+    """
+    for path in sorted(folder.glob("in*_label")):
+        label, number = path.read_text().strip(), path.name[2:].removesuffix("_label")
+        if label in BOARD_RAILS:
+            return _Rail(label, folder / f"in{number}_input", folder / f"curr{number}_input")
+    raise ValueError(f"{folder}: no rail of the whole board")
+
+
+def watts(told: str) -> float:
+    """The sum over all rails of what `vcgencmd pmic_read_adc` printed.
+
+    Raises:
+        ValueError: there is no rail of which both volts and amperes are told.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for rail, kind, value in re.findall(r"(\w+)_[AV] (current|volt)\(\d+\)=([\d.]+)[AV]", told):
+        found.setdefault(rail, {})[kind] = float(value)
+    both = [rail["current"] * rail["volt"] for rail in found.values() if len(rail) == 2]
+    if not both:
+        raise ValueError("vcgencmd pmic_read_adc tells of no rail")
+    return sum(both)
+
+
+def throttling(root: Path = Path("/"), run: Run | None = None) -> tuple[str, ...]:
+    """What holds the processor back now, in words; empty where nothing does, or nothing is told."""
+    found = []
+    with suppress(OSError, ValueError):
+        bits = int((run or _run)("vcgencmd get_throttled").partition("=")[2], 16)
+        found += [name for bit, name in THROTTLED.items() if bits >> bit & 1]
+    for zone in sorted((root / "sys/class/thermal").glob("cooling_device*")):
+        with suppress(OSError, ValueError):
+            kind = (zone / "type").read_text().strip()
+            if "fan" not in kind.lower() and int((zone / "cur_state").read_text()) > 0:
+                found.append(f"cooling by {kind}")
+    return tuple(found)
+
+
+def celsius(root: Path = Path("/")) -> dict[str, float]:
+    """The temperature of each thermal zone, by its type."""
+    found = {}
+    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
+        with suppress(OSError, ValueError):
+            found[(zone / "type").read_text().strip()] = int((zone / "temp").read_text()) / 1e3
+    return found
+
+
+class Watch:
+    """Reads a power sensor in the background while a block runs: `joules` and `seconds` of it."""
+
+    def __init__(self, sensor: Power | None) -> None:
+        self.joules: float | None = None
+        self.seconds = 0.0
+        self._sensor, self._done = sensor, threading.Event()
+        self._thread = threading.Thread(target=self._read, name="power", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        self._before = self._sensor.joules() if self._sensor else 0.0
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._done.set()
+        self._thread.join()
+        self.seconds = time.monotonic() - self._began
+        if self._sensor:
+            self.joules = self._sensor.joules() - self._before
+
+    def _read(self) -> None:
+        while self._sensor and not self._done.wait(EVERY_S):
+            self._sensor.joules()
+
+
+def _run(line: str) -> str:
+    """What a command prints.
+
+    Raises:
+        OSError: it is not there, or fails.
+    """
+    done = subprocess.run(line.split(), capture_output=True, text=True, check=False, timeout=10)
+    if done.returncode:
+        raise OSError(f"{line}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
