@@ -1,6 +1,7 @@
 """The command `edge-agent`."""
 
 import argparse
+import json
 import logging
 import signal
 import sys
@@ -37,12 +38,19 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--verbose", action="store_true", help="say more")
     doctor = commands.add_parser("doctor", help="look for what keeps this device from taking part")
     doctor.add_argument("--config", type=Path, default=Path("/etc/stillhouse/agent.toml"))
+    measure = commands.add_parser("measure", help="what a training artifact costs on this device")
+    measure.add_argument("--artifact", type=Path, required=True, help="folder of the artifact")
+    measure.add_argument("--json", type=Path, help="write all figures there")
+    measure.add_argument("--threads", type=int, default=0, help="0 takes all cores")
+    measure.add_argument("--steps", type=int, default=20, help="that are timed")
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"))
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "init":
             return _init(chosen.file)
+        if chosen.command == "measure":
+            return _measure(chosen)
         if chosen.command == "doctor":
             from edge_agent import doctor as doctoring
 
@@ -65,9 +73,23 @@ def _init(path: Path) -> int:
     return 0
 
 
-def _run(path: Path, *, verbose: bool) -> int:
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+def _measure(chosen: argparse.Namespace) -> int:
+    from edge_agent import measure as measuring
+    from wire.artifact import open_artifact
 
+    if chosen.threads < 0 or chosen.steps < 1:
+        print("edge-agent: expected --threads of 0 or more, --steps of 1 or more", file=sys.stderr)
+        return 2
+    artifact = open_artifact(chosen.artifact)
+    _hold_threads(chosen.threads)
+    report = measuring.measure(artifact, threads=chosen.threads, steps=chosen.steps)
+    print(measuring.text(report))
+    if chosen.json:
+        chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _run(path: Path, *, verbose: bool) -> int:
     from edge_agent.agent import serve
 
     logging.basicConfig(
@@ -80,10 +102,17 @@ def _run(path: Path, *, verbose: bool) -> int:
         signal.signal(signal.SIGINT, lambda _number, _frame: stop())
 
     chosen = config.load(path)
-    if chosen.threads:
-        threadpool_limits(chosen.threads, user_api="blas")
+    _hold_threads(chosen.threads)
     serve(chosen, install)
     return 0
+
+
+def _hold_threads(number: int) -> None:
+    """Let numpy's matrix products take so many threads; 0 leaves them all."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    if number:
+        threadpool_limits(number, user_api="blas")
 
 
 if __name__ == "__main__":

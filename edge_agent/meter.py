@@ -29,6 +29,15 @@ def resident_bytes(field: str = "VmRSS") -> int:
     return 0
 
 
+def proportional_bytes() -> int:
+    """Resident memory with shared pages counted by share (PSS); 0 where the kernel tells none."""
+    with suppress(OSError):
+        for line in (_PROC / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 class Meter:
     """Metrics of one order: `<phase>_s` and `<phase>_peak_bytes` for each phase."""
 

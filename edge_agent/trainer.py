@@ -8,6 +8,7 @@ pipeline straight into the bound input buffers.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ class TrainStep:
         threads: of one operator; 0 takes all cores.
         flush_denormals: take numbers under 1.2e-38 for 0. The first session of a process decides
             it for the thread that makes it, whatever else that thread computes.
+        profile: where ONNX Runtime writes the time of each node, FILE and a time stamp, at
+            `end_profile`; None writes nothing.
 
     Attributes:
         inputs: the bound buffers to write before a step: `x` (B, *input) float32, `y` (B,) int64,
@@ -52,11 +55,14 @@ class TrainStep:
         *,
         threads: int,
         flush_denormals: bool = True,
+        profile: Path | None = None,
     ) -> None:
         manifest = artifact.manifest
         _check_state(manifest.state, state)
         graph = manifest.graphs["train"]
-        self._session = _session(artifact, graph, threads, flush_denormals=flush_denormals)
+        self._session = _session(
+            artifact, graph, threads, flush_denormals=flush_denormals, profile=profile
+        )
         self._manifest = manifest
         # What a proximal term pulls toward is where this training begins.
         sources = [spec.name.removeprefix(ANCHOR) for spec in manifest.state]
@@ -115,6 +121,10 @@ class TrainStep:
             self._current = 1 - self._current
         self.loss[...], self.correct[...] = self._metrics.sum(axis=0)
 
+    def end_profile(self) -> Path:
+        """Write the profile; where it lies."""
+        return Path(self._session.end_profiling())
+
     @property
     def state(self) -> State:
         """The state now: views that later steps overwrite."""
@@ -163,9 +173,17 @@ class Inference:
 
 
 def _session(
-    artifact: Artifact, graph: Graph, threads: int, *, flush_denormals: bool
+    artifact: Artifact,
+    graph: Graph,
+    threads: int,
+    *,
+    flush_denormals: bool,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

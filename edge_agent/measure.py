@@ -1,0 +1,280 @@
+"""`edge-agent measure`: what a training artifact costs on this very device.
+
+    machine     peak GFLOP/s of a float32 matrix product by numpy, and memory bandwidth of a copy
+    step        milliseconds of a training step, images a second
+    layers      FLOPs and bytes that the exporter counted, joined by node with the times of ONNX
+                Runtime's own profile: achieved GFLOP/s and GB/s, as shares of the machine's
+    memory      resident bytes before, after loading, and peaks (VmHWM) of training, extraction and
+                evaluation, beside what the exporter foretold
+    energy      joules a sample, where the board measures them; and whether it was held back
+
+Inputs are random numbers, since no cost depends on them; nothing here learns. FLOPs are 2 x MAC of
+convolutions and matrix products. Times of nodes come from runs of their own: a profile costs time.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from edge_agent import __version__, meter, sensors
+from wire import records
+from wire.artifact import Artifact
+from wire.costs import PHASES, Phase
+from wire.manifest import Graph
+
+FORMAT = "stillhouse-measure/1"
+WARM, PROFILED = 3, 5
+GEMM, COPIED = 768, 1 << 26  # rows of the matrices; bytes of the array
+
+
+def measure(artifact: Artifact, *, threads: int, steps: int) -> dict[str, Any]:
+    """Measure an artifact; see the module's text.
+
+    Args:
+        artifact: opened and verified.
+        threads: of ONNX Runtime and numpy; 0 takes all cores.
+        steps: that are timed, after a few that are not.
+
+    Returns:
+        What `docs/measure.md` describes, ready for JSON. "valid" is False where what held the
+        processor back was another thing after the run than before it.
+    """
+    before, sensor = sensors.throttling(), sensors.power()
+    cool = sensors.celsius()
+    manifest = artifact.manifest
+    train = manifest.graphs["train"]
+    report: dict[str, Any] = {
+        "format": FORMAT,
+        "agent": __version__,
+        "platform": records.plain(meter.this_platform()),
+        "threads": threads,
+        "artifact": {
+            "digest": artifact.digest,
+            "model": records.plain(manifest.model),
+            "task": manifest.task,
+            "batch": manifest.batch,
+            "micro_batches": manifest.micro_batches,
+            "parameters": sum(spec.size for spec in manifest.state_of("parameter")),
+            "step_flops": train.flops * manifest.micro_batches,
+            "activation_bytes": sum(layer.activation_bytes for layer in train.layers),
+        },
+    }
+    memory = {"idle_bytes": meter.resident_bytes()}
+    state = load_file(artifact.weights)
+    counts = meter.Meter()
+    with counts.phase("load"):
+        step = _step(artifact, state, threads)
+    memory |= {"loaded_bytes": meter.resident_bytes()}
+    with counts.phase("train"):
+        for _ in range(WARM):
+            step()
+        times = []
+        with sensors.Watch(sensor) as watch:
+            for _ in range(steps):
+                began = time.perf_counter()
+                step()
+                times.append(time.perf_counter() - began)
+        memory["pss_bytes"] = meter.proportional_bytes()
+    del step
+    meter.give_back()
+    for kind in ("extract", "eval"):
+        if kind in manifest.graphs:
+            with counts.phase(kind):
+                _passes(artifact, kind, state, threads)
+            meter.give_back()
+    for phase in ("train", "extract", "eval"):
+        if f"{phase}_peak_bytes" in counts.metrics:
+            memory[f"{phase}_peak_bytes"] = int(counts.metrics[f"{phase}_peak_bytes"])
+    memory["foretold_bytes"] = manifest.memory.process
+    median = statistics.median(times)
+    report["memory"] = memory
+    report["step"] = {
+        "timed": steps,
+        "median_s": median,
+        "quartiles_s": statistics.quantiles(times, n=4) if steps > 1 else [median] * 3,
+        "images_per_s": manifest.batch / median,
+        "gflops": train.flops * manifest.micro_batches / median / 1e9,
+    }
+    report["machine"] = {"gemm_gflops": _gemm(), "copy_gbytes": _copy()}
+    report["layers"] = _layers(train, _node_times(artifact, state, threads))
+    joules = None if watch.joules is None else watch.joules / (steps * manifest.batch)
+    after = sensors.throttling()
+    report["energy"] = {
+        "sensor": sensor.name if sensor else None,
+        "joules_per_sample": joules,
+        "watts": None if watch.joules is None else watch.joules / watch.seconds,
+    }
+    report["heat"] = {
+        "celsius_before": cool,
+        "celsius_after": sensors.celsius(),
+        "held_back_before": before,
+        "held_back_after": after,
+    }
+    report["valid"] = before == after
+    return report
+
+
+def _step(
+    artifact: Artifact, state: Mapping[str, NDArray[Any]], threads: int, profile: Path | None = None
+) -> Any:
+    from edge_agent.trainer import TrainStep
+
+    step = TrainStep(artifact, state, threads=threads, profile=profile)
+    rng, classes = np.random.default_rng(0), artifact.manifest.model.classes
+    for name, array in step.inputs.items():
+        if name in ("x", "teacher"):
+            array[...] = rng.standard_normal(array.shape, np.float32)
+    step.inputs["y"][...] = rng.integers(classes, size=step.inputs["y"].shape)
+    # A rate so small that random labels do not let the weights run away.
+    for name, value in (("lr", 1e-6), ("alpha", 1.0), ("temperature", 3.0)):
+        if name in step.inputs:
+            step.inputs[name][...] = value
+    return step
+
+
+def _passes(artifact: Artifact, kind: str, state: Mapping[str, NDArray[Any]], threads: int) -> None:
+    from edge_agent.trainer import Inference
+
+    run = Inference(artifact, kind, state, threads=threads)
+    run.x[...] = np.random.default_rng(0).standard_normal(run.x.shape, np.float32)
+    for _ in range(WARM):
+        run()
+
+
+def _node_times(
+    artifact: Artifact, state: Mapping[str, NDArray[Any]], threads: int
+) -> dict[int, float]:
+    """Median seconds of each node of the training graph, by its number."""
+    with tempfile.TemporaryDirectory(prefix="stillhouse-profile-") as folder:
+        step = _step(artifact, state, threads, Path(folder) / "profile")
+        for _ in range(WARM + PROFILED):
+            step()
+        events = json.loads(step.end_profile().read_text())
+    times = defaultdict(list)
+    for event in events:
+        name = event.get("name", "")
+        if event.get("cat") == "Node" and name.endswith("_kernel_time") and name[0] == "n":
+            number = name[1:].removesuffix("_kernel_time")
+            if number.isdigit():
+                times[int(number)].append(event["dur"] / 1e6)
+    skipped = WARM * artifact.manifest.micro_batches
+    return {number: statistics.median(each[skipped:] or each) for number, each in times.items()}
+
+
+def _layers(graph: Graph, times: Mapping[int, float]) -> list[dict[str, Any]]:
+    """The exporter's table of layers with the seconds of their nodes; one row a layer and phase."""
+    seconds = [0.0] * len(graph.layers)
+    for number, row in enumerate(graph.nodes.row):
+        seconds[row] += times.get(number, 0.0)
+    return [
+        {
+            "name": layer.name,
+            "phase": layer.phase,
+            "flops": layer.flops,
+            "bytes": layer.bytes,
+            "activation_bytes": layer.activation_bytes,
+            "seconds": own,
+        }
+        for layer, own in zip(graph.layers, seconds, strict=True)
+    ]
+
+
+def _gemm() -> float:
+    """GFLOP/s of numpy's float32 matrix product, the best of several."""
+    a, b = np.ones((GEMM, GEMM), np.float32), np.ones((GEMM, GEMM), np.float32)
+    out = np.empty_like(a)
+    return 2e-9 * GEMM**3 / _best(lambda: np.matmul(a, b, out=out))
+
+
+def _copy() -> float:
+    """GB/s read and written by a copy that no cache holds, the best of several."""
+    source = np.ones(COPIED // 4, np.float32)
+    target = np.empty_like(source)
+    return 2e-9 * COPIED / _best(lambda: np.copyto(target, source))
+
+
+def _best(work: Callable[[], object], times: int = 7) -> float:
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """The report for people: what it is of, the layers that take longest, memory, energy."""
+    made, step, machine = report["artifact"], report["step"], report["machine"]
+    memory, energy, heat = report["memory"], report["energy"], report["heat"]
+    platform = report["platform"]
+    lines = [
+        (
+            f"{made['model']['name']}, batch {made['batch']}, on {platform['model']} "
+            f"({platform['machine']}, {platform['cores']} cores, onnxruntime "
+            f"{platform['onnxruntime']}, {report['threads'] or 'all'} threads)"
+        ),
+        (
+            f"machine   {machine['gemm_gflops']:.1f} GFLOP/s of a matrix product, "
+            f"{machine['copy_gbytes']:.1f} GB/s of a copy"
+        ),
+        (
+            f"step      {1e3 * step['median_s']:.1f} ms, {step['images_per_s']:.0f} images/s, "
+            f"{made['step_flops'] / 1e9:.2f} GFLOP, {step['gflops']:.1f} GFLOP/s, "
+            f"{100 * step['gflops'] / machine['gemm_gflops']:.0f} % of the peak"
+        ),
+    ]
+    lines += [_phase_line(report, phase) for phase in PHASES]
+    lines += ["", (f"{'layer':24} {'phase':9} {'ms':>7} {'MFLOP':>8} {'MB':>7} {'of peak':>8} "
+              f"{'of copy':>8}")]  # fmt: skip
+    longest = sorted(report["layers"], key=lambda row: -row["seconds"])[:12]
+    for row in longest:
+        seconds = row["seconds"] or float("inf")
+        lines.append(
+            f"{row['name'] or '(model)':24.24} {row['phase']:9} {1e3 * row['seconds']:7.2f} "
+            f"{row['flops'] / 1e6:8.1f} {row['bytes'] / 1e6:7.1f} "
+            f"{_share(row['flops'] / 1e9 / seconds, machine['gemm_gflops']):>8} "
+            f"{_share(row['bytes'] / 1e9 / seconds, machine['copy_gbytes']):>8}"
+        )
+    peaks = [f"{name} {memory[f'{name}_peak_bytes'] / 1e6:.0f}" for name in
+             ("train", "extract", "eval") if f"{name}_peak_bytes" in memory]  # fmt: skip
+    lines += [
+        "",
+        (
+            f"memory    {memory['idle_bytes'] / 1e6:.0f} MB idle, "
+            f"{memory['loaded_bytes'] / 1e6:.0f} loaded; peaks: {', '.join(peaks)}; "
+            f"{memory['foretold_bytes'] / 1e6:.0f} foretold"
+        ),
+    ]
+    if energy["joules_per_sample"] is None:
+        lines.append("energy    no sensor on this machine, or not for this user")
+    else:
+        lines.append(
+            f"energy    {1e3 * energy['joules_per_sample']:.2f} mJ a sample, "
+            f"{energy['watts']:.2f} W by {energy['sensor']}"
+        )
+    if not report["valid"]:
+        was, now = (", ".join(heat[f"held_back_{when}"]) or "nothing" for when in
+                    ("before", "after"))  # fmt: skip
+        lines.append(f"NOT VALID: held back by {was} before, by {now} after; cool it, and repeat")
+    return "\n".join(lines)
+
+
+def _phase_line(report: Mapping[str, Any], phase: Phase) -> str:
+    rows = [row for row in report["layers"] if row["phase"] == phase]
+    seconds, flops, size = (sum(row[key] for row in rows) for key in ("seconds", "flops", "bytes"))
+    return (
+        f"  {phase:9} {1e3 * seconds:7.1f} ms  {flops / 1e9:6.2f} GFLOP  {size / 1e6:7.1f} MB moved"
+    )
+
+
+def _share(value: float, of: float) -> str:
+    return f"{100 * value / of:.0f} %"
