@@ -22,13 +22,17 @@ console = Console()
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Where run.toml goes.")] = Path(),
+    preset: Annotated[
+        str, typer.Option(help=f"What to begin with: {', '.join(config.presets())}.")
+    ] = "fedgkt",
 ) -> None:
     """Write a commented configuration."""
+    text = config.template(preset)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.toml"
     try:
         with path.open("x") as file:
-            file.write(config.template())
+            file.write(text)
     except FileExistsError as fault:
         raise StillhouseError(f"{path} is there already; nothing was written") from fault
     console.print(f"{path} written; edit it, then: orchestrator start --config {path}")

@@ -9,7 +9,7 @@ from orchestrator.config.device import (
     Tier,
     cosine,
 )
-from orchestrator.config.run import RunConfig, load, template
+from orchestrator.config.run import RunConfig, load, presets, template
 from orchestrator.config.server import ServerConfig, TransferConfig
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "TransferConfig",
     "cosine",
     "load",
+    "presets",
     "template",
 ]

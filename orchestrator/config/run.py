@@ -9,6 +9,7 @@ from orchestrator.config.cohort import BrokerConfig, CohortConfig
 from orchestrator.config.device import DeviceConfig, Recipe, SubmodelConfig
 from orchestrator.config.server import ServerConfig, TransferConfig
 from wire import records, topics
+from wire.errors import SettingsError
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,22 @@ def load(path: Path) -> RunConfig:
     )
 
 
-def template() -> str:
-    """A commented `run.toml`."""
-    return resources.files(__package__).joinpath("template.toml").read_text()
+def presets() -> tuple[str, ...]:
+    """The names that `template` knows."""
+    files = (resources.files(__package__) / "presets").iterdir()
+    return tuple(sorted({file.name.removesuffix(".toml") for file in files} - {"common"}))
+
+
+def template(preset: str = "fedgkt") -> str:
+    """A commented `run.toml`: what all runs need, and a preset's strategy, device and server.
+
+    Raises:
+        SettingsError: no preset has the name; the message tells all.
+    """
+    if preset not in presets():
+        raise SettingsError(f"no preset {preset!r}; there are {', '.join(presets())}")
+    folder = resources.files(__package__) / "presets"
+    common, own = ((folder / f"{name}.toml").read_text() for name in ("common", preset))
+    # Keys of the run stand before the first table.
+    (head, tables), (keys, more) = (text.split("\n[", 1) for text in (common, own))
+    return f"{head}\n{keys}\n[{tables}\n[{more}"

@@ -12,6 +12,9 @@ from orchestrator.config import (
     SubmodelConfig,
     Tier,
     TransferConfig,
+    load,
+    presets,
+    template,
 )
 from wire.errors import StillhouseError
 
@@ -104,3 +107,19 @@ def test_the_first_pattern_that_holds_a_device_decides_its_model():
     run = RunConfig("run", Path("x"), device=device, transfer=TransferConfig(freeze_after=2))
     assert len(run.recipes) == 6
     assert sum(recipe.frozen for recipe in run.recipes) == 3
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_a_preset_is_a_run_that_can_be_loaded(preset, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(template(preset))
+    config = load(path)
+    assert config.strategy == ("feddropout" if preset == "dropout" else "fedgkt")
+    assert config.broker.host == "127.0.0.1"
+    published = RunConfig("first", heldout=path).transfer
+    assert (config.transfer == published) == (preset != "frugal")
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are():
+    with pytest.raises(StillhouseError, match="no preset 'common'; there are dropout, fedgkt"):
+        template("common")
