@@ -132,15 +132,10 @@ def _clock(root: Path) -> Finding:
 
 
 def _memory(root: Path) -> Finding:
-    fields = {}
-    try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            key, value = line.split(":")
-            fields[key] = int(value.split()[0]) * 1024
-    except (OSError, ValueError):
+    free = meter.available_bytes(root)
+    if not free:
         return Finding("warn", "free memory is not told here", "")
-    free = fields.get("MemAvailable", 0)
-    what = f"{free / 1e6:,.0f} MB of {fields.get('MemTotal', 0) / 1e6:,.0f} MB memory are available"
+    what = f"{free / 1e6:,.0f} MB of memory are available"
     if free < LEAST_MEMORY:
         return Finding("warn", what, "end other programs, or train a sub-model (submodel.tiers)")
     return Finding("ok", what)

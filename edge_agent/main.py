@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_agent import __version__, config
-from wire.errors import StillhouseError
+from wire.errors import SettingsError, StillhouseError
 
 TEMPLATE = """\
 # Configuration of one Stillhouse edge agent. Start it with: edge-agent run --config agent.toml
@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     doctor.add_argument("--config", type=Path, default=Path("/etc/stillhouse/agent.toml"))
     measure = commands.add_parser("measure", help="what a training artifact costs on this device")
     measure.add_argument("--artifact", type=Path, required=True, help="folder of the artifact")
+    measure.add_argument("--budget-mb", type=int, default=0,
+                         help="for the largest batch; 0: what is available now")  # fmt: skip
     measure.add_argument("--json", type=Path, help="write all figures there")
     measure.add_argument("--threads", type=int, default=0, help="0 takes all cores")
     measure.add_argument("--steps", type=int, default=20, help="that are timed")
@@ -77,12 +79,12 @@ def _measure(chosen: argparse.Namespace) -> int:
     from edge_agent import measure as measuring
     from wire.artifact import open_artifact
 
-    if chosen.threads < 0 or chosen.steps < 1:
-        print("edge-agent: expected --threads of 0 or more, --steps of 1 or more", file=sys.stderr)
-        return 2
+    if chosen.threads < 0 or chosen.steps < 1 or chosen.budget_mb < 0:
+        raise SettingsError("expected --threads and --budget-mb of 0 or more, --steps of 1 or more")
     artifact = open_artifact(chosen.artifact)
     _hold_threads(chosen.threads)
-    report = measuring.measure(artifact, threads=chosen.threads, steps=chosen.steps)
+    budget = chosen.budget_mb * 10**6
+    report = measuring.measure(artifact, threads=chosen.threads, steps=chosen.steps, budget=budget)
     print(measuring.text(report))
     if chosen.json:
         chosen.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -29,20 +29,21 @@ from edge_agent import __version__, meter, sensors
 from wire import records
 from wire.artifact import Artifact
 from wire.costs import PHASES, Phase
-from wire.manifest import Graph
+from wire.manifest import Graph, Manifest
 
 FORMAT = "stillhouse-measure/1"
 WARM, PROFILED = 3, 5
 GEMM, COPIED = 768, 1 << 26  # rows of the matrices; bytes of the array
 
 
-def measure(artifact: Artifact, *, threads: int, steps: int) -> dict[str, Any]:
+def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) -> dict[str, Any]:
     """Measure an artifact; see the module's text.
 
     Args:
         artifact: opened and verified.
         threads: of ONNX Runtime and numpy; 0 takes all cores.
         steps: that are timed, after a few that are not.
+        budget: bytes that the process may take, for the largest batch; 0: what is available now.
 
     Returns:
         What `docs/measure.md` describes, ready for JSON. "valid" is False where what held the
@@ -94,7 +95,10 @@ def measure(artifact: Artifact, *, threads: int, steps: int) -> dict[str, Any]:
     for phase in ("train", "extract", "eval"):
         if f"{phase}_peak_bytes" in counts.metrics:
             memory[f"{phase}_peak_bytes"] = int(counts.metrics[f"{phase}_peak_bytes"])
+    memory["group_peak_bytes"] = meter.group_peak_bytes()
     memory["foretold_bytes"] = manifest.memory.process
+    memory["budget_bytes"] = budget or meter.available_bytes() + memory["idle_bytes"]
+    memory["largest_batch"] = _largest_batch(manifest, memory["budget_bytes"])
     median = statistics.median(times)
     report["memory"] = memory
     report["step"] = {
@@ -121,6 +125,12 @@ def measure(artifact: Artifact, *, threads: int, steps: int) -> dict[str, Any]:
     }
     report["valid"] = before == after
     return report
+
+
+def _largest_batch(manifest: Manifest, budget: int) -> int:
+    """Samples of one run whose tensors fit into a budget, the rest of the process beside them."""
+    rest, each = manifest.memory.process - manifest.memory.tensors, manifest.memory.tensors
+    return max(0, (budget - rest) * manifest.micro_batch // max(each, 1))
 
 
 def _step(
@@ -253,6 +263,7 @@ def text(report: Mapping[str, Any]) -> str:
             f"{memory['loaded_bytes'] / 1e6:.0f} loaded; peaks: {', '.join(peaks)}; "
             f"{memory['foretold_bytes'] / 1e6:.0f} foretold"
         ),
+        f"{'':10}a batch of {memory['largest_batch']} fits {memory['budget_bytes'] / 1e6:,.0f} MB",
     ]
     if energy["joules_per_sample"] is None:
         lines.append("energy    no sensor on this machine, or not for this user")

@@ -38,6 +38,23 @@ def proportional_bytes() -> int:
     return 0
 
 
+def group_peak_bytes() -> int:
+    """Peak of all memory of this process's control group (cgroup v2, memory.peak); 0 if untold."""
+    with suppress(OSError, IndexError):
+        path = (_PROC / "cgroup").read_text().strip().split("::", 1)[1].lstrip("/")
+        return int((Path("/sys/fs/cgroup") / path / "memory.peak").read_text())
+    return 0
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that can be had without swapping; 0 where the kernel tells none."""
+    with suppress(OSError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 class Meter:
     """Metrics of one order: `<phase>_s` and `<phase>_peak_bytes` for each phase."""
 

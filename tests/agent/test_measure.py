@@ -53,6 +53,13 @@ def test_memory_is_the_kernels_and_the_exporters(report, artifact):
     assert {"extract_peak_bytes", "eval_peak_bytes"} <= set(memory)
 
 
+def test_the_largest_batch_is_the_one_that_takes_the_budget(artifact):
+    memory = artifact.manifest.memory
+    assert measure._largest_batch(artifact.manifest, memory.process) == 8
+    assert measure._largest_batch(artifact.manifest, memory.process + memory.tensors) == 16
+    assert measure._largest_batch(artifact.manifest, 1000) == 0
+
+
 def test_rates_follow_from_what_was_measured(report):
     step = report["step"]
     assert step["images_per_s"] == pytest.approx(8 / step["median_s"])
@@ -93,7 +100,7 @@ def test_the_command_prints_for_people_and_writes_for_programs(artifact, tmp_pat
     ("arguments", "text"),
     [
         (["--artifact", "nowhere"], "nowhere/manifest.json: cannot be read"),
-        (["--artifact", "nowhere", "--steps", "0"], "expected --threads of 0 or more, --steps of"),
+        (["--artifact", "nowhere", "--steps", "0"], "--steps of 1 or more"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments, text, capsys):
