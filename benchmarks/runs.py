@@ -15,6 +15,7 @@ import math
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -91,8 +92,12 @@ def do(
     names: Sequence[str],
     done: Callable[[str, int], bool],
     report: Callable[[], None],
+    *,
+    first: Callable[[str], str] = lambda _: "",
 ) -> None:
     """All runs of the settings `names` that are not done, then the report.
+
+    `first` names the setting, earlier among them, whose run one waits for; or none.
 
     Raises:
         ContenderError: runs failed; their processes told why.
@@ -100,9 +105,18 @@ def do(
     """
     until = time.monotonic() + 60 * (options.pieces or math.inf)
     jobs = [(name, seed) for seed in range(options.seeds) for name in names]
+    ended = {job: threading.Event() for job in jobs}
 
     def spawn(job: tuple[str, int]) -> int:
         name, seed = job
+        if first(name):
+            ended[first(name), seed].wait()
+        try:
+            return begin(name, seed)
+        finally:
+            ended[job].set()
+
+    def begin(name: str, seed: int) -> int:
         left = until - time.monotonic()
         if done(name, seed):
             return 0

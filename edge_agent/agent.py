@@ -27,7 +27,7 @@ from edge_agent.supply import Shelf, Supply
 from edge_agent.work import Desk, Outcome, perform
 from wire import blobs, messages, topics
 from wire.blobs import BlobStore
-from wire.errors import StillhouseError, WireError
+from wire.errors import SettingsError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
@@ -71,11 +71,18 @@ class Agent:
 
     Raises:
         DataError: the images cannot be used.
+        SettingsError: the state folder cannot be made.
     """
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
-        config.state.mkdir(parents=True, exist_ok=True)
+        try:
+            config.state.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise SettingsError(
+                f"state: {config.state} cannot be made ({fault.strerror}); name a folder that this "
+                "user may write to, /var/lib/stillhouse/state for the packaged service"
+            ) from fault
         self.images = data.load(config.data, input_shape=config.image)
         self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
         self.journal = Journal(config.state / "journal.db")

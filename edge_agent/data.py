@@ -108,7 +108,13 @@ def load(path: Path, *, input_shape: tuple[int, ...], classes: int | None = None
         DataError: the images or labels are missing, unreadable, or do not fit.
     """
     stated: int | None
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as fault:  # a folder above it that this user may not enter
+        raise DataError(
+            f"{path}: cannot be read ({fault.strerror}); let this user read it"
+        ) from fault
+    if is_folder:
         x, y, stated = _folder(path, input_shape)
     elif path.exists():
         x, y, stated = _npz(path)

@@ -18,7 +18,8 @@ from edge_agent import config, meter
 from edge_agent.config import AgentConfig
 from wire.errors import StillhouseError
 
-WHEELS = ("numpy", "onnxruntime", "zstandard", "safetensors", "msgpack", "paho.mqtt.client", "PIL")
+WHEELS = ("numpy", "onnxruntime", "zstandard", "safetensors", "msgpack", "paho.mqtt.client", "PIL",
+          "threadpoolctl")  # fmt: skip
 LEAST_DISK, GOOD_DISK = 100 << 20, 1 << 30
 LEAST_MEMORY = 150 << 20  # ResNet-8 trains within 130 MB
 SOON_S = 30 * 24 * 3600
@@ -45,11 +46,20 @@ def examine(path: Path, root: Path = Path("/")) -> Iterator[Finding]:
     yield from _wheels()
     yield _clock(root)
     yield _memory(root)
+    yield from _limits(root)
     try:
         chosen = config.load(path)
-    except StillhouseError as fault:
-        yield Finding("bad", str(fault), "mend that line; what depends on it was not looked at")
+    except (StillhouseError, OSError) as fault:
+        remedy = "mend that; what depends on it was not looked at"
+        if isinstance(fault.__cause__ or fault, PermissionError):
+            remedy = "look as the agent's user does: sudo -u stillhouse edge-agent doctor"
+        yield Finding("bad", str(fault), remedy)
         return
+    if os.geteuid() == 0:
+        yield Finding(
+            "warn", "this user may do everything, and the agent's may not",
+            "look as the agent's user does: sudo -u stillhouse edge-agent doctor",
+        )  # fmt: skip
     yield _settings(path, chosen)
     yield _disk(chosen.state)
     yield _images(chosen)
@@ -91,10 +101,11 @@ def _processor(root: Path) -> Iterator[Finding]:
 
 def _wheels() -> Iterator[Finding]:
     """In a process of their own: one that needs other instructions ends its process."""
+    isolated = ["-I"] if sys.flags.isolated else []
     for name in WHEELS:
         code = f"import {name} as m; print(getattr(m, '__version__', ''))"
         done = subprocess.run(
-            [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
+            [sys.executable, *isolated, "-c", code], capture_output=True, text=True, check=False
         )
         package = name.partition(".")[0]
         if done.returncode == 0:
@@ -141,6 +152,16 @@ def _memory(root: Path) -> Finding:
     return Finding("ok", what)
 
 
+def _limits(root: Path) -> Iterator[Finding]:
+    """Raspberry Pi kernels begin without the memory controller of control groups."""
+    path = root / "sys/fs/cgroup/cgroup.controllers"
+    if path.exists() and "memory" not in path.read_text().split():
+        yield Finding(
+            "warn", "the kernel limits no service's memory: MemoryMax of the unit does nothing",
+            "add cgroup_enable=memory to the line in /boot/firmware/cmdline.txt, and reboot",
+        )  # fmt: skip
+
+
 def _settings(path: Path, chosen: AgentConfig) -> Finding:
     what = f"{path}: device {chosen.device} of fleet {chosen.fleet}"
     if chosen.broker.password and path.stat().st_mode & stat.S_IROTH:
@@ -149,13 +170,13 @@ def _settings(path: Path, chosen: AgentConfig) -> Finding:
 
 
 def _disk(state: Path) -> Finding:
+    folder = next(each for each in (state, *state.parents) if each.exists())
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=state) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
             file.flush()
             os.fsync(file.fileno())
-        free = shutil.disk_usage(state).free
+        free = shutil.disk_usage(folder).free
     except OSError as fault:
         return Finding(
             "bad", f"{state} cannot be written: {fault.strerror}",
@@ -172,7 +193,7 @@ def _images(chosen: AgentConfig) -> Finding:
 
     try:
         images = data.load(chosen.data, input_shape=chosen.image)
-    except StillhouseError as fault:
+    except (StillhouseError, OSError) as fault:
         return Finding("bad", str(fault), "`data` and `image` in agent.toml say what to train on")
     labels = len(set(images.y.tolist()))
     return Finding("ok", f"{len(images.y)} images of {labels} classes in {chosen.data}")
@@ -208,7 +229,13 @@ def _broker(chosen: AgentConfig) -> Finding:
         if isinstance(event, Lost):
             said[0] = event.reason
 
-    link = Link(address, f"doctor-{chosen.device}-{os.getpid()}", subscriptions=[], emit=heard)
+    try:
+        link = Link(address, f"doctor-{chosen.device}-{os.getpid()}", subscriptions=[], emit=heard)
+    except (OSError, ValueError) as fault:  # certificates, which paho reads at once
+        return Finding(
+            "bad", f"no connection to {address.url} with these files: {fault}",
+            "ca_file, cert_file and key_file: PEM, readable, the last two together",
+        )  # fmt: skip
     link.start()
     began = time.monotonic()
     try:

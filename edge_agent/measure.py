@@ -13,11 +13,13 @@ convolutions and matrix products. Times of nodes come from runs of their own: a 
 """
 
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,10 @@ def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) ->
         budget: bytes that the process may take, for the largest batch; 0: what is available now.
 
     Returns:
-        What `docs/measure.md` describes, ready for JSON. "valid" is False where what held the
-        processor back was another thing after the run than before it.
+        What `docs/measure.md` describes, ready for JSON. "valid" is False where something held the
+        processor back before, after or, as far as the board tells, meanwhile.
     """
-    before, sensor = sensors.throttling(), sensors.power()
+    before, ever, sensor = sensors.throttling(), sensors.throttling(ever=True), sensors.power()
     cool = sensors.celsius()
     manifest = artifact.manifest
     train = manifest.graphs["train"]
@@ -97,7 +99,7 @@ def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) ->
             memory[f"{phase}_peak_bytes"] = int(counts.metrics[f"{phase}_peak_bytes"])
     memory["group_peak_bytes"] = meter.group_peak_bytes()
     memory["foretold_bytes"] = manifest.memory.process
-    memory["budget_bytes"] = budget or meter.available_bytes() + memory["idle_bytes"]
+    memory["budget_bytes"] = budget or meter.available_bytes() + meter.resident_bytes()
     memory["largest_batch"] = _largest_batch(manifest, memory["budget_bytes"])
     median = statistics.median(times)
     report["memory"] = memory
@@ -108,10 +110,11 @@ def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) ->
         "images_per_s": manifest.batch / median,
         "gflops": train.flops * manifest.micro_batches / median / 1e9,
     }
-    report["machine"] = {"gemm_gflops": _gemm(), "copy_gbytes": _copy()}
-    report["layers"] = _layers(train, _node_times(artifact, state, threads))
+    report["machine"] = {"gemm_gflops": _gemm(), "copy_gbytes": _copy(threads)}
+    report["layers"] = _layers(train, _node_times(artifact, state, threads), manifest.micro_batches)
     joules = None if watch.joules is None else watch.joules / (steps * manifest.batch)
     after = sensors.throttling()
+    meanwhile = tuple(w for w in sensors.throttling(ever=True) if w not in ever)
     report["energy"] = {
         "sensor": sensor.name if sensor else None,
         "joules_per_sample": joules,
@@ -122,13 +125,14 @@ def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) ->
         "celsius_after": sensors.celsius(),
         "held_back_before": before,
         "held_back_after": after,
+        "held_back_meanwhile": meanwhile,
     }
-    report["valid"] = before == after
+    report["valid"] = not (before or after or meanwhile)
     return report
 
 
 def _largest_batch(manifest: Manifest, budget: int) -> int:
-    """Samples of one run whose tensors fit into a budget, the rest of the process beside them."""
+    """Samples at once whose tensors fit into a budget, the rest of the process beside them."""
     rest, each = manifest.memory.process - manifest.memory.tensors, manifest.memory.tensors
     return max(0, (budget - rest) * manifest.micro_batch // max(each, 1))
 
@@ -180,8 +184,11 @@ def _node_times(
     return {number: statistics.median(each[skipped:] or each) for number, each in times.items()}
 
 
-def _layers(graph: Graph, times: Mapping[int, float]) -> list[dict[str, Any]]:
-    """The exporter's table of layers with the seconds of their nodes; one row a layer and phase."""
+def _layers(graph: Graph, times: Mapping[int, float], runs: int) -> list[dict[str, Any]]:
+    """The exporter's table of layers with the seconds of their nodes; one row a layer and phase.
+
+    Of a whole step, which takes so many runs of the graph; activations live for one of them.
+    """
     seconds = [0.0] * len(graph.layers)
     for number, row in enumerate(graph.nodes.row):
         seconds[row] += times.get(number, 0.0)
@@ -189,10 +196,10 @@ def _layers(graph: Graph, times: Mapping[int, float]) -> list[dict[str, Any]]:
         {
             "name": layer.name,
             "phase": layer.phase,
-            "flops": layer.flops,
-            "bytes": layer.bytes,
+            "flops": runs * layer.flops,
+            "bytes": runs * layer.bytes,
             "activation_bytes": layer.activation_bytes,
-            "seconds": own,
+            "seconds": runs * own,
         }
         for layer, own in zip(graph.layers, seconds, strict=True)
     ]
@@ -205,11 +212,14 @@ def _gemm() -> float:
     return 2e-9 * GEMM**3 / _best(lambda: np.matmul(a, b, out=out))
 
 
-def _copy() -> float:
-    """GB/s read and written by a copy that no cache holds, the best of several."""
-    source = np.ones(COPIED // 4, np.float32)
-    target = np.empty_like(source)
-    return 2e-9 * COPIED / _best(lambda: np.copyto(target, source))
+def _copy(threads: int) -> float:
+    """GB/s read and written by a copy that no cache holds, in so many threads; best of several."""
+    number = threads or os.cpu_count() or 1
+    sources = np.ones((number, COPIED // 4), np.float32)
+    targets = np.empty_like(sources)
+    with ThreadPoolExecutor(number) as pool:  # numpy copies without holding the interpreter
+        seconds = _best(lambda: list(pool.map(np.copyto, targets, sources)))
+    return 2e-9 * number * COPIED / seconds
 
 
 def _best(work: Callable[[], object], times: int = 7) -> float:
@@ -273,9 +283,14 @@ def text(report: Mapping[str, Any]) -> str:
             f"{energy['watts']:.2f} W by {energy['sensor']}"
         )
     if not report["valid"]:
-        was, now = (", ".join(heat[f"held_back_{when}"]) or "nothing" for when in
-                    ("before", "after"))  # fmt: skip
-        lines.append(f"NOT VALID: held back by {was} before, by {now} after; cool it, and repeat")
+        was, while_, now = (
+            ", ".join(heat[f"held_back_{when}"]) or "nothing"
+            for when in ("before", "meanwhile", "after")
+        )
+        lines.append(
+            f"NOT VALID: held back by {was} before, by {while_} meanwhile, by {now} after; see to "
+            "its power and cooling, and repeat"
+        )
     return "\n".join(lines)
 
 

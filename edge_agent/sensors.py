@@ -8,6 +8,7 @@
 A Raspberry Pi 4 and older ones measure no power.
 """
 
+import logging
 import re
 import subprocess
 import threading
@@ -19,8 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+log = logging.getLogger("edge-agent")
+
 EVERY_S = 0.1
-BOARD_RAILS = ("VDD_IN", "POM_5V_IN", "VDD_GPU_SOC+VDD_CPU_CV+VIN_SYS_5V0")
+BOARD_RAILS = ("VDD_IN", "POM_5V_IN")  # Orin Nano, Orin NX and Xavier NX; Nano and TX2
 # Bits of get_throttled that hold now, and since boot (the same, 16 higher).
 THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
 
@@ -85,7 +88,9 @@ def power(root: Path = Path("/"), run: Run | None = None) -> Power | None:
     """
     run = run or _run
     with suppress(OSError, ValueError):
-        packages = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]"))
+        domains = sorted((root / "sys/class/powercap").glob("intel-rapl:*"))
+        # Others are a part of a package (core, dram), or the whole platform beside it (psys).
+        packages = [d for d in domains if (d / "name").read_text().startswith("package")]
         if packages:
             return Rapl(packages)
     for folder in sorted((root / "sys/class/hwmon").glob("hwmon*")):
@@ -137,12 +142,19 @@ def watts(told: str) -> float:
     return sum(both)
 
 
-def throttling(root: Path = Path("/"), run: Run | None = None) -> tuple[str, ...]:
-    """What holds the processor back now, in words; empty where nothing does, or nothing is told."""
+def throttling(
+    root: Path = Path("/"), run: Run | None = None, *, ever: bool = False
+) -> tuple[str, ...]:
+    """What holds the processor back now, in words; empty where nothing does, or nothing is told.
+
+    With `ever`, what a Raspberry Pi tells of the time since it was started.
+    """
     found = []
     with suppress(OSError, ValueError):
         bits = int((run or _run)("vcgencmd get_throttled").partition("=")[2], 16)
-        found += [name for bit, name in THROTTLED.items() if bits >> bit & 1]
+        found += [name for bit, name in THROTTLED.items() if bits >> (bit + 16 * ever) & 1]
+    if ever:
+        return tuple(found)
     for zone in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         with suppress(OSError, ValueError):
             kind = (zone / "type").read_text().strip()
@@ -161,17 +173,23 @@ def celsius(root: Path = Path("/")) -> dict[str, float]:
 
 
 class Watch:
-    """Reads a power sensor in the background while a block runs: `joules` and `seconds` of it."""
+    """Reads a power sensor in the background while a block runs.
+
+    Attributes:
+        joules: of the block; None without a sensor, or where it could not be read all the time.
+        seconds: of the block.
+    """
 
     def __init__(self, sensor: Power | None) -> None:
         self.joules: float | None = None
         self.seconds = 0.0
+        self._failed = False
         self._sensor, self._done = sensor, threading.Event()
         self._thread = threading.Thread(target=self._read, name="power", daemon=True)
 
     def __enter__(self) -> Self:
-        self._began = time.monotonic()
         self._before = self._sensor.joules() if self._sensor else 0.0
+        self._began = time.monotonic()
         self._thread.start()
         return self
 
@@ -181,13 +199,19 @@ class Watch:
     ) -> None:  # fmt: skip
         self._done.set()
         self._thread.join()
+        if self._sensor and not self._failed:
+            with suppress(OSError, ValueError):
+                self.joules = self._sensor.joules() - self._before
         self.seconds = time.monotonic() - self._began
-        if self._sensor:
-            self.joules = self._sensor.joules() - self._before
 
     def _read(self) -> None:
         while self._sensor and not self._done.wait(EVERY_S):
-            self._sensor.joules()
+            try:
+                self._sensor.joules()
+            except (OSError, ValueError) as fault:  # a sum with a hole is no sum
+                log.warning("%s cannot be read any more: %s", self._sensor.name, fault)
+                self._failed = True
+                return
 
 
 def _run(line: str) -> str:
@@ -196,7 +220,10 @@ def _run(line: str) -> str:
     Raises:
         OSError: it is not there, or fails.
     """
-    done = subprocess.run(line.split(), capture_output=True, text=True, check=False, timeout=10)
+    try:
+        done = subprocess.run(line.split(), capture_output=True, text=True, check=False, timeout=10)
+    except subprocess.TimeoutExpired as fault:
+        raise OSError(f"{line}: no answer in 10 s") from fault
     if done.returncode:
         raise OSError(f"{line}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

@@ -106,8 +106,8 @@ def _best(folder: Path, names: list[str]) -> str:
     """The device whose extractor does best under the large model, by the last report."""
     try:
         history = json.loads((folder / "status.json").read_text())["history"]
-        devices = history[-1]["devices"]
-    except (OSError, ValueError, KeyError, IndexError):
+        devices = next(e["devices"] for e in reversed(history) if "server_accuracy" in e)
+    except (OSError, ValueError, KeyError, StopIteration):
         return names[0]
     return max(names, key=lambda n: devices.get(n, {}).get("server_accuracy", 0.0))
 

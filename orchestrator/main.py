@@ -99,6 +99,9 @@ def enroll(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
     out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
     url: Annotated[str, typer.Option(help="How the device reaches the broker.")] = "",
+    packaged: Annotated[
+        bool, typer.Option(help="With the folders of the package stillhouse-edge-agent.")
+    ] = False,
 ) -> None:
     """Admit a device and write its agent.toml; a running broker of ours learns it at its start."""
     from edge_agent.main import TEMPLATE
@@ -116,6 +119,9 @@ def enroll(
         .replace('password = ""', f"password = {json.dumps(password)}")
         .replace("[3, 32, 32]", json.dumps(list(chosen.device.input)))
     )
+    if packaged:
+        text = text.replace('"images"', '"/srv/stillhouse/images"')
+        text = text.replace('"state"', '"/var/lib/stillhouse/state"')
     path = out or Path(f"{device}.toml")
     try:
         path.touch(0o600, exist_ok=False)

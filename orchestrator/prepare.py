@@ -1,11 +1,11 @@
 """What a run needs before it begins, over the wire or simulated: model, held-out images, task."""
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save_file
 from torch import nn
 
 import models
@@ -49,7 +49,7 @@ def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
     torch.manual_seed(config.seed)
     name = recipe.model if recipe else device.model
     model = models.build(name, classes=device.classes, input_shape=device.input)
-    if config.pretrained and not models.inherit(model, _pretrained(config.pretrained)):
+    if config.pretrained and not models.inherit(model, _pretrained(config)):
         raise RunError(
             f"pretrained: {name} has no layer in common with the model of {config.pretrained}; "
             "name a run of that network, or of a whole resnet56 for its halves"
@@ -59,18 +59,30 @@ def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
     return model
 
 
-@cache
-def _pretrained(folder: Path) -> dict[str, torch.Tensor]:
-    """The global model of a run that is done.
+def _pretrained(config: RunConfig) -> dict[str, torch.Tensor]:
+    """The model that all begin with, empty for random weights.
+
+    It is copied into the run's folder: the run that it came from may go on, or away.
 
     Raises:
         RunError: there is none.
     """
-    _, state = last_checkpoint(folder)
-    found = {name: torch.from_numpy(array) for name, array in state.under("global").items()}
-    if not found:
-        raise RunError(f"pretrained: {folder} has no global model; name a run of fedavg")
-    return found
+    if config.pretrained is None:
+        return {}
+    kept = config.folder / "pretrained.safetensors"
+    if not kept.exists():
+        _, state = last_checkpoint(config.pretrained)
+        found = {name: np.ascontiguousarray(a) for name, a in state.under("global").items()}
+        if not found:
+            raise RunError(
+                f"pretrained: {config.pretrained} has no global model; name a run of fedavg"
+            )
+        if not config.folder.is_dir():
+            return {name: torch.from_numpy(array) for name, array in found.items()}
+        partial = kept.with_suffix(".new")
+        save_file(found, partial)
+        partial.replace(kept)
+    return {name: torch.from_numpy(array) for name, array in load_file(kept).items()}
 
 
 def task(
@@ -97,5 +109,5 @@ def task(
         heldout=heldout,
         torch_device=torch.device(name),
         progress=report.progress,
-        pretrained=_pretrained(config.pretrained) if config.pretrained else {},
+        pretrained=_pretrained(config),
     )

@@ -221,10 +221,12 @@ class _Simulation:
         """The cohort's results; devices of one keep rate are trained in stacks."""
         task, groups = self._strategy.task, defaultdict(list)
         for name, order in orders.items():
-            # Adam counts its steps, and all devices of a stack have one count.
+            # Adam counts its steps, and all devices of a stack have one count, and one rate: a
+            # carried order may have another.
             steps = self._mine(name, order).get("optimizer/step/")
-            groups[order.artifact.digest, 0.0 if steps is None else float(steps)].append(name)
-        for (digest, _), names in groups.items():
+            count = 0.0 if steps is None else float(steps)
+            groups[order.artifact.digest, count, order.lr].append(name)
+        for (digest, _, _), names in groups.items():
             size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)
             for at in range(0, len(names), size):
                 jobs = {name: self._job(name, orders[name]) for name in names[at : at + size]}

@@ -13,6 +13,7 @@ under another name and renamed, then the journal says that its round is closed: 
 of a `kill -9`, a restart finds the last closed round, and of the open one the accepted results.
 """
 
+import copy
 import fcntl
 import json
 import os
@@ -261,6 +262,7 @@ class Store:
     def _claim(self, config: RunConfig) -> None:
         """A run goes on only with what decides its numbers unchanged.
 
+        What it began with as `pretrained` lies in its folder; where that came from may be gone.
         More rounds are welcome, unless they decide the learning rate.
         """
         path = self.folder / "run.json"
@@ -270,16 +272,20 @@ class Store:
             table = json.loads(path.read_text())
             before = records.plain(records.build(RunConfig, table, where=str(path), error=RunError))
             before = json.loads(json.dumps(before))
-            keys = ["fleet", "strategy", "seed", "pretrained"]
-            keys += ["device", "submodel", "transfer", "server"]
+            keys = ["fleet", "strategy", "seed", "device", "submodel", "transfer", "server"]
+            for table in (before, kept := copy.deepcopy(current)):
+                for key in ("eval_batch", "torch_device", "compile"):
+                    del table["server"][key]
+            if bool(before["pretrained"]) != bool(kept["pretrained"]):
+                keys.append("pretrained")
             if "cosine" in (config.device.schedule, config.server.schedule):
                 keys.append("rounds")
             for key in keys:
-                if before[key] != current[key]:
+                if before[key] != kept[key]:
                     self._lock.close()
                     raise RunError(
                         f"{self.folder} was started with {key} = {before[key]}, the configuration "
-                        f"says {current[key]}; choose another name, or restore it"
+                        f"says {kept[key]}; choose another name, or restore it"
                     )
         self.write_json("run.json", current)
 

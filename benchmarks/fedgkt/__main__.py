@@ -79,6 +79,7 @@ def _measure(options: argparse.Namespace) -> None:
         [setting.name for setting in chosen],
         lambda name, seed: runs.is_done(options.out, plan.data, name, seed, options.rounds),
         lambda: report.write(options.out, plan),
+        first={setting.name: setting.start for setting in chosen}.__getitem__,
     )
 
 

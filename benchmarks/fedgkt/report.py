@@ -33,7 +33,7 @@ def check(plan: Plan, folder: Path) -> None:
     if not path.exists():
         return
     before, now = json.loads(path.read_text()), asdict(plan)
-    differ = [f"{k} {before[k]} (now {now[k]})" for k in before if before[k] != now[k]]
+    differ = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
     if differ:
         raise SettingsError(f"{folder} was begun with {', '.join(differ)}; write to another --out")
 

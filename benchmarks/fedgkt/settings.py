@@ -59,7 +59,7 @@ class Plan:
         epochs, batch, lr: of `[device]`.
         schedule: of both learning rates,
         rounds: and when it ends; None where it is constant, and runs may be made longer.
-        eval_every: rounds from one evaluation of averaged weights to the next.
+        eval_every: rounds from one evaluation to the next.
     """
 
     data: str
@@ -234,6 +234,8 @@ def find(names: str, devices: int) -> list[Setting]:
             raise SettingsError(f"no setting is named {name!r}; known are: {known}")
         for setting in every[name]:
             own = _resolve(setting, devices)
+            if own.start:  # it comes first
+                found |= {each.name: each for each in every[own.start]}
             found[own.name] = own
     return list(found.values())
 

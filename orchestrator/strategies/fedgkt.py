@@ -88,7 +88,9 @@ class FedGKT:
         """A fresh large model; the same seed gives the same."""
         torch.manual_seed(self.task.config.seed)
         server = self._server()
-        models.inherit(server, self.task.pretrained)
+        if self.task.pretrained and not models.inherit(server, self.task.pretrained):
+            log.warning("pretrained: nothing fits %s, which begins with random weights",
+                        self.task.config.server.model)  # fmt: skip
         learnt = _under("server", distill.weights(server))
         if self.task.config.transfer.extractor == "shared":
             learnt |= _under("shared", extractors.part(self.task.initial))

@@ -56,6 +56,7 @@ def test_a_device_that_is_well_is_said_to_be(tmp_path, any_broker, capsys, monke
 def test_each_finding_has_its_remedy_and_the_rest_is_looked_at(tmp_path, capsys):
     (tmp_path / "state").write_text("a file where the folder should be")
     path = configure(tmp_path, data='"nowhere"')
+    before = sorted(tmp_path.rglob("*"))
     assert main(["doctor", "--config", str(path)]) == 1
     told = capsys.readouterr().out
     for text in ("state cannot be written", "let `state` name its folder",
@@ -63,6 +64,7 @@ def test_each_finding_has_its_remedy_and_the_rest_is_looked_at(tmp_path, capsys)
                  "broker mqtt://127.0.0.1:9 cannot be reached", "nc -vz 127.0.0.1 9"):  # fmt: skip
         assert text in told
     assert told.count("BAD") == told.count("->") - told.count("WARN") == 3
+    assert sorted(tmp_path.rglob("*")) == before  # it looks, and changes nothing
 
 
 @pytest.mark.usefixtures("one_wheel")
@@ -159,6 +161,7 @@ def test_dates_of_certificates_are_read(days, level, text, tmp_path):
     pem.write_text("nothing")
     (finding,) = doctor._certificates(chosen)
     assert "is no certificate" in finding.what
+    assert "no connection to mqtts://127.0.0.1:9 with these files" in doctor._broker(chosen).what
 
 
 @pytest.mark.usefixtures("one_wheel")
@@ -170,3 +173,12 @@ def test_a_password_that_all_can_read_is_warned_of(tmp_path):
     path.chmod(0o640)
     warned = [f.what for f in doctor.examine(path) if f.level == "warn"]
     assert not any("password" in what for what in warned)
+
+
+@pytest.mark.parametrize(("controllers", "number"), [("cpu io memory pids", 0), ("cpu io", 1)])
+def test_a_kernel_that_limits_no_memory_is_noticed(controllers, number, tmp_path):
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/cgroup.controllers").write_text(f"{controllers}\n")
+    found = [*doctor._limits(tmp_path)]
+    assert len(found) == number
+    assert all("cgroup_enable=memory" in finding.remedy for finding in found)

@@ -1,5 +1,6 @@
 """Sensors of boards, read from trees and outputs in the form that those boards have."""
 
+import subprocess
 import threading
 import time
 
@@ -78,6 +79,9 @@ X86 = {
     "sys/class/powercap/intel-rapl:0/max_energy_range_uj": "262143328850",
     "sys/class/powercap/intel-rapl:0:0/name": "core",
     "sys/class/powercap/intel-rapl:0:0/energy_uj": "1",
+    "sys/class/powercap/intel-rapl:1/name": "psys",
+    "sys/class/powercap/intel-rapl:1/energy_uj": "7",
+    "sys/class/powercap/intel-rapl:1/max_energy_range_uj": "262143328850",
 }
 
 
@@ -131,6 +135,7 @@ def test_what_holds_a_board_back_is_named(tmp_path):
     assert sensors.throttling(tmp_path / "pi", hot) == ("soft temperature limit",)
     was = commands(get_throttled="throttled=0x50000\n")  # since boot, not now
     assert sensors.throttling(tmp_path / "pi", was) == ()
+    assert sensors.throttling(tmp_path / "pi", was, ever=True) == ("under-voltage", "throttled")
     weak = commands(get_throttled="throttled=0x50005\n")
     assert sensors.throttling(tmp_path / "pi", weak) == ("under-voltage", "throttled")
 
@@ -161,3 +166,29 @@ def test_a_sensor_is_read_while_the_work_goes_on():
     with sensors.Watch(None) as nothing:
         pass
     assert nothing.joules is None
+
+
+def test_a_sensor_that_goes_away_gives_no_energy(caplog):
+    class Loose:
+        name = "loose"
+        count = 0
+
+        def joules(self):
+            self.count += 1
+            if self.count == 2:
+                raise OSError("unplugged")
+            return 1.0 * self.count
+
+    with sensors.Watch(Loose()) as watch:
+        time.sleep(3 * sensors.EVERY_S)
+    assert watch.joules is None
+    assert "loose cannot be read any more: unplugged" in caplog.text
+
+
+def test_a_command_that_does_not_answer_is_a_missing_sensor(monkeypatch):
+    def never(*_, **__):
+        raise subprocess.TimeoutExpired("vcgencmd", 10)
+
+    monkeypatch.setattr(sensors.subprocess, "run", never)
+    with pytest.raises(OSError, match="no answer in 10 s"):
+        sensors._run("vcgencmd get_throttled")

@@ -159,6 +159,11 @@ def test_an_option_wins_over_the_preset(given, reached, tmp_path, capsys):
     assert f"server_epochs 0 (now {epochs})" in told
 
 
+def test_what_a_run_begins_with_is_done_before_it():
+    names = [setting.name for setting in settings.find("from centralized", 8)]
+    assert names == ["two-way", "centralized", "from centralized"]
+
+
 def record(name, seed, server, device):
     return {
         "setting": {"name": name}, "seed": seed, "rounds": 2, "devices": 2,

@@ -114,10 +114,16 @@ def test_a_round_of_fedgkt_with_an_arm64_device_is_the_simulated_one(
         assert real["train_loss"] == pytest.approx(torchs["train_loss"], rel=0.03)
 
 
-def test_purge_leaves_nothing(root):
+def test_purge_leaves_nothing_but_the_images(root):
+    home = root / "var/lib/stillhouse"
+    (home / "state").mkdir(exist_ok=True)
+    (home / "mine.npz").touch()
     run(*inside(root, "dpkg", "--purge", deb.NAME))
-    for path in ("opt/stillhouse", "etc/stillhouse", "var/lib/stillhouse", "usr/bin/edge-agent"):
+    for path in ("opt/stillhouse", "etc/stillhouse", "usr/bin/edge-agent"):
         assert not (root / path).exists(), path
     assert "stillhouse" not in (root / "etc/passwd").read_text()
+    assert (home / "mine.npz").exists()
+    assert not (home / "state").exists()
+    shutil.rmtree(home)
     left = run("find", str(root), "-xdev", "-iname", "*stillhouse*")
     assert left == ""

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_info
 import models
 from edge_agent import data
 from edge_agent.work import Desk, encode_update, perform
-from orchestrator import cohort, datasets, distill, launch, prepare, rounds, simulate
+from orchestrator import cohort, datasets, deploy, distill, launch, prepare, rounds, simulate
 from orchestrator.cohort import Job
 from orchestrator.config import (
     CohortConfig,
@@ -550,8 +550,57 @@ def test_a_pretrained_run_is_where_both_halves_begin(gkt, few):
     assert np.linalg.norm(after - start) < 0.5 * np.linalg.norm(anew - start)
     with pytest.raises(RunError, match="started with pretrained"):
         simulate.run(replace(taught, pretrained=None), few)
+    assert simulate.run(replace(taught, pretrained=Path("gone")), few).entries  # it has its own
     with pytest.raises(RunError, match="has no global model; name a run of fedavg"):
         simulate.run(replace(gkt, name="second", pretrained=taught.folder), few)
     alien = replace(whole, name="alien", device=replace(DEVICE, model="allconv"))
     with pytest.raises(RunError, match="allconv has no layer in common with the model of"):
         simulate.run(replace(alien, pretrained=whole.folder), few)
+
+
+def test_a_stack_holds_devices_of_one_learning_rate(config, digits, tmp_path):
+    """A late device trains at the rate of the round that it was asked in."""
+    device = replace(DEVICE, schedule="cosine")
+    config = replace(config, strategy="local", device=device, submodel=SubmodelConfig(), rounds=3)
+    config = replace(config, cohort=CohortConfig(min_devices=3, carry_rounds=1))
+    start = {
+        f"device/{name}/{n}": array
+        for name in simulate.read_shards(config, digits)
+        for n, array in distill.weights(prepare.fresh(config)).items()
+    }
+    simulate.run(config, digits, late=0.4, stack=1)
+    stacked = replace(config, runs=tmp_path / "stacked")
+    simulate.run(stacked, digits, late=0.4, stack=3)
+    assert_close(weights_of(stacked), weights_of(config), start, 0.01)
+
+
+@pytest.mark.parametrize("strategy", ["fedgkt", "local"])
+def test_rounds_are_evaluated_when_it_is_their_turn(gkt, few, strategy):
+    server = replace(gkt.server, eval_every=2, schedule="plateau")
+    report = simulate.run(replace(gkt, strategy=strategy, server=server), few)
+    told = ["device_accuracy" in entry for entry in report.entries]
+    assert told == [False, True, True]  # and after the last
+    if strategy == "fedgkt":
+        _, state = last_checkpoint(gkt.folder)
+        assert state.notes["schedule"]["last_epoch"] == 2
+
+
+def test_an_export_takes_the_device_that_did_best_when_it_was_last_looked(tmp_path):
+    rounds_ = [
+        {
+            "server_accuracy": 0.5,
+            "devices": {"a": {"server_accuracy": 0.1}, "b": {"server_accuracy": 0.9}},
+        },
+        {"devices": {"a": {}, "b": {}}},
+    ]
+    (tmp_path / "status.json").write_text(json.dumps({"history": rounds_}))
+    assert deploy._best(tmp_path, ["a", "b"]) == "b"
+    assert deploy._best(tmp_path / "nowhere", ["a", "b"]) == "a"
+
+
+def test_a_run_goes_on_with_other_settings_of_speed_alone(gkt, few):
+    simulate.run(replace(gkt, rounds=1), few)
+    quicker = replace(gkt.server, eval_batch=7)
+    assert len(simulate.run(replace(gkt, rounds=2, server=quicker), few).entries) == 2
+    with pytest.raises(RunError, match="was started with server = "):
+        simulate.run(replace(gkt, rounds=3, server=replace(gkt.server, lr=0.5)), few)
