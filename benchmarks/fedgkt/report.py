@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,9 @@ from benchmarks.runs import Record
 from orchestrator.config import RunConfig
 from wire import tensors
 from wire.errors import SettingsError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SERVER, DEVICE = "server_accuracy", "device_accuracy"
 MARKS = {3072: ("--", "3,072 bytes, the raw image"), 1024: (":", "1,024 bytes")}
@@ -168,7 +171,6 @@ def _draw_rounds(
 def _draw_payload(path: Path, data: str, chosen: dict[str, list[Record]]) -> None:
     """Bytes of features a sample against accuracy after the last round: mean, and its range."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if len(chosen) < 2:
         return
@@ -183,10 +185,7 @@ def _draw_payload(path: Path, data: str, chosen: dict[str, list[Record]]) -> Non
     for at, (dash, what) in MARKS.items():
         axes.axvline(at, color="gray", linestyle=dash, label=what)
     axes.margins(x=0.15)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    _log(axes)
     axes.set_xlabel("bytes of features a sample and round")
     axes.set_ylabel("accuracy on the test set, %")
     axes.set_title(f"{data}: codec of feature maps, the server's network after the last round")
@@ -207,8 +206,18 @@ def _draw_sent(
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     runs.draw(axes, chosen | also, SERVER, base=BASE.name, across=_sent)
-    axes.set_xscale("log")
+    _log(axes)
     axes.set_xlabel("megabytes sent, up and down, all devices")
     axes.set_ylabel("accuracy on the test set, %")
     axes.set_title(f"{data}: what is sent, and what the server learns of it")
     figure.savefig(path, dpi=110)
+
+
+def _log(axes: "Axes") -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
