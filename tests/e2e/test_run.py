@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sqlite3
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import onnxruntime
 import pytest
 
 from orchestrator import broker, distill, prepare, simulate
-from orchestrator.config import load
+from orchestrator.config import load, template
 from orchestrator.deploy import export_run
 from orchestrator.store import last_checkpoint
 from tests.conftest import Processes
@@ -376,3 +377,14 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
     shown = processes.start("status", "orchestrator.main", "status", "runs/run").wait(60)
     assert shown == 0
     assert "round 1 of 1" in processes.log("status")
+
+
+def test_a_kit_for_the_package_names_its_folders(processes):
+    (processes.folder / "run.toml").write_text(template())
+    enroll = ("orchestrator.main", "enroll", "pi", "--config", "run.toml", "--packaged")
+    assert processes.start("enroll", *enroll).wait(60) == 0, processes.log("enroll")
+    kit = tomllib.loads((processes.folder / "pi.toml").read_text())
+    assert (kit["device"], kit["fleet"]) == ("pi", "fleet")
+    assert kit["data"] == "/srv/stillhouse/images"
+    assert kit["state"] == "/var/lib/stillhouse/state"
+    assert len(kit["broker"]["password"]) > 10
