@@ -32,8 +32,8 @@ OURS = ("edge_agent", "wire")
 MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
 PYTHONS = ("3.11", "3.12", "3.13")
 # What the agent imports, and no more: ONNX Runtime asks for sympy and others for tools of its own.
-WHEELS = ("msgpack", "numpy", "onnxruntime", "paho-mqtt", "pillow", "safetensors", "threadpoolctl",
-          "zstandard")  # fmt: skip
+WHEELS = ("cffi", "cryptography", "msgpack", "numpy", "onnxruntime", "paho-mqtt", "pillow",
+          "safetensors", "threadpoolctl", "zstandard")  # fmt: skip
 DEPENDS = ("adduser", "libc6 (>= 2.28)", "libstdc++6", "libgcc-s1")
 # Of no use to the agent: tests, stubs, headers, what builds and tests other packages, a second
 # copy of ONNX Runtime for C programs, and a second backend of zstandard.

@@ -9,6 +9,7 @@ StillhouseError            bad input or a broken promise; command lines print it
 │   ├── CodecError         a codec spec, or an encoded tensor
 │   └── TransferError      a blob: chunks, sizes, digest, or its sender no longer has it
 ├── LinkError              the broker cannot be reached or refuses us for good
+├── SignatureError         a key that is none, or what its owner did not sign
 ├── BrokerError            a broker that the orchestrator runs itself
 ├── ExportError            a module that cannot be compiled to a training step
 ├── AdmissionError         a result that must not enter the aggregate; its text goes to the device
@@ -52,6 +53,10 @@ class TransferError(WireError):
 
 class LinkError(StillhouseError):
     """The broker cannot be reached, or refuses us for good."""
+
+
+class SignatureError(StillhouseError):
+    """A key is damaged, or something was not signed by its owner."""
 
 
 class BrokerError(StillhouseError):

@@ -1,0 +1,99 @@
+"""Ed25519 signatures (RFC 8032) of what is trusted beyond the broker: releases, measurements.
+
+A private key is a PKCS #8 PEM file that its owner alone reads. A public key is written as
+`ed25519:` and the base64 of its 32 bytes, a signature as the base64 of its 64. What is signed
+begins with its context (a name and a zero byte), so that a signature of one kind of thing is never
+one of another. `cryptography` is imported at first use: an agent at rest needs none of it.
+"""
+
+import base64
+import binascii
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wire.errors import SignatureError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+PREFIX = "ed25519:"
+
+
+def own_key(path: Path) -> "Ed25519PrivateKey":
+    """The private key in a file; it is made there where there is none.
+
+    Raises:
+        SignatureError: the file is no such key, or cannot be read or made.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    try:
+        if not path.exists():
+            made = Ed25519PrivateKey.generate().private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+            partial = path.with_name(f"{path.name}.{os.getpid()}")
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(made)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as fault:
+        raise SignatureError(f"{path}: {fault.strerror}; no key can be kept there") from fault
+    except (ValueError, TypeError) as fault:
+        raise SignatureError(f"{path}: expected an unencrypted PEM private key: {fault}") from fault
+    if not isinstance(key, Ed25519PrivateKey):
+        raise SignatureError(f"{path}: expected an Ed25519 key, got {type(key).__name__}")
+    return key
+
+
+def public(key: "Ed25519PrivateKey") -> str:
+    """The public key that belongs to a private one, as text."""
+    return PREFIX + base64.b64encode(key.public_key().public_bytes_raw()).decode()
+
+
+def sign(key: "Ed25519PrivateKey", context: str, message: bytes) -> str:
+    """The signature of a message, as text."""
+    return base64.b64encode(key.sign(_signed(context, message))).decode()
+
+
+def verify(by: str, context: str, message: bytes, signature: str) -> None:
+    """Return if the owner of a public key signed this very message in this context.
+
+    Raises:
+        SignatureError: the key or the signature is malformed, or it is not theirs.
+    """
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    check_public(by)
+    try:
+        given = base64.b64decode(signature, validate=True)
+        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(by.removeprefix(PREFIX)))
+        key.verify(given, _signed(context, message))
+    except (ValueError, InvalidSignature) as fault:
+        raise SignatureError(f"{context}: this is not signed by {by}") from fault
+
+
+def check_public(text: str) -> None:
+    """Return if a text is a public key.
+
+    Raises:
+        SignatureError: it is not; the message shows the form.
+    """
+    try:
+        size = len(base64.b64decode(text.removeprefix(PREFIX), validate=True))
+    except (binascii.Error, ValueError):
+        size = 0
+    if not text.startswith(PREFIX) or size != 32:
+        raise SignatureError(f"expected a public key, {PREFIX} and 44 characters; got {text!r:.80}")
+
+
+def _signed(context: str, message: bytes) -> bytes:
+    return context.encode() + b"\0" + message
