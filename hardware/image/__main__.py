@@ -1,0 +1,182 @@
+"""Images to flash.
+
+    python -m hardware.image build --base raspios-lite-arm64.img.xz --deb DEB --out fleet.img
+    python -m hardware.image personalize fleet.img --device pi-3 --kit kits --out pi-3.img
+    python -m hardware.image personalize /dev/sdX --device pi-3 --kit kits
+    python -m hardware.image personalize /media/me/bootfs --device pi-3 --kit kits
+    python -m hardware.image fleet devices.csv --image fleet.img --kit kits --out images
+
+See docs/fleet.md.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from hardware.image import listing
+from hardware.image.build import FOLDER, about, build
+from hardware.image.disk import ImageError, run
+from hardware.image.personal import (
+    Identity,
+    boot_of,
+    personalize,
+    read_devices,
+    read_kit,
+    write_kit,
+)
+from wire import records
+from wire.errors import StillhouseError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 2 with one line on what is wrong."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        match chosen.command:
+            case "build":
+                _build(chosen)
+            case "personalize":
+                _personalize(chosen)
+            case "fleet":
+                _fleet(chosen)
+    except StillhouseError as fault:
+        print(f"image: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hardware.image",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("build", help="a vendor's image and the package become one image")
+    one.add_argument("--base", type=Path, required=True, help="Raspberry Pi OS, .img or .img.xz")
+    one.add_argument("--deb", type=Path, required=True, help="what `make deb` built")
+    one.add_argument("--out", type=Path, required=True, help="the image to write")
+    one.add_argument("--fleet", default="", help="that kits must be of; default any")
+    one.add_argument("--list", type=Path, help="write a list for Raspberry Pi Imager there")
+    one.add_argument("--url", default="", help="where the list says that the image is")
+    one = commands.add_parser("personalize", help="one device's kit onto an image or a card")
+    one.add_argument("target", type=Path, help="an image, a card's /dev/..., or where its boot "
+                                               "partition is mounted")  # fmt: skip
+    one.add_argument("--device", required=True, help="the name it is enrolled under")
+    one.add_argument("--out", type=Path, help="write to a copy of the image there instead")
+    _identity_options(one)
+    one = commands.add_parser("fleet", help="the same for each line of a CSV file")
+    one.add_argument("devices", type=Path, help="columns: device, and any of "
+                     + ", ".join(f.name for f in fields(Identity)[1:]))  # fmt: skip
+    one.add_argument("--image", type=Path, required=True, help="what `build` made")
+    one.add_argument("--out", type=Path, required=True, help="folder of what is written")
+    one.add_argument("--folders", action="store_true",
+                     help="no images, but a folder a device, to be copied onto the boot partition "
+                          "of its card")  # fmt: skip
+    one.add_argument("--list", type=Path, help="write a list for Raspberry Pi Imager there")
+    one.add_argument("--url", default="", help="where the list says that the images are")
+    _identity_options(one)
+    return parser
+
+
+def _identity_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--kit", type=Path, required=True, help="folder of DEVICE.toml, which "
+                        "`orchestrator enroll --packaged` writes, and its PEM files")  # fmt: skip
+    parser.add_argument("--wifi", default="", help="the network's name")
+    parser.add_argument("--wifi-password", default="", type=_secret,
+                        help="its password; @FILE reads it from a file")  # fmt: skip
+    parser.add_argument("--country", default="", help="of the radio, two capitals")
+    parser.add_argument("--user", default="", help="who may log in over SSH")
+    parser.add_argument("--ssh-key", default="", help="by this public key, or .pub file")
+
+
+def _secret(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text().rstrip("\n")
+    except OSError as fault:
+        raise argparse.ArgumentTypeError(f"{text[1:]}: {fault.strerror}") from fault
+
+
+def _defaults(chosen: argparse.Namespace) -> dict[str, str]:
+    return {
+        f.name: getattr(chosen, f.name) for f in fields(Identity)[1:] if getattr(chosen, f.name)
+    }
+
+
+def _build(chosen: argparse.Namespace) -> None:
+    made = build(chosen.base, chosen.deb, chosen.out, chosen.fleet)
+    print(f"{chosen.out}: {made.system} with the agent {made.package}; next: personalize, or fleet")
+    if chosen.list:
+        listing.write(chosen.list, {"Stillhouse": (chosen.out, made)}, chosen.url)
+        print(f"{chosen.list}: rpi-imager --repo {chosen.list}")
+
+
+def _personalize(chosen: argparse.Namespace) -> None:
+    table = {"device": chosen.device} | _defaults(chosen)
+    identity = records.build(Identity, table, where=chosen.device, error=ImageError)
+    target = chosen.target
+    if chosen.out:
+        made = about(boot_of(target), target)
+        read_kit(identity, chosen.kit, made.fleet)
+        target = _copied(target, chosen.out)
+    personalize(target, identity, chosen.kit)
+    print(f"{target}: {identity.device}; host name {identity.hostname}")
+
+
+def _copied(image: Path, out: Path) -> Path:
+    if not image.is_file() or out.exists():
+        raise ImageError(
+            f"{image} is no image" if not image.is_file() else f"{out} is there already"
+        )
+    run(["cp", "--reflink=auto", "--sparse=always", str(image), str(out)], str(out))
+    return out
+
+
+def _fleet(chosen: argparse.Namespace) -> None:
+    made = about(boot_of(chosen.image), chosen.image)
+    devices = read_devices(chosen.devices, _defaults(chosen))
+    for identity in devices:
+        read_kit(identity, chosen.kit, made.fleet)
+    taken = [each.device for each in devices if _place(chosen, each).exists()]
+    if taken:
+        raise ImageError(f"{chosen.out}: {', '.join(taken)} there already; nothing was written")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    if not chosen.folders:
+        _check_space(chosen.image, chosen.out, len(devices))
+    images = {}
+    for identity in devices:
+        place = _place(chosen, identity)
+        if chosen.folders:
+            write_kit(place / FOLDER / "device", identity, chosen.kit, made.fleet)
+        else:
+            personalize(_copied(chosen.image, place), identity, chosen.kit)
+            images[identity.device] = (place, made)
+    print(f"{chosen.out}: {len(devices)} devices")
+    if chosen.list and images:
+        listing.write(chosen.list, images, chosen.url)
+        print(f"{chosen.list}: rpi-imager --repo {chosen.list}")
+
+
+def _place(chosen: argparse.Namespace, identity: Identity) -> Path:
+    out: Path = chosen.out
+    return out / (identity.device if chosen.folders else f"{identity.device}.img")
+
+
+def _check_space(image: Path, out: Path, number: int) -> None:
+    """Raise unless so many copies have room; where blocks are shared the first one tells."""
+    stat, free = image.stat(), shutil.disk_usage(out).free
+    wanted = number * stat.st_blocks * 512
+    if wanted > free:
+        raise ImageError(
+            f"{out}: {number} images take {wanted / 1e9:.0f} GB, {free / 1e9:.0f} are free; "
+            "--folders writes what differs alone, for cards that all hold the same image"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The two file systems of a Raspberry Pi OS image or card: FAT to boot from, ext4 for the rest.
+
+sfdisk reads the partition table, mtools the FAT, debugfs the ext4, each at its offset in the file
+or block device; nothing is mounted.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from wire.errors import StillhouseError
+
+TOOLS = {"sfdisk": "fdisk", "mcopy": "mtools", "mdir": "mtools", "debugfs": "e2fsprogs"}
+FAT, LINUX = ("b", "c", "e"), ("83",)  # partition types of a DOS label
+
+
+class ImageError(StillhouseError):
+    """An image, a card or a kit that cannot be used."""
+
+
+class Boot(Protocol):
+    """A boot partition, wherever it is; names are relative to it, with `/` between folders."""
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content, None where there is none."""
+
+    def put(self, folder: Path) -> None:
+        """Copy what is in a folder, folders and all, over what is there."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with what is in it; nothing happens where there is none."""
+
+    def free(self) -> int:
+        """Bytes that are free."""
+
+
+@dataclass(frozen=True)
+class FatBoot:
+    """A FAT file system in an image or on a card, through mtools.
+
+    Attributes:
+        path: of the image or block device.
+        offset: in bytes.
+    """
+
+    path: Path
+    offset: int
+
+    @property
+    def _at(self) -> list[str]:
+        return ["-i", f"{self.path}@@{self.offset}"]
+
+    def read(self, name: str) -> bytes | None:
+        """See `Boot`."""
+        with tempfile.TemporaryDirectory(prefix="stillhouse-boot-") as folder:
+            copy = Path(folder) / "file"
+            done = _tried(["mcopy", *self._at, f"::/{name}", str(copy)])
+            return copy.read_bytes() if done.returncode == 0 else None
+
+    def put(self, folder: Path) -> None:
+        """See `Boot`."""
+        for each in sorted(folder.iterdir()):
+            command = ["mcopy", *self._at, "-s", "-Q", "-D", "o", str(each), "::/"]
+            run(command, f"{self.path}: its boot partition")
+
+    def remove(self, name: str) -> None:
+        """See `Boot`."""
+        if _tried(["mdir", *self._at, "-b", f"::/{name}"]).returncode == 0:
+            run(["mdeltree", *self._at, f"::/{name}"], f"{self.path}: its boot partition")
+
+    def free(self) -> int:
+        """See `Boot`."""
+        told = run(["mdir", *self._at, "::/"], f"{self.path}: its boot partition")
+        found = re.search(r"([\d ]+) bytes free", told)
+        return int(found[1].replace(" ", "")) if found else 0
+
+
+@dataclass(frozen=True)
+class MountedBoot:
+    """A boot partition that is mounted, as desktops do with a card that is put in."""
+
+    path: Path
+
+    def read(self, name: str) -> bytes | None:
+        """See `Boot`."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError:
+            return None
+
+    def put(self, folder: Path) -> None:
+        """See `Boot`."""
+        shutil.copytree(folder, self.path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+
+    def remove(self, name: str) -> None:
+        """See `Boot`."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / name).unlink(missing_ok=True)
+
+    def free(self) -> int:
+        """See `Boot`."""
+        return shutil.disk_usage(self.path).free
+
+
+@dataclass(frozen=True)
+class Root:
+    """The ext4 file system of an image, through debugfs.
+
+    Attributes:
+        path: of the image.
+        offset: in bytes.
+    """
+
+    path: Path
+    offset: int
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content, None where there is none."""
+        with tempfile.TemporaryDirectory(prefix="stillhouse-root-") as folder:
+            copy = Path(folder) / "file"
+            self._debugfs([f"dump {name} {copy}"])
+            return copy.read_bytes() if copy.exists() else None
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file, folder or link."""
+        return "Inode:" in self._debugfs([f"stat {name}"])
+
+    def write(self, name: str, content: bytes, mode: int) -> None:
+        """A new file of root's; one that was there before is replaced.
+
+        Raises:
+            ImageError: the file system is full, damaged, or was not cleanly unmounted.
+        """
+        folder, _, _ = name.rpartition("/")
+        with tempfile.TemporaryDirectory(prefix="stillhouse-root-") as scratch:
+            source = Path(scratch) / "file"
+            source.write_bytes(content)
+            told = self._debugfs(
+                [
+                    *(f"mkdir {parent}" for parent in _parents(folder) if not self.exists(parent)),
+                    *([f"rm {name}"] if self.exists(name) else []),
+                    f"write {source} {name}",
+                    f"sif {name} mode 0{0o100000 | mode:o}",
+                    f"sif {name} uid 0",
+                    f"sif {name} gid 0",
+                ],
+                write=True,
+            )
+        if self.read(name) != content:
+            raise ImageError(
+                f"{self.path}: {name} cannot be written to its root file system, which is full or "
+                f"damaged; debugfs said: {told.strip()[-300:]}"
+            )
+
+    def link(self, name: str, target: str) -> None:
+        """A symbolic link; a new one or the one that is there."""
+        if not self.exists(name):
+            self._debugfs([f"symlink {name} {target}"], write=True)
+        if not self.exists(name):
+            raise ImageError(f"{self.path}: {name} cannot be linked in its root file system")
+
+    def _debugfs(self, commands: Sequence[str], *, write: bool = False) -> str:
+        done = subprocess.run(
+            ["debugfs", *(["-w"] if write else []), "-f", "-", f"{self.path}?offset={self.offset}"],
+            input="\n".join(commands) + "\n",
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if "Could not open" in done.stderr:
+            raise ImageError(
+                f"{self.path}: its second partition is no ext4 file system that can be read: "
+                f"{done.stderr.strip()[-300:]}"
+            )
+        return done.stdout + done.stderr
+
+
+def _parents(folder: str) -> list[str]:
+    """`/a/b` -> /a, /a/b."""
+    parts = folder.strip("/").split("/")
+    return ["/" + "/".join(parts[: n + 1]) for n in range(len(parts))]
+
+
+def open_disk(path: Path) -> tuple[FatBoot, Root]:
+    """The boot partition and the root file system of an image or a card.
+
+    Raises:
+        ImageError: a tool is missing; no such file; a partition is mounted; or its partitions are
+            not those of a Raspberry Pi OS image: FAT, then Linux.
+    """
+    require_tools()
+    if not path.exists():
+        raise ImageError(f"{path}: no such image or card")
+    _refuse_mounted(path)
+    done = _tried(["sfdisk", "--json", str(path)])
+    expected = "expected an image of Raspberry Pi OS: a DOS partition table, a FAT partition to "
+    expected += "boot from, then one of Linux"
+    if done.returncode:
+        raise ImageError(f"{path}: {expected}; sfdisk: {done.stderr.strip()[-200:]}")
+    table = json.loads(done.stdout)["partitiontable"]
+    sector, partitions = int(table.get("sectorsize", 512)), table.get("partitions", [])
+    kinds = [str(each["type"]).lower() for each in partitions]
+    if len(kinds) < 2 or kinds[0] not in FAT or kinds[1] not in LINUX:
+        shown = ", ".join(kinds) or "none"
+        raise ImageError(f"{path}: {expected}; it has partitions of types {shown}")
+    size = path.stat().st_size
+    end = (partitions[1]["start"] + partitions[1]["size"]) * sector
+    if path.is_file() and end > size:
+        raise ImageError(
+            f"{path}: cut short: {size:,} bytes, its partitions end at {end:,}; download it again"
+        )
+    boot, root = (int(each["start"]) * sector for each in partitions[:2])
+    return FatBoot(path, boot), Root(path, root)
+
+
+def _refuse_mounted(path: Path) -> None:
+    if not path.is_block_device():
+        return
+    for line in Path("/proc/mounts").read_text().splitlines():
+        device, where = line.split()[:2]
+        if device.startswith(str(path.resolve())):
+            raise ImageError(
+                f"{path}: {device} is mounted at {where}; unmount it, or name {where} if that is "
+                "its boot partition"
+            )
+
+
+def require_tools() -> None:
+    """Raise ImageError unless all tools are here; the message says how to install them."""
+    missing = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    if missing:
+        raise ImageError(f"tools are missing: sudo apt install {' '.join(missing)}")
+
+
+def run(command: Sequence[str], what: str) -> str:
+    """Standard output of a command; ImageError with its last words where it fails."""
+    done = _tried(command)
+    if done.returncode:
+        raise ImageError(f"{what}: {command[0]} failed: {done.stderr.strip()[-300:]}")
+    return done.stdout
+
+
+def _tried(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    # mtools wants a FAT's size to fit its track layout, which those of cards need not.
+    environment = {"MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8"}
+    return subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
