@@ -8,18 +8,21 @@ ARCH ?= arm64
 TARGET_PYTHON ?= 3.11
 PACKAGES := benchmarks edge_agent hardware models orchestrator tools wire tests
 
-.PHONY: demo test test-hardware deb lint format mosquitto clean
+.PHONY: demo test test-hardware boot-test deb lint format programs clean
 
 demo: $(READY)
 	$(BIN)/orchestrator demo $(ARGS)
 
-test: lint mosquitto
+test: lint programs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-# Builds and emulates an arm64 system: wants root, and apt install mmdebstrap qemu-user-static
-# binfmt-support lintian.
-test-hardware: $(READY) mosquitto
+# Builds and emulates arm64 systems: wants root, and apt install mmdebstrap qemu-user-static
+# binfmt-support qemu-system-arm lintian.
+test-hardware: $(READY) programs
 	$(BIN)/python -m pytest -m hardware tests/hardware $(ARGS)
+
+boot-test: $(READY) programs
+	$(BIN)/python -m pytest -m hardware tests/hardware/test_boot.py $(ARGS)
 
 deb: $(READY)
 	$(BIN)/python -m hardware.deb --arch $(ARCH) --python $(TARGET_PYTHON)
@@ -41,14 +44,20 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Tests against a real Mosquitto need its program; they are left out, and say so, without it.
-mosquitto:
-	@PATH="$$PATH:/usr/sbin:/usr/local/sbin"; command -v mosquitto >/dev/null || { \
+# Tests with real programs are left out, and say so, where these are missing: a broker, and what
+# reads and writes images to flash.
+programs:
+	@PATH="$$PATH:/usr/sbin:/sbin:/usr/local/sbin"; wanted=; \
+	command -v mosquitto >/dev/null || wanted="$$wanted mosquitto"; \
+	command -v mcopy >/dev/null || wanted="$$wanted mtools"; \
+	command -v sfdisk >/dev/null || wanted="$$wanted fdisk"; \
+	command -v debugfs >/dev/null || wanted="$$wanted e2fsprogs"; \
+	[ -z "$$wanted" ] || { \
 	  as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
 	  command -v apt-get >/dev/null && $$as_root apt-get update -qq >/dev/null 2>&1 \
-	    && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mosquitto >/dev/null 2>&1 \
-	    && echo "installed mosquitto"; \
-	} || echo "mosquitto is missing and cannot be installed here: its tests will be skipped"
+	    && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$wanted >/dev/null 2>&1 \
+	    && echo "installed$$wanted"; \
+	} || echo "cannot be installed here:$$wanted; tests that want them will be skipped"
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -184,6 +184,8 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         _frugal("frugal, to server", "relu|q=2|zstd", 0.1, device_alpha=0.0),
         _frugal("frugal, none", "relu|q=2|zstd", 0.0, device_alpha=0.0),
         _frugal("frugal, float32", "float32", 0.1),
+        _frugal("frugal, q=4", "relu|q=4|zstd", 0.1),
+        _frugal("frugal, q=3", "relu|q=3|zstd", 0.1),
         _frugal("frugal, q=1", "relu|q=1|zstd", 0.1),
     ),
     "devices": tuple(Setting(f"{n} devices", devices=n) for n in (8, 16, 64, 128)),

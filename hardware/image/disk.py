@@ -18,6 +18,8 @@ from typing import Protocol
 from wire.errors import StillhouseError
 
 TOOLS = {"sfdisk": "fdisk", "mcopy": "mtools", "mdir": "mtools", "debugfs": "e2fsprogs"}
+# Where Debian keeps some of them, which is not on every user's path.
+SYSTEM = "/usr/sbin:/sbin"
 FAT, LINUX = ("b", "c", "e"), ("83",)  # partition types of a DOS label
 
 
@@ -167,14 +169,8 @@ class Root:
             raise ImageError(f"{self.path}: {name} cannot be linked in its root file system")
 
     def _debugfs(self, commands: Sequence[str], *, write: bool = False) -> str:
-        done = subprocess.run(
-            ["debugfs", *(["-w"] if write else []), "-f", "-", f"{self.path}?offset={self.offset}"],
-            input="\n".join(commands) + "\n",
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        at = f"{self.path}?offset={self.offset}"
+        done = _tried(["debugfs", *(["-w"] if write else []), "-f", "-", at], commands)
         if "Could not open" in done.stderr:
             raise ImageError(
                 f"{self.path}: its second partition is no ext4 file system that can be read: "
@@ -235,7 +231,8 @@ def _refuse_mounted(path: Path) -> None:
 
 def require_tools() -> None:
     """Raise ImageError unless all tools are here; the message says how to install them."""
-    missing = sorted({package for tool, package in TOOLS.items() if shutil.which(tool) is None})
+    path = f"{os.environ.get('PATH', '/usr/bin:/bin')}:{SYSTEM}"
+    missing = sorted({of for tool, of in TOOLS.items() if shutil.which(tool, path=path) is None})
     if missing:
         raise ImageError(f"tools are missing: sudo apt install {' '.join(missing)}")
 
@@ -248,11 +245,16 @@ def run(command: Sequence[str], what: str) -> str:
     return done.stdout
 
 
-def _tried(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    # mtools wants a FAT's size to fit its track layout, which those of cards need not.
-    environment = {"MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8"}
+def _tried(command: Sequence[str], lines: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+    environment = {
+        "PATH": f"{os.environ.get('PATH', '/usr/bin:/bin')}:{SYSTEM}",
+        "LC_ALL": "C.UTF-8",
+        # mtools wants a FAT's size to fit its track layout, which those of cards need not.
+        "MTOOLS_SKIP_CHECK": "1",
+    }
     return subprocess.run(
         command,
+        input="".join(f"{line}\n" for line in lines),
         env=os.environ | environment,
         capture_output=True,
         text=True,

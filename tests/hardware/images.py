@@ -1,5 +1,6 @@
 """Images in the layout of Raspberry Pi OS: a DOS table, FAT from 4 MiB on, then ext4."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -16,9 +17,16 @@ def missing():
 
 
 def run(*command, **more):
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **more)
+    path = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | path, **more
+    )
     assert done.returncode == 0, f"{command[0]}: {done.stderr[-2000:]}"
     return done.stdout
+
+
+def json_of(path):
+    return json.loads(path.read_text())
 
 
 def make(path, root, boot, *, boot_mib=48, root_mib=64, kinds=("c", "83"), root_type="ext4"):

@@ -35,6 +35,19 @@ def inside(root, *command):
     return ["unshare", "--mount", "sh", "-c", ENTER, str(root), *command]
 
 
+def emulation(*tools):
+    """Skip the test unless arm64 programs run here, and these tools are there."""
+    missing = [tool for tool in (*tools, "qemu-aarch64-static") if shutil.which(tool) is None]
+    if os.geteuid() != 0 or missing:
+        pytest.skip(f"wants root, and: apt install mmdebstrap qemu-user-static binfmt-support "
+                    f"qemu-system-arm fdisk mtools e2fsprogs; missing: {missing}")  # fmt: skip
+    binfmt = Path("/proc/sys/fs/binfmt_misc")
+    if not (binfmt / "status").exists():
+        run("mount", "-t", "binfmt_misc", "binfmt_misc", str(binfmt))
+    if not (binfmt / "qemu-aarch64").exists():
+        run("update-binfmts", "--enable", "qemu-aarch64")
+
+
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")
@@ -44,14 +57,7 @@ def packages(tmp_path_factory):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, packages):
     """Debian 12 for arm64 with the package."""
-    wanted = ["mmdebstrap", "unshare", "qemu-aarch64-static"]
-    if os.geteuid() != 0 or not all(map(shutil.which, wanted)):
-        pytest.skip("wants root, and: apt install mmdebstrap qemu-user-static binfmt-support")
-    binfmt = Path("/proc/sys/fs/binfmt_misc")
-    if not (binfmt / "status").exists():
-        run("mount", "-t", "binfmt_misc", "binfmt_misc", str(binfmt))
-    if not (binfmt / "qemu-aarch64").exists():
-        run("update-binfmts", "--enable", "qemu-aarch64")
+    emulation("mmdebstrap", "unshare")
     path = tmp_path_factory.mktemp("arm64") / "root"
     run("mmdebstrap", "--architectures=arm64", "--variant=apt",
         "--include=python3.11,adduser", "bookworm", str(path))  # fmt: skip
