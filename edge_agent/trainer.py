@@ -24,6 +24,8 @@ Floats = NDArray[np.float32]
 State = dict[str, Array]
 
 _TURNS = (np.zeros((), np.float32), np.ones((), np.float32))
+# Where onnxruntime-gpu is installed, the device trains on its GPU.
+_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 class TrainStep:
@@ -202,9 +204,12 @@ def _session(
     # a moment longer: a Pi often shares its cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    offered = ort.get_available_providers()
     try:
         return ort.InferenceSession(
-            artifact.folder / graph.file, options, providers=["CPUExecutionProvider"]
+            artifact.folder / graph.file,
+            options,
+            providers=[provider for provider in _PROVIDERS if provider in offered],
         )
     except Exception as fault:  # onnxruntime raises its own classes, one a status code
         raise ArtifactError(
