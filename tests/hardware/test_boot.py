@@ -26,6 +26,12 @@ pytestmark = pytest.mark.hardware
 
 PACKAGES = "python3.11,adduser,systemd-sysv,udev,apt,kmod,iproute2,linux-image-arm64"
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ7mD0Zl0t6F4tNn0mWcQ3b6b7n1k2v5c8x9y0z1a2b3 me@desk"
+# An initial file system with these alone is packed in a tenth of the time.
+MODULES = (
+    'mkdir -p "$1/etc/initramfs-tools/conf.d"; '
+    'echo MODULES=list > "$1/etc/initramfs-tools/conf.d/small"; '
+    "printf '%s\\n' virtio_pci virtio_blk ext4 > \"$1/etc/initramfs-tools/modules\""
+)
 RUN = """\
 name = "run"
 fleet = "mill"
@@ -56,7 +62,7 @@ def base(tmp_path_factory, digits):
     root = folder / "root"
     images.run(
         "mmdebstrap", "--architectures=arm64", "--variant=minbase", f"--include={PACKAGES}",
-        "bookworm", str(root),
+        f"--essential-hook={MODULES}", "bookworm", str(root),
     )  # fmt: skip
     (root / "etc/fstab").write_text(
         "/dev/vda2 / ext4 defaults 0 1\n/dev/vda1 /boot/firmware vfat defaults 0 2\n"
