@@ -141,8 +141,12 @@ def test_a_board_joins_by_itself_and_finishes_a_round(base, board, digits, proce
     processes.start("run", "orchestrator.main", "start", "--config", "run.toml")
     board(image)
     process = processes.running["run"]
-    processes.wait_for("end of the run", lambda: process.poll() is not None, 1800.0)
-    assert process.returncode == 0, processes.log("run")
+    processes.wait_for(
+        "end of the run",
+        lambda: process.poll() is not None or "Failed to start" in processes.log("board"),
+        1800.0,
+    )
+    assert process.poll() == 0, processes.log("board")[-3000:] + processes.log("run")
     report = images.json_of(tmp_path / "runs/run/report.json")
     device = report["rounds"][0]["devices"]["pi-3"]
     assert device["accepted"]
