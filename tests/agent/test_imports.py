@@ -1,5 +1,6 @@
 """The agent stands alone: a Raspberry Pi has no torch, no onnx, nothing of the server."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,18 @@ def test_an_agent_that_waits_has_not_loaded_onnxruntime():
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("module", ["edge_agent.trainer", "orchestrator.deploy"])
+def test_what_runs_on_a_device_is_reported_to_nobody(module, tmp_path):
+    """ONNX Runtime would make an identifier of the device, and keep what it is to report."""
+    script = f"import {module}, onnxruntime as ort; ort.get_available_providers()"
+    quiet = ("ORT_DISABLE_TELEMETRY", "CI", "ORT_RUNNING_UNIT_TESTS", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in quiet}
+    subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env=environment | {"HOME": str(tmp_path)},
+        check=True,
+    )
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in str(path)]
