@@ -90,7 +90,7 @@ def check() -> None:
 
 def draw(path: Path, report: Measurement) -> None:
     """The picture of one device: its roof, and every layer and phase that multiplies."""
-    figure, axes = _canvas()
+    figure, axes = canvas()
     points = [_point(row) for row in longest(report.layers, len(report.layers))]
     whole = sum(point.seconds for point in points)
     shown = [p for p in points if p.intensity and p.gflops and p.seconds >= LEAST * whole]
@@ -125,7 +125,7 @@ def draw_fleet(path: Path, reports: Mapping[str, Measurement]) -> None:
     """The picture of several devices: each one's roof, and its phases as sums over the layers."""
     import matplotlib as mpl
 
-    figure, axes = _canvas()
+    figure, axes = canvas()
     found = {name: _phases(report) for name, report in reports.items()}
     everything = list(itertools.chain.from_iterable(found.values()))
     _frame(axes, [report.machine for report in reports.values()], everything)
@@ -145,7 +145,8 @@ def draw_fleet(path: Path, reports: Mapping[str, Measurement]) -> None:
     figure.savefig(path)
 
 
-def _canvas() -> tuple["Figure", "Axes"]:
+def canvas() -> tuple["Figure", "Axes"]:
+    """An empty picture of the size that all of these have."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from wire import records, signing, topics
 from wire.costs import MAX_ROWS, Phase
-from wire.errors import WireError
+from wire.errors import SignatureError, WireError
 from wire.manifest import ModelInfo
 from wire.messages import Platform
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FORMAT = "stillhouse-measure/2"
-MAX_BYTES = 256 << 10  # some 1,400 rows of layers; brokers take it, and one message holds it
+MAX_BYTES = 128 << 10  # some 1,100 rows of layers, and what a broker takes as a chunk
 MAX_NUMBER = 1 << 62
 MAX_TEXT = 256
 _UTC = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\dZ")
@@ -66,6 +66,10 @@ class Step:
     quartiles_s: tuple[float, ...]
     images_per_s: float
     gflops: float
+
+    def __post_init__(self) -> None:
+        if len(self.quartiles_s) != 3 or min(*self.quartiles_s, self.median_s) <= 0:
+            raise ValueError(f"quartiles_s: expected three over 0, got {self.quartiles_s!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,10 @@ def verify(data: bytes, *, where: str) -> Measurement:
         )
     built = records.build(Measurement, content, where=where, error=WireError)
     signed = {name: value for name, value in content.items() if name != "signature"}
-    signing.verify(built.device, FORMAT, _canonical(signed), built.signature)
+    try:
+        signing.verify(built.device, FORMAT, _canonical(signed), built.signature)
+    except SignatureError as fault:
+        raise SignatureError(f"{where}: {fault}") from fault
     return built
 
 

@@ -76,6 +76,7 @@ def test_one_changed_figure_is_noticed(key):
         ("steps", {}, "unknown key 'steps'; did you mean 'step'"),
         ("step.images_per_s", "many", "images_per_s: expected float, got str"),
         ("step.images_per_s", -1.0, "step.images_per_s: expected 0 or more"),
+        ("step.quartiles_s", [0.1, 0.0, 0.1], "quartiles_s: expected three over 0"),
         ("step.timed", 10**40, "a number of 41 digits"),
         ("machine.copy_gbytes", 0.0, "expected over 0"),
         ("platform.model", "Pi\n| x", "platform.model: expected up to 256 printable"),
