@@ -145,12 +145,12 @@ def draw_fleet(path: Path, reports: Mapping[str, Measurement]) -> None:
     figure.savefig(path)
 
 
-def canvas() -> tuple["Figure", "Axes"]:
-    """An empty picture of the size that all of these have."""
+def canvas(height: float = 6.0) -> tuple["Figure", "Axes"]:
+    """An empty picture of the width that all of these have; inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 6.0), layout="constrained", dpi=144)
+    figure = Figure(figsize=(9.6, height), layout="constrained", dpi=144)
     FigureCanvasAgg(figure)  # which can say how large a text will be
     return figure, figure.subplots()
 

@@ -185,7 +185,7 @@ def _what(report: Measurement) -> str:
 
 def _draw_speed(path: Path, measured: Mapping[str, Measurement]) -> None:
     """Bars of images a second, with the quartiles of the step times."""
-    figure, axes = roofline.canvas()
+    figure, axes = roofline.canvas(1.4 + 0.4 * len(measured))
     names = sorted(measured, key=lambda name: measured[name].step.images_per_s)
     for row, name in enumerate(names):
         report = measured[name]
@@ -201,7 +201,7 @@ def _draw_speed(path: Path, measured: Mapping[str, Measurement]) -> None:
 
 def _draw_memory(path: Path, measured: Mapping[str, Measurement]) -> None:
     """Bars of the peak in training, and the forecast."""
-    figure, axes = roofline.canvas()
+    figure, axes = roofline.canvas(1.4 + 0.4 * len(measured))
     names = sorted(measured, reverse=True)
     for row, name in enumerate(names):
         memory = measured[name].memory
@@ -213,13 +213,13 @@ def _draw_memory(path: Path, measured: Mapping[str, Measurement]) -> None:
         axes.annotate(f"{memory.train_peak_bytes / 1e6:,.0f}", (most / 1e6, row), (6, 0),
                       textcoords="offset points", va="center")  # fmt: skip
     _finish(axes, names, "MB")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.08), ncols=2, frameon=False)
+    axes.figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
 def _finish(axes: Any, names: Sequence[str], unit: str) -> None:
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(-0.7, max(len(names), 4) - 0.3)  # few bars stay bars
+    axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.set_xlabel(unit)
     for side in ("top", "right"):

@@ -9,7 +9,8 @@
       |                  <- want / chunk -> |   the orchestrator pulls them at its own pace
       | <-------------------------- receipt |   accepted or refused, with the reason
       | death (retained, last will) -------> |
-      | measured (retained until receipted)> |   what training costs there: `edge-agent measure`
+      | measured (retained) --------------> |   what training costs there; taken from the broker
+      | <-------------------------- receipt |   once the orchestrator has it
 
 The device sends a result again until it has the receipt; the orchestrator sends an order again
 when a device is born anew. Both are told apart by (run, sequence), so that repetition is harmless.

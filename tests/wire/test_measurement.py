@@ -1,8 +1,10 @@
 """A measurement is believed as its device signed it, and in the form that tables can hold."""
 
+import base64
 import json
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from wire import measurement, signing
 from wire.errors import SignatureError, StillhouseError, WireError
@@ -55,6 +57,16 @@ def test_what_a_device_signed_is_read_back_whatever_its_layout(key):
     assert signed.device == signing.public(key)
     for data in (signed.to_bytes(), json.dumps(json.loads(signed.to_bytes()), indent=3).encode()):
         assert measurement.verify(data, where="x.json") == signed
+
+
+def test_anyone_can_check_a_file_without_our_code(key):
+    """As docs/measure.md says."""
+    report = json.loads(measurement.sign(key, REPORT).to_bytes())
+    signature = base64.b64decode(report.pop("signature"))
+    owner = base64.b64decode(report["device"].removeprefix("ed25519:"))
+    text = json.dumps(report, sort_keys=True, separators=(",", ":"))
+    signed = b"stillhouse-measure/2\0" + text.encode()
+    Ed25519PublicKey.from_public_bytes(owner).verify(signature, signed)
 
 
 def test_one_changed_figure_is_noticed(key):
