@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from edge_agent import config
 from edge_agent.config import AgentConfig
 from wire import signing
-from wire.errors import SignatureError
+from wire.errors import SettingsError, SignatureError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -31,7 +31,13 @@ def settings(named: Path | None) -> AgentConfig | None:
     """
     if named is None and not os.access(INSTALLED, os.R_OK):
         return None
-    return config.load(named or INSTALLED)
+    try:
+        return config.load(named or INSTALLED)
+    except OSError as fault:  # a folder on the way to a certificate
+        raise SettingsError(
+            f"{named or INSTALLED}: {fault.filename} cannot be read: {fault.strerror}; "
+            "run this as the agent's user: sudo -u stillhouse edge-agent ..."
+        ) from fault
 
 
 def key_file(chosen: AgentConfig | None) -> Path:
@@ -47,9 +53,10 @@ def key_file(chosen: AgentConfig | None) -> Path:
         if not folder.exists():
             folder.mkdir(parents=True)
             _give(folder)
+        place, wanted = (path, os.R_OK) if path.exists() else (folder, os.W_OK | os.X_OK)
     except OSError as fault:
         raise SignatureError(f"{folder}: {fault.strerror}; {_remedy(chosen)}") from fault
-    if not os.access(path, os.R_OK) if path.exists() else not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(place, wanted):
         raise SignatureError(f"{path}: no key can be read or made there; {_remedy(chosen)}")
     return path
 

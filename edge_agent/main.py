@@ -101,8 +101,11 @@ def _measure(chosen: argparse.Namespace) -> int:
             f"--submit: {identity.INSTALLED} is not there, or not for this user; name the device's "
             "agent.toml with --config, or run this as its user: sudo -u stillhouse edge-agent ..."
         )
+    for path in filter(None, (chosen.json, chosen.roofline)):
+        if not path.parent.is_dir():
+            raise SettingsError(f"{path}: {path.parent} is no folder; make it")
     if chosen.roofline:
-        roofline.check()
+        roofline.check(chosen.roofline)
     artifact = open_artifact(chosen.artifact or measuring.installed_artifact())
     key = identity.key_file(settings)
     _hold_threads(chosen.threads)

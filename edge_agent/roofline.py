@@ -75,12 +75,14 @@ def table(report: Measurement) -> list[str]:
     return lines
 
 
-def check() -> None:
-    """Return if pictures can be drawn here.
+def check(path: Path) -> None:
+    """Return if a picture can be drawn into a file.
 
     Raises:
-        SettingsError: matplotlib is missing.
+        SettingsError: matplotlib is missing, or it is no .png.
     """
+    if path.suffix != ".png":
+        raise SettingsError(f"--roofline {path}: expected a name that ends in .png")
     if util.find_spec("matplotlib") is None:
         raise SettingsError(
             "--roofline: matplotlib is not installed here; the terminal tells the same, or write "

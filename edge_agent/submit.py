@@ -88,5 +88,6 @@ def _receipt(payload: bytes, digest: str) -> Receipt | None:
         message, _ = messages.decode(payload, sender="the orchestrator")
     except WireError:  # newer than this agent, and not for this command
         return None
-    ours = isinstance(message, Receipt) and (message.subject, message.run) == ("measured", digest)
-    return message if ours and isinstance(message, Receipt) else None
+    if isinstance(message, Receipt) and (message.subject, message.run) == ("measured", digest):
+        return message
+    return None

@@ -210,6 +210,13 @@ def test_without_pytorch_the_remedy_is_told(artifact, monkeypatch, capsys):
     assert "torch_of_another_world cannot be found by" in capsys.readouterr().err
 
 
+def test_without_matplotlib_the_terminal_tells_it(artifact, monkeypatch, capsys):
+    monkeypatch.setattr(roofline.util, "find_spec", lambda _: None)
+    command = ["measure", "--artifact", str(artifact.folder), "--roofline", "roof.png"]
+    assert main(command) == 2
+    assert "--roofline: matplotlib is not installed here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -217,6 +224,8 @@ def test_without_pytorch_the_remedy_is_told(artifact, monkeypatch, capsys):
         (["--artifact", "nowhere", "--steps", "0"], "--steps of 1 or more"),
         (["--artifact", "nowhere", "--config", "no.toml"], "no.toml: cannot be read: No such file"),
         (["--artifact", "nowhere", "--submit"], "nowhere.toml is not there, or not for this user"),
+        (["--artifact", "nowhere", "--json", "no/x.json"], "no/x.json: no is no folder; make it"),
+        (["--artifact", "nowhere", "--roofline", "x.pdf"], "expected a name that ends in .png"),
         ([], "no artifact is installed there; name one with --artifact"),
     ],
 )

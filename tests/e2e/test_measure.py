@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ from orchestrator import broker
 from tests.conftest import ROOT, Processes
 from tests.e2e.test_run import Fleet, check_every_round_counts_each_device_once
 from tools.export import export
-from wire import measurement
+from wire import measurement, messages, topics
+from wire.address import BrokerAddress
+from wire.link import Arrived, Link
+from wire.messages import Measured
 
 NOWHERE = "mqtt://127.0.0.1:9"  # the discard port: nobody listens
 
@@ -40,6 +44,27 @@ def submit(folder: Path, artifact: Path, *more: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def kept_by_the_broker(url: str) -> list[Measured]:
+    """The measurements that are retained under device-0."""
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    own, marker = (topics.topic("fleet", name, "telemetry") for name in ("device-0", "marker"))
+    link = Link(BrokerAddress(url), "reader", subscriptions=[(own, 1), (marker, 1)],
+                emit=events.put)  # fmt: skip
+    link.start()
+    try:
+        assert link.wait_connected(10.0)
+        link.publish(marker, b"what is retained came before")
+        found = []
+        while (event := events.get(timeout=10.0)) != Arrived(
+            marker, b"what is retained came before"
+        ):
+            if isinstance(event, Arrived):
+                found.append(messages.decode(event.payload, sender="broker")[0])
+        return [message for message in found if isinstance(message, Measured)]
+    finally:
+        link.close()
+
+
 @pytest.mark.e2e
 def test_a_report_is_kept_until_the_orchestrator_is_there_and_receipted_while_the_agent_is_there(
     processes: Processes, digits, any_broker, artifact
@@ -51,6 +76,7 @@ def test_a_report_is_kept_until_the_orchestrator_is_there_and_receipted_while_th
     assert (code, error.count("\n")) == (2, 1)
     assert "no receipt in 2 s: no orchestrator of fleet 'fleet' is at work" in error
     assert "signed    by ed25519:" in told
+    assert [message.device for message in kept_by_the_broker(any_broker.url)] == ["device-0"]
 
     fleet.orchestrator()
     fleet.agent(0)
@@ -82,6 +108,7 @@ def test_a_report_is_kept_until_the_orchestrator_is_there_and_receipted_while_th
         assert log.count("connected to") == 1  # nobody took its session over
         assert "WARNING" not in log
     assert "message dropped" not in processes.log("run")
+    assert kept_by_the_broker(any_broker.url) == []
     shown = subprocess.run(
         [sys.executable, "-m", "orchestrator.main", "devices", "--config", "run.toml",
          "--markdown"],
