@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks import command, race, worker
+from benchmarks import command, race
 from benchmarks.race import ContenderError, Entry
 from benchmarks.train_step import contenders
 from benchmarks.train_step.setting import Setting
+from tools import worker
 
 WHOLE, CONTROL = "as it is", "as it is, once more"
 

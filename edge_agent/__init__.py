@@ -3,4 +3,6 @@
 Imports nothing but `wire`, numpy, onnxruntime, safetensors and (for image folders) Pillow.
 """
 
+import wire  # noqa: F401 - before onnxruntime, whose reports it turns off
+
 __version__ = "0.1.0"

@@ -172,6 +172,8 @@ class Agent:
                 self._apply(rounds.ordered(self._state, message, now, self.config.resend_s))
             case Receipt(subject="birth"):
                 log.error("the orchestrator refuses this device: %s", message.reason)
+            case Receipt(subject="measured"):  # for `edge-agent measure --submit`, which hears it
+                pass
             case Receipt():
                 self._apply(rounds.received(self._state, message))
             case Hello():

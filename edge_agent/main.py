@@ -38,13 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--verbose", action="store_true", help="say more")
     doctor = commands.add_parser("doctor", help="look for what keeps this device from taking part")
     doctor.add_argument("--config", type=Path, default=Path("/etc/stillhouse/agent.toml"))
-    measure = commands.add_parser("measure", help="what a training artifact costs on this device")
-    measure.add_argument("--artifact", type=Path, required=True, help="folder of the artifact")
-    measure.add_argument("--budget-mb", type=int, default=0,
-                         help="for the largest batch; 0: what is available now")  # fmt: skip
-    measure.add_argument("--json", type=Path, help="write all figures there")
-    measure.add_argument("--threads", type=int, default=0, help="0 takes all cores")
-    measure.add_argument("--steps", type=int, default=20, help="that are timed")
+    _add_measure(commands.add_parser("measure", help="what training costs on this device"))
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"))
     chosen = parser.parse_args(arguments)
@@ -75,19 +69,68 @@ def _init(path: Path) -> int:
     return 0
 
 
+def _add_measure(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--artifact", type=Path, help="folder of the artifact; default: the package's ResNet-8")
+    add("--budget-mb", type=int, default=0, help="for the largest batch; 0: what is available now")
+    add("--threads", type=int, default=0, help="0 takes all cores")
+    add("--steps", type=int, default=20, help="that are timed")
+    add("--with-pytorch", action="store_true", help="PyTorch at the same step beside, in turns")
+    add("--json", type=Path, help="write all figures there, signed")
+    add("--roofline", type=Path, help="draw a .png there; the terminal tells the same")
+    add("--config", type=Path, help="agent.toml; default: the installed one, if it can be read")
+    add("--submit", action="store_true", help="send the report to the orchestrator")
+    add("--timeout", type=float, default=30.0, help="seconds to wait for its receipt")
+
+
 def _measure(chosen: argparse.Namespace) -> int:
+    from edge_agent import identity, roofline
     from edge_agent import measure as measuring
+    from wire import measurement, records
     from wire.artifact import open_artifact
 
-    if chosen.threads < 0 or chosen.steps < 1 or chosen.budget_mb < 0:
-        raise SettingsError("expected --threads and --budget-mb of 0 or more, --steps of 1 or more")
-    artifact = open_artifact(chosen.artifact)
+    if chosen.threads < 0 or chosen.steps < 1 or chosen.budget_mb < 0 or not chosen.timeout > 0:
+        raise SettingsError(
+            "expected --threads and --budget-mb of 0 or more, --steps of 1 or more, --timeout over "
+            "0"
+        )
+    # First: what is cheap to find wrong is found before anything is measured.
+    settings = identity.settings(chosen.config)
+    if chosen.submit and settings is None:
+        raise SettingsError(
+            f"--submit: {identity.INSTALLED} is not there, or not for this user; name the device's "
+            "agent.toml with --config, or run this as its user: sudo -u stillhouse edge-agent ..."
+        )
+    for path in filter(None, (chosen.json, chosen.roofline)):
+        if not path.parent.is_dir():
+            raise SettingsError(f"{path}: {path.parent} is no folder; make it")
+    if chosen.roofline:
+        roofline.check(chosen.roofline)
+    artifact = open_artifact(chosen.artifact or measuring.installed_artifact())
+    key = identity.key_file(settings)
     _hold_threads(chosen.threads)
-    budget = chosen.budget_mb * 10**6
-    report = measuring.measure(artifact, threads=chosen.threads, steps=chosen.steps, budget=budget)
+    measured = measuring.measure(
+        artifact,
+        threads=chosen.threads,
+        steps=chosen.steps,
+        budget=chosen.budget_mb * 10**6,
+        name=settings.device if settings else "",
+        with_pytorch=chosen.with_pytorch,
+    )
+    report = measurement.sign(identity.own_key(key), measured)
     print(measuring.text(report))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        if chosen.json:
+            chosen.json.write_text(json.dumps(records.plain(report), indent=1) + "\n")
+        if chosen.roofline:
+            roofline.draw(chosen.roofline, report)
+    except OSError as fault:
+        raise SettingsError(f"{fault.filename}: cannot be written: {fault.strerror}") from fault
+    if chosen.submit and settings:
+        from edge_agent.submit import submit
+
+        submit(report, settings, chosen.timeout)
+        print(f"submitted as {settings.device} to the orchestrator of fleet {settings.fleet}")
     return 0
 
 

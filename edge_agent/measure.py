@@ -7,6 +7,7 @@
     memory      resident bytes before, after loading, and peaks (VmHWM) of training, extraction and
                 evaluation, beside what the exporter foretold
     energy      joules a sample, where the board measures them; and whether it was held back
+    pytorch     if asked for: PyTorch at the same step in turns with ours, in its own process
 
 Inputs are random numbers, since no cost depends on them; nothing here learns. FLOPs are 2 x MAC of
 convolutions and matrix products. Times of nodes come from runs of their own: a profile costs time.
@@ -15,6 +16,7 @@ convolutions and matrix products. Times of nodes come from runs of their own: a 
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,18 +29,29 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from edge_agent import __version__, meter, sensors
+from edge_agent import __version__, meter, peer, roofline, sensors
 from wire import records
 from wire.artifact import Artifact
 from wire.costs import PHASES, Phase
+from wire.errors import ArtifactError
 from wire.manifest import Graph, Manifest
+from wire.measurement import FORMAT, Measurement
 
-FORMAT = "stillhouse-measure/1"
+# The package lays it there; in a checkout's environment tools.export does.
+INSTALLED = Path(sys.prefix) / "share/stillhouse/resnet8"
 WARM, PROFILED = 3, 5
 GEMM, COPIED = 768, 1 << 26  # rows of the matrices; bytes of the array
 
 
-def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) -> dict[str, Any]:
+def measure(
+    artifact: Artifact,
+    *,
+    threads: int,
+    steps: int,
+    budget: int = 0,
+    name: str = "",
+    with_pytorch: bool = False,
+) -> dict[str, Any]:
     """Measure an artifact; see the module's text.
 
     Args:
@@ -46,18 +59,27 @@ def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) ->
         threads: of ONNX Runtime and numpy; 0 takes all cores.
         steps: that are timed, after a few that are not.
         budget: bytes that the process may take, for the largest batch; 0: what is available now.
+        name: the device's.
+        with_pytorch: measure PyTorch beside.
 
     Returns:
-        What `docs/measure.md` describes, ready for JSON. "valid" is False where something held the
-        processor back before, after or, as far as the board tells, meanwhile.
+        What `wire.measurement` signs: all keys but `device` and `signature`. "valid" is False where
+        something held the processor back before, after or, as far as the board tells, meanwhile.
+
+    Raises:
+        SettingsError: PyTorch cannot be measured.
     """
+    if with_pytorch:
+        peer.check()
     before, ever, sensor = sensors.throttling(), sensors.throttling(ever=True), sensors.power()
     cool = sensors.celsius()
     manifest = artifact.manifest
     train = manifest.graphs["train"]
     report: dict[str, Any] = {
         "format": FORMAT,
+        "name": name,
         "agent": __version__,
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "platform": records.plain(meter.this_platform()),
         "threads": threads,
         "artifact": {
@@ -87,6 +109,8 @@ def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) ->
                 step()
                 times.append(time.perf_counter() - began)
         memory["pss_bytes"] = meter.proportional_bytes()
+    if with_pytorch:
+        report["pytorch"] = _beside(artifact, state, threads)
     del step
     meter.give_back()
     for kind in ("extract", "eval"):
@@ -110,8 +134,13 @@ def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) ->
         "images_per_s": manifest.batch / median,
         "gflops": train.flops * manifest.micro_batches / median / 1e9,
     }
-    report["machine"] = {"gemm_gflops": _gemm(), "copy_gbytes": _copy(threads)}
+    # Twice, for other work on the machine may fall on one of them.
+    first = (_gemm(), _copy(threads))
     report["layers"] = _layers(train, _node_times(artifact, state, threads), manifest.micro_batches)
+    report["machine"] = {
+        "gemm_gflops": max(first[0], _gemm()),
+        "copy_gbytes": max(first[1], _copy(threads)),
+    }
     joules = None if watch.joules is None else watch.joules / (steps * manifest.batch)
     after = sensors.throttling()
     meanwhile = tuple(w for w in sensors.throttling(ever=True) if w not in ever)
@@ -131,6 +160,21 @@ def measure(artifact: Artifact, *, threads: int, steps: int, budget: int = 0) ->
     return report
 
 
+def installed_artifact() -> Path:
+    """The folder of the artifact that is measured where none is named.
+
+    Raises:
+        ArtifactError: it is not there; the message says how to make it.
+    """
+    if not INSTALLED.is_dir():
+        raise ArtifactError(
+            f"{INSTALLED}: no artifact is installed there; name one with --artifact (the agent has "
+            "those of its runs in state/artifacts), or make it in an environment with PyTorch: "
+            f"python -m tools.export --model resnet8 --classes 10 --batch 32 --out {INSTALLED}"
+        )
+    return INSTALLED
+
+
 def _largest_batch(manifest: Manifest, budget: int) -> int:
     """Samples at once whose tensors fit into a budget, the rest of the process beside them."""
     rest, each = manifest.memory.process - manifest.memory.tensors, manifest.memory.tensors
@@ -143,16 +187,21 @@ def _step(
     from edge_agent.trainer import TrainStep
 
     step = TrainStep(artifact, state, threads=threads, profile=profile)
-    rng, classes = np.random.default_rng(0), artifact.manifest.model.classes
-    for name, array in step.inputs.items():
-        if name in ("x", "teacher"):
-            array[...] = rng.standard_normal(array.shape, np.float32)
-    step.inputs["y"][...] = rng.integers(classes, size=step.inputs["y"].shape)
-    # A rate so small that random labels do not let the weights run away.
-    for name, value in (("lr", 1e-6), ("alpha", 1.0), ("temperature", 3.0)):
+    for name, value in {**peer.batch(artifact.manifest), **peer.SETTINGS}.items():
         if name in step.inputs:
             step.inputs[name][...] = value
     return step
+
+
+def _beside(artifact: Artifact, state: Mapping[str, NDArray[Any]], threads: int) -> dict[str, Any]:
+    """PyTorch and us in turns, both from the artifact's own weights."""
+    step = _step(artifact, state, threads)
+
+    def once() -> float:
+        step()
+        return float(step.loss)
+
+    return peer.race(artifact, once, threads=threads)
 
 
 def _passes(artifact: Artifact, kind: str, state: Mapping[str, NDArray[Any]], threads: int) -> None:
@@ -231,76 +280,76 @@ def _best(work: Callable[[], object], times: int = 7) -> float:
     return min(found)
 
 
-def text(report: Mapping[str, Any]) -> str:
+def text(report: Measurement) -> str:
     """The report for people: what it is of, the layers that take longest, memory, energy."""
-    made, step, machine = report["artifact"], report["step"], report["machine"]
-    memory, energy, heat = report["memory"], report["energy"], report["heat"]
-    platform = report["platform"]
+    made, step, machine = report.artifact, report.step, report.machine
+    memory, energy, heat, platform = report.memory, report.energy, report.heat, report.platform
     lines = [
         (
-            f"{made['model']['name']}, batch {made['batch']}, on {platform['model']} "
-            f"({platform['machine']}, {platform['cores']} cores, onnxruntime "
-            f"{platform['onnxruntime']}, {report['threads'] or 'all'} threads)"
+            f"{made.model.name}, batch {made.batch}, on {platform.model} ({platform.machine}, "
+            f"{platform.cores} cores, onnxruntime {platform.onnxruntime}, "
+            f"{report.threads or 'all'} threads)"
         ),
         (
-            f"machine   {machine['gemm_gflops']:.1f} GFLOP/s of a matrix product, "
-            f"{machine['copy_gbytes']:.1f} GB/s of a copy"
+            f"machine   {machine.gemm_gflops:.1f} GFLOP/s of a matrix product, "
+            f"{machine.copy_gbytes:.1f} GB/s of a copy"
         ),
         (
-            f"step      {1e3 * step['median_s']:.1f} ms, {step['images_per_s']:.0f} images/s, "
-            f"{made['step_flops'] / 1e9:.2f} GFLOP, {step['gflops']:.1f} GFLOP/s, "
-            f"{100 * step['gflops'] / machine['gemm_gflops']:.0f} % of the peak"
+            f"step      {1e3 * step.median_s:.1f} ms, {step.images_per_s:.0f} images/s, "
+            f"{made.step_flops / 1e9:.2f} GFLOP, {step.gflops:.1f} GFLOP/s, "
+            f"{100 * step.gflops / machine.gemm_gflops:.0f} % of the peak"
         ),
+        *(_phase_line(report, phase) for phase in PHASES),
     ]
-    lines += [_phase_line(report, phase) for phase in PHASES]
-    lines += ["", (f"{'layer':24} {'phase':9} {'ms':>7} {'MFLOP':>8} {'MB':>7} {'of peak':>8} "
-              f"{'of copy':>8}")]  # fmt: skip
-    longest = sorted(report["layers"], key=lambda row: -row["seconds"])[:12]
-    for row in longest:
-        seconds = row["seconds"] or float("inf")
+    if pytorch := report.pytorch:
         lines.append(
-            f"{row['name'] or '(model)':24.24} {row['phase']:9} {1e3 * row['seconds']:7.2f} "
-            f"{row['flops'] / 1e6:8.1f} {row['bytes'] / 1e6:7.1f} "
-            f"{_share(row['flops'] / 1e9 / seconds, machine['gemm_gflops']):>8} "
-            f"{_share(row['bytes'] / 1e9 / seconds, machine['copy_gbytes']):>8}"
+            f"pytorch   {pytorch.images_per_s:.0f} images/s (eager, {pytorch.version}), in turns "
+            f"with our {pytorch.ours_images_per_s:.0f}: {pytorch.ratio:.2f} times; its process "
+            f"peaks at {pytorch.peak_bytes / 1e6:.0f} MB"
         )
-    peaks = [f"{name} {memory[f'{name}_peak_bytes'] / 1e6:.0f}" for name in
-             ("train", "extract", "eval") if f"{name}_peak_bytes" in memory]  # fmt: skip
+    lines += ["", *roofline.table(report)]
+    peaks = [
+        f"{name} {peak / 1e6:.0f}"
+        for name, peak in (
+            ("train", memory.train_peak_bytes),
+            ("extract", memory.extract_peak_bytes),
+            ("eval", memory.eval_peak_bytes),
+        )
+        if peak is not None
+    ]
     lines += [
         "",
         (
-            f"memory    {memory['idle_bytes'] / 1e6:.0f} MB idle, "
-            f"{memory['loaded_bytes'] / 1e6:.0f} loaded; peaks: {', '.join(peaks)}; "
-            f"{memory['foretold_bytes'] / 1e6:.0f} foretold"
+            f"memory    {memory.idle_bytes / 1e6:.0f} MB idle, "
+            f"{memory.loaded_bytes / 1e6:.0f} loaded; peaks: {', '.join(peaks)}; "
+            f"{memory.foretold_bytes / 1e6:.0f} foretold"
         ),
-        f"{'':10}a batch of {memory['largest_batch']} fits {memory['budget_bytes'] / 1e6:,.0f} MB",
+        f"{'':10}a batch of {memory.largest_batch} fits {memory.budget_bytes / 1e6:,.0f} MB",
     ]
-    if energy["joules_per_sample"] is None:
+    if energy.joules_per_sample is None or energy.watts is None:
         lines.append("energy    no sensor on this machine, or not for this user")
     else:
         lines.append(
-            f"energy    {1e3 * energy['joules_per_sample']:.2f} mJ a sample, "
-            f"{energy['watts']:.2f} W by {energy['sensor']}"
+            f"energy    {1e3 * energy.joules_per_sample:.2f} mJ a sample, "
+            f"{energy.watts:.2f} W by {energy.sensor}"
         )
-    if not report["valid"]:
+    if not report.valid:
         was, while_, now = (
-            ", ".join(heat[f"held_back_{when}"]) or "nothing"
-            for when in ("before", "meanwhile", "after")
+            ", ".join(held) or "nothing"
+            for held in (heat.held_back_before, heat.held_back_meanwhile, heat.held_back_after)
         )
         lines.append(
             f"NOT VALID: held back by {was} before, by {while_} meanwhile, by {now} after; see to "
             "its power and cooling, and repeat"
         )
+    lines.append(f"signed    by {report.device}")
     return "\n".join(lines)
 
 
-def _phase_line(report: Mapping[str, Any], phase: Phase) -> str:
-    rows = [row for row in report["layers"] if row["phase"] == phase]
-    seconds, flops, size = (sum(row[key] for row in rows) for key in ("seconds", "flops", "bytes"))
+def _phase_line(report: Measurement, phase: Phase) -> str:
+    rows = [row for row in report.layers if row.phase == phase]
+    seconds = sum(row.seconds for row in rows)
+    flops, size = sum(row.flops for row in rows), sum(row.bytes for row in rows)
     return (
         f"  {phase:9} {1e3 * seconds:7.1f} ms  {flops / 1e9:6.2f} GFLOP  {size / 1e6:7.1f} MB moved"
     )
-
-
-def _share(value: float, of: float) -> str:
-    return f"{100 * value / of:.0f} %"

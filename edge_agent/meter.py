@@ -17,40 +17,38 @@ from pathlib import Path
 
 from wire.messages import Platform
 
-_PROC = Path("/proc/self")
+_ROOT = Path("/")
 
 
-def resident_bytes(field: str = "VmRSS") -> int:
+def resident_bytes(field: str = "VmRSS", process: int | str = "self", *, root: Path = _ROOT) -> int:
     """Resident memory now ("VmRSS") or at its peak ("VmHWM"), bytes; 0 where there is no procfs."""
-    with suppress(OSError):
-        for line in (_PROC / "status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return _field(root / f"proc/{process}/status", field)
 
 
-def proportional_bytes() -> int:
+def proportional_bytes(root: Path = _ROOT) -> int:
     """Resident memory with shared pages counted by share (PSS); 0 where the kernel tells none."""
-    with suppress(OSError):
-        for line in (_PROC / "smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return _field(root / "proc/self/smaps_rollup", "Pss")
 
 
-def group_peak_bytes() -> int:
+def group_peak_bytes(root: Path = _ROOT) -> int:
     """Peak of all memory of this process's control group (cgroup v2, memory.peak); 0 if untold."""
     with suppress(OSError, IndexError):
-        path = (_PROC / "cgroup").read_text().strip().split("::", 1)[1].lstrip("/")
-        return int((Path("/sys/fs/cgroup") / path / "memory.peak").read_text())
+        lines = (root / "proc/self/cgroup").read_text().strip()
+        path = lines.split("::", 1)[1].splitlines()[0].lstrip("/")
+        return int((root / "sys/fs/cgroup" / path / "memory.peak").read_text())
     return 0
 
 
-def available_bytes(root: Path = Path("/")) -> int:
+def available_bytes(root: Path = _ROOT) -> int:
     """Memory that can be had without swapping; 0 where the kernel tells none."""
+    return _field(root / "proc/meminfo", "MemAvailable")
+
+
+def _field(path: Path, name: str) -> int:
+    """The bytes of a line such as `VmRSS:  123 kB`; 0 where the file or the line is missing."""
     with suppress(OSError):
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return 0
 
@@ -65,7 +63,7 @@ class Meter:
     def phase(self, name: str) -> Iterator[None]:
         """Measure a block."""
         with suppress(OSError):
-            (_PROC / "clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")
         began = time.monotonic()
         try:
             yield
@@ -85,10 +83,10 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def model() -> str:
+def model(root: Path = _ROOT) -> str:
     """What the machine calls itself."""
     with suppress(OSError):  # Raspberry Pi and Jetson boards name themselves here
-        return Path("/proc/device-tree/model").read_text().strip("\0\n ")
+        return (root / "proc/device-tree/model").read_text().strip("\0\n ")
     return platform.node()
 
 

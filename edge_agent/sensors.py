@@ -24,6 +24,8 @@ log = logging.getLogger("edge-agent")
 
 EVERY_S = 0.1
 BOARD_RAILS = ("VDD_IN", "POM_5V_IN")  # Orin Nano, Orin NX and Xavier NX; Nano and TX2
+# Cooling devices: what moves air, and a setting of Intel's firmware that is rarely 0.
+NO_BRAKES = ("fan", "tcc offset")
 # Bits of get_throttled that hold now, and since boot (the same, 16 higher).
 THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
 
@@ -158,7 +160,10 @@ def throttling(
     for zone in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         with suppress(OSError, ValueError):
             kind = (zone / "type").read_text().strip()
-            if "fan" not in kind.lower() and int((zone / "cur_state").read_text()) > 0:
+            if (
+                not any(word in kind.lower() for word in NO_BRAKES)
+                and int((zone / "cur_state").read_text()) > 0
+            ):
                 found.append(f"cooling by {kind}")
     return tuple(found)
 

@@ -2,10 +2,11 @@
 
 The package has a Python environment of its own under /opt/stillhouse: a link to the system's
 interpreter, the agent, and the wheels of its dependencies for the target, in the versions of
-`constraints.txt`, as their makers built them. Nothing is compiled, here or on the device, so any
-machine with pip and dpkg-deb builds for all. A package is for one Python: 3.11 is that of Debian
-12 and Raspberry Pi OS Bookworm, 3.13 that of Debian 13 and Trixie, 3.12 that of Ubuntu 24.04.
-There is none for armhf: ONNX Runtime has no wheels for it.
+`constraints.txt`, as their makers built them; and what `edge-agent measure` measures by itself. No
+machine code is compiled, here or on the device, so any machine with dpkg-deb and the environment of
+`make` builds for all. A package is for one Python: 3.11 is that of Debian 12 and
+Raspberry Pi OS Bookworm, 3.13 that of Debian 13 and Trixie, 3.12 that of Ubuntu 24.04. There is
+none for armhf: ONNX Runtime has no wheels for it.
 """
 
 import argparse
@@ -72,6 +73,7 @@ def build(architecture: str, python: str, out: Path) -> Path:
                 ROOT / package, site / package, ignore=shutil.ignore_patterns("__pycache__")
             )
         _environment(tree / "opt/stillhouse", python)
+        measured_artifact(tree / "opt/stillhouse/share/stillhouse/resnet8")
         _put(tree / f"usr/lib/systemd/system/{NAME}.service", FILES / f"{NAME}.service")
         _put(tree / f"usr/share/lintian/overrides/{NAME}", FILES / "lintian-overrides")
         _compressed(
@@ -128,6 +130,30 @@ def _environment(prefix: Path, python: str) -> None:
     )
     _link(prefix / "bin/python3", f"/usr/bin/python{python}")
     _put(prefix / "bin/edge-agent", FILES / "edge-agent", mode=0o755)
+
+
+def measured_artifact(folder: Path) -> None:
+    """Export what `edge-agent measure` measures by itself: ResNet-8 as FedGKT's devices train it.
+
+    Raises:
+        PackageError: PyTorch is missing here.
+    """
+    try:
+        import torch
+
+        import models
+        from tools.export import export
+    except ImportError as fault:
+        raise PackageError(
+            f"{fault.name} is missing: build in the environment of `make`, for an artifact is "
+            "compiled into the package"
+        ) from fault
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    name = "resnet8"
+    shape = models.input_shape(name)
+    module = models.build(name, classes=10, input_shape=shape)
+    export(module, name=name, classes=10, input_shape=shape, batch=32, out=folder)
 
 
 def _documents(folder: Path, version: str) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from orchestrator import admit, rounds
+from orchestrator import admit, devices, rounds
 from orchestrator.config import RunConfig
 from orchestrator.intake import Intake
 from orchestrator.report import Report
@@ -30,6 +30,7 @@ from wire.messages import (
     Death,
     Gone,
     Hello,
+    Measured,
     Message,
     Order,
     Receipt,
@@ -149,6 +150,8 @@ class Coordinator:
 
     def _handle(self, event: Event) -> None:
         match event:
+            case Arrived(_, b""):  # a retained message was taken from the broker, by us
+                pass
             case Arrived(topic, payload):
                 try:
                     address = topics.parse(topic)
@@ -183,6 +186,8 @@ class Coordinator:
                 self.report.telemetry(device, message)
             case Result():
                 self._result(device, message)
+            case Measured():
+                self._measured(device, message, bytes(body))
             case Want():
                 self.store.blobs.answer(message, lambda m, b: self._send(device, "down", m, b))
             case Chunk() | Gone():
@@ -195,17 +200,37 @@ class Coordinator:
         if birth.device != device:
             log.warning("dropped: birth message of %r on the topic of %r", birth.device, device)
             return
-        if self._enrolled is not None and device not in self._enrolled:
-            reason = (
-                f"device {device!r} is not enrolled in fleet {self.config.fleet!r}; "
-                f"run: orchestrator enroll {device}"
-            )
+        if reason := self._stranger(device):
             log.warning("refused: %s", reason)
             self._send(device, "order", Receipt("birth", accepted=False, reason=reason))
             return
+        devices.born(self.config.runs, self.config.fleet, birth)
         self._births[device] = birth
         self._intake.resume(device)
         self._apply(rounds.born(self._rounds, self.config.cohort, device, birth.session, now))
+
+    def _stranger(self, device: str) -> str:
+        """Why a device may not take part; "" if it may."""
+        if self._enrolled is None or device in self._enrolled:
+            return ""
+        return (
+            f"device {device!r} is not enrolled in fleet {self.config.fleet!r}; "
+            f"run: orchestrator enroll {device}"
+        )
+
+    def _measured(self, device: str, message: Measured, body: bytes) -> None:
+        """Keep a measurement, tell the device so, and take it from the broker."""
+        runs, name = self.config.runs, self.config.fleet
+        reason = self._stranger(device)
+        if not reason:
+            try:
+                devices.take(runs, name, device, body)
+            except (StillhouseError, OSError) as fault:
+                reason = str(fault)[:MAX_REASON]
+        log.info("measurement of %s: %s", device, reason or "kept")
+        receipt = Receipt("measured", accepted=not reason, run=message.digest, reason=reason)
+        self._send(device, "order", receipt)
+        self.link.publish(topics.topic(name, device, "telemetry"), b"", retain=True)
 
     def _result(self, device: str, result: Result) -> None:
         ours = result.run == self.store.run_id

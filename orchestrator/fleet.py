@@ -36,6 +36,17 @@ def users(runs: Path, fleet: str) -> dict[str, str]:
     return {str(name): str(password) for name, password in known.items()}
 
 
+def enrolled(runs: Path, fleet: str) -> frozenset[str]:
+    """The devices that are enrolled; none where nobody was.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not _path(runs, fleet).exists():  # `users` would make it
+        return frozenset()
+    return frozenset(users(runs, fleet)) - {ORCHESTRATOR}
+
+
 def enroll(runs: Path, fleet: str, device: str) -> str:
     """Add a device; returns its password. One that is known keeps the password it has.
 

@@ -150,6 +150,38 @@ def status(
 
 
 @app.command()
+def devices(
+    config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+) -> None:
+    """Show the fleet's devices, and what training costs on each; times are UTC."""
+    from orchestrator import devices as known_devices
+
+    chosen = config.load(config_file)
+    found = known_devices.known(chosen.runs, chosen.fleet)
+    if markdown:
+        print(known_devices.markdown(found), end="")
+        return
+    console.print(known_devices.table(found))
+
+
+@app.command()
+def measure_report(
+    config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
+    out: Annotated[Path | None, typer.Option(help="Folder; default: beside the reports.")] = None,
+) -> None:
+    """Write what training costs on the fleet's devices: Markdown and pictures."""
+    from orchestrator import devices as known_devices
+
+    chosen = config.load(config_file)
+    found = known_devices.known(chosen.runs, chosen.fleet)
+    folder = out or chosen.runs / f"measured-{chosen.fleet}" / "report"
+    title = f"Devices of fleet {chosen.fleet}"
+    for path in known_devices.write_report(found, title, folder):
+        console.print(f"{path} written", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     out: Annotated[Path, typer.Option(help="The .onnx file to write.")],

@@ -1,1 +1,1 @@
-"""Tools that are run by people: the training compiler."""
+"""Tools that are run by people: the training compiler, and PyTorch's side of measurements."""

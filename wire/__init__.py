@@ -1,8 +1,8 @@
 """What both sides of the broker agree on: frames, messages, topics, codecs, blobs, errors.
 
 The ground floor: standard library, numpy, msgpack, and each in one file alone zstandard
-(`wire.codecs.entropy`), paho-mqtt (`wire.link`) and cryptography (`wire.signing`). It imports nothing
-else of Stillhouse.
+(`wire.codecs.entropy`), paho-mqtt (`wire.link`) and cryptography (`wire.signing`). It imports
+nothing else of Stillhouse.
 """
 
 import os

@@ -9,6 +9,8 @@
       |                  <- want / chunk -> |   the orchestrator pulls them at its own pace
       | <-------------------------- receipt |   accepted or refused, with the reason
       | death (retained, last will) -------> |
+      | measured (retained) --------------> |   what training costs there; taken from the broker
+      | <-------------------------- receipt |   once the orchestrator has it
 
 The device sends a result again until it has the receipt; the orchestrator sends an order again
 when a device is born anew. Both are told apart by (run, sequence), so that repetition is harmless.
@@ -238,9 +240,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Receipt:
-    """The orchestrator's word on a birth or a result; `reason` says why it was refused."""
+    """The orchestrator's word on a birth, a result or a measurement; `reason`: why it was refused.
 
-    subject: Literal["birth", "result"]
+    `run` and `sequence` name the result; of a measurement, `run` is the digest of its JSON.
+    """
+
+    subject: Literal["birth", "result", "measured"]
     accepted: bool
     run: str = ""
     sequence: int = 0
@@ -291,13 +296,28 @@ class Telemetry:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """The frame's body is the JSON of a measurement (`wire.measurement`), `digest` its SHA-256."""
+
+    device: str
+    digest: str
+
+    def __post_init__(self) -> None:
+        topics.check_name(self.device, "device name")
+        if not _DIGEST.fullmatch(self.digest):
+            raise ValueError(f"digest: expected 64 hex digits, got {self.digest!r:.80}")
+
+
+@dataclass(frozen=True)
 class Hello:
     """The orchestrator is there (again): be born, offer what is unreceipted, go on pulling."""
 
     boot: str
 
 
-Message = Birth | Death | Order | Result | Receipt | Want | Chunk | Gone | Telemetry | Hello
+Message = (
+    Birth | Death | Order | Result | Receipt | Want | Chunk | Gone | Telemetry | Hello | Measured
+)
 M = TypeVar("M", bound=Message)
 
 _KINDS: dict[Kind, type[Message]] = {
@@ -311,12 +331,13 @@ _KINDS: dict[Kind, type[Message]] = {
     Kind.GONE: Gone,
     Kind.TELEMETRY: Telemetry,
     Kind.HELLO: Hello,
+    Kind.MEASURED: Measured,
 }
 _CLASSES = {cls: kind for kind, cls in _KINDS.items()}
 
 
 def encode(message: Message, body: bytes | memoryview = b"") -> bytes:
-    """The frame of a message; only `Chunk` has a body."""
+    """The frame of a message; only `Chunk` and `Measured` have a body."""
     return frames.encode(_CLASSES[type(message)], records.plain(message), body)
 
 

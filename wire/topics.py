@@ -1,8 +1,9 @@
 """MQTT topics: `stillhouse/1/<fleet>/<device>/<channel>`.
 
 The device stands at a fixed level, so that a broker's access list can be one pattern. A device
-writes `birth`, `death` (both retained), `result`, `telemetry` and `up`; it reads `order` and
-`down`. What all devices read is under the reserved name `all`. `up` and `down` carry blob traffic.
+writes `birth`, `death` (both retained), `result`, `telemetry` (where a measurement is retained
+until the orchestrator has it) and `up`; it reads `order` and `down`. What all devices read is under
+the reserved name `all`. `up` and `down` carry blob traffic.
 """
 
 import re

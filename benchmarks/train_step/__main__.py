@@ -41,7 +41,7 @@ from benchmarks.race import ContenderError, Course, Entry
 from benchmarks.train_step import environment, network, report
 from benchmarks.train_step.report import EAGER, GEMM, STILLHOUSE, Run
 from benchmarks.train_step.setting import Setting, Task
-from benchmarks.worker import one_line
+from tools.worker import one_line
 
 ORT_TRAINING = "onnxruntime-training"
 COMPILE = "pytorch-compile"

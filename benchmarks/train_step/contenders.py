@@ -14,7 +14,6 @@ from typing import Literal
 
 import numpy as np
 
-from benchmarks import worker
 from benchmarks.train_step import setting
 from benchmarks.train_step.setting import (
     ALPHA,
@@ -25,7 +24,8 @@ from benchmarks.train_step.setting import (
     TEMPERATURE,
     WEIGHT_DECAY,
 )
-from benchmarks.worker import Prepared
+from tools import worker
+from tools.worker import Prepared
 
 Variant = Literal["eager", "channels-last", "compile"]
 

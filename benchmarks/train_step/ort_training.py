@@ -12,9 +12,9 @@ from pathlib import Path
 
 import onnxruntime
 
-from benchmarks import worker
 from benchmarks.train_step import setting
-from benchmarks.worker import Prepared
+from tools import worker
+from tools.worker import Prepared
 
 
 def _skip_torch() -> None:

@@ -1,16 +1,20 @@
 """The field instrument: its figures are those of the graph, of ONNX Runtime, and of the kernel."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 
 import models
-from edge_agent import measure, sensors
+from edge_agent import identity, measure, peer, roofline, sensors
 from edge_agent.main import main
 from tools.export import export
+from wire import measurement, signing
 from wire.artifact import open_artifact
+from wire.errors import SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +29,20 @@ def artifact(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(artifact):
     return measure.measure(artifact, threads=1, steps=4)
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory):
+    return signing.own_key(tmp_path_factory.mktemp("key") / "device.pem")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Where a device without an agent.toml keeps its key; no package is installed."""
+    monkeypatch.setattr(identity, "INSTALLED", tmp_path / "nowhere.toml")
+    monkeypatch.setattr(measure, "INSTALLED", tmp_path / "nowhere")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
 def test_costs_are_the_exporters(report, artifact):
@@ -69,7 +87,7 @@ def test_rates_follow_from_what_was_measured(report):
     assert min(report["machine"].values()) > 0.1
 
 
-def test_energy_and_throttling_of_the_timed_steps_are_told(artifact, monkeypatch):
+def test_energy_and_throttling_of_the_timed_steps_are_told(artifact, monkeypatch, key):
     told = iter([(), ("under-voltage",), ("throttled",), ("under-voltage", "throttled")])
     monkeypatch.setattr(sensors, "throttling", lambda **_: next(told))
     monkeypatch.setattr(sensors, "power", lambda: sensors.Integral("meter", lambda: 2.0))
@@ -77,7 +95,7 @@ def test_energy_and_throttling_of_the_timed_steps_are_told(artifact, monkeypatch
     assert report["energy"]["watts"] > 0
     assert report["energy"]["joules_per_sample"] > 0
     assert report["valid"] is False
-    text = measure.text(report)
+    text = measure.text(measurement.sign(key, report))
     assert "W by meter" in text
     assert "held back by nothing before, by throttled meanwhile, by throttled after" in text
 
@@ -97,11 +115,106 @@ def test_the_command_prints_for_people_and_writes_for_programs(artifact, tmp_pat
     assert main([*command, "--json", str(out)]) == 0
     told = capsys.readouterr().out
     written = json.loads(out.read_text())
-    assert written["format"] == measure.FORMAT
     assert written["artifact"]["digest"] == artifact.digest
     for text in ("resnet8, batch 8, on ", "GFLOP/s of a matrix product", "foretold",
-                 "blocks.0.conv2           backward"):  # fmt: skip
+                 "blocks.0.conv2           backward",
+                 f"signed    by {written['device']}"):  # fmt: skip
         assert text in told
+    measurement.verify(out.read_bytes(), where="measured.json")
+
+
+def test_a_device_signs_with_one_key_which_its_agents_user_owns(artifact, tmp_path, home, capsys):
+    command = ["measure", "--artifact", str(artifact.folder), "--threads", "1", "--steps", "1"]
+    outs = [tmp_path / f"{n}.json" for n in range(3)]
+    assert main([*command, "--json", str(outs[0])]) == 0
+    assert main([*command, "--json", str(outs[1])]) == 0
+    settings = tmp_path / "agent.toml"
+    settings.write_text('device = "pi"\nfleet = "home"\ndata = "x"\nstate = "state"\n'
+                        '[broker]\nurl = "mqtt://127.0.0.1:9"\n')  # fmt: skip
+    assert main([*command, "--config", str(settings), "--json", str(outs[2])]) == 0
+    capsys.readouterr()
+    first, second, other = (measurement.verify(o.read_bytes(), where=o.name) for o in outs)
+    assert first.device == second.device != other.device
+    assert (first.name, other.name) == ("", "pi")
+    assert (home / "stillhouse" / identity.KEY).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "state" / identity.KEY).exists()
+
+
+def test_the_roofline_tells_what_bounds_a_layer_and_how_near_it_came(report, key):
+    signed = measurement.sign(key, report)
+    machine = measurement.Machine(gemm_gflops=100.0, copy_gbytes=10.0)
+    near, far, none = (
+        measurement.LayerTime(name, "forward", flops, moved, 0, seconds)
+        for name, flops, moved, seconds in (
+            ("near", 10**9, 10**7, 0.02),  # 100 FLOP/byte: 10 ms at the peak
+            ("far", 10**7, 10**7, 0.01),  # 1 FLOP/byte: 1 ms of copying
+            ("none", 0, 10**7, 0.001),
+        )
+    )
+    assert [roofline.of_roof(row, machine) for row in (near, far, none)] == [0.5, 0.1, 1.0]
+    lines = roofline.table(replace(signed, machine=machine, layers=(none, far, near)))
+    assert [line.split()[0] for line in lines] == ["layer", "near", "far", "none"]
+    assert lines[1].split()[5:] == ["100.00", "50.0", "100.0", "50", "%", "arithmetic"]
+    assert lines[2].split()[5:] == ["1.00", "1.0", "10.0", "10", "%", "memory"]
+    assert lines[3].split()[5:] == ["-", "-", "-", "100", "%", "memory"]
+
+
+def test_the_picture_names_the_longest_layers_and_no_name_covers_another(report, key, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    annotate = Axes.annotate
+
+    def watched(axes, *arguments, **more):
+        drawn.append(annotate(axes, *arguments, **more))
+        return drawn[-1]
+
+    monkeypatch.setattr(Axes, "annotate", watched)
+    signed = measurement.sign(key, report)
+    with np.errstate(all="raise"):
+        roofline.draw("/dev/null", signed)
+    named = [text for text in drawn if text.axes is not None and text.arrow_patch is not None]
+    assert len(named) == roofline.LABELLED
+    longest = max((r for r in signed.layers if r.flops), key=lambda r: r.seconds)
+    assert named[0].get_text().startswith(f"{longest.name} {longest.phase}")
+    renderer = named[0].figure.canvas.get_renderer()
+    boxes = [super(type(text), text).get_window_extent(renderer) for text in named]
+    assert [box.count_overlaps(boxes) for box in boxes] == [1] * len(boxes)  # itself
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("task", ["distill", "classify"])
+def test_pytorch_does_the_same_step_in_a_process_of_its_own(task, tmp_path, monkeypatch, key):
+    monkeypatch.setattr(peer, "TURN_S", 0.2)
+    torch.manual_seed(0)
+    out = tmp_path / "artifact"
+    model = models.build("resnet8", classes=4, input_shape=(3, 16, 16))
+    export(model, name="resnet8", classes=4, input_shape=(3, 16, 16), batch=8, task=task, out=out,
+           micro_batches=2 if task == "classify" else 1)  # fmt: skip
+    report = measure.measure(open_artifact(out), threads=1, steps=2, with_pytorch=True)
+    told = measurement.sign(key, report).pytorch
+    assert told.version == torch.__version__
+    assert min(told.images_per_s, told.ours_images_per_s, told.ratio) > 0
+    assert told.peak_bytes > 150e6  # PyTorch alone takes that
+    assert "times; its process peaks at" in measure.text(measurement.sign(key, report))
+
+
+def test_another_step_than_ours_is_not_compared(artifact):
+    with pytest.raises(SettingsError, match="not the same step: expected a first loss near 99"):
+        peer.race(artifact, lambda: 99.0, threads=1)
+
+
+def test_without_pytorch_the_remedy_is_told(artifact, monkeypatch, capsys):
+    monkeypatch.setattr(peer, "PACKAGES", ("torch_of_another_world",))
+    assert main(["measure", "--artifact", str(artifact.folder), "--with-pytorch"]) == 2
+    assert "torch_of_another_world cannot be found by" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_terminal_tells_it(artifact, monkeypatch, capsys):
+    monkeypatch.setattr(roofline.util, "find_spec", lambda _: None)
+    command = ["measure", "--artifact", str(artifact.folder), "--roofline", "roof.png"]
+    assert main(command) == 2
+    assert "--roofline: matplotlib is not installed here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -109,8 +222,21 @@ def test_the_command_prints_for_people_and_writes_for_programs(artifact, tmp_pat
     [
         (["--artifact", "nowhere"], "nowhere/manifest.json: cannot be read"),
         (["--artifact", "nowhere", "--steps", "0"], "--steps of 1 or more"),
+        (["--artifact", "nowhere", "--config", "no.toml"], "no.toml: cannot be read: No such file"),
+        (["--artifact", "nowhere", "--submit"], "nowhere.toml is not there, or not for this user"),
+        (["--artifact", "nowhere", "--json", "no/x.json"], "no/x.json: no is no folder; make it"),
+        (["--artifact", "nowhere", "--roofline", "x.pdf"], "expected a name that ends in .png"),
+        ([], "no artifact is installed there; name one with --artifact"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments, text, capsys):
     assert main(["measure", *arguments]) == 2
-    assert text in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_a_state_folder_of_another_user_is_said(artifact, monkeypatch, capsys):
+    monkeypatch.setattr(identity.os, "access", lambda *_: False)
+    assert main(["measure", "--artifact", str(artifact.folder)]) == 2
+    assert "device.pem: no key can be read or made there" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_a_short_run_reports_every_contender_or_why_it_is_missing(tmp_path, caps
 
 MODULE = """\
 import sys
-from benchmarks import worker
+from tools import worker
 
 def prepare():
     print("libraries print")

@@ -79,6 +79,7 @@ def test_it_is_small_and_the_files_are_whole(root):
     assert 50_000 < int(fields) < 150_000  # kB
     assert run(*inside(root, "dpkg", "--verify", deb.NAME)) == ""
     assert run(*inside(root, "edge-agent", "--version")).startswith("edge-agent ")
+    assert (root / "opt/stillhouse/share/stillhouse/resnet8/manifest.json").exists()
     owner = run(*inside(root, "stat", "-c", "%U:%G %a", "/etc/stillhouse", "/var/lib/stillhouse"))
     assert owner == "root:stillhouse 750\nstillhouse:stillhouse 750\n"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from wire import frames, messages, records, topics
 from wire.errors import SettingsError, WireError
-from wire.messages import Birth, BlobRef, Chunk, Order, Platform, Receipt, Result, Want
+from wire.messages import Birth, BlobRef, Chunk, Measured, Order, Platform, Receipt, Result, Want
 
 REF = BlobRef("ab" * 32, 1000, 1024)
 ORDER = Order("run", 3, 2, REF, 1, 0.1, 7, {"features": "identity|q=8"}, teacher=REF, alpha=1.0)
@@ -22,6 +22,8 @@ EVERY = [
     Receipt("result", accepted=False, run="run", sequence=3, reason="late"),
     Want("ab" * 32, 1024, (1, 2, 3)),
     Chunk("ab" * 32, 4),
+    Measured("pi-3", "ab" * 32),
+    Receipt("measured", accepted=True, run="ab" * 32),
 ]
 
 

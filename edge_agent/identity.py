@@ -1,0 +1,87 @@
+"""Which device this is when it signs: its configuration, and the key that it made once.
+
+    agent.toml is at hand    KEY in its `state` folder, and its device name
+    otherwise                KEY in $XDG_STATE_HOME/stillhouse (~/.local/state/stillhouse), no name
+
+Whoever has the state folder has the key: it proves that a report comes from where the first one
+came from, no more.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_agent import config
+from edge_agent.config import AgentConfig
+from wire import signing
+from wire.errors import SettingsError, SignatureError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+INSTALLED = Path("/etc/stillhouse/agent.toml")
+KEY = "device.pem"
+
+
+def settings(named: Path | None) -> AgentConfig | None:
+    """The configuration that was named, or the installed one where this user may read it.
+
+    Raises:
+        SettingsError: the file is wrong, or the named one cannot be read.
+    """
+    if named is None and not os.access(INSTALLED, os.R_OK):
+        return None
+    try:
+        return config.load(named or INSTALLED)
+    except OSError as fault:  # a folder on the way to a certificate
+        raise SettingsError(
+            f"{named or INSTALLED}: {fault.filename} cannot be read: {fault.strerror}; "
+            "run this as the agent's user: sudo -u stillhouse edge-agent ..."
+        ) from fault
+
+
+def key_file(chosen: AgentConfig | None) -> Path:
+    """Where this device's key is, or will be; its folder is there then.
+
+    Raises:
+        SignatureError: this user can neither read a key there nor make one.
+    """
+    base = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    folder = chosen.state if chosen else base / "stillhouse"
+    path = folder / KEY
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            _give(folder)
+        place, wanted = (path, os.R_OK) if path.exists() else (folder, os.W_OK | os.X_OK)
+    except OSError as fault:
+        raise SignatureError(f"{folder}: {fault.strerror}; {_remedy(chosen)}") from fault
+    if not os.access(place, wanted):
+        raise SignatureError(f"{path}: no key can be read or made there; {_remedy(chosen)}")
+    return path
+
+
+def own_key(path: Path) -> "Ed25519PrivateKey":
+    """This device's key, which is made at first use.
+
+    Raises:
+        SignatureError: it is damaged, or cannot be kept.
+    """
+    fresh = not path.exists()
+    key = signing.own_key(path)
+    if fresh:
+        _give(path)
+    return key
+
+
+def _give(path: Path) -> None:
+    """The agent's user goes on with what root made: it belongs to the owner of its folder."""
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def _remedy(chosen: AgentConfig | None) -> str:
+    if chosen:
+        return "measure as the agent's user: sudo -u stillhouse edge-agent measure"
+    return "let XDG_STATE_HOME name a folder that can be written"

@@ -1,0 +1,93 @@
+"""A signed measurement on its way to the orchestrator, while the agent itself may be at work.
+
+The report is published retained under the device's own `telemetry`, so the broker keeps it until an
+orchestrator has read it: that one answers with a receipt and takes it from the broker. The client
+id is not the agent's, whose session stays as it is; the agent passes over receipts of reports.
+"""
+
+import hashlib
+import os
+import queue
+import time
+
+from edge_agent.config import AgentConfig
+from wire import messages, topics
+from wire.errors import LinkError, SettingsError, WireError
+from wire.link import Arrived, Connected, Link, LinkEvent, Lost
+from wire.measurement import MAX_BYTES, Measurement
+from wire.messages import Measured, Receipt
+
+TICK_S = 0.25
+
+
+def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
+    """Hand a report to the orchestrator, and wait for its receipt.
+
+    Raises:
+        SettingsError: the report is too large for one message, or the orchestrator refuses it.
+        LinkError: the broker cannot be reached or refuses this device, or no receipt came.
+    """
+    body = report.to_bytes()
+    if len(body) > MAX_BYTES:
+        raise SettingsError(
+            f"--submit: the report has {len(body):,} bytes with its {len(report.layers)} rows of "
+            f"layers, limit {MAX_BYTES:,}; write it with --json and hand over the file"
+        )
+    digest = hashlib.sha256(body).hexdigest()
+    payload = messages.encode(Measured(chosen.device, digest), body)
+    events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
+    try:
+        link = Link(
+            chosen.broker,
+            f"stillhouse-{chosen.fleet}-{chosen.device}-measure-{os.getpid()}",
+            subscriptions=[(topics.topic(chosen.fleet, chosen.device, "order"), 1)],
+            emit=events.put,
+        )
+    except (OSError, ValueError) as fault:  # certificates, which paho reads at once
+        raise LinkError(
+            f"no connection to {chosen.broker.url} with these files: {fault}; ca_file, cert_file "
+            "and key_file: PEM, readable, the last two together"
+        ) from fault
+    ends, said, sent = time.monotonic() + timeout_s, "", False
+    link.start()
+    try:
+        while (left := ends - time.monotonic()) > 0:
+            try:
+                event = events.get(timeout=min(left, TICK_S))
+            except queue.Empty:
+                if link.refused:
+                    raise link.refused from None
+                continue
+            match event:
+                case Connected():
+                    topic = topics.topic(chosen.fleet, chosen.device, "telemetry")
+                    link.publish(topic, payload, retain=True)
+                    sent = True
+                case Lost(reason):
+                    said = reason
+                case Arrived(_, message) if receipt := _receipt(message, digest):
+                    if receipt.accepted:
+                        return
+                    raise SettingsError(f"the orchestrator refuses the report: {receipt.reason}")
+    finally:
+        link.close()
+    if not sent:
+        raise LinkError(
+            said or f"broker {chosen.broker.url} does not answer in {timeout_s:g} s; is it running?"
+        )
+    raise LinkError(
+        f"no receipt in {timeout_s:g} s: no orchestrator of fleet {chosen.fleet!r} is at work, or "
+        "the broker's access list does not let this device write its telemetry. The broker keeps "
+        "the report, and an orchestrator takes it when it next starts; or hand over --json's file"
+    )
+
+
+def _receipt(payload: bytes, digest: str) -> Receipt | None:
+    """The receipt of this report; None for whatever else the orchestrator sends the device."""
+    try:
+        message, _ = messages.decode(payload, sender="the orchestrator")
+    except WireError:  # newer than this agent, and not for this command
+        return None
+    if isinstance(message, Receipt) and (message.subject, message.run) == ("measured", digest):
+        return message
+    return None

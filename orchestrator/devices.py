@@ -1,0 +1,264 @@
+"""What is known of a fleet's devices: who they are, and what training costs on each.
+
+    runs/born-FLEET/DEVICE.json          the last birth of each device, and when it came
+    runs/measured-FLEET/DEVICE-UTC.json  measurements that devices signed (`edge-agent measure`)
+    runs/measured-FLEET/keys.json        the key that each device signs with
+
+A device is believed by the key of its first measurement (trust on first use): the broker says who
+speaks, the key that it is still the one who spoke first. Of each device the last `KEEP` are kept.
+"""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from edge_agent import roofline
+from orchestrator import fleet
+from orchestrator.view import size
+from wire import measurement, records
+from wire.errors import RunError, SignatureError, WireError
+from wire.measurement import Measurement
+from wire.messages import Birth, Platform
+
+log = logging.getLogger("orchestrator")
+
+KEEP = 32
+KEYS = "keys.json"
+COLUMNS = ("device", "model", "cores", "memory", "version", "last birth", "measured", "images/s",
+           "peak memory", "J/sample")  # fmt: skip
+_MEASURED = re.compile(r"(.+)-\d{8}T\d{6}Z\.json")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device: its last birth (seconds since 1970) and measurement, where there are any."""
+
+    name: str
+    birth: Birth | None
+    born_at: float | None
+    measured: Measurement | None
+
+    @property
+    def platform(self) -> Platform | None:
+        """The machine, by the birth or else the measurement."""
+        known = self.birth or self.measured
+        return known.platform if known else None
+
+
+def born(runs: Path, name: str, birth: Birth) -> None:
+    """Keep a device's birth; `name` is the fleet's. Rounds go on where that cannot be."""
+    folder = runs / f"born-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / f"{birth.device}.json", {"at": time.time(), **records.plain(birth)})
+    except OSError as fault:
+        log.warning("the birth of %s is not kept: %s", birth.device, fault)
+
+
+def take(runs: Path, name: str, device: str, data: bytes) -> Path:
+    """Keep a measurement that came from a device of the fleet `name`; the file it is in.
+
+    Raises:
+        WireError: it is no measurement, or one of another device.
+        SignatureError: it is not signed, or not by the key that this device signed with before.
+        RunError: the list of keys is damaged.
+    """
+    made = measurement.verify(data, where=f"measurement of {device}")
+    if made.name != device:
+        raise WireError(
+            f"measurement of {device}: expected the name {device!r} in it, got {made.name!r}; "
+            "measure with this device's agent.toml"
+        )
+    folder = runs / f"measured-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = _keys(folder / KEYS)
+    if keys.get(device, made.device) != made.device:
+        raise SignatureError(
+            f"{device}: expected a measurement signed by {keys[device]}, as its first one was, got "
+            f"one by {made.device}; if its state folder was made anew, take {device!r} out of "
+            f"{folder / KEYS}"
+        )
+    if device not in keys:
+        _write(folder / KEYS, {**keys, device: made.device})
+    path = folder / f"{device}-{re.sub('[-:]', '', made.measured_at)}.json"
+    _write(path, json.loads(data))
+    for old in _files(folder).get(device, [])[:-KEEP]:
+        old.unlink()
+    return path
+
+
+def known(runs: Path, name: str) -> list[Device]:
+    """All devices of a fleet that are enrolled, were born or were measured, by name.
+
+    Raises:
+        StillhouseError: a file is damaged; the message names it.
+    """
+    births = {path.stem: path for path in (runs / f"born-{name}").glob("*.json")}
+    measured = _files(runs / f"measured-{name}")
+    found = []
+    for device in sorted({*fleet.enrolled(runs, name), *births, *measured}):
+        birth, at = _birth(births[device]) if device in births else (None, None)
+        last = None
+        if device in measured:
+            path = measured[device][-1]
+            last = measurement.verify(path.read_bytes(), where=str(path))
+        found.append(Device(device, birth, at, last))
+    return found
+
+
+def cells(device: Device) -> tuple[str, ...]:
+    """A device's row under `COLUMNS`; a dash for what is not known."""
+    platform, made = device.platform, device.measured
+    joules = made.energy.joules_per_sample if made else None
+    at = time.strftime("%Y-%m-%d %H:%M", time.gmtime(device.born_at)) if device.born_at else "-"
+    return (
+        device.name,
+        platform.model if platform else "-",
+        str(platform.cores) if platform else "-",
+        size(platform.memory_bytes) if platform else "-",
+        device.birth.version if device.birth else "-",
+        at,
+        made.measured_at[:16].replace("T", " ") if made else "-",
+        f"{made.step.images_per_s:.0f}{'' if made.valid else ' (held back)'}" if made else "-",
+        size(made.memory.train_peak_bytes) if made else "-",
+        "-" if joules is None else f"{joules:.3g}",
+    )
+
+
+def table(devices: Sequence[Device]) -> Table:
+    """For the terminal."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in COLUMNS:
+        shown.add_column(title, justify="left" if title in ("device", "model") else "right")
+    for device in devices:
+        shown.add_row(*map(Text, cells(device)))
+    return shown
+
+
+def markdown(devices: Sequence[Device]) -> str:
+    """The same as a Markdown table; times are UTC."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *map(cells, devices)]
+    return "".join(
+        f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |\n" for row in rows
+    )
+
+
+def write_report(devices: Sequence[Device], title: str, out: Path) -> list[Path]:
+    """Write devices.md and its pictures into a folder; the files.
+
+    Raises:
+        RunError: no device was measured.
+    """
+    measured = {d.name: d.measured for d in devices if d.measured}
+    if not measured:
+        raise RunError(
+            "no device of this fleet was measured yet; on a device, while a run goes on: "
+            "edge-agent measure --submit"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = {"speed": _draw_speed, "memory": _draw_memory, "roofline": roofline.draw_fleet}
+    text = [f"# {title}\n", markdown(devices)]
+    for name, draw in pictures.items():
+        draw(out / f"{name}.png", measured)
+        text.append(f"![{name}]({name}.png)\n")
+    made = "; ".join(sorted({_what(report) for report in measured.values()}))
+    text.append(
+        f"Measured: {made}. Images a second are those of the median step, memory the peak of "
+        "training (VmHWM) beside what the exporter foretold.\n"
+    )
+    (out / "devices.md").write_text("\n".join(text))
+    return [out / "devices.md", *(out / f"{name}.png" for name in pictures)]
+
+
+def _what(report: Measurement) -> str:
+    made = report.artifact
+    return f"{made.model.name}, {made.task}, batch {made.batch} (artifact {made.digest[:12]})"
+
+
+def _draw_speed(path: Path, measured: Mapping[str, Measurement]) -> None:
+    """Bars of images a second, with the quartiles of the step times."""
+    figure, axes = roofline.canvas(1.4 + 0.4 * len(measured))
+    names = sorted(measured, key=lambda name: measured[name].step.images_per_s)
+    for row, name in enumerate(names):
+        report = measured[name]
+        speed = report.step.images_per_s
+        low, _, high = (report.artifact.batch / s for s in reversed(report.step.quartiles_s))
+        axes.barh(row, speed, height=0.6, color="#0072b2")
+        axes.plot([low, high], [row, row], color=roofline.INK, linewidth=2)
+        axes.annotate(f"{speed:,.0f}", (max(speed, high), row), (5, 0),
+                      textcoords="offset points", va="center")  # fmt: skip
+    _finish(axes, names, "images a second; the line spans the quartiles")
+    figure.savefig(path)
+
+
+def _draw_memory(path: Path, measured: Mapping[str, Measurement]) -> None:
+    """Bars of the peak in training, and the forecast."""
+    figure, axes = roofline.canvas(1.4 + 0.4 * len(measured))
+    names = sorted(measured, reverse=True)
+    for row, name in enumerate(names):
+        memory = measured[name].memory
+        axes.barh(row, memory.train_peak_bytes / 1e6, height=0.6, color="#0072b2",
+                  label="peak of training" if not row else None)  # fmt: skip
+        axes.plot([memory.foretold_bytes / 1e6] * 2, [row - 0.4, row + 0.4], color="#d55e00",
+                  linewidth=3, label="foretold" if not row else None)  # fmt: skip
+        most = max(memory.train_peak_bytes, memory.foretold_bytes)
+        axes.annotate(f"{memory.train_peak_bytes / 1e6:,.0f}", (most / 1e6, row), (6, 0),
+                      textcoords="offset points", va="center")  # fmt: skip
+    _finish(axes, names, "MB")
+    axes.figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path)
+
+
+def _finish(axes: Any, names: Sequence[str], unit: str) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
+    axes.set_xlabel(unit)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _birth(path: Path) -> tuple[Birth, float]:
+    content = _read(path)
+    at = content.pop("at", None)
+    if type(at) is not float:
+        raise RunError(f"{path}: expected the time of a birth, got {at!r:.40}; remove the file")
+    return records.build(Birth, content, where=str(path), error=RunError), at
+
+
+def _files(folder: Path) -> dict[str, list[Path]]:
+    """The measurements in a folder, by device; the oldest first."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        if named := _MEASURED.fullmatch(path.name):
+            found.setdefault(named[1], []).append(path)
+    return found
+
+
+def _keys(path: Path) -> dict[str, Any]:
+    return _read(path) if path.exists() else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as fault:
+        raise RunError(f"{path}: not JSON: {fault}; mend or remove it") from fault
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: expected a table, got {type(content).__name__}; mend or remove it")
+    return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.new")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)

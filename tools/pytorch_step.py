@@ -1,0 +1,110 @@
+"""PyTorch at the training step of an artifact: `python -m tools.pytorch_step FOLDER THREADS`.
+
+Eager, NCHW, its own fused optimizer, denormals taken for zero: the network that the manifest names,
+from the artifact's weights, on the batch of `edge_agent.peer`, which asks for turns through the
+pipe. The loss of the first step is told, so that the other side can see that both do the same.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import models
+from edge_agent import peer
+from tools import worker
+from wire.artifact import open_artifact
+from wire.errors import ArtifactError
+from wire.manifest import Manifest
+
+
+def prepare(folder: Path, threads: int) -> worker.Prepared:
+    """The step, warm.
+
+    Raises:
+        ArtifactError: the artifact's network is none of `models`.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    artifact = open_artifact(folder)
+    manifest = artifact.manifest
+    net = _network(manifest, load_file(artifact.weights))
+    optimizer = _optimizer(manifest, [p for p in net.parameters() if p.requires_grad])
+    batch = {name: torch.from_numpy(each) for name, each in peer.batch(manifest).items()}
+    size = manifest.micro_batch
+    parts = [
+        {name: each[begin : begin + size] for name, each in batch.items()}
+        for begin in range(0, manifest.batch, size)
+    ]
+
+    def step() -> float:
+        optimizer.zero_grad()
+        whole = 0.0
+        for part in parts:  # as the device does: batch norm sees one part at a time
+            loss = objective(net(part["x"]), part["y"], part.get("teacher")) / len(parts)
+            loss.backward()  # type: ignore[no-untyped-call]
+            whole += float(loss.detach())
+        optimizer.step()
+        return whole
+
+    return worker.steps(step, manifest.batch)
+
+
+def objective(logits: Tensor, y: Tensor, teacher: Tensor | None) -> Tensor:
+    """Mean cross entropy, with a teacher plus alpha * T^2 * KL; as tools.export.tracing.step."""
+    ce = F.cross_entropy(logits, y)
+    if teacher is None:
+        return ce
+    alpha, temperature = peer.SETTINGS["alpha"], peer.SETTINGS["temperature"]
+    student = F.log_softmax(logits / temperature, 1)
+    target = F.log_softmax(teacher / temperature, 1)
+    kl = F.kl_div(student, target, reduction="batchmean", log_target=True)
+    return ce + alpha * temperature**2 * kl
+
+
+def _network(manifest: Manifest, state: dict[str, Tensor]) -> nn.Module:
+    model = manifest.model
+    shape = (model.input[0], model.input[1], model.input[2])
+    if model.name not in models.names():
+        raise ArtifactError(
+            f"{model.name!r} is none of our networks ({', '.join(models.names())}); export one of "
+            "them to compare"
+        )
+    net = models.build(model.name, classes=model.classes, input_shape=shape)
+    if model.keep_rate != 1:
+        net = models.narrow(net, models.layout(net, shape), model.keep_rate)
+    known = {name: state[name] for name in net.state_dict() if name in state}
+    net.load_state_dict(known, strict=False)
+    trained = {spec.name for spec in manifest.state_of("parameter")}
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return net.train()
+
+
+def _optimizer(manifest: Manifest, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    chosen, lr = manifest.optimizer, peer.SETTINGS["lr"]
+    decay = chosen.weight_decay
+    if chosen.name == "adam":
+        betas = (chosen.beta1 or 0.0, chosen.beta2 or 0.0)
+        return torch.optim.Adam(
+            parameters, lr, betas, chosen.eps or 0.0, weight_decay=decay, fused=True
+        )
+    return torch.optim.SGD(
+        parameters, lr, chosen.momentum or 0.0, weight_decay=decay,
+        nesterov=bool(chosen.nesterov), fused=True,
+    )  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answer on the pipe until it ends; the exit code."""
+    folder, threads = arguments
+    return worker.serve(lambda: prepare(Path(folder), int(threads)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,247 @@
+"""What training costs on a device, as one JSON object that the device signs.
+
+    {"format": "stillhouse-measure/2", "device": "ed25519:...", ..., "signature": "..."}
+
+`device` is the device's public key. `signature` is over the canonical JSON of all other keys
+(sorted, no spaces, ASCII, numbers as Python writes them) in the context of the format's name; see
+`wire.signing`. `docs/measure.md` describes the keys. FLOPs are 2 x MAC, times seconds, sizes bytes.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from wire import records, signing, topics
+from wire.costs import MAX_ROWS, Phase
+from wire.errors import SignatureError, WireError
+from wire.manifest import ModelInfo
+from wire.messages import Platform
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+FORMAT = "stillhouse-measure/2"
+MAX_BYTES = 128 << 10  # some 1,100 rows of layers, and what a broker takes as a chunk
+MAX_NUMBER = 1 << 62
+MAX_TEXT = 256
+_UTC = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\dZ")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The artifact that was measured; `step_flops` of a whole step, activations of one run."""
+
+    digest: str
+    model: ModelInfo
+    task: Literal["distill", "classify"]
+    batch: int
+    micro_batches: int
+    parameters: int
+    step_flops: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine can do: a float32 matrix product, and a copy of what no cache holds."""
+
+    gemm_gflops: float
+    copy_gbytes: float
+
+    def __post_init__(self) -> None:
+        if min(self.gemm_gflops, self.copy_gbytes) <= 0:
+            raise ValueError("gemm_gflops, copy_gbytes: expected over 0")
+
+
+@dataclass(frozen=True)
+class Step:
+    """The timed steps."""
+
+    timed: int
+    median_s: float
+    quartiles_s: tuple[float, ...]
+    images_per_s: float
+    gflops: float
+
+    def __post_init__(self) -> None:
+        if len(self.quartiles_s) != 3 or min(*self.quartiles_s, self.median_s) <= 0:
+            raise ValueError(f"quartiles_s: expected three over 0, got {self.quartiles_s!r:.80}")
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One layer in one phase of a whole step."""
+
+    name: str
+    phase: Phase
+    flops: int
+    bytes: int
+    activation_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Resident memory; peaks are VmHWM; 0 where the kernel tells none."""
+
+    idle_bytes: int
+    loaded_bytes: int
+    train_peak_bytes: int
+    pss_bytes: int
+    group_peak_bytes: int
+    foretold_bytes: int
+    budget_bytes: int
+    largest_batch: int
+    eval_peak_bytes: int | None = None
+    extract_peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Of the timed steps; None where nothing measures."""
+
+    sensor: str | None
+    joules_per_sample: float | None
+    watts: float | None
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Degrees by thermal zone, and what held the processor back."""
+
+    celsius_before: Mapping[str, float]
+    celsius_after: Mapping[str, float]
+    held_back_before: tuple[str, ...]
+    held_back_after: tuple[str, ...]
+    held_back_meanwhile: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """PyTorch at the same step in turns with ours; `ratio` is ours over its, median of turns."""
+
+    version: str
+    images_per_s: float
+    ours_images_per_s: float
+    ratio: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A device's measurement. `name` is that of its agent.toml, "" where it has none."""
+
+    format: Literal["stillhouse-measure/2"]
+    device: str
+    name: str
+    agent: str
+    measured_at: str
+    platform: Platform
+    threads: int
+    artifact: Compiled
+    machine: Machine
+    step: Step
+    layers: tuple[LayerTime, ...]
+    memory: MemoryUse
+    energy: Energy
+    heat: Heat
+    valid: bool
+    signature: str
+    pytorch: Peer | None = None
+
+    def __post_init__(self) -> None:
+        if self.name:
+            topics.check_name(self.name, "device name")
+        if not _UTC.fullmatch(self.measured_at):
+            raise ValueError(f"measured_at: expected 2026-01-31T12:00:00Z, got {self.measured_at}")
+        if len(self.layers) > MAX_ROWS:
+            raise ValueError(f"layers: {len(self.layers)} rows, limit {MAX_ROWS}")
+        for where, value in _leaves("", records.plain(self)):
+            _check(where, value)
+
+    def to_bytes(self) -> bytes:
+        """The whole as canonical JSON."""
+        return _canonical(records.plain(self))
+
+
+def sign(key: "Ed25519PrivateKey", report: Mapping[str, Any]) -> Measurement:
+    """A device's report, with its public key and signature.
+
+    Raises:
+        WireError: the report is not what its format says.
+    """
+    given = {**report, "device": signing.public(key), "signature": ""}
+    built = records.build(Measurement, given, where="measurement", error=WireError)
+    plain = records.plain(built)
+    del plain["signature"]
+    return dataclasses.replace(built, signature=signing.sign(key, FORMAT, _canonical(plain)))
+
+
+def verify(data: bytes, *, where: str) -> Measurement:
+    """The measurement in a JSON text, if whoever owns the key in it signed it.
+
+    Args:
+        data: the JSON text, as a file or a message holds it.
+        where: how to name it in messages.
+
+    Raises:
+        WireError: it is no such JSON, or not of this format.
+        SignatureError: it is not signed by the key that it names.
+    """
+    if len(data) > MAX_BYTES:
+        raise WireError(f"{where}: {len(data)} bytes, limit {MAX_BYTES}")
+    try:
+        content = json.loads(data, parse_int=_whole, parse_constant=_refuse)
+    except (ValueError, RecursionError) as fault:
+        raise WireError(f"{where}: not JSON: {fault}") from fault
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise WireError(
+            f"{where}: expected format {FORMAT}, got {version!r:.40}; measure with an agent of "
+            "this version, or update this side"
+        )
+    built = records.build(Measurement, content, where=where, error=WireError)
+    signed = {name: value for name, value in content.items() if name != "signature"}
+    try:
+        signing.verify(built.device, FORMAT, _canonical(signed), built.signature)
+    except SignatureError as fault:
+        raise SignatureError(f"{where}: {fault}") from fault
+    return built
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > len(str(MAX_NUMBER)):  # more than a float may hold
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _leaves(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield where, key
+            yield from _leaves(f"{where}.{key}" if where else str(key), each)
+    else:
+        yield where, value
+
+
+def _check(where: str, value: object) -> None:
+    """Raise ValueError unless a number or a text may stand in a table and a picture."""
+    if isinstance(value, str) and (len(value) > MAX_TEXT or not value.isprintable()):
+        raise ValueError(f"{where}: expected up to {MAX_TEXT} printable, got {value!r:.80}")
+    if isinstance(value, int | float) and not where.startswith("heat."):
+        if not 0 <= value < MAX_NUMBER:  # NaN and infinity too
+            raise ValueError(f"{where}: expected 0 or more, below {MAX_NUMBER}, got {value}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a number, got {value}")
