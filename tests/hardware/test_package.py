@@ -16,6 +16,7 @@ from hardware import deb
 from orchestrator import simulate
 from orchestrator.config import load
 from tests.e2e.test_run import AGENT, Fleet, check_every_round_counts_each_device_once
+from wire import measurement
 
 pytestmark = pytest.mark.hardware
 
@@ -82,6 +83,18 @@ def test_it_is_small_and_the_files_are_whole(root):
     assert (root / "opt/stillhouse/share/stillhouse/resnet8/manifest.json").exists()
     owner = run(*inside(root, "stat", "-c", "%U:%G %a", "/etc/stillhouse", "/var/lib/stillhouse"))
     assert owner == "root:stillhouse 750\nstillhouse:stillhouse 750\n"
+
+
+def test_it_measures_itself_and_signs_what_it_found(root):
+    """With no settings and no run: what a board tells as soon as the package is there."""
+    told = "/var/lib/stillhouse/measured.json"
+    command = f"edge-agent measure --threads 1 --steps 2 --json {told}"
+    run(*inside(root, "su", "-s", "/bin/sh", "stillhouse", "-c", command))
+    measured = measurement.verify((root / told[1:]).read_bytes(), where=told)
+    assert measured.platform.machine == "aarch64"
+    assert measured.artifact.model.name == "resnet8"
+    assert measured.artifact.step_flops > 32 * 2.9 * 19.24e6  # forward and both gradients
+    assert all(layer.seconds > 0 for layer in measured.layers if layer.flops)
 
 
 def test_a_round_of_fedgkt_with_an_arm64_device_is_the_simulated_one(
