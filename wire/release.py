@@ -101,6 +101,15 @@ def dump(release: Release) -> bytes:
     return json.dumps(records.plain(release), indent=1).encode() + b"\n"
 
 
+def verify(release: Release, key: str) -> None:
+    """Return if the owner of a public key released this.
+
+    Raises:
+        SignatureError: they did not.
+    """
+    signing.verify(key, CONTEXT, _canonical(release.package), release.signature)
+
+
 def check(release: Release, own: Build, *, key: str, refused: dict[str, str]) -> None:
     """Return if a device may take this release.
 
@@ -117,7 +126,7 @@ def check(release: Release, own: Build, *, key: str, refused: dict[str, str]) ->
     package = release.package
     if not key:
         raise ReleaseError("this device takes no updates: release_key of agent.toml is empty")
-    signing.verify(key, CONTEXT, _canonical(package), release.signature)
+    verify(release, key)
     what = f"{package.name} {package.version}"
     if package.name != NAME:
         raise ReleaseError(f"{what}: expected a package {NAME}")
