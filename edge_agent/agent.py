@@ -24,6 +24,7 @@ from edge_agent.journal import Journal
 from edge_agent.notify import Notifier
 from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Shelf, Supply
+from edge_agent.update.staging import Updates
 from edge_agent.work import Desk, Outcome, perform
 from wire import blobs, messages, topics
 from wire.blobs import BlobStore
@@ -40,6 +41,7 @@ from wire.messages import (
     Receipt,
     Result,
     Telemetry,
+    Update,
     Want,
 )  # fmt: skip
 
@@ -87,6 +89,7 @@ class Agent:
         self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
         self.journal = Journal(config.state / "journal.db")
         self._shelf = Shelf(config.state / "artifacts")
+        self._updates = Updates(config)
         self._state = rounds.State()
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._supply: Supply | None = None
@@ -156,6 +159,7 @@ class Agent:
                 self._be_born()
             case Lost(reason):
                 log.warning("%s; trying again", reason)
+                self._updates.pause()
                 self._systemd.status(f"{reason}; trying again")
             case Advanced(phase, done, total):
                 self._report(phase, done, total)
@@ -181,11 +185,15 @@ class Agent:
                 self._state = replace(self._state, offer_at_s=0.0)
             case Want():
                 self.blobs.answer(message, self._send_up)
-            case Chunk() | Gone() if self._supply:
-                try:
-                    self._supply.take(message, body)
-                except (StillhouseError, OSError) as fault:
-                    self._fail(self._supply.order, fault)
+            case Update():
+                if self._updates.told(message):
+                    self._be_born()
+            case Chunk() | Gone():
+                if not self._updates.take(message, body) and self._supply:
+                    try:
+                        self._supply.take(message, body)
+                    except (StillhouseError, OSError) as fault:
+                        self._fail(self._supply.order, fault)
             case _:
                 pass
 
@@ -202,6 +210,10 @@ class Agent:
             except (StillhouseError, OSError) as fault:
                 self._fail(self._supply.order, fault)
         if self.link.connected:
+            self._updates.lives(now)
+            if self._state.phase is Phase.IDLE:
+                for want in self._updates.wants(now):
+                    self._send_up(want, b"")
             self._apply(rounds.ticked(self._state, now, self.config.resend_s))
 
     def _apply(self, step: rounds.Step) -> None:
@@ -351,6 +363,8 @@ class Agent:
             samples=len(self.images.y),
             data_digest=self.images.digest,
             platform=self._platform,
+            package=self._updates.own,
+            update=self._updates.word,
         )
         self._publish("birth", birth, retain=True)
         if self._supply:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wire import records, topics
+from wire import records, signing, topics
 from wire.address import BrokerAddress
+from wire.errors import SignatureError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class AgentConfig:
         resend_s: a result without a receipt is offered again after so long.
         telemetry_s: at most one progress report in so long.
         max_download_bytes: an artifact file, a state or a teacher above this is refused.
+        release_key: the public key that updates of the package are signed by; "": none are taken.
+        updates: folder that updates are staged in, where the package's path unit looks for them.
+        updates_kept: root's folder of updates; what it refused is read there.
+        update_minutes: the new version is rolled back if it is not well by then.
     """
 
     device: str
@@ -40,6 +45,10 @@ class AgentConfig:
     resend_s: float = 30.0
     telemetry_s: float = 1.0
     max_download_bytes: int = 1 << 30
+    release_key: str = ""
+    updates: Path = Path("/var/lib/stillhouse/update")
+    updates_kept: Path = Path("/var/cache/stillhouse")
+    update_minutes: float = 5.0
 
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
@@ -52,14 +61,22 @@ class AgentConfig:
             raise ValueError(f"threads {self.threads} or window {self.window} out of range")
         if min(self.retry_s, self.resend_s, self.telemetry_s) <= 0:
             raise ValueError("retry_s, resend_s and telemetry_s must be above 0")
+        if not 0 < self.update_minutes <= 24 * 60:
+            raise ValueError(f"update_minutes: expected over 0 to a day, got {self.update_minutes}")
+        if self.release_key:
+            try:
+                signing.check_public(self.release_key)
+            except SignatureError as fault:
+                raise ValueError(f"release_key: {fault}") from fault
 
 
 def load(path: Path) -> AgentConfig:
-    """Read `agent.toml`; `data` and `state` are relative to the folder it lies in.
+    """Read `agent.toml`; relative paths are relative to the folder it lies in.
 
     Raises:
         SettingsError: the message names the file, the key and what was expected.
     """
     config = records.load(AgentConfig, path)
     folder = path.resolve().parent
-    return replace(config, data=folder / config.data, state=folder / config.state)
+    names = ("data", "state", "updates", "updates_kept")
+    return replace(config, **{name: folder / getattr(config, name) for name in names})

@@ -11,6 +11,7 @@ none for armhf: ONNX Runtime has no wheels for it.
 
 import argparse
 import gzip
+import json
 import os
 import re
 import shutil
@@ -23,11 +24,14 @@ from importlib import metadata
 from pathlib import Path
 
 from edge_agent import __version__
+from wire import records, release
 from wire.errors import StillhouseError
+from wire.release import Build
 
 ROOT = Path(__file__).parent.parent
 FILES = Path(__file__).parent / "package"
-NAME = "stillhouse-edge-agent"
+NAME = release.NAME
+UNITS = (f"{NAME}.service", "stillhouse-update.path", "stillhouse-update.service")
 MAINTAINER = "Stillhouse <maintainers@stillhouse.example>"
 OURS = ("edge_agent", "wire")
 MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
@@ -72,9 +76,10 @@ def build(architecture: str, python: str, out: Path) -> Path:
             shutil.copytree(
                 ROOT / package, site / package, ignore=shutil.ignore_patterns("__pycache__")
             )
-        _environment(tree / "opt/stillhouse", python)
+        _environment(tree / "opt/stillhouse", Build(_version(python), architecture, python))
         measured_artifact(tree / "opt/stillhouse/share/stillhouse/resnet8")
-        _put(tree / f"usr/lib/systemd/system/{NAME}.service", FILES / f"{NAME}.service")
+        for unit in UNITS:
+            _put(tree / "usr/lib/systemd/system" / unit, FILES / unit)
         _put(tree / f"usr/share/lintian/overrides/{NAME}", FILES / "lintian-overrides")
         _compressed(
             tree / "usr/share/man/man1/edge-agent.1.gz", (FILES / "edge-agent.1").read_bytes()
@@ -123,13 +128,15 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _environment(prefix: Path, python: str) -> None:
-    """A virtual environment, as `python -m venv` makes one on the target."""
+def _environment(prefix: Path, made: Build) -> None:
+    """A virtual environment, as `python -m venv` makes one on the target, and what it is of."""
     (prefix / "pyvenv.cfg").write_text(
-        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {python}\n"
+        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {made.python}\n"
     )
-    _link(prefix / "bin/python3", f"/usr/bin/python{python}")
-    _put(prefix / "bin/edge-agent", FILES / "edge-agent", mode=0o755)
+    (prefix / "package.json").write_text(json.dumps(records.plain(made)) + "\n")
+    _link(prefix / "bin/python3", f"/usr/bin/python{made.python}")
+    for command in ("edge-agent", "stillhouse-update"):
+        _put(prefix / "bin" / command, FILES / command, mode=0o755)
 
 
 def measured_artifact(folder: Path) -> None:

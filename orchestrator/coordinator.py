@@ -13,13 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from orchestrator import admit, devices, rounds
+from orchestrator import admit, devices, rounds, updates
 from orchestrator.config import RunConfig
 from orchestrator.intake import Intake
 from orchestrator.report import Report
 from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies.strategy import Metrics, State, Strategy
+from orchestrator.updates import Rollout
 from wire import messages, topics
 from wire.address import BrokerAddress
 from wire.errors import AdmissionError, RunError, StillhouseError, WireError
@@ -79,6 +80,7 @@ class Coordinator:
         enrolled: names that may take part; None takes any.
         address: the broker.
         report: is told what happens.
+        rollout: packages that devices are told of.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Coordinator:
         enrolled: frozenset[str] | None,
         address: BrokerAddress,
         report: Report,
+        rollout: Rollout,
     ) -> None:
         self.config, self.store, self.strategy = config, store, strategy
         self.report = report
@@ -98,6 +101,7 @@ class Coordinator:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="work")
         self._intake = Intake(store.blobs, config.transfer_chunks)
         self._births: dict[str, Birth] = {}
+        self._rollout = rollout
         self._checking: set[str] = set()
         self._began = time.monotonic()
         self._late: frozenset[str] = frozenset()
@@ -181,6 +185,7 @@ class Coordinator:
             case Birth():
                 self._born(device, message, now)
             case Death(session=session):
+                self._rollout = updates.died(self._rollout, device, session)
                 self._apply(rounds.died(self._rounds, device, session))
             case Telemetry() if message.run == self.store.run_id:
                 self.report.telemetry(device, message)
@@ -204,8 +209,14 @@ class Coordinator:
             log.warning("refused: %s", reason)
             self._send(device, "order", Receipt("birth", accepted=False, reason=reason))
             return
+        birth = replace(birth, update=birth.update[:MAX_REASON])
+        before = self._births.get(device)
+        if birth.update and (before is None or before.update != birth.update):
+            log.warning("%s: update: %s", device, birth.update)
         devices.born(self.config.runs, self.config.fleet, birth)
         self._births[device] = birth
+        self.report.born(device, birth)
+        self._rollout = updates.born(self._rollout, device, birth, now)
         self._intake.resume(device)
         self._apply(rounds.born(self._rounds, self.config.cohort, device, birth.session, now))
 
@@ -267,6 +278,10 @@ class Coordinator:
             self._submit(self._look_over, self._attempt.orders[result.device], result)
         for device, want in self._intake.wants(now, frozenset(self._rounds.live)):
             self._send(device, "down", want)
+        self._rollout, tell = updates.ticked(self._rollout, now)
+        for device, update in tell:
+            log.info("%s is told of %s", device, update.release.package.version)
+            self._send(device, "order", update)
         self._apply(rounds.ticked(self._rounds, self.config.cohort, now))
 
     def _look_over(self, order: Order, result: Result) -> Event:

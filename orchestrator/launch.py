@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from models import submodel
-from orchestrator import broker, fleet
+from orchestrator import broker, fleet, updates
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.prepare import fresh, read_heldout, task
@@ -43,6 +43,8 @@ def run(
     with contextlib.ExitStack() as stack:
         store = Store(config)
         stack.callback(store.close)
+        rollout = updates.read(config.release, store.blobs)
+        store.keep(frozenset(update.blob.digest for update in rollout.updates))
         if address is None:
             address = stack.enter_context(serve(config))
         report = Report(config, store)
@@ -52,7 +54,13 @@ def run(
         if config.admission == "enrolled":
             enrolled = frozenset(fleet.users(config.runs, config.fleet)) - {fleet.ORCHESTRATOR}
         coordinator = Coordinator(
-            config, store, strategy, enrolled=enrolled, address=address, report=report
+            config,
+            store,
+            strategy,
+            enrolled=enrolled,
+            address=address,
+            report=report,
+            rollout=rollout,
         )
 
         def notify() -> None:

@@ -94,7 +94,7 @@ def _tell(report: Any) -> None:
 
 
 @app.command()
-def enroll(
+def enroll(  # noqa: PLR0917 - typer makes options of them
     device: Annotated[str, typer.Argument(help="The device's name.")],
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
     out: Annotated[Path | None, typer.Option(help="The file to write.")] = None,
@@ -102,12 +102,18 @@ def enroll(
     packaged: Annotated[
         bool, typer.Option(help="With the folders of the package stillhouse-edge-agent.")
     ] = False,
+    release_key: Annotated[
+        str, typer.Option(help="That updates are signed by; default: run.toml's.")
+    ] = "",
 ) -> None:
     """Admit a device and write its agent.toml; a running broker of ours learns it at its start."""
     from edge_agent.main import TEMPLATE
     from orchestrator import fleet
+    from wire import signing
 
     chosen = config.load(config_file)
+    if key := release_key or chosen.release.key:
+        signing.check_public(key)
     password = fleet.enroll(chosen.runs, chosen.fleet, device)
     broker = chosen.broker
     url = url or broker.url or f"mqtt://{broker.host}:{broker.port}"
@@ -117,6 +123,7 @@ def enroll(
         .replace('"mqtt://localhost:1883"', json.dumps(url))
         .replace('username = "" ', f"username = {json.dumps(device)} ")
         .replace('password = ""', f"password = {json.dumps(password)}")
+        .replace('release_key = "" ', f"release_key = {json.dumps(key)} ")
         .replace("[3, 32, 32]", json.dumps(list(chosen.device.input)))
     )
     if packaged:

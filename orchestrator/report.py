@@ -13,7 +13,7 @@ from orchestrator.config import RunConfig
 from orchestrator.rounds import Phase, State
 from orchestrator.store import Attempt, Store
 from wire import records
-from wire.messages import Telemetry
+from wire.messages import Birth, Telemetry
 
 WRITE_S = 0.5
 
@@ -26,6 +26,7 @@ class Report:
         traffic = store.traffic()  # what an earlier orchestrator counted in the open round
         self._up = Counter({device: up for device, (up, _) in traffic.items()})
         self._down = Counter({device: down for device, (_, down) in traffic.items()})
+        self._births: dict[str, Birth] = {}
         self._telemetry: dict[str, Telemetry] = {}
         self._state = State(config.rounds, config.seed)
         self._work = ("", 0, 0)
@@ -42,6 +43,10 @@ class Report:
         """So many bytes went to a device."""
         self._down[device] += count
         self._store.count(device, down=count)
+
+    def born(self, device: str, birth: Birth) -> None:
+        """A device is there."""
+        self._births[device] = birth
 
     def telemetry(self, device: str, message: Telemetry) -> None:
         """A device told how far it is."""
@@ -121,7 +126,7 @@ class Report:
             self._store.write_json("report.json", whole)
 
     def _device(self, name: str) -> dict[str, Any]:
-        state, last = self._state, self._telemetry.get(name)
+        state, last, birth = self._state, self._telemetry.get(name), self._births.get(name)
         if name in state.returned:
             stand = "returned"
         elif name in state.failed:
@@ -138,4 +143,6 @@ class Report:
             "memory_bytes": last.memory_bytes if last else 0,
             "bytes_up": self._up[name],
             "bytes_down": self._down[name],
+            "package": birth.package.version if birth and birth.package else "",
+            "update": birth.update if birth else "",
         }

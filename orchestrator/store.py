@@ -123,8 +123,8 @@ class Store:
         self.run_id = self._identify(config.name)
 
     def keep(self, digests: frozenset[str]) -> None:
-        """Never drop these blobs: the artifact's."""
-        self._kept = digests
+        """Never drop these blobs either: the artifact's, packages."""
+        self._kept |= digests
 
     def _identify(self, name: str) -> str:
         """The run's name for devices: another run of the same name must not be taken for it."""

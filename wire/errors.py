@@ -10,6 +10,7 @@ StillhouseError            bad input or a broken promise; command lines print it
 │   └── TransferError      a blob: chunks, sizes, digest, or its sender no longer has it
 ├── LinkError              the broker cannot be reached or refuses us for good
 ├── SignatureError         a key that is none, or what its owner did not sign
+├── ReleaseError           a package of the agent that a device must not install
 ├── BrokerError            a broker that the orchestrator runs itself
 ├── ExportError            a module that cannot be compiled to a training step
 ├── AdmissionError         a result that must not enter the aggregate; its text goes to the device
@@ -57,6 +58,10 @@ class LinkError(StillhouseError):
 
 class SignatureError(StillhouseError):
     """A key is damaged, or something was not signed by its owner."""
+
+
+class ReleaseError(StillhouseError):
+    """A package is no release, or not one for this device."""
 
 
 class BrokerError(StillhouseError):

@@ -48,6 +48,7 @@ class Kind(IntEnum):
     TENSORS = 9
     TELEMETRY = 10
     HELLO = 11
+    UPDATE = 12
     MEASURED = 13
 
 

@@ -8,6 +8,7 @@
       | result ----------------------------> |   metrics, and the blobs that it offers
       |                  <- want / chunk -> |   the orchestrator pulls them at its own pace
       | <-------------------------- receipt |   accepted or refused, with the reason
+      | <--------------------------- update |   a newer package, whose blob the device may pull
       | death (retained, last will) -------> |
       | measured (retained) --------------> |   what training costs there; taken from the broker
       | <-------------------------- receipt |   once the orchestrator has it
@@ -25,6 +26,7 @@ from typing import Literal, TypeVar
 from wire import frames, records, topics
 from wire.errors import WireError
 from wire.frames import Frame, Kind
+from wire.release import Build, Release
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 MAX_CHUNK_BYTES = frames.MAX_MESSAGE_BYTES - 4096
@@ -95,6 +97,8 @@ class Birth:
     """A device is there. `session` grows with every connection it makes.
 
     `data_digest` names the samples and their order; teacher logits are meant for exactly these.
+    `package` is what the agent was installed by, None where it was not, or says nothing of it;
+    `update` says what became of an update that it does not have, "" where there was none.
     """
 
     device: str
@@ -103,6 +107,8 @@ class Birth:
     samples: int
     data_digest: str
     platform: Platform
+    package: Build | None = None
+    update: str = ""
 
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
@@ -315,8 +321,36 @@ class Hello:
     boot: str
 
 
+@dataclass(frozen=True)
+class Update:
+    """A newer package of the agent: the device checks its signature, and pulls it when it rests."""
+
+    release: Release
+    chunk_bytes: int
+
+    def __post_init__(self) -> None:
+        BlobRef(self.release.package.sha256, 0, self.chunk_bytes)
+
+    @property
+    def blob(self) -> BlobRef:
+        """The package file."""
+        package = self.release.package
+        return BlobRef(package.sha256, package.size, self.chunk_bytes)
+
+
 Message = (
-    Birth | Death | Order | Result | Receipt | Want | Chunk | Gone | Telemetry | Hello | Measured
+    Birth
+    | Death
+    | Order
+    | Result
+    | Receipt
+    | Want
+    | Chunk
+    | Gone
+    | Telemetry
+    | Hello
+    | Update
+    | Measured
 )
 M = TypeVar("M", bound=Message)
 
@@ -331,6 +365,7 @@ _KINDS: dict[Kind, type[Message]] = {
     Kind.GONE: Gone,
     Kind.TELEMETRY: Telemetry,
     Kind.HELLO: Hello,
+    Kind.UPDATE: Update,
     Kind.MEASURED: Measured,
 }
 _CLASSES = {cls: kind for kind, cls in _KINDS.items()}

@@ -9,6 +9,7 @@ from orchestrator.config.device import (
     Tier,
     cosine,
 )
+from orchestrator.config.release import ReleaseConfig
 from orchestrator.config.run import RunConfig, load, presets, template
 from orchestrator.config.server import ServerConfig, TransferConfig
 
@@ -18,6 +19,7 @@ __all__ = [
     "DeviceConfig",
     "Other",
     "Recipe",
+    "ReleaseConfig",
     "RunConfig",
     "ServerConfig",
     "SubmodelConfig",

@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.config.cohort import BrokerConfig, CohortConfig
 from orchestrator.config.device import DeviceConfig, Recipe, SubmodelConfig
+from orchestrator.config.release import ReleaseConfig
 from orchestrator.config.server import ServerConfig, TransferConfig
 from wire import records, topics
 from wire.errors import SettingsError
@@ -54,6 +55,7 @@ class RunConfig:
     submodel: SubmodelConfig = field(default_factory=SubmodelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    release: ReleaseConfig = field(default_factory=ReleaseConfig)
 
     def __post_init__(self) -> None:
         topics.check_name(self.name, "run name")
@@ -129,8 +131,10 @@ def load(path: Path) -> RunConfig:
     """
     config = records.load(RunConfig, path)
     folder = path.resolve().parent
+    packages = tuple(folder / package for package in config.release.packages)
     return replace(
         config,
+        release=replace(config.release, packages=packages),
         heldout=config.heldout and folder / config.heldout,
         pretrained=config.pretrained and folder / config.pretrained,
         runs=folder / config.runs,

@@ -380,10 +380,12 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
 
 
 def test_a_kit_for_the_package_names_its_folders(processes):
-    (processes.folder / "run.toml").write_text(template())
+    key = "ed25519:" + "A" * 43 + "="
+    (processes.folder / "run.toml").write_text(f'{template()}\n[release]\nkey = "{key}"\n')
     enroll = ("orchestrator.main", "enroll", "pi", "--config", "run.toml", "--packaged")
     assert processes.start("enroll", *enroll).wait(60) == 0, processes.log("enroll")
     kit = tomllib.loads((processes.folder / "pi.toml").read_text())
+    assert kit["release_key"] == key
     assert (kit["device"], kit["fleet"]) == ("pi", "fleet")
     assert kit["data"] == "/srv/stillhouse/images"
     assert kit["state"] == "/var/lib/stillhouse/state"

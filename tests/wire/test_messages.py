@@ -1,6 +1,6 @@
 """Messages and settings: read back as they were, refused by name when they are not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,13 +10,31 @@ from hypothesis import strategies as st
 
 from wire import frames, messages, records, topics
 from wire.errors import SettingsError, WireError
-from wire.messages import Birth, BlobRef, Chunk, Measured, Order, Platform, Receipt, Result, Want
+from wire.messages import (
+    Birth,
+    BlobRef,
+    Chunk,
+    Measured,
+    Order,
+    Platform,
+    Receipt,
+    Result,
+    Update,
+    Want,
+)
+from wire.release import Build, Package, Release
 
 REF = BlobRef("ab" * 32, 1000, 1024)
 ORDER = Order("run", 3, 2, REF, 1, 0.1, 7, {"features": "identity|q=8"}, teacher=REF, alpha=1.0)
 VALUES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.text() | st.binary()
+BIRTH = Birth(
+    "pi-3", 5, "0.1.0", 100, "cd" * 32, Platform("Pi", "aarch64", 4, 2**30, "3.11", "1.31")
+)
+UPDATE = Update(Release(Package("n", "0.2", "arm64", "3.11", 9, "ab" * 32, "t"), "sig"), 1024)
 EVERY = [
-    Birth("pi-3", 5, "0.1.0", 100, "cd" * 32, Platform("Pi", "aarch64", 4, 2**30, "3.11", "1.31")),
+    BIRTH,
+    replace(BIRTH, package=Build("0.2", "arm64", "3.11"), update="0.3 is refused"),
+    UPDATE,
     ORDER,
     Result("pi-3", "run", 3, 2, 100, "cd" * 32, {"features": REF}, {"train_s": 1.5}),
     Receipt("result", accepted=False, run="run", sequence=3, reason="late"),
@@ -56,6 +74,24 @@ def test_a_bad_order_names_the_key(change, text):
     with pytest.raises(WireError, match=text) as caught:
         messages.decode(data, sender="the orchestrator")
     assert "the orchestrator" in str(caught.value)
+
+
+def test_golden_bytes_of_an_update():
+    assert messages.encode(UPDATE).hex() == (
+        "53544c48010cbb000000000000000000000082a772656c6561736582a77061636b61676587a46e616d65a16e"
+        "a776657273696f6ea3302e32ac617263686974656374757265a561726d3634a6707974686f6ea4332e3131a4"
+        "73697a6509a6736861323536d940616261626162616261626162616261626162616261626162616261626162"
+        "61626162616261626162616261626162616261626162616261626162616261626162a763726561746564a174"
+        "a97369676e6174757265a3736967ab6368756e6b5f6279746573cd0400244e054ae5eb58ab6ca9c76f09fc9d"
+        "5bbc03b5ea56403097c1997972182dffd1"
+    )
+
+
+def test_the_birth_of_an_agent_that_says_of_no_package_is_understood():
+    header = records.plain(BIRTH)
+    del header["package"], header["update"]
+    message, _ = messages.decode(frames.encode(frames.Kind.BIRTH, header), sender="old")
+    assert message == BIRTH
 
 
 @given(st.dictionaries(st.text(max_size=8), VALUES))

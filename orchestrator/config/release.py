@@ -1,0 +1,37 @@
+"""Which packages of the agent devices are told of, and in which order."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from wire import signing
+from wire.errors import SignatureError
+
+
+@dataclass(frozen=True)
+class ReleaseConfig:
+    """Updates of the devices' package.
+
+    Attributes:
+        key: the public key that packages are signed by; `orchestrator enroll` gives it to devices.
+        packages: .deb files, each with its .release.json beside it.
+        canary: devices that are told first; empty: all at once.
+        settle_minutes: the others are told when every device of `canary` has been there with the
+            newer version for so long; more than the `update_minutes` of agent.toml.
+    """
+
+    key: str = ""
+    packages: tuple[Path, ...] = ()
+    canary: tuple[str, ...] = ()
+    settle_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.packages and not self.key:
+            raise ValueError("release.key: name the public key that the packages are signed by")
+        if self.key:
+            try:
+                signing.check_public(self.key)
+            except SignatureError as fault:
+                raise ValueError(f"release.key: {fault}") from fault
+        if not 0 <= self.settle_minutes < math.inf:
+            raise ValueError(f"settle_minutes: expected 0 or more, got {self.settle_minutes}")

@@ -1,0 +1,175 @@
+"""Releases of the agent's package, signed by a key that its operator keeps offline.
+
+A device installs what was released for its architecture and Python, never what the orchestrator or
+the broker alone say. What is signed is the canonical JSON of `Package` (keys sorted, no spaces).
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wire import records, signing
+from wire.errors import ReleaseError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+CONTEXT = "stillhouse-release/1"
+NAME = "stillhouse-edge-agent"
+MAX_BYTES = 1 << 30
+_VERSION = re.compile(r"[0-9][A-Za-z0-9.+~-]{0,63}")
+_PLAIN = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def _check_build(version: str, architecture: str, python: str) -> None:
+    if not _VERSION.fullmatch(version):
+        raise ValueError(f"version: expected one of Debian without an epoch, got {version!r:.80}")
+    if not _PLAIN.fullmatch(architecture) or not re.fullmatch(r"3\.[0-9]{1,2}", python):
+        raise ValueError(f"expected an architecture and a Python, got {architecture!r:.80} and "
+                         f"{python!r:.80}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a package was built for, and its version: "0.1.0+py311", "arm64", "3.11"."""
+
+    version: str
+    architecture: str
+    python: str
+
+    def __post_init__(self) -> None:
+        _check_build(self.version, self.architecture, self.python)
+
+
+@dataclass(frozen=True)
+class Package:
+    """One package file: its control fields, size (bytes), SHA-256 (hex), and time of signing."""
+
+    name: str
+    version: str
+    architecture: str
+    python: str
+    size: int
+    sha256: str
+    created: str
+
+    def __post_init__(self) -> None:
+        _check_build(self.version, self.architecture, self.python)
+        if not _DIGEST.fullmatch(self.sha256) or not 0 < self.size <= MAX_BYTES:
+            raise ValueError(
+                f"expected 64 hex digits and 1 to {MAX_BYTES} bytes, got {self.sha256!r:.80} and "
+                f"{self.size}"
+            )
+
+
+@dataclass(frozen=True)
+class Release:
+    """A package and the signature of whoever released it."""
+
+    package: Package
+    signature: str
+
+
+def sign(key: "Ed25519PrivateKey", package: Package) -> Release:
+    """Release a package."""
+    return Release(package, signing.sign(key, CONTEXT, _canonical(package)))
+
+
+def parse(data: bytes, where: str) -> Release:
+    """The release in a file's bytes; its signature is not looked at.
+
+    Raises:
+        ReleaseError: it is none; the message names `where`.
+    """
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as fault:
+        raise ReleaseError(f"{where}: not JSON: {fault}; sign the package again") from fault
+    return records.build(Release, table, where=where, error=ReleaseError)
+
+
+def beside(deb: Path) -> Path:
+    """Where the release of a package file lies."""
+    return deb.with_name(f"{deb.name}.release.json")
+
+
+def dump(release: Release) -> bytes:
+    """A release as a file."""
+    return json.dumps(records.plain(release), indent=1).encode() + b"\n"
+
+
+def verify(release: Release, key: str) -> None:
+    """Return if the owner of a public key released this.
+
+    Raises:
+        SignatureError: they did not.
+    """
+    signing.verify(key, CONTEXT, _canonical(release.package), release.signature)
+
+
+def check(release: Release, own: Build, *, key: str, refused: dict[str, str]) -> None:
+    """Return if a device may take this release.
+
+    Args:
+        release: from anywhere.
+        own: the package that is installed.
+        key: the release key of the device's settings, "" for none.
+        refused: versions that are not tried again, and why.
+
+    Raises:
+        SignatureError: it is not signed by the key.
+        ReleaseError: it is for another device, no newer, or was refused before.
+    """
+    package = release.package
+    if not key:
+        raise ReleaseError("this device takes no updates: release_key of agent.toml is empty")
+    verify(release, key)
+    what = f"{package.name} {package.version}"
+    if package.name != NAME:
+        raise ReleaseError(f"{what}: expected a package {NAME}")
+    for field in ("architecture", "python"):
+        expected, got = getattr(own, field), getattr(package, field)
+        if expected != got:
+            raise ReleaseError(f"{what} is for {field} {got}, this device has {expected}")
+    if not newer(package.version, own.version):
+        raise ReleaseError(f"{what} is no newer than {own.version}, which is installed")
+    if package.version in refused:
+        raise ReleaseError(f"{what} was refused before: {refused[package.version]}")
+
+
+def newer(version: str, than: str) -> bool:
+    """Whether a version comes after another in Debian's order (deb-version(7)), epochs aside."""
+    return _order(version) > _order(than)
+
+
+def _canonical(package: Package) -> bytes:
+    return json.dumps(records.plain(package), sort_keys=True, separators=(",", ":")).encode()
+
+
+_END = ([0], 0)
+
+
+def _order(version: str) -> tuple[list[tuple[list[int], int]], ...]:
+    """What versions are compared by: upstream's, then the revision; each text and number in turn.
+
+    A tilde comes before the end of a text, the end before letters, letters before all else.
+    """
+    upstream, dash, revision = version.rpartition("-")
+    return tuple(map(_turns, (upstream, revision) if dash else (version, "")))
+
+
+def _turns(part: str) -> list[tuple[list[int], int]]:
+    pairs = re.findall(r"([^0-9]*)([0-9]*)", part)
+    turns = [([*map(_weight, text), 0], int(digits or 0)) for text, digits in pairs]
+    while turns and turns[-1] == _END:  # 1.0-0 is 1.0
+        turns.pop()
+    return [*turns, _END]
+
+
+def _weight(character: str) -> int:
+    if character == "~":
+        return -1
+    return ord(character) + (0 if character.isalpha() else 256)
