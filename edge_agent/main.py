@@ -86,8 +86,8 @@ def _add_measure(command: argparse.ArgumentParser) -> None:
 
 
 def _measure(chosen: argparse.Namespace) -> int:
-    from edge_agent import identity, roofline
-    from edge_agent import measure as measuring
+    from edge_agent.field import identity, roofline
+    from edge_agent.field import measure as measuring
     from wire import measurement, records
     from wire.artifact import open_artifact
 
@@ -129,7 +129,7 @@ def _measure(chosen: argparse.Namespace) -> int:
     except OSError as fault:
         raise SettingsError(f"{fault.filename}: cannot be written: {fault.strerror}") from fault
     if chosen.submit and settings:
-        from edge_agent.submit import submit
+        from edge_agent.field.submit import submit
 
         submit(report, settings, chosen.timeout)
         print(f"submitted as {settings.device} to the orchestrator of fleet {settings.fleet}")

@@ -20,7 +20,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from edge_agent import roofline
+from edge_agent.field import roofline
 from orchestrator import fleet
 from orchestrator.view import size
 from wire import measurement, records

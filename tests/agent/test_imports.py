@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
-    f"{folder}.{path.stem}"
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("edge_agent", "wire")
-    for path in (ROOT / folder).glob("*.py")
+    for path in (ROOT / folder).rglob("*.py")
     if path.stem != "__init__"
 )
 FOREIGN = ("torch", "torchvision", "onnx", "onnxscript", "orchestrator", "models", "tools", "rich")

@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 
 import models
-from edge_agent import identity, measure, peer, roofline, sensors
+from edge_agent.field import identity, measure, peer, roofline, sensors
 from edge_agent.main import main
 from tools.export import export
 from wire import measurement, signing

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import sensors
+from edge_agent.field import sensors
 
 TREES = Path(__file__).parent / "trees"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import identity, measure
+from edge_agent.field import identity, measure
 from edge_agent.main import main
 from hardware import deb
 from tools.export.__main__ import main as export

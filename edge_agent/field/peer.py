@@ -112,7 +112,7 @@ def _process(
     artifact: Artifact, threads: int
 ) -> Iterator[tuple["subprocess.Popen[str]", IO[bytes]]]:
     # The same packages whatever the folder this is started in.
-    paths = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "PYTHONSAFEPATH": "1"}
+    paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PYTHONSAFEPATH": "1"}
     held = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     command = [sys.executable, "-m", "tools.pytorch_step", str(artifact.folder), str(threads)]
     with tempfile.TemporaryFile() as errors:

@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from edge_agent import __version__, meter, peer, roofline, sensors
+from edge_agent import __version__, meter
+from edge_agent.field import peer, roofline, sensors
 from wire import records
 from wire.artifact import Artifact
 from wire.costs import PHASES, Phase

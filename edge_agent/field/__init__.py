@@ -1,0 +1,1 @@
+"""What training costs on this very device: `edge-agent measure`, signed, drawn and submitted."""
