@@ -10,6 +10,7 @@ See docs/fleet.md.
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from dataclasses import fields
 from pathlib import Path
 
 from hardware.image import listing
-from hardware.image.build import FOLDER, about, build
+from hardware.image.build import about, build
 from hardware.image.disk import ImageError, run
 from hardware.image.personal import (
+    DEVICE,
     Identity,
     boot_of,
     personalize,
@@ -34,6 +36,7 @@ from wire.errors import StillhouseError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 with one line on what is wrong."""
     chosen = _parser().parse_args(arguments)
+    before = os.umask(0o077)  # kits hold passwords
     try:
         match chosen.command:
             case "build":
@@ -45,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StillhouseError as fault:
         print(f"image: {fault}", file=sys.stderr)
         return 2
+    finally:
+        os.umask(before)
     return 0
 
 
@@ -89,8 +94,6 @@ def _identity_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wifi-password", default="", type=_secret,
                         help="its password; @FILE reads it from a file")  # fmt: skip
     parser.add_argument("--country", default="", help="of the radio, two capitals")
-    parser.add_argument("--user", default="", help="who may log in over SSH")
-    parser.add_argument("--ssh-key", default="", help="by this public key, or .pub file")
 
 
 def _secret(text: str) -> str:
@@ -119,22 +122,30 @@ def _build(chosen: argparse.Namespace) -> None:
 def _personalize(chosen: argparse.Namespace) -> None:
     table = {"device": chosen.device} | _defaults(chosen)
     identity = records.build(Identity, table, where=chosen.device, error=ImageError)
-    target = chosen.target
     if chosen.out:
-        made = about(boot_of(target), target)
-        read_kit(identity, chosen.kit, made.fleet)
-        target = _copied(target, chosen.out)
-    personalize(target, identity, chosen.kit)
-    print(f"{target}: {identity.device}; host name {identity.hostname}")
+        _copy(chosen.target, identity, chosen.kit, chosen.out)
+    else:
+        personalize(chosen.target, identity, chosen.kit)
+    print(f"{chosen.out or chosen.target}: {identity.device}; host name {identity.hostname}")
 
 
-def _copied(image: Path, out: Path) -> Path:
-    if not image.is_file() or out.exists():
-        raise ImageError(
-            f"{image} is no image" if not image.is_file() else f"{out} is there already"
-        )
-    run(["cp", "--reflink=auto", "--sparse=always", str(image), str(out)], str(out))
-    return out
+def _copy(image: Path, identity: Identity, kit: Path, out: Path) -> None:
+    """A copy of an image with a device's kit on it, whole or not at all."""
+    if not image.is_file():
+        raise ImageError(f"{image}: no such image")
+    if out.exists():
+        raise ImageError(f"{out} is there already; nothing was written")
+    if not out.parent.is_dir():
+        raise ImageError(f"{out.parent}: no such folder")
+    read_kit(identity, kit, about(boot_of(image), image).fleet)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        run(["cp", "--reflink=auto", "--sparse=always", str(image), str(partial)], str(out))
+        partial.chmod(0o600)  # it will hold a password
+        personalize(partial, identity, kit)
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _fleet(chosen: argparse.Namespace) -> None:
@@ -145,16 +156,19 @@ def _fleet(chosen: argparse.Namespace) -> None:
     taken = [each.device for each in devices if _place(chosen, each).exists()]
     if taken:
         raise ImageError(f"{chosen.out}: {', '.join(taken)} there already; nothing was written")
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    try:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise ImageError(f"{chosen.out}: {fault.strerror}") from fault
     if not chosen.folders:
         _check_space(chosen.image, chosen.out, len(devices))
     images = {}
     for identity in devices:
         place = _place(chosen, identity)
         if chosen.folders:
-            write_kit(place / FOLDER / "device", identity, chosen.kit, made.fleet)
+            write_kit(place / DEVICE, identity, chosen.kit, made.fleet)
         else:
-            personalize(_copied(chosen.image, place), identity, chosen.kit)
+            _copy(chosen.image, identity, chosen.kit, place)
             images[identity.device] = (place, made)
     print(f"{chosen.out}: {len(devices)} devices")
     if chosen.list and images:
@@ -168,9 +182,8 @@ def _place(chosen: argparse.Namespace, identity: Identity) -> Path:
 
 
 def _check_space(image: Path, out: Path, number: int) -> None:
-    """Raise unless so many copies have room; where blocks are shared the first one tells."""
-    stat, free = image.stat(), shutil.disk_usage(out).free
-    wanted = number * stat.st_blocks * 512
+    """Raise unless so many copies have room, should this file system not share their blocks."""
+    wanted, free = number * image.stat().st_blocks * 512, shutil.disk_usage(out).free
     if wanted > free:
         raise ImageError(
             f"{out}: {number} images take {wanted / 1e9:.0f} GB, {free / 1e9:.0f} are free; "

@@ -31,7 +31,6 @@ class About:
         package: version of the agent's package.
         fleet: that its devices belong to; empty: any.
         init_format: how Raspberry Pi Imager customizes it.
-        format: of this file.
     """
 
     base: str
@@ -39,7 +38,6 @@ class About:
     package: str
     fleet: str = ""
     init_format: Literal["systemd", "cloudinit-rpi", "none"] = "none"
-    format: int = 1
 
 
 def about(boot: Boot, where: Path) -> About:
@@ -90,6 +88,7 @@ def build(base: Path, package: Path, out: Path, fleet: str = "") -> About:
         init_format = _init_format(root)
         made = About(base.name, system, fields["Version"], fleet, init_format)
         _write(boot, root, package, made)
+        partial.chmod(0o644)  # it holds nobody's kit
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
@@ -137,7 +136,7 @@ def _copy(base: Path, to: Path) -> None:
     except (lzma.LZMAError, EOFError) as fault:
         raise ImageError(f"{base}: cannot be unpacked: {fault}; download it again") from fault
     except OSError as fault:
-        raise ImageError(f"{to}: {fault.strerror}") from fault
+        raise ImageError(f"{base} to {to}: {fault.strerror}") from fault
 
 
 def _suits(root: Root, base: Path, package: Path, fields: dict[str, str]) -> str:
@@ -150,16 +149,17 @@ def _suits(root: Root, base: Path, package: Path, fields: dict[str, str]) -> str
             f"{base}: expected an image of Raspberry Pi OS; its second partition holds no Debian "
             "system"
         )
-    system, installed = found[1], dict(_installed(status))
-    if fields["Architecture"] not in installed.get("libc6", ""):
+    system, installed, own = found[1], set(_installed(status)), fields["Architecture"]
+    if ("libc6", own) not in installed:
+        known = ", ".join(sorted(of for name, of in installed if name == "libc6"))
         raise ImageError(
-            f"{base}: {system} for {installed.get('libc6', 'an unknown machine')}, but "
-            f"{package.name} is for {fields['Architecture']}; take the 64-bit image"
+            f"{base}: {system} for {known or 'an unknown machine'}, but {package.name} is for "
+            f"{own}; take the 64-bit image"
         )
     wanted = [re.split(r"[ (|:]", each.strip())[0] for each in fields["Depends"].split(",")]
-    missing = [name for name in wanted if name not in installed]
+    missing = [name for name in wanted if not {(name, own), (name, "all")} & installed]
     if missing:
-        there = [n for n in installed if re.fullmatch(r"python3\.\d+", n)]
+        there = [name for name, _ in installed if re.fullmatch(r"python3\.\d+", name)]
         hint = f"; it has {there[0]}: make deb TARGET_PYTHON={there[0][6:]}" if there else ""
         raise ImageError(
             f"{base}: {system} has no {', '.join(missing)}, which {package.name} needs{hint}"

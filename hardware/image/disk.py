@@ -39,6 +39,9 @@ class Boot(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file or a folder with what is in it; nothing happens where there is none."""
 
+    def rename(self, name: str, new: str) -> None:
+        """Rename a file or a folder; nothing has the new name."""
+
     def free(self) -> int:
         """Bytes that are free."""
 
@@ -77,6 +80,10 @@ class FatBoot:
         if _tried(["mdir", *self._at, "-b", f"::/{name}"]).returncode == 0:
             run(["mdeltree", *self._at, f"::/{name}"], f"{self.path}: its boot partition")
 
+    def rename(self, name: str, new: str) -> None:
+        """See `Boot`."""
+        run(["mmove", *self._at, f"::/{name}", f"::/{new}"], f"{self.path}: its boot partition")
+
     def free(self) -> int:
         """See `Boot`."""
         told = run(["mdir", *self._at, "::/"], f"{self.path}: its boot partition")
@@ -99,12 +106,34 @@ class MountedBoot:
 
     def put(self, folder: Path) -> None:
         """See `Boot`."""
-        shutil.copytree(folder, self.path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+        try:
+            shutil.copytree(folder, self.path, dirs_exist_ok=True, copy_function=shutil.copyfile)
+            os.sync()
+        except OSError as fault:  # shutil.Error as well
+            raise ImageError(f"{self.path}: cannot be written: {fault}") from fault
 
     def remove(self, name: str) -> None:
+        """See `Boot`; contents are overwritten first, as far as the card lets them be."""
+        gone = self.path / name
+        try:
+            for path in [gone, *gone.rglob("*")]:
+                if path.is_file():
+                    with path.open("r+b") as file:
+                        file.write(b"\0" * path.stat().st_size)
+            os.sync()
+            if gone.is_dir():
+                shutil.rmtree(gone)
+            gone.unlink(missing_ok=True)
+        except OSError as fault:
+            raise ImageError(f"{self.path}: cannot be written: {fault}") from fault
+
+    def rename(self, name: str, new: str) -> None:
         """See `Boot`."""
-        shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / name).unlink(missing_ok=True)
+        try:
+            (self.path / name).rename(self.path / new)
+            os.sync()
+        except OSError as fault:
+            raise ImageError(f"{self.path}: cannot be written: {fault}") from fault
 
     def free(self) -> int:
         """See `Boot`."""
@@ -195,6 +224,9 @@ def open_disk(path: Path) -> tuple[FatBoot, Root]:
     require_tools()
     if not path.exists():
         raise ImageError(f"{path}: no such image or card")
+    if not os.access(path, os.R_OK):
+        raise ImageError(f"{path}: not for this user; a card is written as root: "
+                         "sudo .venv/bin/python -m hardware.image ...")  # fmt: skip
     _refuse_mounted(path)
     done = _tried(["sfdisk", "--json", str(path)])
     expected = "expected an image of Raspberry Pi OS: a DOS partition table, a FAT partition to "
@@ -206,7 +238,8 @@ def open_disk(path: Path) -> tuple[FatBoot, Root]:
     kinds = [str(each["type"]).lower() for each in partitions]
     if len(kinds) < 2 or kinds[0] not in FAT or kinds[1] not in LINUX:
         shown = ", ".join(kinds) or "none"
-        raise ImageError(f"{path}: {expected}; it has partitions of types {shown}")
+        raise ImageError(f"{path}: {expected}; it has partitions of types {shown}. Of a card name "
+                         "the whole, /dev/sdX or /dev/mmcblk0")  # fmt: skip
     size = path.stat().st_size
     end = (partitions[1]["start"] + partitions[1]["size"]) * sector
     if path.is_file() and end > size:
@@ -241,7 +274,8 @@ def run(command: Sequence[str], what: str) -> str:
     """Standard output of a command; ImageError with its last words where it fails."""
     done = _tried(command)
     if done.returncode:
-        raise ImageError(f"{what}: {command[0]} failed: {done.stderr.strip()[-300:]}")
+        said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise ImageError(f"{what}: {command[0]} failed: {said[-300:]}")
     return done.stdout
 
 

@@ -22,6 +22,8 @@ from wire import records, topics
 
 TARGET = Path("/etc/stillhouse")
 PEM = ("ca_file", "cert_file", "key_file")
+DEVICE = f"{FOLDER}/device"  # on the boot partition
+KIT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,12 @@ class Identity:
         device: the name it is enrolled under; `_` and `.` become `-` in its host's name.
         wifi, wifi_password: network and its WPA password, empty for an open one.
         country: two letters, without which a Raspberry Pi's radio stays off.
-        user, ssh_key: who may log in over SSH, by this public key alone (a line, or a .pub file).
     """
 
     device: str
     wifi: str = ""
     wifi_password: str = ""
     country: str = ""
-    user: str = ""
-    ssh_key: str = ""
 
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
@@ -49,21 +48,17 @@ class Identity:
         if len(self.wifi.encode()) > 32 or not self.wifi.isprintable():
             raise ValueError(f"wifi {self.wifi!r}: expected a name of 1 to 32 bytes")
         secret = self.wifi_password
-        if secret and not (secret.isprintable() and re.fullmatch(r".{8,63}|[0-9a-f]{64}", secret)):
-            raise ValueError(f"wifi_password: expected 8 to 63 characters, got {len(secret)}")
+        if secret and not re.fullmatch(r"[ -~]{8,63}|[0-9A-Fa-f]{64}", secret):
+            raise ValueError("wifi_password: expected 8 to 63 ASCII characters, or 64 hex digits")
         if self.wifi_password and not self.wifi:
             raise ValueError("wifi_password: of which network? wifi is empty")
         if self.country and not re.fullmatch(r"[A-Z]{2}", self.country):
             raise ValueError(f"country {self.country!r}: expected two capitals, DE or US, say")
-        if bool(self.user) != bool(self.ssh_key):
-            raise ValueError("user and ssh_key: one wants the other")
-        if self.user and not re.fullmatch(r"[a-z][a-z0-9-]{0,31}", self.user):
-            raise ValueError(f"user {self.user!r}: expected lower-case letters, digits and '-'")
 
     @property
     def hostname(self) -> str:
         """Of the device, as RFC 1123 has it."""
-        return re.sub(r"[^A-Za-z0-9-]+", "-", self.device).strip("-")[:63].lower()
+        return re.sub(r"[^A-Za-z0-9-]+", "-", self.device)[:63].strip("-").lower()
 
 
 def boot_of(target: Path) -> Boot:
@@ -76,7 +71,7 @@ def boot_of(target: Path) -> Boot:
 
 
 def personalize(target: Path, identity: Identity, kit: Path) -> About:
-    """Write a device's kit; one that was there before is replaced whole.
+    """Write a device's kit, which counts when all of it is there.
 
     Args:
         target: an image of `build`, a card that it was written to, or the folder that the card's
@@ -88,15 +83,26 @@ def personalize(target: Path, identity: Identity, kit: Path) -> About:
         What the image says of itself.
 
     Raises:
-        ImageError: the target is none of these, or the kit is damaged or of another device or
-            fleet; nothing was written.
+        ImageError: the target is none of these or has no room, or holds another kit that is not
+            mounted, or the kit is damaged or of another device or fleet.
     """
     boot = boot_of(target)
     made = about(boot, target)
+    if not isinstance(boot, MountedBoot) and boot.read(f"{DEVICE}/hostname") is not None:
+        # A FAT keeps what is deleted until it is overwritten, and that was a password.
+        raise ImageError(
+            f"{target}: holds a device's kit already; begin with the image that `build` made, or "
+            "mount the card's boot partition and name that folder"
+        )
     with TemporaryDirectory(prefix="stillhouse-kit-") as scratch:
-        write_kit(Path(scratch) / FOLDER / "device", identity, kit, made.fleet)
-        boot.remove(f"{FOLDER}/device")
+        write_kit(Path(scratch) / f"{DEVICE}.new", identity, kit, made.fleet)
+        if boot.free() < KIT_BYTES:
+            raise ImageError(f"{target}: its boot partition has {boot.free():,} bytes free, "
+                             f"{KIT_BYTES:,} wanted")  # fmt: skip
+        boot.remove(f"{DEVICE}.new")
         boot.put(Path(scratch))
+        boot.remove(DEVICE)
+        boot.rename(f"{DEVICE}.new", DEVICE)
     return made
 
 
@@ -120,8 +126,6 @@ def write_kit(folder: Path, identity: Identity, kit: Path, fleet: str) -> None:
     texts = {"hostname": identity.hostname}
     if identity.wifi:
         texts |= {"wifi.nmconnection": _connection(identity), "country": identity.country}
-    if identity.user:
-        texts |= {"user": identity.user, "authorized_keys": _public_key(identity.ssh_key)}
     for name, text in texts.items():
         (folder / name).write_text(text.rstrip("\n") + "\n")
 
@@ -165,8 +169,10 @@ def _pem_files(table: dict[str, Any], path: Path) -> dict[str, Path]:
         if not broker.get(key):
             continue
         named = Path(str(broker[key]))
-        if named.parent != TARGET:
-            raise ImageError(f"{path}: broker: {key}: expected a file in {TARGET}, got {named}")
+        if named.parent != TARGET or not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.\w+", named.name):
+            raise ImageError(
+                f"{path}: broker: {key}: expected a file in {TARGET} with a plain name, got {named}"
+            )
         source = path.parent / named.name
         if not source.is_file():
             raise ImageError(f"{path}: broker: {key}: no {source} to go with it")
@@ -192,22 +198,10 @@ def _escaped(text: str) -> str:
     return f"\\s{doubled[1:]}" if doubled.startswith(" ") else doubled
 
 
-def _public_key(given: str) -> str:
-    """A line of authorized_keys, out of itself or a .pub file."""
-    line = given
-    if "\n" not in given and Path(given).suffix == ".pub":
-        try:
-            line = Path(given).read_text()
-        except OSError as fault:
-            raise ImageError(f"ssh_key: {given}: {fault.strerror}") from fault
-    if not re.match(r"(ssh-|ecdsa-|sk-)[\w@.-]+ [A-Za-z0-9+/=]{40,}", line) or "PRIVATE" in line:
-        raise ImageError(f"ssh_key: expected a public key (`ssh-ed25519 ...`) or its .pub file; "
-                         f"got {line!r:.40}")  # fmt: skip
-    return line.strip()
-
-
 def read_devices(path: Path, defaults: Mapping[str, str]) -> list[Identity]:
     """The devices of a CSV file with a column `device`, and others of `Identity` at will.
+
+    A line that names a network has its own password, or none.
 
     Args:
         path: the file; its first line names the columns.
@@ -219,7 +213,8 @@ def read_devices(path: Path, defaults: Mapping[str, str]) -> list[Identity]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            columns, rows = list(reader.fieldnames or []), list(reader)
+            columns = list(reader.fieldnames or [])
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as fault:
         raise ImageError(f"{path}: cannot be read: {fault}") from fault
     known = [field.name for field in fields(Identity)]
@@ -227,11 +222,13 @@ def read_devices(path: Path, defaults: Mapping[str, str]) -> list[Identity]:
         raise ImageError(f"{path}: expected columns out of {', '.join(known)}; got "
                          f"{', '.join(columns) or 'none'}")  # fmt: skip
     found: dict[str, Identity] = {}
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         where = f"{path}, line {number}"
         if None in row or None in row.values():
             raise ImageError(f"{where}: expected {len(columns)} values")
-        table = dict(defaults) | {key: value for key, value in row.items() if value}
+        own = {key: value for key, value in row.items() if value}
+        table = {k: v for k, v in defaults.items() if k != "wifi_password" or "wifi" not in own}
+        table |= own
         identity = records.build(Identity, table, where=where, error=ImageError)
         if identity.device in found:
             raise ImageError(f"{where}: {identity.device} is there twice")
