@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_agent import __version__, config
-from wire.errors import SettingsError, StillhouseError
+from wire.errors import DataError, SettingsError, StillhouseError
 
+NO_IMAGES = 3  # exit code
 TEMPLATE = """\
 # Configuration of one Stillhouse edge agent. Start it with: edge-agent run --config agent.toml
 
@@ -31,7 +32,7 @@ password = ""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code is 0, or 2 with one line on what is wrong."""
+    """Run the command line; 0, or with one line on what is wrong 2, or 3 for the images."""
     parser = argparse.ArgumentParser(prog="edge-agent", description=__doc__)
     parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -56,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _run(chosen.config, verbose=chosen.verbose)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)
-        return 2
+        # Images may come yet, so that systemd tries again; settings want a person.
+        return NO_IMAGES if isinstance(fault, DataError) else 2
 
 
 def _init(path: Path) -> int:
@@ -88,7 +90,7 @@ def _add_measure(command: argparse.ArgumentParser) -> None:
 def _measure(chosen: argparse.Namespace) -> int:
     from edge_agent.field import identity, roofline
     from edge_agent.field import measure as measuring
-    from wire import measurement, records
+    from wire import measurement, records, signing
     from wire.artifact import open_artifact
 
     if chosen.threads < 0 or chosen.steps < 1 or chosen.budget_mb < 0 or not chosen.timeout > 0:
@@ -119,7 +121,7 @@ def _measure(chosen: argparse.Namespace) -> int:
         name=settings.device if settings else "",
         with_pytorch=chosen.with_pytorch,
     )
-    report = measurement.sign(identity.own_key(key), measured)
+    report = measurement.sign(signing.own_key(key), measured)
     print(measuring.text(report))
     try:
         if chosen.json:

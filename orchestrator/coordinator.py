@@ -6,6 +6,7 @@ heavy part (looking payloads over, aggregation) and puts its outcome there too.
 
 import contextlib
 import logging
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
 CONNECT_S = 30.0
+MEASURED_S = 5.0  # looking a report over takes tens of milliseconds of the run's own thread
 MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 
@@ -102,6 +104,7 @@ class Coordinator:
         self._intake = Intake(store.blobs, config.transfer_chunks)
         self._births: dict[str, Birth] = {}
         self._rollout = rollout
+        self._measured_at: dict[str, float] = {}
         self._checking: set[str] = set()
         self._began = time.monotonic()
         self._late: frozenset[str] = frozenset()
@@ -209,7 +212,8 @@ class Coordinator:
             log.warning("refused: %s", reason)
             self._send(device, "order", Receipt("birth", accepted=False, reason=reason))
             return
-        birth = replace(birth, update=birth.update[:MAX_REASON])
+        said = "".join(c if c.isprintable() else " " for c in birth.update[:MAX_REASON])
+        birth = replace(birth, update=said)
         before = self._births.get(device)
         if birth.update and (before is None or before.update != birth.update):
             log.warning("%s: update: %s", device, birth.update)
@@ -232,8 +236,12 @@ class Coordinator:
     def _measured(self, device: str, message: Measured, body: bytes) -> None:
         """Keep a measurement, tell the device so, and take it from the broker."""
         runs, name = self.config.runs, self.config.fleet
+        now = time.monotonic()
         reason = self._stranger(device)
+        if not reason and now - self._measured_at.get(device, -math.inf) < MEASURED_S:
+            reason = f"one report in {MEASURED_S:g} s; measure again"
         if not reason:
+            self._measured_at[device] = now
             try:
                 devices.take(runs, name, device, body)
             except (StillhouseError, OSError) as fault:

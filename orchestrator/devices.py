@@ -1,7 +1,8 @@
 """What is known of a fleet's devices: who they are, and what training costs on each.
 
     runs/born-FLEET/DEVICE.json          the last birth of each device, and when it came
-    runs/measured-FLEET/DEVICE-UTC.json  measurements that devices signed (`edge-agent measure`)
+    runs/measured-FLEET/DEVICE-UTC.json  measurements that devices signed (`edge-agent measure`), as
+                                         they came; the time is that of their coming
     runs/measured-FLEET/keys.json        the key that each device signs with
 
 A device is believed by the key of its first measurement (trust on first use): the broker says who
@@ -14,6 +15,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ KEEP = 32
 KEYS = "keys.json"
 COLUMNS = ("device", "model", "cores", "memory", "version", "last birth", "measured", "images/s",
            "peak memory", "J/sample")  # fmt: skip
-_MEASURED = re.compile(r"(.+)-\d{8}T\d{6}Z\.json")
+_MEASURED = re.compile(r"(.+)-\d{8}T\d{12}Z\.json")
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,12 @@ def take(runs: Path, name: str, device: str, data: bytes) -> Path:
         )
     if device not in keys:
         _write(folder / KEYS, {**keys, device: made.device})
-    path = folder / f"{device}-{re.sub('[-:]', '', made.measured_at)}.json"
-    _write(path, json.loads(data))
+    for path in _files(folder).get(device, []):
+        if path.stat().st_size == len(data) and path.read_bytes() == data:
+            return path  # the broker gave it again
+    # By this machine's clock: a Raspberry Pi has no battery for its own.
+    path = folder / f"{device}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S%fZ')}.json"
+    _replace(path, data)
     for old in _files(folder).get(device, [])[:-KEEP]:
         old.unlink()
     return path
@@ -108,10 +114,19 @@ def known(runs: Path, name: str) -> list[Device]:
         birth, at = _birth(births[device]) if device in births else (None, None)
         last = None
         if device in measured:
-            path = measured[device][-1]
-            last = measurement.verify(path.read_bytes(), where=str(path))
+            last = _last(measured[device])
         found.append(Device(device, birth, at, last))
     return found
+
+
+def _last(paths: Sequence[Path]) -> Measurement | None:
+    """The newest measurement that can be read; what cannot is told, and stands in nobody's way."""
+    for path in reversed(paths):
+        try:
+            return measurement.verify(path.read_bytes(), where=str(path))
+        except (WireError, SignatureError) as fault:
+            log.warning("%s", fault)
+    return None
 
 
 def cells(device: Device) -> tuple[str, ...]:
@@ -258,7 +273,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
+    _replace(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
     """Replace a file, whole or not at all."""
     partial = path.with_name(f"{path.name}.new")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_bytes(content)
     partial.replace(path)

@@ -28,7 +28,7 @@ FORMAT = "stillhouse-measure/2"
 MAX_BYTES = 128 << 10  # some 1,100 rows of layers, and what a broker takes as a chunk
 MAX_NUMBER = 1 << 62
 MAX_TEXT = 256
-_UTC = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\dZ")
+_UTC = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\dZ", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ MAX_CHUNK_BYTES = frames.MAX_MESSAGE_BYTES - 4096
 MAX_BLOB_BYTES = 1 << 36
 MAX_WANT = 64
 MAX_VIEWS = 16
+MAX_TEXT = 256
 MAX_COUNT = 1 << 53  # what SQLite, JSON and file offsets all take
 
 
@@ -80,6 +81,13 @@ def _check_submodel(digest: str) -> None:
         raise ValueError(f"submodel: expected 64 hex digits or nothing, got {digest!r:.80}")
 
 
+def _check_texts(**texts: str) -> None:
+    """People read these in a terminal and in Markdown."""
+    for name, text in texts.items():
+        if len(text) > MAX_TEXT or not text.isprintable():
+            raise ValueError(f"{name}: expected up to {MAX_TEXT} printable, got {text!r:.80}")
+
+
 @dataclass(frozen=True)
 class Platform:
     """The machine under the agent; memory in bytes."""
@@ -90,6 +98,15 @@ class Platform:
     memory_bytes: int
     python: str
     onnxruntime: str
+
+    def __post_init__(self) -> None:
+        _check_counts(cores=self.cores, memory_bytes=self.memory_bytes)
+        _check_texts(
+            model=self.model,
+            machine=self.machine,
+            python=self.python,
+            onnxruntime=self.onnxruntime,
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,7 @@ class Birth:
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
         _check_counts(session=self.session, samples=self.samples - 1)
+        _check_texts(version=self.version)
         if not _DIGEST.fullmatch(self.data_digest):
             raise ValueError(f"data_digest: expected 64 hex digits, got {self.data_digest!r:.80}")
 

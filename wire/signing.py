@@ -9,6 +9,7 @@ one of another. `cryptography` is imported at first use: an agent at rest needs 
 import base64
 import binascii
 import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +37,8 @@ def own_key(path: Path) -> "Ed25519PrivateKey":
                 serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
             )
-            partial = path.with_name(f"{path.name}.{os.getpid()}")
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
                 file.write(made)
                 file.flush()

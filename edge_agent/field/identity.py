@@ -9,15 +9,10 @@ came from, no more.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edge_agent import config
 from edge_agent.config import AgentConfig
-from wire import signing
 from wire.errors import SettingsError, SignatureError
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 INSTALLED = Path("/etc/stillhouse/agent.toml")
 KEY = "device.pem"
@@ -50,35 +45,16 @@ def key_file(chosen: AgentConfig | None) -> Path:
     folder = chosen.state if chosen else base / "stillhouse"
     path = folder / KEY
     try:
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            _give(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0 and folder.stat().st_uid != 0:
+            # Its owner could have root write wherever a link of theirs leads.
+            raise SignatureError(f"{folder} is not root's; {_remedy(chosen)}")
         place, wanted = (path, os.R_OK) if path.exists() else (folder, os.W_OK | os.X_OK)
     except OSError as fault:
         raise SignatureError(f"{folder}: {fault.strerror}; {_remedy(chosen)}") from fault
     if not os.access(place, wanted):
         raise SignatureError(f"{path}: no key can be read or made there; {_remedy(chosen)}")
     return path
-
-
-def own_key(path: Path) -> "Ed25519PrivateKey":
-    """This device's key, which is made at first use.
-
-    Raises:
-        SignatureError: it is damaged, or cannot be kept.
-    """
-    fresh = not path.exists()
-    key = signing.own_key(path)
-    if fresh:
-        _give(path)
-    return key
-
-
-def _give(path: Path) -> None:
-    """The agent's user goes on with what root made: it belongs to the owner of its folder."""
-    if os.geteuid() == 0:
-        owner = path.parent.stat()
-        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def _remedy(chosen: AgentConfig | None) -> str:

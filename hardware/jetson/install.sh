@@ -6,8 +6,8 @@
 #                                           from the deadsnakes archive, beside the system's own
 #
 # The package brings ONNX Runtime for the CPU. --gpu takes a wheel of onnxruntime-gpu that NVIDIA
-# built for this JetPack and this Python, and lays it before the package's: where it offers CUDA,
-# the agent trains there. See docs/fleet.md.
+# built for this JetPack and this Python, lays it before the package's, and lets the service at the
+# GPU. An update of the package leaves it; without --gpu it is taken out again. See docs/fleet.md.
 set -eu
 
 fail() {
@@ -39,9 +39,9 @@ if [ -n "$wheel" ]; then
     esac
 fi
 
-if ! apt-cache show "$python" >/dev/null 2>&1; then
-    . /etc/os-release
-    [ "${ID:-}" = ubuntu ] || fail "$python is not to be had on ${PRETTY_NAME:-this system}"
+. /etc/os-release
+# What Ubuntu 22.04 has of Python 3.11 itself is a release candidate.
+if [ "${ID:-}-${VERSION_ID:-}" = ubuntu-22.04 ]; then
     apt-get install --yes software-properties-common
     add-apt-repository --yes ppa:deadsnakes/ppa
     apt-get update
@@ -49,21 +49,28 @@ fi
 apt-get install --yes "$python" "$(readlink -f "$deb")"
 
 local=/opt/stillhouse/local
-rm -rf "$local"
+site=/opt/stillhouse/lib/$python/site-packages
+limits=/etc/systemd/system/stillhouse-edge-agent.service.d
+rm -rf "$local" "$site/local.pth" "$limits/gpu.conf"
 if [ -n "$wheel" ]; then
-    site=/opt/stillhouse/lib/$python/site-packages
-    mkdir -p "$local"
+    mkdir -p "$local" "$limits"
     # A wheel is a zip file; this one alone, since all that it needs is in the package.
     "$python" -m zipfile -e "$wheel" "$local"
     echo "import sys; sys.path.insert(1, '$local')" > "$site/local.pth"
-    /opt/stillhouse/bin/python3 -I -c '
-import onnxruntime as ort
-offered = ort.get_available_providers()
-print("onnxruntime", ort.__version__, ", ".join(offered))
-raise SystemExit("CUDAExecutionProvider" not in offered)
-' || {
-        rm -rf "$local" "$site/local.pth"
-        fail "this wheel offers no CUDA here, and was taken out again; the CPU does the work"
-    }
+    printf '[Service]\nPrivateDevices=no\nSupplementaryGroups=video render\n' > "$limits/gpu.conf"
+    chmod -R go+rX "$local" "$limits"
+    # What a session of the agent's own user gets, not what the wheel was built with.
+    if ! su -s /bin/sh -G video -G render stillhouse -c "/opt/stillhouse/bin/python3 -I -c '
+import edge_agent, onnxruntime as ort
+from pathlib import Path
+graph = Path(\"/opt/stillhouse/share/stillhouse/resnet8/eval.onnx\")
+used = ort.InferenceSession(graph, providers=ort.get_available_providers()).get_providers()
+print(\"onnxruntime\", ort.__version__, used)
+raise SystemExit(\"CUDAExecutionProvider\" not in used)'"; then
+        rm -rf "$local" "$site/local.pth" "$limits/gpu.conf"
+        fail "this wheel opens no CUDA here, and was taken out again; the CPU does the work"
+    fi
 fi
+systemctl daemon-reload
+systemctl --no-block try-restart stillhouse-edge-agent.service
 echo "installed; next: the settings of orchestrator enroll to /etc/stillhouse/agent.toml"

@@ -1,6 +1,7 @@
 """The field instrument: its figures are those of the graph, of ONNX Runtime, and of the kernel."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from safetensors.numpy import load_file
 
 import models
+from edge_agent.config import AgentConfig
 from edge_agent.field import identity, measure, peer, roofline, sensors
 from edge_agent.main import main
 from tools.export import export
 from wire import measurement, signing
+from wire.address import BrokerAddress
 from wire.artifact import open_artifact
-from wire.errors import SettingsError
+from wire.errors import SettingsError, SignatureError
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +243,15 @@ def test_a_state_folder_of_another_user_is_said(artifact, monkeypatch, capsys):
     monkeypatch.setattr(identity.os, "access", lambda *_: False)
     assert main(["measure", "--artifact", str(artifact.folder)]) == 2
     assert "device.pem: no key can be read or made there" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root's alone")
+def test_root_keeps_no_key_where_a_link_of_the_agents_user_could_lead_it(tmp_path):
+    state = tmp_path / "state"
+    state.mkdir()
+    os.chown(state, 65534, 65534)
+    settings = AgentConfig("pi", "home", tmp_path, state, BrokerAddress("mqtt://localhost"))
+    with pytest.raises(SignatureError, match="is not root's; measure as the agent's user"):
+        identity.key_file(settings)
+    os.chown(state, 0, 0)
+    assert identity.key_file(settings) == state / "device.pem"

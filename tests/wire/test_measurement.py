@@ -91,7 +91,7 @@ def test_one_changed_figure_is_noticed(key):
         ("step.quartiles_s", [0.1, 0.0, 0.1], "quartiles_s: expected three over 0"),
         ("step.timed", 10**40, "a number of 41 digits"),
         ("machine.copy_gbytes", 0.0, "expected over 0"),
-        ("platform.model", "Pi\n| x", "platform.model: expected up to 256 printable"),
+        ("platform.model", "Pi\n| x", "platform: model: expected up to 256 printable"),
         ("heat.celsius_after", {"x" * 300: 1.0}, "heat.celsius_after: expected up to 256"),
         ("artifact.digest", 3, "digest: expected str"),
     ],
