@@ -45,7 +45,7 @@ log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
 CONNECT_S = 30.0
-MEASURED_S = 5.0  # looking a report over takes tens of milliseconds of the run's own thread
+MEASURED_S = 1.0  # looking a report over takes tens of milliseconds of the run's own thread
 MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 
