@@ -139,6 +139,8 @@ def _go_on(update: Update, cache: Path, staged: Path) -> int:
             reason = f"{update.before} cannot be installed again: {failure.reason}"
             fail(cache, "", reason)
             return 1
+        if update.refuse:
+            (cache / "last.json").unlink(missing_ok=True)
         _say(f"{update.before} is back: {update.reason}")
     _end(cache)
     return 0

@@ -7,14 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_agent import config
+from edge_agent.agent import Agent
 from edge_agent.update import __main__ as root
 from edge_agent.update import install, staging
 from edge_agent.update.install import Failure
@@ -22,6 +25,7 @@ from edge_agent.update.install import Update as UnderWay
 from edge_agent.update.repack import repack
 from edge_agent.update.staging import Updates
 from wire import release, signing
+from wire.address import BrokerAddress
 from wire.blobs import BlobStore
 from wire.errors import ReleaseError, SettingsError
 from wire.messages import Gone, Update
@@ -218,6 +222,29 @@ def test_an_agent_whose_loop_turns_is_up_without_a_connection(device):
     assert not (device / "update/healthy").exists()
 
 
+def test_an_agent_that_reaches_no_broker_is_up(device, monkeypatch):
+    np.savez(device / "x.npz", x=np.zeros((2, 32, 32, 3), np.uint8), y=np.zeros(2, np.int64))
+    settings = config.load(device / "agent.toml")
+    nowhere = BrokerAddress("mqtt://127.0.0.1:1")
+    settings = replace(settings, data=device / "x.npz", broker=nowhere)
+    monkeypatch.setattr(staging, "UP_S", 0.0)
+    made = Agent(settings)
+    made._updates = Updates(settings, prefix=device)
+    up = device / "update/up"
+
+    def watch():
+        deadline = time.monotonic() + 30
+        while not up.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        made.stop()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    made.run()
+    watching.join()
+    assert json.loads(up.read_text())["version"] == "0.1.0"
+
+
 def test_a_description_that_cannot_be_read_is_one_line(device):
     (device / "package.json").unlink()
     (device / "package.json").mkdir()
@@ -366,6 +393,23 @@ def test_roots_half_that_fails_says_so_in_one_line_and_to_the_agent(device, stag
     assert install.last(device / "cache").version == "0.2.0"
     (device / "file").touch()
     assert root.main(device / "agent.toml", device / "file", staged) == 1
+
+
+def test_nothing_is_installed_while_root_packs_up_what_there_is(device, staged, key, monkeypatch):
+    (staged / "release.json").write_bytes(release.dump(update(key).release))
+    monkeypatch.setattr(install, "DPKG_LOCK", device / "lock")
+    script = (
+        f"import fcntl; fcntl.lockf(open({str(device / 'lock')!r}, 'ab'), 6)"  # without waiting
+    )
+    command = [sys.executable, "-c", script]
+
+    def another_can(*_):
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    within = []
+    monkeypatch.setattr(root, "prepare", lambda *_: within.append(another_can()))
+    assert root.main(device / "agent.toml", device / "cache", staged) == 0
+    assert (within, another_can()) == ([False], True)
 
 
 def test_a_package_of_an_odd_version_is_one_line(device, staged, key, monkeypatch):
@@ -548,6 +592,9 @@ def test_an_old_version_that_cannot_come_back_is_told(device, monkeypatch):
     text = (device / "package.json").read_text().replace("0.1.0", "0.2.0")
     (device / "package.json").write_text(text)
     assert agent(device).word == "failed: 0.1.0 cannot be installed again: broken"
+    monkeypatch.setattr(install, "_dpkg", machine.install)
+    assert install.resume(machine.cache, machine.staged) == 0
+    assert agent(device).word == ""
 
 
 def dpkg(script, path):
