@@ -199,6 +199,7 @@ class Agent:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        self._updates.turns(now)
         if self._supply and self.link.connected:
             try:
                 if self._supply.ready:

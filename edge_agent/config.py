@@ -28,8 +28,8 @@ class AgentConfig:
         max_download_bytes: an artifact file, a state or a teacher above this is refused.
         release_key: the public key that updates of the package are signed by; "": none are taken.
         updates: folder that updates are staged in, where the package's path unit looks for them.
-        updates_kept: root's folder of updates; what it refused is read there.
-        update_minutes: the new version is rolled back if it is not well by then.
+        updates_kept: root's folder of updates; what it refused, and what failed, is read there.
+        update_minutes: the new version is rolled back if it does not run by then.
     """
 
     device: str

@@ -22,7 +22,7 @@ state = "state"         # artifacts, weights and the journal; survives power cut
 image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
 threads = 0             # of ONNX Runtime and numpy; 0 takes all cores
 release_key = ""        # updates of the package are signed by it; "" takes none
-update_minutes = 5      # that an update has to connect to the broker, or it is rolled back
+update_minutes = 5      # that an update has until it runs, or it is rolled back
 
 [broker]
 url = "mqtt://localhost:1883"   # mqtts:// with ca_file, and cert_file and key_file for mutual TLS

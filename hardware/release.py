@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edge_agent.update import install
 from wire import records, release, signing
 from wire.errors import ReleaseError, StillhouseError
 from wire.release import Package
@@ -66,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         key = signing.own_key(chosen.key)
         for deb, package in zip(chosen.debs, packages, strict=True):
             path = release.beside(deb)
-            path.write_bytes(release.dump(release.sign(key, package)))
+            install.write(path, release.dump(release.sign(key, package)))
             print(f"{path}: {package.version}, {package.architecture}, Python {package.python}")
-    except StillhouseError as fault:
+    except (StillhouseError, OSError) as fault:
         print(f"release: {fault}", file=sys.stderr)
         return 2
     print(f'release_key = "{signing.public(key)}"')

@@ -286,7 +286,10 @@ class Coordinator:
             self._submit(self._look_over, self._attempt.orders[result.device], result)
         for device, want in self._intake.wants(now, frozenset(self._rounds.live)):
             self._send(device, "down", want)
+        held_by = self._rollout.held_by
         self._rollout, tell = updates.ticked(self._rollout, now)
+        if self._rollout.held_by not in ("", held_by):
+            log.info("updates of the others wait for the canary %s", self._rollout.held_by)
         for device, update in tell:
             log.info("%s is told of %s", device, update.release.package.version)
             self._send(device, "order", update)

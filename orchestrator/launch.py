@@ -43,16 +43,16 @@ def run(
     with contextlib.ExitStack() as stack:
         store = Store(config)
         stack.callback(store.close)
-        rollout = updates.read(config.release, store.blobs)
+        enrolled = None
+        if config.admission == "enrolled":
+            enrolled = frozenset(fleet.users(config.runs, config.fleet)) - {fleet.ORCHESTRATOR}
+        rollout = updates.read(config.release, store.blobs, enrolled=enrolled)
         store.keep(frozenset(update.blob.digest for update in rollout.updates))
         if address is None:
             address = stack.enter_context(serve(config))
         report = Report(config, store)
         variants = prepare_variants(config, store)
         strategy = create(config.strategy, task(config, store, variants, heldout, report))
-        enrolled = None
-        if config.admission == "enrolled":
-            enrolled = frozenset(fleet.users(config.runs, config.fleet)) - {fleet.ORCHESTRATOR}
         coordinator = Coordinator(
             config,
             store,

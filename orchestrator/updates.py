@@ -1,51 +1,83 @@
 """Updates of the devices' package, as pure rules: who is told of which release, and when.
 
-A device is told once a session, with a package of its architecture and Python that is newer than
-its own. Where there are canaries, the others are told only when each of these has been there with
-the newest version that is meant for it for `settle_s`; a version that is rolled back begins anew.
+A device is told when a session begins, and every `AGAIN_S` of it, of the newest package for its
+architecture and Python, if that is newer than its own; which one is decided at its birth. Where
+there are canaries, the others are told only when each of these has been there with the newest
+version that is meant for it for `settle_s`; a version that is rolled back begins anew.
 
 Nothing but `read` touches the disk; times are monotonic seconds, passed in.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from edge_agent import __version__
 from orchestrator.config import ReleaseConfig
 from wire import release
 from wire.blobs import BlobStore
-from wire.errors import ReleaseError
+from wire.errors import ReleaseError, SettingsError
 from wire.messages import Birth, Update
 from wire.release import Build
 
+AGAIN_S = 3600.0
+LOOK_S = 1.0  # the canaries are looked at again after so long
+
 
 class Seen(NamedTuple):
-    """A device that is there: since when with this package, and whether this session was told."""
+    """A device that is there: since when with this package, and what it is to be told of."""
 
     session: int
     package: Build
     since_s: float
-    told: bool
+    wanted: Update | None
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Releases on their way to the fleet; `seen` are devices that are there with a package."""
+    """Releases on their way to the fleet.
+
+    Attributes:
+        updates: what there is.
+        canary: devices that are told first.
+        settle_s: how long these must have been there with the newest version.
+        seen: devices that are there with a package.
+        tell_s: of those that want an update, when to tell them next.
+        look_s: before that there is nothing to do.
+        held_by: the canary that the others wait for; "" if they don't.
+    """
 
     updates: tuple[Update, ...] = ()
     canary: frozenset[str] = frozenset()
     settle_s: float = 0.0
     seen: Mapping[str, Seen] = field(default_factory=dict)
+    tell_s: Mapping[str, float] = field(default_factory=dict)
+    look_s: float = math.inf
+    held_by: str = ""
 
 
-def read(config: ReleaseConfig, blobs: BlobStore) -> Rollout:
+def read(
+    config: ReleaseConfig, blobs: BlobStore, *, enrolled: frozenset[str] | None = None
+) -> Rollout:
     """The packages of the configuration, in the blobs that devices pull.
 
+    Args:
+        config: of the releases.
+        blobs: of the run.
+        enrolled: names that may take part; None takes any.
+
     Raises:
-        ReleaseError: a file is missing, or not what was released.
+        SettingsError: a canary may not take part, and would hold the others for ever.
+        ReleaseError: a file is missing, not what was released, or newer than this orchestrator.
         SignatureError: a release is not signed by `config.key`.
     """
+    if enrolled is not None and (strangers := sorted({*config.canary} - enrolled)):
+        raise SettingsError(
+            f"release.canary: {strangers[0]!r} is not enrolled; take it out, or run: "
+            f"orchestrator enroll {strangers[0]}"
+        )
     updates = []
     for deb in config.packages:
         path = release.beside(deb)
@@ -58,6 +90,11 @@ def read(config: ReleaseConfig, blobs: BlobStore) -> Rollout:
                 f"python -m hardware.release {deb} --key KEY.pem"
             ) from fault
         release.verify(told, config.key)
+        if release.newer(told.package.version.partition("+py")[0], __version__):
+            raise ReleaseError(
+                f"{deb}: {told.package.version} is newer than this orchestrator, {__version__}, "
+                "which may not understand its births; update the orchestrator first"
+            )
         digest = hashlib.sha256(content).hexdigest()
         if digest != told.package.sha256:
             raise ReleaseError(
@@ -75,52 +112,59 @@ def born(state: Rollout, device: str, birth: Birth, now_s: float) -> Rollout:
     known = state.seen.get(device)
     if known and birth.session < known.session:
         return state
-    others = {name: seen for name, seen in state.seen.items() if name != device}
     if birth.package is None:
-        return replace(state, seen=others)
-    same = known is not None and known.package == birth.package
-    since_s = known.since_s if known and same else now_s
-    told = known is not None and known.told and known.session == birth.session
-    seen = Seen(birth.session, birth.package, since_s, told)
-    return replace(state, seen={**others, device: seen})
+        return _without(state, device)
+    if known and (known.session, known.package) == (birth.session, birth.package):
+        return state
+    since_s = known.since_s if known and known.package == birth.package else now_s
+    wanted = _newest(state, birth.package)
+    seen = Seen(birth.session, birth.package, since_s, wanted)
+    state = _without(state, device)
+    state = replace(state, seen={**state.seen, device: seen})
+    if wanted is None:
+        return state
+    return replace(state, tell_s={**state.tell_s, device: now_s}, look_s=now_s)
 
 
 def died(state: Rollout, device: str, session: int) -> Rollout:
     """A connection ended; the will of an older session does not end a newer one."""
     known = state.seen.get(device)
-    if known is None or known.session != session:
-        return state
-    return replace(state, seen={n: seen for n, seen in state.seen.items() if n != device})
+    return _without(state, device) if known and known.session == session else state
 
 
 def ticked(state: Rollout, now_s: float) -> tuple[Rollout, tuple[tuple[str, Update], ...]]:
     """Time passed: whom to tell of what now."""
-    settled = all(_settled(state, name, now_s) for name in state.canary)
-    tell = {}
-    for device, seen in state.seen.items():
-        if (settled or device in state.canary) and not seen.told:
-            update = _newest(state, seen.package)
-            if update and release.newer(update.release.package.version, seen.package.version):
-                tell[device] = update
-    told = {name: state.seen[name]._replace(told=True) for name in tell}
-    return replace(state, seen={**state.seen, **told}), tuple(tell.items())
+    if now_s < state.look_s:
+        return state, ()
+    holds = next((n for n in sorted(state.canary) if not _settled(state, n, now_s)), "")
+    held = [n for n in state.tell_s if n not in state.canary] if holds else []
+    due = {n for n, at_s in state.tell_s.items() if at_s <= now_s}.difference(held)
+    tell_s = {n: now_s + AGAIN_S if n in due else at_s for n, at_s in state.tell_s.items()}
+    look_s = now_s + LOOK_S if held else min(tell_s.values(), default=math.inf)
+    tell = tuple((n, wanted) for n in tell_s if n in due and (wanted := state.seen[n].wanted))
+    state = replace(state, tell_s=tell_s, look_s=look_s, held_by=holds if held else "")
+    return state, tell
+
+
+def _without(state: Rollout, device: str) -> Rollout:
+    return replace(
+        state,
+        seen={name: seen for name, seen in state.seen.items() if name != device},
+        tell_s={name: at_s for name, at_s in state.tell_s.items() if name != device},
+    )
 
 
 def _newest(state: Rollout, own: Build) -> Update | None:
-    """The newest release for a device's architecture and Python."""
-    newest: Update | None = None
+    """The newest release for a device, if it is newer than its own."""
+    newest, version = None, own.version
     for update in state.updates:
         package = update.release.package
-        if (package.architecture, package.python) == (own.architecture, own.python) and (
-            newest is None or release.newer(package.version, newest.release.package.version)
-        ):
-            newest = update
+        fits = (package.architecture, package.python) == (own.architecture, own.python)
+        if fits and release.newer(package.version, version):
+            newest, version = update, package.version
     return newest
 
 
 def _settled(state: Rollout, device: str, now_s: float) -> bool:
     seen = state.seen.get(device)
-    if seen is None or now_s - seen.since_s < state.settle_s:
-        return False
-    newest = _newest(state, seen.package)
-    return newest is None or not release.newer(newest.release.package.version, seen.package.version)
+    return seen is not None and seen.wanted is None and now_s - seen.since_s >= state.settle_s

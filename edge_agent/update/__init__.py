@@ -5,7 +5,8 @@
                      in /var/lib/stillhouse/update, last a file `ready`, which systemd watches for
     root, packaged   __main__.py: trusts nothing that the agent wrote; checks all of it again with
                      the key of /etc/stillhouse, keeps the installed package (repack.py)
-    root, a copy     install.py: installs, waits for the agent to say that it is well, or rolls back
+    root, a copy     install.py: installs, waits for the agent to say that it is well, or rolls
+                     back; refuses a version for what speaks against it, else it is tried again
 
 The agent's user can write neither the key, nor what root keeps in /var/cache/stillhouse, nor
 anything that root runs; root writes nothing into the agent's folder.

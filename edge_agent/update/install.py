@@ -8,13 +8,18 @@ lie as well
     update.json         the update under way: each step is noted before it is done, may be done
                         again, and is where the next start goes on
     refused.json        versions that are not tried again, and why; all may read it
+    last.json           what failed last and speaks against no version; all may read it
 
-An update is well when the agent has written its version to the file `healthy` in its own folder.
+An update is well when the agent has written its version to the file `healthy` in its own folder. A
+file `up` there says that it runs: then it may be the broker that is away, and the wait goes on, for
+a day at most. Only what speaks against a version refuses it; the rest is tried again after a day.
 """
 
+import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -23,14 +28,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 NAME = "stillhouse-edge-agent"
 CACHE = Path("/var/cache/stillhouse")
 STAGED = Path("/var/lib/stillhouse/update")
-READY, PACKAGE, RELEASE, HEALTHY = "ready", "package.deb", "release.json", "healthy"
+READY, PACKAGE, RELEASE = "ready", "package.deb", "release.json"
+UP, HEALTHY = "up", "healthy"
 RUNS = 3  # an update that was interrupted so often is given up
 POLL_S = 1.0
+DAY_S = 86400.0
+DPKG_S = 1800.0
 DPKG_LOCK = Path("/var/lib/dpkg/lock-frontend")
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -50,6 +58,7 @@ class Update:
         step: what comes next.
         runs: how often this was begun.
         reason: why it is rolled back.
+        refuse: that speaks against the version, which is not tried again.
     """
 
     version: str
@@ -58,64 +67,143 @@ class Update:
     step: Literal["install", "wait", "rollback"] = "install"
     runs: int = 0
     reason: str = ""
+    refuse: bool = True
+
+
+class Failure(NamedTuple):
+    """Why dpkg failed; `refuse` where that speaks against the package."""
+
+    reason: str
+    refuse: bool
+
+
+class Last(NamedTuple):
+    """What failed last: version ("" for none in particular), why, and when (seconds of the epoch).
+
+    A device asks for that version again after a day.
+    """
+
+    version: str
+    reason: str
+    at: float
+
+    def waits(self, version: str) -> bool:
+        """Whether it is too early to try a version again; a clock that went back ends that."""
+        return version == self.version and 0 <= time.time() - self.at < DAY_S
+
+
+class _OvertakenError(Exception):
+    """Somebody has installed a version that is not of this update."""
 
 
 def begin(update: Update, cache: Path) -> None:
     """Note an update whose packages lie in the cache; from here on a power cut ends in `resume`."""
     write(cache / "install.py", Path(__file__).read_bytes())
-    _note(update, cache)
+    write(cache / "update.json", json.dumps(asdict(update)).encode())
 
 
 def resume(cache: Path = CACHE, staged: Path = STAGED) -> int:
     """Finish the update that is noted; 0, or 1 where what was before cannot be installed again."""
-    update = Update(**json.loads((cache / "update.json").read_text()))
+    try:
+        update = Update(**json.loads((cache / "update.json").read_text()))
+    except (OSError, ValueError, TypeError) as fault:
+        _say(f"update.json: {fault}; if the agent does not run: dpkg -i {cache / 'old.deb'}")
+        with suppress(OSError):
+            _end(cache)
+        return 1
+    try:
+        return _go_on(update, cache, staged)
+    except _OvertakenError as found:
+        _say(f"{found} was installed meanwhile; it is left alone")
+        _end(cache)
+        return 0
+    except OSError as fault:
+        _say(f"{fault}; tried again")
+        return 1
+
+
+def _go_on(update: Update, cache: Path, staged: Path) -> int:
     update = _note(replace(update, runs=update.runs + 1), cache)
     if update.step != "rollback" and update.runs > RUNS:
-        update = _give_up(update, f"interrupted {RUNS} times", cache)
+        update = _give_up(update, Failure(f"interrupted {RUNS} times", refuse=False), cache)
     if update.step == "install":
         update = _install(update, cache, staged)
     if update.step == "wait":
         update = _wait(update, cache, staged)
-    if update.step == "rollback":
-        refuse(cache, update.version, update.reason)
-        if fault := _dpkg(cache / "old.deb"):
-            _say(f"{update.before} cannot be installed again: {fault}")
+    if update.step == "wait":
+        (cache / "last.json").unlink(missing_ok=True)
+    else:
+        # Before the agent of the old version starts, which reads it.
+        _record(update, cache)
+        if failure := _put(cache / "old.deb", update):
+            reason = f"{update.before} cannot be installed again: {failure.reason}"
+            fail(cache, "", reason)
             return 1
+        if update.refuse:
+            (cache / "last.json").unlink(missing_ok=True)
         _say(f"{update.before} is back: {update.reason}")
-    (cache / "new.deb").unlink(missing_ok=True)
-    (cache / "update.json").unlink()
+    _end(cache)
     return 0
 
 
+def _end(cache: Path) -> None:
+    (cache / "new.deb").unlink(missing_ok=True)
+    (cache / "update.json").unlink(missing_ok=True)
+
+
 def _install(update: Update, cache: Path, staged: Path) -> Update:
-    remove_staged(staged, HEALTHY)
+    remove_staged(staged, UP, HEALTHY)
     _say(f"installing {update.version} over {update.before}")
-    if fault := _dpkg(cache / "new.deb"):
-        return _give_up(update, f"cannot be installed: {fault}", cache)
+    if failure := _put(cache / "new.deb", update):
+        reason = f"cannot be installed: {failure.reason}"
+        return _give_up(update, failure._replace(reason=reason), cache)
     return _note(replace(update, step="wait"), cache)
 
 
 def _wait(update: Update, cache: Path, staged: Path) -> Update:
-    deadline = time.monotonic() + 60 * update.minutes
-    while time.monotonic() < deadline:
-        if _healthy(staged) == update.version:
-            _say(f"{update.version} is well")
-            return update
+    began_s, first_s = time.monotonic(), 60 * update.minutes
+    within_s = first_s
+    while _said(staged, HEALTHY) != update.version:
+        if time.monotonic() - began_s >= within_s:
+            if (now := installed()[0]) != update.version:
+                raise _OvertakenError(now)
+            if _said(staged, UP) != update.version:
+                reason = f"not healthy in {update.minutes:g} minutes"
+                return _give_up(update, Failure(reason, refuse=True), cache)
+            if within_s >= DAY_S:
+                reason = "it runs, and has not stayed connected to the broker for a day"
+                return _give_up(update, Failure(reason, refuse=False), cache)
+            if within_s == first_s:
+                _say(f"{update.version} runs, not connected; it is waited for, a day at most")
+            within_s = min(within_s + first_s, DAY_S)
         time.sleep(POLL_S)
-    if (now := installed()[0]) != update.version:
-        _say(f"{now} was installed meanwhile; it is left alone")
-        return update
-    return _give_up(update, f"not healthy in {update.minutes:g} minutes", cache)
+    _say(f"{update.version} is well")
+    return update
 
 
-def _give_up(update: Update, reason: str, cache: Path) -> Update:
-    return _note(replace(update, step="rollback", reason=reason), cache)
+def _give_up(update: Update, failure: Failure, cache: Path) -> Update:
+    # First: what follows may need the room.
+    with suppress(OSError):
+        (cache / "new.deb").unlink()
+    back = replace(update, step="rollback", reason=failure.reason, refuse=failure.refuse)
+    return _note(back, cache)
 
 
-def _healthy(staged: Path) -> str:
-    """The version that the agent says to be well with."""
+def _record(update: Update, cache: Path) -> None:
+    """Say what speaks against the version, or what failed; going back matters more."""
+    if not update.refuse:
+        fail(cache, update.version, update.reason)
+        return
     try:
-        with open_staged(staged, HEALTHY) as file:
+        refuse(cache, update.version, update.reason)
+    except OSError as fault:
+        _say(f"{update.version} cannot be refused: {fault}")
+
+
+def _said(staged: Path, name: str) -> str:
+    """The version that the agent has written to one of its files."""
+    try:
+        with open_staged(staged, name) as file:
             return str(json.loads(file.read(4096))["version"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ""
@@ -131,20 +219,43 @@ def installed() -> tuple[str, str]:
     return version, architecture
 
 
-def _dpkg(deb: Path) -> str:
-    """Install a package file; dpkg's last words where it fails."""
-    with _dpkg_to_ourselves():
-        done = subprocess.run(
-            ["dpkg", "--install", str(deb)],
-            env=ENVIRONMENT | {"DPKG_FRONTEND_LOCKED": "true"},
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-        )  # fmt: skip
-    return "" if done.returncode == 0 else done.stderr.strip()[-400:] or "dpkg failed"
+def _put(deb: Path, update: Update) -> Failure | None:
+    """Install a package file over one of this update's versions, or over none.
+
+    Raises:
+        _OvertakenError: another one is installed.
+    """
+    with dpkg_to_ourselves():
+        now = installed()[0]
+        if now not in ("", update.version, update.before):
+            raise _OvertakenError(now)
+        return _dpkg(deb)
+
+
+def _dpkg(deb: Path, command: tuple[str, ...] = ("dpkg", "--install")) -> Failure | None:
+    """Run dpkg, with its last words where it fails; in `DPKG_S` it ends, or is ended."""
+    with subprocess.Popen(
+        [*command, str(deb)],
+        env=ENVIRONMENT | {"DPKG_FRONTEND_LOCKED": "true"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True, errors="replace", start_new_session=True,
+    ) as running:  # fmt: skip
+        try:
+            _, said = running.communicate(timeout=DPKG_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # its scripts as well
+            return Failure(f"dpkg did not end in {DPKG_S / 60:g} minutes", refuse=True)
+    if running.returncode == 0:
+        return None
+    if running.returncode < 0:  # out of memory, say
+        return Failure(f"dpkg was ended by signal {-running.returncode}", refuse=False)
+    refuse = os.strerror(errno.ENOSPC) not in said
+    return Failure(said.strip()[-400:] or "dpkg failed", refuse)
 
 
 @contextmanager
-def _dpkg_to_ourselves() -> Iterator[None]:
-    """Wait until apt and others are done, as they wait for each other."""
+def dpkg_to_ourselves() -> Iterator[None]:
+    """Wait until apt and others are done, as they wait for each other; not to be nested."""
     with DPKG_LOCK.open("ab") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
@@ -200,6 +311,25 @@ def refuse(cache: Path, version: str, reason: str) -> None:
     write(cache / "refused.json", json.dumps(known, indent=1).encode())
 
 
+def last(cache: Path) -> Last | None:
+    """What failed last, if an update has not come to a good end since."""
+    try:
+        table = json.loads((cache / "last.json").read_text())
+        return Last(str(table["version"]), str(table["reason"]), float(table["at"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def fail(cache: Path, version: str, reason: str) -> None:
+    """Say what failed, here and to the agent, which tells it; tried again after a day."""
+    _say(reason)
+    said = Last(version, reason, time.time())._asdict()
+    try:
+        write(cache / "last.json", json.dumps(said, indent=1).encode())
+    except OSError as fault:
+        _say(f"last.json cannot be written: {fault}")
+
+
 def write(path: Path, content: bytes) -> None:
     """Write a file that all may read, whole or not at all, after a power cut too."""
     partial = path.with_name(path.name + ".new")
@@ -217,7 +347,11 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _note(update: Update, cache: Path) -> Update:
-    write(cache / "update.json", json.dumps(asdict(update)).encode())
+    """Note the next step; without the note the one before is done again."""
+    try:
+        write(cache / "update.json", json.dumps(asdict(update)).encode())
+    except OSError as fault:
+        _say(f"update.json cannot be written: {fault}")
     return update
 
 

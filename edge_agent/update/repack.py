@@ -6,7 +6,6 @@ import subprocess
 from pathlib import Path
 
 from edge_agent.update.install import ENVIRONMENT
-from wire.errors import ReleaseError
 
 _INFO = Path("/var/lib/dpkg/info")
 
@@ -21,7 +20,7 @@ def repack(name: str, out: Path) -> None:
         out: the file to write; the folder is where the tree is built, of links where it can.
 
     Raises:
-        ReleaseError: a file is missing, or a tool fails; the message holds its last words.
+        OSError: there is no room, a file is missing, or a tool fails; the message says which.
     """
     tree = out.with_name(out.name + ".tree")
     partial = out.with_name(out.name + ".new")
@@ -36,7 +35,7 @@ def repack(name: str, out: Path) -> None:
              "--build", str(tree), str(partial))  # fmt: skip
         partial.replace(out)
     except OSError as fault:
-        raise ReleaseError(
+        raise OSError(
             f"{name} cannot be kept for a way back: {fault}; make room, or install it anew"
         ) from fault
     finally:
@@ -76,5 +75,5 @@ def _control(name: str, folder: Path) -> None:
 def _run(*command: str) -> str:
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ReleaseError(f"{command[0]} failed: {done.stderr.strip()[-400:]}")
+        raise OSError(f"{command[0]} failed: {done.stderr.strip()[-400:]}")
     return done.stdout

@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge_agent.config import AgentConfig
-from edge_agent.update.install import HEALTHY, PACKAGE, READY, RELEASE, refused, write
+from edge_agent.update.install import (
+    HEALTHY,
+    PACKAGE,
+    READY,
+    RELEASE,
+    UP,
+    last,
+    refused,
+    write,
+)
 from wire import records, release
 from wire.blobs import BlobStore, Fetch
 from wire.errors import ReleaseError, SettingsError, StillhouseError
@@ -21,7 +30,8 @@ from wire.release import Build
 
 log = logging.getLogger("edge-agent")
 
-HEALTHY_S = 10.0
+UP_S = HEALTHY_S = 10.0
+STAGED_S = 1800.0
 
 
 class Updates:
@@ -38,7 +48,8 @@ class Updates:
         self._fetch: Fetch | None = None
         self._fault = ""
         self._since: float | None = None
-        self._well = False
+        self._began: float | None = None
+        self._up = self._well = False
 
     @property
     def word(self) -> str:
@@ -47,7 +58,12 @@ class Updates:
             return self._fault
         own, known = self.own.version, refused(self.config.updates_kept)
         later = [version for version in known if release.newer(version, own)]
-        return f"{later[-1]} is refused: {known[later[-1]]}" if later else ""
+        if later:
+            return f"{later[-1]} is refused: {known[later[-1]]}"
+        failed = last(self.config.updates_kept)
+        if failed and (not failed.version or release.newer(failed.version, own)):
+            return f"{failed.version} failed: {failed.reason}".lstrip()
+        return self._forgotten()
 
     def told(self, update: Update) -> bool:
         """There is a newer package; whether the device has something to say about it."""
@@ -63,8 +79,14 @@ class Updates:
                     f"{package.version} has {package.size} bytes, this device takes at most "
                     f"{self.config.max_download_bytes}; raise max_download_bytes in agent.toml"
                 )
+            failed = last(self.config.updates_kept)
+            if failed and failed.waits(package.version):
+                raise ReleaseError(
+                    f"{package.version} failed: {failed.reason}; it is tried again after a day, or "
+                    "when last.json is removed"
+                )
             if (self.config.updates / READY).exists():
-                return False  # root is at it
+                return bool(self._forgotten())  # or root is at it
             store = BlobStore(self.config.updates / "blobs")
             store.keep_only({package.sha256})
             self._fetch = Fetch(
@@ -108,20 +130,43 @@ class Updates:
         if self._fetch:
             self._fetch.forget_asked()
 
+    def turns(self, now_s: float) -> None:
+        """The agent's loop turns; after `UP_S` of that, root is told that it is up."""
+        self._began = now_s if self._began is None else self._began
+        if not self._up and now_s - self._began >= UP_S:
+            self._up = True
+            self._tell(UP)
+
     def lives(self, now_s: float) -> None:
         """The agent is connected; after `HEALTHY_S` of that, root is told that it is well."""
-        if self._well or self.own is None:
-            return
         self._since = now_s if self._since is None else self._since
-        if now_s - self._since < HEALTHY_S:
+        if not self._well and now_s - self._since >= HEALTHY_S:
+            self._well = True
+            self._tell(HEALTHY)
+
+    def _tell(self, name: str) -> None:
+        """Tell root, or never: it is tried once."""
+        if self.own is None:
             return
-        self._well = True  # or never: it is tried once
         said = {"version": self.own.version, "at": time.time()}
         try:
             self.config.updates.mkdir(parents=True, exist_ok=True)
-            write(self.config.updates / HEALTHY, json.dumps(said).encode())
+            write(self.config.updates / name, json.dumps(said).encode())
         except OSError as fault:
-            log.warning("update: nobody can be told that this version is well: %s", fault)
+            log.warning("update: nobody can be told that this version is %s: %s", name, fault)
+
+    def _forgotten(self) -> str:
+        """What is wrong if root has let a staged package lie."""
+        try:
+            at = (self.config.updates / READY).stat().st_mtime
+        except OSError:
+            return ""
+        if time.time() - at < STAGED_S:
+            return ""
+        return (
+            f"staged for over {STAGED_S / 60:g} minutes; on the device: "
+            "systemctl status stillhouse-update.path stillhouse-update.service"
+        )
 
     def _stage(self) -> None:
         assert self._update is not None  # noqa: S101 - it is what is fetched
@@ -143,13 +188,13 @@ def installed(prefix: Path) -> Build | None:
     """The package that a Python environment came by, if one says so.
 
     Raises:
-        SettingsError: its description is damaged.
+        SettingsError: its description is damaged, or cannot be read.
     """
     path = prefix / "package.json"
     try:
         table = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as fault:
+    except (OSError, ValueError) as fault:
         raise SettingsError(f"{path}: {fault}; install the package again") from fault
     return records.build(Build, table, where=str(path), error=SettingsError)

@@ -3,18 +3,29 @@
 import hashlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_agent import config
+from edge_agent.agent import Agent
 from edge_agent.update import __main__ as root
 from edge_agent.update import install, staging
+from edge_agent.update.install import Failure
 from edge_agent.update.install import Update as UnderWay
+from edge_agent.update.repack import repack
 from edge_agent.update.staging import Updates
 from wire import release, signing
+from wire.address import BrokerAddress
 from wire.blobs import BlobStore
 from wire.errors import ReleaseError, SettingsError
 from wire.messages import Gone, Update
@@ -134,6 +145,39 @@ def test_what_root_has_refused_is_told_until_something_newer_is_installed(device
     assert agent(device).word == ""
 
 
+def test_what_failed_is_told_and_pulled_again_after_a_day(device, key, store, monkeypatch):
+    install.fail(device / "cache", "0.2.0", "no room")
+    assert (device / "cache/last.json").stat().st_mode & 0o777 == 0o644
+    updates = agent(device)
+    assert updates.word == "0.2.0 failed: no room"
+    assert updates.told(update(key))
+    assert "no room; it is tried again after a day" in updates.word
+    assert pull(updates, store) == 0
+    now = time.time()
+    monkeypatch.setattr(install.time, "time", lambda: now + install.DAY_S)
+    updates.told(update(key))
+    assert pull(updates, store) == 10
+
+
+def test_a_clock_that_went_back_keeps_no_version_away(device, key, store):
+    at = time.time() + 1e6
+    (device / "cache/last.json").write_text(
+        json.dumps({"version": "0.2.0", "reason": "no room", "at": at})
+    )
+    updates = agent(device)
+    updates.told(update(key))
+    assert pull(updates, store) == 10
+
+
+def test_what_root_has_let_lie_is_told(device, key, store):
+    updates, told = agent(device), update(key)
+    updates.told(told)
+    pull(updates, store)
+    os.utime(device / "update/ready", (time.time() - 1801,) * 2)
+    assert updates.told(told)
+    assert "staged for over 30 minutes" in updates.word
+
+
 def test_a_sender_that_lost_the_package_is_asked_again_in_its_next_session(device, key, store):
     updates, told = agent(device), update(key)
     updates.told(told)
@@ -150,8 +194,9 @@ def test_an_agent_that_no_package_brought_takes_none(device, key):
     updates = agent(device)
     assert updates.own is None
     assert not updates.told(update(key))
-    updates.lives(0.0)
-    updates.lives(100.0)
+    for now_s in (0.0, 100.0):
+        updates.turns(now_s)
+        updates.lives(now_s)
     assert not (device / "update").exists()
 
 
@@ -164,6 +209,47 @@ def test_an_agent_is_well_when_it_was_connected_without_a_break(device):
     assert not healthy.exists()
     updates.lives(12.0 + staging.HEALTHY_S)
     assert json.loads(healthy.read_text())["version"] == "0.1.0"
+
+
+def test_an_agent_whose_loop_turns_is_up_without_a_connection(device):
+    updates, up = agent(device), device / "update/up"
+    for now_s in (5.0, 14.0):
+        updates.turns(now_s)
+    updates.pause()
+    assert not up.exists()
+    updates.turns(5.0 + staging.UP_S)
+    assert json.loads(up.read_text())["version"] == "0.1.0"
+    assert not (device / "update/healthy").exists()
+
+
+def test_an_agent_that_reaches_no_broker_is_up(device, monkeypatch):
+    np.savez(device / "x.npz", x=np.zeros((2, 32, 32, 3), np.uint8), y=np.zeros(2, np.int64))
+    settings = config.load(device / "agent.toml")
+    nowhere = BrokerAddress("mqtt://127.0.0.1:1")
+    settings = replace(settings, data=device / "x.npz", broker=nowhere)
+    monkeypatch.setattr(staging, "UP_S", 0.0)
+    made = Agent(settings)
+    made._updates = Updates(settings, prefix=device)
+    up = device / "update/up"
+
+    def watch():
+        deadline = time.monotonic() + 30
+        while not up.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        made.stop()
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    made.run()
+    watching.join()
+    assert json.loads(up.read_text())["version"] == "0.1.0"
+
+
+def test_a_description_that_cannot_be_read_is_one_line(device):
+    (device / "package.json").unlink()
+    (device / "package.json").mkdir()
+    with pytest.raises(SettingsError, match="install the package again"):
+        staging.installed(device)
 
 
 @pytest.fixture
@@ -240,6 +326,100 @@ def test_settings_that_others_may_write_hold_no_release_key(device):
         root.trusted(device / "nowhere.toml")
 
 
+def test_root_reads_of_the_settings_what_it_needs_alone(device):
+    path = device / "agent.toml"
+    text = path.read_text().replace("mqtt://localhost", 'mqtts://h"\nca_file = "nowhere.pem')
+    path.write_text("update_minutes = 7\n" + text)
+    with pytest.raises(SettingsError):
+        config.load(path)
+    if os.geteuid() == 0:
+        assert root.trusted(path).update_minutes == 7
+        path.write_text("update_minutes = 0\n" + text)
+        with pytest.raises(SettingsError, match="update_minutes: expected over 0"):
+            root.trusted(path)
+
+
+def test_room_is_made_before_anything_is_taken(tmp_path):
+    root.check_room(tmp_path, 1)
+    with pytest.raises(OSError, match=r"an update needs .* MiB free, there are"):
+        root.check_room(tmp_path, 1 << 60)
+
+
+def test_what_keeps_the_old_version_from_being_packed_up_is_no_release_error(tmp_path):
+    with pytest.raises(OSError, match="dpkg-query"):
+        repack("stillhouse-nothing", tmp_path / "old.deb")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.fixture
+def deb(tmp_path):
+    """A real package file, of a version that nobody released."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not here to build one")
+    control = tmp_path / "tree/DEBIAN/control"
+    control.parent.mkdir(parents=True)
+    control.write_text(
+        f"Package: {release.NAME}\nVersion: 9\nArchitecture: arm64\nMaintainer: x <x@x>\n"
+        "Description: x\n"
+    )
+    path = tmp_path / "x.deb"
+    subprocess.run(
+        ["dpkg-deb", "--build", str(tmp_path / "tree"), str(path)], check=True, capture_output=True
+    )
+    return path
+
+
+def test_a_package_is_refused_for_its_fields_and_not_for_a_tool_that_failed(device, key, deb):
+    package, cache = update(key).release.package, device / "cache"
+    root.check_fields(deb, replace(package, version="9"), cache)
+    with pytest.raises(OSError, match="dpkg-deb failed"):
+        root.check_fields(device / "nowhere.deb", package, cache)
+    assert install.refused(cache) == {}
+    with pytest.raises(ReleaseError, match=r"released as Version 0\.2\.0, and is '9'"):
+        root.check_fields(deb, package, cache)
+    assert "0.2.0" in install.refused(cache)
+
+
+def test_roots_half_that_fails_says_so_in_one_line_and_to_the_agent(device, staged, key, capsys):
+    (staged / "ready").touch()
+    (staged / "release.json").write_bytes(release.dump(update(key).release))
+    (device / "agent.toml").write_text("]")
+    install_lock = device / "lock"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(install, "DPKG_LOCK", install_lock)
+        assert root.main(device / "agent.toml", device / "cache", staged) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [*staged.iterdir()] == []  # systemd starts it no more
+    assert install.last(device / "cache").version == "0.2.0"
+    (device / "file").touch()
+    assert root.main(device / "agent.toml", device / "file", staged) == 1
+
+
+def test_nothing_is_installed_while_root_packs_up_what_there_is(device, staged, key, monkeypatch):
+    (staged / "release.json").write_bytes(release.dump(update(key).release))
+    monkeypatch.setattr(install, "DPKG_LOCK", device / "lock")
+    script = (
+        f"import fcntl; fcntl.lockf(open({str(device / 'lock')!r}, 'ab'), 6)"  # without waiting
+    )
+    command = [sys.executable, "-c", script]
+
+    def another_can(*_):
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    within = []
+    monkeypatch.setattr(root, "prepare", lambda *_: within.append(another_can()))
+    assert root.main(device / "agent.toml", device / "cache", staged) == 0
+    assert (within, another_can()) == ([False], True)
+
+
+def test_a_package_of_an_odd_version_is_one_line(device, staged, key, monkeypatch):
+    if os.geteuid():
+        pytest.skip("settings must be root's")
+    monkeypatch.setattr(install, "installed", lambda: ("1:odd", "arm64"))
+    with pytest.raises(ReleaseError, match="the installed package: version: expected"):
+        root.prepare(update(key).release, device / "agent.toml", device / "cache", staged)
+
+
 class PowerCut(BaseException):
     """Everything ends."""
 
@@ -249,12 +429,13 @@ class Machine:
 
     def __init__(self, device, monkeypatch, good, cut=-1):
         self.cache, self.staged, self.good = device / "cache", device / "update", good
-        self.version, self.count, self.cut = "0.1.0", 0, cut
+        self.version, self.count, self.cut, self.up = "0.1.0", 0, cut, False
         self.staged.mkdir()
         for name in ("old.deb", "new.deb"):
             (self.cache / name).write_text({"old.deb": "0.1.0", "new.deb": "0.2.0"}[name])
         write = install.write
         monkeypatch.setattr(install, "POLL_S", 0.001)
+        monkeypatch.setattr(install, "DPKG_LOCK", device / "lock")
         monkeypatch.setattr(install, "_dpkg", lambda deb: self.step(self.install, deb))
         monkeypatch.setattr(install, "installed", lambda: (self.version, "arm64"))
         monkeypatch.setattr(install, "write", lambda *given: self.step(write, *given))
@@ -271,9 +452,10 @@ class Machine:
 
     def install(self, deb):
         self.version = deb.read_text()
+        if self.up:
+            (self.staged / "up").write_text(json.dumps({"version": self.version}))
         if self.good or self.version == "0.1.0":  # its service starts, and the agent is well
             (self.staged / "healthy").write_text(json.dumps({"version": self.version}))
-        return ""
 
     def run(self):
         """Start it until it ends by itself."""
@@ -319,17 +501,133 @@ def test_an_update_that_never_comes_to_its_end_is_rolled_back(device, monkeypatc
     monkeypatch.setattr(install, "_dpkg", machine.install)
     assert install.resume(machine.cache, machine.staged) == 0
     assert machine.version == "0.1.0"
-    assert install.refused(machine.cache) == {"0.2.0": "interrupted 3 times"}
+    assert install.refused(machine.cache) == {}  # it may be the plug
+    assert install.last(machine.cache).reason == "interrupted 3 times"
+    assert install.last(machine.cache).waits("0.2.0")
 
 
-def test_what_someone_installs_meanwhile_is_left_alone(device, monkeypatch, capsys):
+def test_a_version_that_runs_while_the_broker_is_away_is_waited_for(device, monkeypatch, capsys):
+    machine = Machine(device, monkeypatch, good=False)
+    machine.up = True
+    asked = []
+
+    def installed():
+        asked.append(machine.version)
+        if len(asked) == 4:  # the broker is back: after more than twice the minutes
+            (machine.staged / "healthy").write_text(json.dumps({"version": "0.2.0"}))
+        return machine.version, "arm64"
+
+    monkeypatch.setattr(install, "installed", installed)
+    machine.run()
+    assert machine.version == "0.2.0"
+    said = capsys.readouterr().err
+    assert said.count("runs, not connected") == 1
+    assert "0.2.0 is well" in said
+
+
+def test_a_version_that_never_connected_goes_back_and_is_tried_again(device, monkeypatch):
+    machine = Machine(device, monkeypatch, good=False)
+    machine.up = True
+    monkeypatch.setattr(install, "DAY_S", 0.2)
+    machine.run()
+    assert machine.version == "0.1.0"
+    assert install.refused(machine.cache) == {}
+    last = install.last(machine.cache)
+    assert (last.version, "for a day" in last.reason) == ("0.2.0", True)
+
+
+def test_a_version_that_is_well_ends_what_was_told_of_a_failure(device, monkeypatch):
+    machine = Machine(device, monkeypatch, good=True)
+    install.fail(machine.cache, "0.2.0", "no room")
+    machine.run()
+    assert install.last(machine.cache) is None
+
+
+@pytest.mark.parametrize("step", ["install", "wait", "rollback"])
+def test_a_version_that_was_installed_by_hand_is_not_overwritten(step, device, monkeypatch, capsys):
+    machine = Machine(device, monkeypatch, good=True)
+    install.begin(UnderWay("0.2.0", "0.1.0", 0.0005, step=step), machine.cache)
+    machine.version = "0.5.0"
+    assert install.resume(machine.cache, machine.staged) == 0
+    assert machine.version == "0.5.0"
+    assert "0.5.0 was installed meanwhile" in capsys.readouterr().err
+    assert install.refused(machine.cache) == ({"0.2.0": ""} if step == "rollback" else {})
+    assert not (machine.cache / "update.json").exists()
+
+
+def test_a_disk_that_takes_no_note_does_not_keep_the_old_version_away(device, monkeypatch):
     machine = Machine(device, monkeypatch, good=False)
     install.begin(UnderWay("0.2.0", "0.1.0", 0.0005), machine.cache)
-    monkeypatch.setattr(install, "installed", lambda: ("0.5.0", "arm64"))
+
+    def full(path, _):
+        raise OSError(28, "No space left on device", str(path))
+
+    there = []
+    monkeypatch.setattr(install, "write", full)
+    monkeypatch.setattr(
+        install, "_dpkg",
+        lambda deb: there.append((machine.cache / "new.deb").exists()) or machine.install(deb),
+    )  # fmt: skip
     assert install.resume(machine.cache, machine.staged) == 0
-    assert "0.5.0 was installed meanwhile" in capsys.readouterr().err
-    assert machine.version == "0.2.0"
-    assert install.refused(machine.cache) == {}
+    assert machine.version == "0.1.0"
+    assert there == [True, False]  # it made room before it went back
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 1}', "\0\0"])
+def test_a_damaged_note_is_one_line_and_is_removed(text, device, monkeypatch, capsys):
+    machine = Machine(device, monkeypatch, good=True)
+    (machine.cache / "update.json").write_text(text)
+    assert install.resume(machine.cache, machine.staged) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (machine.cache / "update.json").exists()
+    assert machine.version == "0.1.0"
+
+
+def test_an_old_version_that_cannot_come_back_is_told(device, monkeypatch):
+    machine = Machine(device, monkeypatch, good=False)
+    install.begin(UnderWay("0.2.0", "0.1.0", 1.0, step="rollback"), machine.cache)
+    monkeypatch.setattr(install, "_dpkg", lambda _: Failure("broken", refuse=True))
+    assert install.resume(machine.cache, machine.staged) == 1
+    assert (machine.cache / "update.json").exists()  # and is tried again
+    text = (device / "package.json").read_text().replace("0.1.0", "0.2.0")
+    (device / "package.json").write_text(text)
+    assert agent(device).word == "failed: 0.1.0 cannot be installed again: broken"
+    monkeypatch.setattr(install, "_dpkg", machine.install)
+    assert install.resume(machine.cache, machine.staged) == 0
+    assert agent(device).word == ""
+
+
+def dpkg(script, path):
+    return install._dpkg(path, ("sh", "-c", script, "sh"))
+
+
+def test_dpkg_that_hangs_is_ended_with_its_scripts_and_speaks_against_the_package(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(install, "DPKG_S", 0.5)
+    failure = dpkg('sleep 60 & echo $! > "$1"; wait', tmp_path / "pid")
+    assert failure is not None
+    assert (failure.refuse, "did not end" in failure.reason) == (True, True)
+    state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    deadline = time.monotonic() + 5
+    with suppress(FileNotFoundError):  # or it is dead, and nobody has asked for its status
+        while " Z " not in state.read_text():
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    ("script", "refuse"),
+    [
+        ("echo post-installation script failed >&2; exit 1", True),
+        ("echo cannot write: No space left on device >&2; exit 1", False),
+        (f"kill -{signal.SIGKILL} $$", False),
+    ],
+)
+def test_dpkg_fails_for_the_package_or_for_the_device(script, refuse, tmp_path):
+    failure = dpkg(script, tmp_path)
+    assert failure is not None
+    assert failure.refuse == refuse
+    assert dpkg("exit 0", tmp_path) is None
 
 
 def test_what_works_while_dpkg_replaces_the_rest_needs_the_standard_library_alone(tmp_path):

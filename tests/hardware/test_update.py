@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent import __version__
 from hardware import deb
 from hardware import release as releasing
 from orchestrator import broker
@@ -140,11 +141,12 @@ def derived(package: Path, version: str, out: Path, breaks: str = "") -> Path:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """The package, two later ones that work, and two that do not: the agent, a script."""
+    """The package, later ones that work, and two that do not: the agent, a script."""
     out = tmp_path_factory.mktemp("dist")
     first = deb.build(ARCH, "3.11", out)
     return {
         "0.1": first,
+        "anew": derived(first, f"{__version__}+py311.1", out),
         "0.2": derived(first, "0.2.0+py311", out),
         "0.3": derived(first, "0.3.0+py311", out, breaks="edge_agent/agent.py"),
         "0.4": derived(first, "0.4.0+py311", out, breaks="DEBIAN/postinst"),
@@ -261,7 +263,7 @@ def test_root_installs_nothing_on_the_word_of_the_agent_alone(device, packages, 
     stage(device, packages["0.2"], key, content=packages["0.3"])
     device.wait_for("a refusal", lambda: "package.deb: expected" in device.logs())
     device.wait_for("its end", device.idle)
-    assert (device.version(), kept(device)) == ("0.1.0+py311", [])
+    assert (device.version(), kept(device)) == ("0.1.0+py311", ["last.json"])
     device.do("dpkg", "--purge", deb.NAME)
     assert run("find", str(device.root), "-xdev", "-iname", "*stillhouse*") == ""
 
@@ -294,8 +296,9 @@ def test_a_device_is_updated_by_the_orchestrator_in_the_middle_of_a_run(
     device, packages, key, digits, processes
 ):
     """All of it: told over the broker, pulled, staged, installed, born again with the new one."""
-    signed = processes.folder / packages["0.2"].name
-    shutil.copy(packages["0.2"], signed)
+    anew = f"{__version__}+py311.1"  # no newer than the orchestrator
+    signed = processes.folder / packages["anew"].name
+    shutil.copy(packages["anew"], signed)
     release.beside(signed).write_bytes(release.dump(release.sign(key, releasing.describe(signed))))
     text = RUN.format(
         strategy="fedavg", rounds=200, digits=digits, url=device.url, model="caldas_cnn", epochs=1
@@ -310,13 +313,13 @@ def test_a_device_is_updated_by_the_orchestrator_in_the_middle_of_a_run(
         return str(devices.get("pi", {}).get("package", ""))
 
     device.wait_for("birth", lambda: package() == "0.1.0+py311")
-    device.wait_for("birth with 0.2.0", lambda: package() == "0.2.0+py311")
+    device.wait_for("birth with the new one", lambda: package() == anew)
     device.wait_for("health", device.idle)
-    assert "pi is told of 0.2.0+py311" in processes.log("run")
+    assert f"pi is told of {anew}" in processes.log("run")
     device.wait_for("its word", lambda: "is well" in device.logs())
     rounds = json.loads(status.read_text())["round"]
     device.wait_for(
-        "rounds with 0.2.0", lambda: json.loads(status.read_text())["round"] > rounds + 1
+        "rounds with the new one", lambda: json.loads(status.read_text())["round"] > rounds + 1
     )
     history = json.loads(status.read_text())["history"]
     assert all(entry["devices"]["pi"]["accepted"] for entry in history)

@@ -1,16 +1,19 @@
-"""Who is told of a release, and when: canaries first, each device once a session."""
+"""Who is told of a release, and when: canaries first, each device once an hour of its session."""
 
 import hashlib
+import shutil
+import subprocess
 
 import pytest
 
+from edge_agent import __version__
 from hardware import release as releasing
 from orchestrator import updates
 from orchestrator.config import ReleaseConfig
 from orchestrator.updates import Rollout
 from wire import release, signing
 from wire.blobs import BlobStore
-from wire.errors import ReleaseError, SignatureError
+from wire.errors import ReleaseError, SettingsError, SignatureError
 from wire.messages import Birth, Platform, Update
 from wire.release import Build, Package, Release
 
@@ -32,7 +35,7 @@ def told(state, now_s):
     return state, {device: told.release.package.version for device, told in tell}
 
 
-def test_a_device_is_told_once_a_session_of_the_newest_that_fits_it():
+def test_a_device_is_told_at_once_and_after_an_hour_of_the_newest_that_fits_it():
     fits = [update("0.2.0"), update("0.2.1"), update("0.1.9")]
     state = Rollout((*fits, update("9", "amd64"), update("9", python="3.13")))
     state = updates.born(state, "pi", birth("pi", OLD), 0.0)
@@ -40,8 +43,24 @@ def test_a_device_is_told_once_a_session_of_the_newest_that_fits_it():
     assert tell == {"pi": "0.2.1"}
     state = updates.born(state, "pi", birth("pi", OLD), 1.0)  # it answers a hello
     assert told(state, 1.0)[1] == {}
-    state = updates.born(state, "pi", birth("pi", OLD, session=2), 2.0)
-    assert told(state, 2.0)[1] == {"pi": "0.2.1"}
+    assert told(state, 3599.0)[1] == {}
+    state, tell = told(state, 3600.0)
+    assert tell == {"pi": "0.2.1"}
+    assert told(state, 3600.0)[1] == {}
+    state = updates.born(state, "pi", birth("pi", OLD, session=2), 3602.0)
+    assert told(state, 3602.0)[1] == {"pi": "0.2.1"}
+
+
+def test_a_tick_with_nothing_to_do_looks_at_no_device_and_no_version(monkeypatch):
+    state = Rollout((update("0.2.0"),), frozenset({"a"}), settle_s=600.0)
+    for device, package in (("a", OLD), ("pi", OLD), ("new", NEW)):
+        state = updates.born(state, device, birth(device, package), 0.0)
+    monkeypatch.setattr(release, "newer", lambda *_: pytest.fail("versions are compared at birth"))
+    assert state.tell_s.keys() == {"a", "pi"}
+    state, tell = told(state, 0.0)
+    assert tell == {"a": "0.2.0"}
+    assert updates.ticked(state, 0.5)[0] is state
+    assert updates.ticked(state, 1.0)[0] is not state  # the canary is looked at
 
 
 @pytest.mark.parametrize("package", [None, NEW, Build("0.3.0", "arm64", "3.11"),
@@ -66,14 +85,16 @@ def test_others_are_told_when_every_canary_has_been_well_for_long_enough():
 def test_a_canary_that_is_rolled_back_or_away_holds_the_others():
     state = Rollout((update("0.2.0"),), frozenset({"a"}), settle_s=600.0)
     state = updates.born(state, "pi", birth("pi", OLD), 0.0)
-    assert told(state, 1e6)[1] == {}  # not there at all
+    waits, tell = told(state, 1e6)  # not there at all
+    assert (tell, waits.held_by) == ({}, "a")
     state = updates.born(state, "a", birth("a", NEW, 2), 0.0)
     back = updates.born(state, "a", birth("a", OLD, 3), 300.0)
     assert "pi" not in told(back, 1e6)[1]
     away = updates.died(state, "a", 2)
     assert told(away, 1e6)[1] == {}
     there = updates.died(state, "a", 1)  # the will of the session before
-    assert told(there, 1e6)[1] == {"pi": "0.2.0"}
+    there, tell = told(there, 1e6)
+    assert (tell, there.held_by) == ({"pi": "0.2.0"}, "")
 
 
 @pytest.fixture
@@ -83,10 +104,10 @@ def deb(tmp_path):
     return path
 
 
-def sign(deb, key):
+def sign(deb, key, version=f"{__version__}+py311"):
     content = deb.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    package = Package(release.NAME, "0.2.0", "arm64", "3.11", len(content), digest, "")
+    package = Package(release.NAME, version, "arm64", "3.11", len(content), digest, "")
     release.beside(deb).write_bytes(release.dump(release.sign(key, package)))
 
 
@@ -105,6 +126,23 @@ def test_packages_are_verified_before_a_run_begins(tmp_path, deb):
     sign(deb, signing.own_key(tmp_path / "other.pem"))
     with pytest.raises(SignatureError, match="not signed by"):
         updates.read(config, blobs)
+
+
+def test_devices_are_not_updated_past_the_orchestrator(tmp_path, deb):
+    key = signing.own_key(tmp_path / "key.pem")
+    sign(deb, key, f"{__version__}.1+py311")
+    with pytest.raises(ReleaseError, match="update the orchestrator first"):
+        updates.read(ReleaseConfig(signing.public(key), (deb,)), BlobStore(tmp_path, 1024))
+    sign(deb, key, f"{__version__}+py311.1")  # the same, built anew
+    assert updates.read(ReleaseConfig(signing.public(key), (deb,)), BlobStore(tmp_path, 1024))
+
+
+def test_a_canary_that_may_not_take_part_is_refused_before_a_run_begins(tmp_path):
+    config, blobs = ReleaseConfig(canary=("pi", "pj")), BlobStore(tmp_path, 1024)
+    with pytest.raises(SettingsError, match=r"canary: 'pj' .* orchestrator enroll pj"):
+        updates.read(config, blobs, enrolled=frozenset({"pi"}))
+    assert updates.read(config, blobs, enrolled=frozenset({"pi", "pj"})).canary == {"pi", "pj"}
+    assert updates.read(config, blobs).canary  # any may take part
 
 
 @pytest.mark.parametrize(
@@ -127,3 +165,26 @@ def test_what_is_no_package_of_the_agent_is_not_signed(tmp_path, capsys):
     assert releasing.main([str(other), "--key", str(key)]) == 2
     assert "not a Debian package" in capsys.readouterr().err
     assert not key.exists()
+
+
+def test_a_folder_that_takes_no_signature_is_one_line(tmp_path, capsys):
+    """The signature's name is taken by a folder: that is refused to root as well."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not here to build one")
+    control = tmp_path / "tree/DEBIAN/control"
+    control.parent.mkdir(parents=True)
+    control.write_text(
+        f"Package: {release.NAME}\nVersion: 9\nArchitecture: arm64\nMaintainer: x <x@x>\n"
+        "Depends: python3.11\nDescription: x\n"
+    )
+    deb = tmp_path / "x.deb"
+    command = ["dpkg-deb", "--build", str(tmp_path / "tree"), str(deb)]
+    subprocess.run(command, check=True, capture_output=True)
+    release.beside(deb).mkdir()
+    assert releasing.main([str(deb), "--key", str(tmp_path / "key.pem")]) == 2
+    assert capsys.readouterr().err.startswith("release: ")
+    release.beside(deb).rmdir()
+    assert releasing.main([str(deb), "--key", str(tmp_path / "key.pem")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tree", "x.deb", "x.deb.release.json", "key.pem"
+    }  # fmt: skip
