@@ -19,7 +19,7 @@ from edge_agent.config import AgentConfig
 from wire.errors import StillhouseError
 
 WHEELS = ("numpy", "onnxruntime", "zstandard", "safetensors", "msgpack", "paho.mqtt.client", "PIL",
-          "threadpoolctl")  # fmt: skip
+          "threadpoolctl", "cryptography")  # fmt: skip
 LEAST_DISK, GOOD_DISK = 100 << 20, 1 << 30
 LEAST_MEMORY = 150 << 20  # ResNet-8 trains within 130 MB
 SOON_S = 30 * 24 * 3600
