@@ -45,7 +45,7 @@ log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
 CONNECT_S = 30.0
-MEASURED_S = 1.0  # looking a report over takes tens of milliseconds of the run's own thread
+MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
 MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 
@@ -239,7 +239,7 @@ class Coordinator:
         now = time.monotonic()
         reason = self._stranger(device)
         if not reason and now - self._measured_at.get(device, -math.inf) < MEASURED_S:
-            reason = f"one report in {MEASURED_S:g} s; measure again"
+            reason = "a report came a moment ago; measure again"
         if not reason:
             self._measured_at[device] = now
             try:
