@@ -41,6 +41,7 @@ _STOP_S = 10.0
 _CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
 _CONNACK = (b"\x20",)
 _TLS_RECORDS = (b"\x15", b"\x16")  # alert, handshake
+_PID = "broker.pid"
 
 
 class Broker:
@@ -57,7 +58,7 @@ class Broker:
     @property
     def pid(self) -> int:
         """The process that serves the clients; a Mosquitto started again has a new one."""
-        return int((self.folder / "broker.pid").read_text("ascii"))
+        return int((self.folder / _PID).read_text("ascii"))
 
     @property
     def running(self) -> bool:
@@ -133,6 +134,7 @@ def start(
         command += ["mosquitto", str(binary)]
     else:
         command += ["embedded", host, str(port), fleet, *(["--users"] if users is not None else [])]
+    (folder / _PID).unlink(missing_ok=True)  # of the broker before
     log = folder / "broker.log"
     if log.exists():
         log.replace(folder / "broker.log.1")
@@ -150,7 +152,7 @@ def start(
     shown = f"[{reach}]" if ":" in reach else reach
     broker = Broker(kind, f"{'mqtts' if tls else 'mqtt'}://{shown}:{port}", folder, child)
     deadline = time.monotonic() + start_s
-    while not _answers(reach, port, encrypted=tls is not None):
+    while not (_answers(reach, port, encrypted=tls is not None) and (folder / _PID).exists()):
         late = time.monotonic() > deadline
         if late or not broker.running:
             broker.stop()

@@ -324,7 +324,10 @@ def listening(url: str) -> bool:
 
 @needs_mosquitto
 def test_mosquitto_ends_with_the_process_that_watches_it(tmp_path):
+    (tmp_path / "broker.pid").write_text("1")  # of a broker that was before
     with broker.start("mosquitto", folder=tmp_path, fleet=FLEET, port=0) as running:
+        assert alive(running.pid)
+        assert running.pid != 1
         running._child.kill()
         until(lambda: not alive(running.pid), "the end of Mosquitto")
         assert not running.running
