@@ -6,29 +6,25 @@ One thread owns all state; the network thread and the worker thread only put eve
 import contextlib
 import gc
 import logging
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
-from safetensors.numpy import save
 
 from edge_agent import __version__, data, meter, rounds
 from edge_agent.config import AgentConfig
 from edge_agent.journal import Journal
+from edge_agent.kept import Kept
 from edge_agent.notify import Notifier
 from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Shelf, Supply
 from edge_agent.update.staging import Updates
 from edge_agent.work import Desk, Outcome, perform
-from wire import blobs, messages, topics
+from wire import messages, topics
 from wire.blobs import BlobStore
-from wire.errors import SettingsError, StillhouseError, WireError
+from wire.errors import OrderError, SettingsError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
@@ -88,6 +84,7 @@ class Agent:
         self.images = data.load(config.data, input_shape=config.image)
         self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
         self.journal = Journal(config.state / "journal.db")
+        self._kept = Kept(config.state, self.journal)
         self._shelf = Shelf(config.state / "artifacts")
         self._updates = Updates(config)
         self._state = rounds.State()
@@ -149,6 +146,11 @@ class Agent:
             case Arrived(topic, payload):
                 try:
                     message, body = messages.decode(payload, sender=topic)
+                except OrderError as fault:
+                    reason = f"agent {__version__} cannot follow it: {fault}"
+                    log.error("order refused: %s", reason)  # noqa: TRY400
+                    self._publish("result", self._result(fault, fault=reason))
+                    return
                 except WireError as fault:
                     log.warning("message dropped: %s", fault)
                     return
@@ -252,7 +254,7 @@ class Agent:
             self._worker.join()
         assert self._supply is not None  # noqa: S101 - Work follows a complete Supply
         supply, self._supply = self._supply, None
-        own = self._own(order)
+        own = self._kept.of(order)
         self._cancel = threading.Event()
         desk = Desk(
             self.images,
@@ -276,14 +278,6 @@ class Agent:
         self._worker = threading.Thread(target=work, name="work")
         self._worker.start()
 
-    def _own(self, order: Order) -> Path | None:
-        """What this device has kept of the order's run: its weights, or what its codec left out."""
-        if order.feedback:
-            path = self.config.state / _owed(order.run, order.owed)
-            return path if path.exists() else None
-        name = self.journal.weights_file(order.run)
-        return self.config.state / name if name else None
-
     def _ended(self, order: Order, outcome: Outcome | StillhouseError) -> None:
         if self._state.order != order:  # replaced meanwhile
             return
@@ -291,18 +285,7 @@ class Agent:
         if isinstance(outcome, StillhouseError):
             self._fail(order, outcome)
             return
-        weights_file = None
-        if outcome.own is not None:
-            kept = save({k: np.asarray(v) for k, v in outcome.own.items()})
-            if order.feedback:
-                self._write(_owed(order.run, order.sequence), kept)
-                needed = {_owed(order.run, n) for n in (order.owed, order.sequence)}
-                for path in self.config.state.glob(f"owed-{order.run}-*"):
-                    if path.name not in needed:
-                        path.unlink()
-            else:
-                weights_file = f"weights-{order.run}-{order.sequence}.safetensors"
-                self._write(weights_file, kept)
+        weights_file = None if outcome.own is None else self._kept.put(order, outcome.own)
         log.info("round %d: done", order.round)
         self._finish(order, weights_file, blobs=outcome.blobs, metrics=outcome.metrics)
         self._tidy(outcome.blobs.values())
@@ -314,18 +297,20 @@ class Agent:
 
     def _finish(self, order: Order, weights_file: str | None, **outcome: Any) -> None:
         """Journal the result, then offer it."""
-        result = Result(
+        result = self._result(order, submodel=order.submodel, **outcome)
+        self.journal.finish(order, result, weights_file)
+        self._apply(rounds.worked(self._state, result, time.monotonic(), self.config.resend_s))
+
+    def _result(self, order: Order | OrderError, **outcome: Any) -> Result:
+        return Result(
             device=self.config.device,
             run=order.run,
             sequence=order.sequence,
             round=order.round,
             samples=len(self.images.y),
             data_digest=self.images.digest,
-            submodel=order.submodel,
             **outcome,
         )
-        self.journal.finish(order, result, weights_file)
-        self._apply(rounds.worked(self._state, result, time.monotonic(), self.config.resend_s))
 
     def _settle(self, receipt: Receipt) -> None:
         self.journal.receipted(receipt.run, receipt.sequence)
@@ -341,20 +326,7 @@ class Agent:
     def _tidy(self, keep: Iterable[BlobRef]) -> None:
         """Let go of the blobs and weights that nothing refers to any more."""
         self.blobs.keep_only({ref.digest for ref in keep})
-        wanted = self.journal.weights_files()
-        for path in self.config.state.glob("weights-*"):
-            if path.name not in wanted:
-                path.unlink()
-
-    def _write(self, name: str, content: bytes) -> None:
-        """Write a file so that it is whole or absent, after a power cut too."""
-        partial = self.config.state / f"{name}.new"
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.config.state / name)
-        blobs.sync_folder(self.config.state)
+        self._kept.tidy()
 
     def _be_born(self) -> None:
         birth = Birth(
@@ -410,11 +382,6 @@ class Agent:
 
     def _topic(self, channel: str) -> str:
         return topics.topic(self.config.fleet, self.config.device, channel)
-
-
-def _owed(run: str, sequence: int) -> str:
-    """The file of what the codec left out of the update of an order."""
-    return f"owed-{run}-{sequence}.safetensors"
 
 
 def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None]) -> None:

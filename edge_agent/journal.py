@@ -4,12 +4,16 @@ SQLite in WAL mode with synchronous=FULL: a row that was committed is there afte
 after a power cut. One order is open at a time; a newer one replaces it.
 """
 
+import logging
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 
 from wire import messages
+from wire.errors import OrderError
 from wire.messages import Order, Result
+
+log = logging.getLogger("edge-agent")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -39,13 +43,21 @@ class Journal:
         return int(session)
 
     def latest(self) -> tuple[Order, Result | None, bool] | None:
-        """The newest order, its result if it has one, and whether the result is receipted."""
+        """The newest order, its result if it has one, and whether the result is receipted.
+
+        An order that a newer agent accepted, before it was rolled back, may be beyond this one: it
+        is passed over, and refused when it comes again.
+        """
         row = self._db.execute(
             "SELECT work_order, result, receipted FROM work ORDER BY rowid DESC LIMIT 1"
         ).fetchone()
         if row is None:
             return None
-        order, _ = messages.decode(row[0], sender="journal")
+        try:
+            order, _ = messages.decode(row[0], sender="journal")
+        except OrderError as fault:
+            log.warning("%s", fault)
+            return None
         result = messages.decode(row[1], sender="journal")[0] if row[1] else None
         assert isinstance(order, Order)  # noqa: S101 - only accept() writes this column
         assert result is None or isinstance(result, Result)  # noqa: S101 - only finish() writes it

@@ -6,6 +6,7 @@ StillhouseError            bad input or a broken promise; command lines print it
 ├── ArtifactError          a training artifact that is damaged, foreign or unfit for the data
 ├── WireError              bytes from the network that break the protocol
 │   ├── FrameError         a frame: magic, version, sizes, digest, header
+│   ├── OrderError         an order that asks for what the device does not know
 │   ├── CodecError         a codec spec, or an encoded tensor
 │   └── TransferError      a blob: chunks, sizes, digest, or its sender no longer has it
 ├── LinkError              the broker cannot be reached or refuses us for good
@@ -42,6 +43,14 @@ class WireError(StillhouseError):
 
 class FrameError(WireError):
     """A frame's magic, version, sizes, digest or header is wrong."""
+
+
+class OrderError(WireError):
+    """An order cannot be read; `run`, `sequence` and `round` are those that it states."""
+
+    def __init__(self, text: str, run: str, sequence: int, round_: int) -> None:
+        super().__init__(text)
+        self.run, self.sequence, self.round = run, sequence, round_
 
 
 class CodecError(WireError):

@@ -15,16 +15,21 @@
 
 The device sends a result again until it has the receipt; the orchestrator sends an order again
 when a device is born anew. Both are told apart by (run, sequence), so that repetition is harmless.
+
+Agents and orchestrators of several versions talk: a key that has its default is not sent, one that
+is not known is passed over. But an order or an update means all that it says: with an unknown key
+it is refused, and the device answers an order that it cannot read with that fault.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 from wire import frames, records, topics
-from wire.errors import WireError
+from wire.errors import OrderError, WireError
 from wire.frames import Frame, Kind
 from wire.release import Build, Release
 
@@ -391,13 +396,20 @@ _CLASSES = {cls: kind for kind, cls in _KINDS.items()}
 
 def encode(message: Message, body: bytes | memoryview = b"") -> bytes:
     """The frame of a message; only `Chunk` and `Measured` have a body."""
-    return frames.encode(_CLASSES[type(message)], records.plain(message), body)
+    told = (f.name for f in fields(message) if getattr(message, f.name) != _default(f))
+    header = {name: records.plain(getattr(message, name)) for name in told}
+    return frames.encode(_CLASSES[type(message)], header, body)
+
+
+def _default(field: "Field[Any]") -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def decode(data: bytes, *, sender: str) -> tuple[Message, memoryview]:
     """The message in a frame, and the frame's body.
 
     Raises:
+        OrderError: an order that cannot be followed, but answered.
         WireError: not an intact frame, or a header that is not such a message; the text names
             `sender`.
     """
@@ -405,4 +417,20 @@ def decode(data: bytes, *, sender: str) -> tuple[Message, memoryview]:
     if frame.kind not in _KINDS:
         raise WireError(f"{frame.kind.name} frame from {sender} where a message was expected")
     where = f"{frame.kind.name} message from {sender}"
-    return records.build(_KINDS[frame.kind], frame.header, where=where, error=WireError), frame.body
+    cls, strict = _KINDS[frame.kind], frame.kind in (Kind.ORDER, Kind.UPDATE)
+    try:
+        made = records.build(cls, frame.header, where=where, error=WireError, strict=strict)
+    except WireError as fault:
+        if cls is Order and (named := _named(frame.header)):
+            raise OrderError(str(fault), named.run, named.sequence, named.round) from fault
+        raise
+    return made, frame.body
+
+
+def _named(header: Mapping[str, Any]) -> Result | None:
+    """The start of an answer to an order that cannot be read, if it says which one it is."""
+    naming = {key: header.get(key) for key in ("run", "sequence", "round")}
+    with contextlib.suppress(WireError):
+        answer = {"device": "", "samples": 0, **naming}
+        return records.build(Result, answer, where="answer", error=WireError)
+    return None

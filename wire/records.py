@@ -23,7 +23,14 @@ from wire.errors import SettingsError, StillhouseError
 T = TypeVar("T")
 
 
-def build(cls: type[T], mapping: object, *, where: str, error: type[StillhouseError]) -> T:
+def build(
+    cls: type[T],
+    mapping: object,
+    *,
+    where: str,
+    error: type[StillhouseError],
+    strict: bool = True,
+) -> T:
     """Make a `cls` of `mapping`.
 
     Args:
@@ -31,6 +38,7 @@ def build(cls: type[T], mapping: object, *, where: str, error: type[StillhouseEr
         mapping: what came from outside.
         where: how to name the mapping in messages ("agent.toml", "birth message of pi-3").
         error: the class to raise.
+        strict: refuse unknown keys; else they are passed over, in nested dataclasses too.
 
     Raises:
         error: an unknown, missing or ill-typed key; the message names it, and the nearest known
@@ -39,7 +47,7 @@ def build(cls: type[T], mapping: object, *, where: str, error: type[StillhouseEr
     if not isinstance(mapping, Mapping):
         raise error(f"{where}: expected a table of settings, got {type(mapping).__name__}")
     hints = _hints(cls)  # type: ignore[arg-type]
-    for key in mapping:
+    for key in mapping if strict else ():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(hints)}"
@@ -48,7 +56,7 @@ def build(cls: type[T], mapping: object, *, where: str, error: type[StillhouseEr
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in mapping:
             values[field.name] = _value(
-                hints[field.name], mapping[field.name], f"{where}: {field.name}", error
+                hints[field.name], mapping[field.name], f"{where}: {field.name}", error, strict
             )
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"{where}: key {field.name!r} is missing")
@@ -89,11 +97,11 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _value(hint: Any, value: object, where: str, error: type[StillhouseError]) -> Any:
+def _value(hint: Any, value: object, where: str, error: type[StillhouseError], strict: bool) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # X | None is the only union in use
         inner = next(a for a in arguments if a is not types.NoneType)
-        return None if value is None else _value(inner, value, where, error)
+        return None if value is None else _value(inner, value, where, error, strict)
     if origin is Literal:
         if value not in arguments:
             near = difflib.get_close_matches(str(value), arguments, n=1)
@@ -104,13 +112,15 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError]) -
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise error(f"{where}: expected {len(arguments)} values, got {len(value)}")
-        return tuple(_value(arguments[0], v, f"{where}[{i}]", error) for i, v in enumerate(value))
+        of = arguments[0]
+        return tuple(_value(of, v, f"{where}[{i}]", error, strict) for i, v in enumerate(value))
     if origin is Mapping and isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise error(f"{where}: expected text keys, got {list(value)!r:.80}")
-        return {key: _value(arguments[1], v, f"{where}.{key}", error) for key, v in value.items()}
+        of = arguments[1]
+        return {k: _value(of, v, f"{where}.{k}", error, strict) for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, where=where, error=error)  # type: ignore[arg-type]
+        return build(hint, value, where=where, error=error, strict=strict)  # type: ignore[arg-type]
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and type(value) is int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.journal import Journal
+from wire import frames, records
 from wire.messages import BlobRef, Order, Result
 
 
@@ -49,6 +50,20 @@ def test_weights_of_a_run_are_kept_while_orders_come_and_go(journal_at):
     assert journal.weights_file("run") == "weights-3"
     assert journal.weights_file("other") is None
     assert journal.weights_files() == {"weights-3"}
+
+
+def test_an_order_that_a_newer_agent_accepted_does_not_stop_an_older_one(journal_at):
+    journal = journal_at()
+    journal.accept(ORDER)
+    journal.finish(ORDER, RESULT, "weights-3")
+    newer = frames.encode(frames.Kind.ORDER, {**records.plain(ORDER), "sketch": "dct"})
+    with journal._db:
+        journal._db.execute("UPDATE work SET work_order = ?", (newer,))
+    again = journal_at()
+    assert again.latest() is None
+    assert again.weights_file("run") == "weights-3"
+    again.accept(ORDER)
+    assert again.latest() == (ORDER, None, False)
 
 
 def test_session_numbers_are_never_given_twice(journal_at):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ from edge_agent.main import NO_IMAGES
 from orchestrator import broker, config
 from tests.conftest import ROOT, Processes
 from tests.e2e.test_run import Fleet
+from wire import frames, messages, records, topics
+from wire.address import BrokerAddress
+from wire.frames import Kind
+from wire.link import Arrived, Link
+from wire.messages import Birth, BlobRef, Message, Order, Result
 
 NOWHERE = "mqtt://127.0.0.1:9"  # the discard port: nobody listens
 
@@ -123,6 +129,40 @@ def test_a_device_with_an_unknown_name_is_refused(processes: Processes, digits, 
         "a refusal at the device",
         lambda: "device 'device-0' is not enrolled in fleet 'fleet'" in processes.log("agent-0"),
     )
+
+
+@pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
+def test_an_order_beyond_this_agent_is_answered_and_the_next_one_followed(
+    processes: Processes, digits, any_broker
+):
+    """As a newer orchestrator may send it; nobody waits for the deadline."""
+    fleet = Fleet(processes, digits, any_broker.url, rounds=1)
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    heard = [(topics.topic("fleet", "device-0", channel), 1) for channel in ("birth", "result")]
+    link = Link(BrokerAddress(any_broker.url), "newer", subscriptions=heard, emit=events.put)
+
+    def said() -> Message:
+        while not isinstance(event := events.get(timeout=20.0), Arrived):
+            pass
+        return messages.decode(event.payload, sender="device-0")[0]
+
+    link.start()
+    assert link.wait_connected(10.0)
+    fleet.agent(0)
+    order = Order("run", 7, 2, BlobRef("ab" * 32, 1000, 1024), 1, 0.1, 1, {"state": "float32"})
+    header = {**records.plain(order), "sketch": "dct"}
+    assert isinstance(said(), Birth)
+    link.publish(topics.topic("fleet", "device-0", "order"), frames.encode(Kind.ORDER, header))
+    answer = said()
+    link.close()
+    assert isinstance(answer, Result)
+    assert (answer.run, answer.sequence, answer.round, answer.blobs) == ("run", 7, 2, {})
+    assert "cannot follow it" in answer.fault
+    assert "unknown key 'sketch'" in answer.fault
+    fleet.orchestrator()
+    fleet.agent(1)
+    fleet.agent(2)
+    assert fleet.finish()["rounds"][0]["devices"]["device-0"]["accepted"]
 
 
 def test_a_wrong_password_ends_the_agent_with_a_remedy(tmp_path, digits):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wire import frames, messages, records, topics
-from wire.errors import SettingsError, WireError
+from wire.errors import OrderError, SettingsError, WireError
 from wire.messages import (
     Birth,
     BlobRef,
@@ -92,6 +92,40 @@ def test_the_birth_of_an_agent_that_says_of_no_package_is_understood():
     del header["package"], header["update"]
     message, _ = messages.decode(frames.encode(frames.Kind.BIRTH, header), sender="old")
     assert message == BIRTH
+
+
+def test_what_a_newer_agent_says_beyond_our_knowledge_is_passed_over():
+    header = {**records.plain(BIRTH), "mood": "good"}
+    header["platform"]["npu"] = {"tops": 40}
+    message, _ = messages.decode(frames.encode(frames.Kind.BIRTH, header), sender="newer")
+    assert message == BIRTH
+
+
+@pytest.mark.parametrize("message", EVERY, ids=lambda m: type(m).__name__)
+def test_nothing_that_has_its_default_is_sent(message):
+    header = frames.decode(messages.encode(message)).header
+    whole = records.plain(message)
+    assert all(whole[name] == value for name, value in header.items())
+    left_out = {name: whole[name] for name in whole.keys() - header.keys()}
+    assert all(value in ("", 0, 1.0, None, [0], {}) for value in left_out.values()), left_out
+
+
+def test_an_order_that_cannot_be_read_is_known_by_its_number():
+    header = {**records.plain(ORDER), "sketch": "dct"}
+    with pytest.raises(OrderError, match="unknown key 'sketch'") as caught:
+        messages.decode(frames.encode(frames.Kind.ORDER, header), sender="newer")
+    fault = caught.value
+    assert (fault.run, fault.sequence, fault.round) == (ORDER.run, ORDER.sequence, ORDER.round)
+    header["sequence"] = "three"
+    with pytest.raises(WireError) as caught:
+        messages.decode(frames.encode(frames.Kind.ORDER, header), sender="odd")
+    assert not isinstance(caught.value, OrderError)
+
+
+def test_an_update_with_an_unknown_key_is_not_followed():
+    header = {**records.plain(UPDATE), "force": True}
+    with pytest.raises(WireError, match="unknown key 'force'"):
+        messages.decode(frames.encode(frames.Kind.UPDATE, header), sender="newer")
 
 
 @given(st.dictionaries(st.text(max_size=8), VALUES))
