@@ -6,7 +6,6 @@ heavy part (looking payloads over, aggregation) and puts its outcome there too.
 
 import contextlib
 import logging
-import math
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from orchestrator import admit, devices, rounds, updates
+from orchestrator import admit, rounds
 from orchestrator.config import RunConfig
 from orchestrator.intake import Intake
 from orchestrator.report import Report
+from orchestrator.roster import MAX_REASON, Roster
 from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies.strategy import Metrics, State, Strategy
@@ -45,8 +45,6 @@ log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
 CONNECT_S = 30.0
-MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
-MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 
 class Admitted(NamedTuple):
@@ -98,13 +96,12 @@ class Coordinator:
     ) -> None:
         self.config, self.store, self.strategy = config, store, strategy
         self.report = report
-        self._enrolled = enrolled
+        self._roster = Roster(
+            config, enrolled, rollout, lambda device, order: self._send(device, "order", order)
+        )
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="work")
         self._intake = Intake(store.blobs, config.transfer_chunks)
-        self._births: dict[str, Birth] = {}
-        self._rollout = rollout
-        self._measured_at: dict[str, float] = {}
         self._checking: set[str] = set()
         self._began = time.monotonic()
         self._late: frozenset[str] = frozenset()
@@ -186,16 +183,23 @@ class Coordinator:
         now = time.monotonic()
         match message:
             case Birth():
-                self._born(device, message, now)
+                if birth := self._roster.born(device, message, now):
+                    self.report.born(device, birth)
+                    self._intake.resume(device)
+                    session, cohort = birth.session, self.config.cohort
+                    self._apply(rounds.born(self._rounds, cohort, device, session, now))
             case Death(session=session):
-                self._rollout = updates.died(self._rollout, device, session)
+                self._roster.died(device, session)
                 self._apply(rounds.died(self._rounds, device, session))
-            case Telemetry() if message.run == self.store.run_id:
-                self.report.telemetry(device, message)
+            case Telemetry():
+                if message.run == self.store.run_id and device in self._roster.births:
+                    self.report.telemetry(device, message)
             case Result():
                 self._result(device, message)
             case Measured():
-                self._measured(device, message, bytes(body))
+                self._roster.measured(device, message, bytes(body))
+                topic = topics.topic(self.config.fleet, device, "telemetry")
+                self.link.publish(topic, b"", retain=True)  # taken from the broker
             case Want():
                 self.store.blobs.answer(message, lambda m, b: self._send(device, "down", m, b))
             case Chunk() | Gone():
@@ -204,65 +208,18 @@ class Coordinator:
             case _:
                 pass
 
-    def _born(self, device: str, birth: Birth, now: float) -> None:
-        if birth.device != device:
-            log.warning("dropped: birth message of %r on the topic of %r", birth.device, device)
-            return
-        if reason := self._stranger(device):
-            log.warning("refused: %s", reason)
-            self._send(device, "order", Receipt("birth", accepted=False, reason=reason))
-            return
-        said = "".join(c if c.isprintable() else " " for c in birth.update[:MAX_REASON])
-        birth = replace(birth, update=said)
-        before = self._births.get(device)
-        if birth.update and (before is None or before.update != birth.update):
-            log.warning("%s: update: %s", device, birth.update)
-        devices.born(self.config.runs, self.config.fleet, birth)
-        self._births[device] = birth
-        self.report.born(device, birth)
-        self._rollout = updates.born(self._rollout, device, birth, now)
-        self._intake.resume(device)
-        self._apply(rounds.born(self._rounds, self.config.cohort, device, birth.session, now))
-
-    def _stranger(self, device: str) -> str:
-        """Why a device may not take part; "" if it may."""
-        if self._enrolled is None or device in self._enrolled:
-            return ""
-        return (
-            f"device {device!r} is not enrolled in fleet {self.config.fleet!r}; "
-            f"run: orchestrator enroll {device}"
-        )
-
-    def _measured(self, device: str, message: Measured, body: bytes) -> None:
-        """Keep a measurement, tell the device so, and take it from the broker."""
-        runs, name = self.config.runs, self.config.fleet
-        now = time.monotonic()
-        reason = self._stranger(device)
-        if not reason and now - self._measured_at.get(device, -math.inf) < MEASURED_S:
-            reason = "a report came a moment ago; measure again"
-        if not reason:
-            self._measured_at[device] = now
-            try:
-                devices.take(runs, name, device, body)
-            except (StillhouseError, OSError) as fault:
-                reason = str(fault)[:MAX_REASON]
-        log.info("measurement of %s: %s", device, reason or "kept")
-        receipt = Receipt("measured", accepted=not reason, run=message.digest, reason=reason)
-        self._send(device, "order", receipt)
-        self.link.publish(topics.topic(name, device, "telemetry"), b"", retain=True)
-
     def _result(self, device: str, result: Result) -> None:
         ours = result.run == self.store.run_id
         if ours and (known := self.store.verdict(result.sequence, device)):
             self._receipt(known, result)
             return
-        if device not in self._births:
+        if device not in self._roster.births:
             return  # not enrolled, or its birth is still on the way: it will offer again
         attempt = self._attempt
         order = (attempt.orders if attempt else self._carried).get(device)
         collecting = self._rounds.phase is Phase.COLLECTING
         try:
-            samples = self._births[device].samples
+            samples = self._roster.births[device].samples
             open_order = order if collecting else None
             admit.header(result, open_order, device, samples, self.strategy.task.limits)
         except StillhouseError as fault:
@@ -286,13 +243,7 @@ class Coordinator:
             self._submit(self._look_over, self._attempt.orders[result.device], result)
         for device, want in self._intake.wants(now, frozenset(self._rounds.live)):
             self._send(device, "down", want)
-        held_by = self._rollout.held_by
-        self._rollout, tell = updates.ticked(self._rollout, now)
-        if self._rollout.held_by not in ("", held_by):
-            log.info("updates of the others wait for the canary %s", self._rollout.held_by)
-        for device, update in tell:
-            log.info("%s is told of %s", device, update.release.package.version)
-            self._send(device, "order", update)
+        self._roster.ticked(now)
         self._apply(rounds.ticked(self._rounds, self.config.cohort, now))
 
     def _look_over(self, order: Order, result: Result) -> Event:
@@ -382,7 +333,7 @@ class Coordinator:
 
     def _open(self, number: int, cohort: frozenset[str]) -> None:
         carried = {device: self._carried[device] for device in self._rounds.carried}
-        births = {device: self._births[device] for device in sorted(cohort - carried.keys())}
+        births = {device: self._roster.births[device] for device in sorted(cohort - carried.keys())}
         sequence = self.store.next_sequence()
         orders = self.strategy.orders(self._state, number, sequence, births)
         self._attempt = self.store.begin(number, {**carried, **orders})

@@ -93,7 +93,7 @@ def read(
         if release.newer(told.package.version.partition("+py")[0], __version__):
             raise ReleaseError(
                 f"{deb}: {told.package.version} is newer than this orchestrator, {__version__}, "
-                "which may not understand its births; update the orchestrator first"
+                "and was never tried with it; update the orchestrator first"
             )
         digest = hashlib.sha256(content).hexdigest()
         if digest != told.package.sha256:

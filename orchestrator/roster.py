@@ -1,0 +1,110 @@
+"""Who is there: births, measurements, and the package that each device should have."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from orchestrator import devices, updates
+from orchestrator.config import RunConfig
+from orchestrator.updates import Rollout
+from wire.errors import StillhouseError
+from wire.messages import Birth, Measured, Receipt, Update
+
+log = logging.getLogger("orchestrator")
+
+MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
+MAX_OPEN = 10_000  # names that a fleet of open admission takes; one that is enrolled has its list
+MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
+
+Tell = Callable[[str, Receipt | Update], None]  # a device, and its order
+
+
+class Roster:
+    """The devices of a run.
+
+    Args:
+        config: of the run.
+        enrolled: names that may take part; None takes any.
+        rollout: packages that devices are told of.
+        tell: sends a device an order.
+
+    Attributes:
+        births: the last one of each device that may take part.
+    """
+
+    def __init__(
+        self, config: RunConfig, enrolled: frozenset[str] | None, rollout: Rollout, tell: Tell
+    ) -> None:
+        self.births: dict[str, Birth] = {}
+        self._config, self._enrolled, self._tell = config, enrolled, tell
+        self._rollout = rollout
+        self._measured_at: dict[str, float] = {}
+
+    def born(self, device: str, birth: Birth, now_s: float) -> Birth | None:
+        """Note a birth that came on a device's topic; it, fit to be shown, or None if refused."""
+        if birth.device != device:
+            log.warning("dropped: birth message of %r on the topic of %r", birth.device, device)
+            return None
+        if reason := self._stranger(device):
+            log.warning("refused: %s", reason)
+            self._tell(device, Receipt("birth", accepted=False, reason=reason))
+            return None
+        said = "".join(c if c.isprintable() else " " for c in birth.update[:MAX_REASON])
+        birth = replace(birth, update=said)
+        before = self.births.get(device)
+        if birth.update and (before is None or before.update != birth.update):
+            log.warning("%s: update: %s", device, birth.update)
+        devices.born(self._config.runs, self._config.fleet, birth)
+        self.births[device] = birth
+        self._rollout = updates.born(self._rollout, device, birth, now_s)
+        return birth
+
+    def died(self, device: str, session: int) -> None:
+        """A connection ended."""
+        self._rollout = updates.died(self._rollout, device, session)
+
+    def measured(self, device: str, message: Measured, body: bytes) -> None:
+        """Keep a measurement, and tell the device so."""
+        now = time.monotonic()
+        reason = self._stranger(device)
+        if not reason and now - self._measured_at.get(device, -math.inf) < MEASURED_S:
+            reason = "a report came a moment ago; measure again"
+        if not reason:
+            self._measured_at[device] = now
+            try:
+                devices.take(self._config.runs, self._config.fleet, device, body)
+            except (StillhouseError, OSError) as fault:
+                reason = str(fault)[:MAX_REASON]
+        log.info("measurement of %s: %s", device, reason or "kept")
+        receipt = Receipt("measured", accepted=not reason, run=message.digest, reason=reason)
+        self._tell(device, receipt)
+
+    def ticked(self, now_s: float) -> None:
+        """Tell those of a newer package whose turn it is."""
+        held_by = self._rollout.held_by
+        self._rollout, tell = updates.ticked(self._rollout, now_s)
+        if self._rollout.held_by not in ("", held_by):
+            log.info("updates of the others wait for the canary %s", self._rollout.held_by)
+        for device, update in tell:
+            log.info("%s is told of %s", device, update.release.package.version)
+            self._tell(device, update)
+
+    def _stranger(self, device: str) -> str:
+        """Why a device may not take part; "" if it may."""
+        fleet = self._config.fleet
+        if self._enrolled is not None:
+            if device in self._enrolled:
+                return ""
+            return (
+                f"device {device!r} is not enrolled in fleet {fleet!r}; "
+                f"run: orchestrator enroll {device}"
+            )
+        known = self.births.keys() | self._measured_at.keys()
+        if device in known or len(known) < MAX_OPEN:
+            return ""
+        return (
+            f"fleet {fleet!r} is open, and has {MAX_OPEN} names, which is all it takes; enroll its "
+            'devices, and set admission = "enrolled"'
+        )

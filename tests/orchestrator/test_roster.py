@@ -1,0 +1,102 @@
+"""Who may take part in a run, and what is believed of a device."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from orchestrator import devices, roster
+from orchestrator.config import RunConfig
+from orchestrator.roster import Roster
+from orchestrator.updates import Rollout
+from tests.wire.test_measurement import REPORT
+from wire import measurement, signing
+from wire.messages import Birth, Measured, Platform
+
+MACHINE = Platform("Pi", "aarch64", 4, 1 << 30, "3.11", "1.31")
+
+
+def birth(device, update=""):
+    return Birth(device, 1, "0.1.0", 100, "ab" * 32, MACHINE, update=update)
+
+
+@pytest.fixture
+def told():
+    return []
+
+
+@pytest.fixture
+def make(tmp_path, told):
+    """A roster of the open fleet `fleet`, or of one with enrolled devices."""
+    config = RunConfig(name="run", heldout=Path("heldout.npz"), runs=tmp_path, fleet="fleet")
+
+    def build(*enrolled):
+        names = frozenset(enrolled) or None
+        return Roster(config, names, Rollout(), lambda *said: told.append(said))
+
+    return build
+
+
+def reasons(told):
+    return [(device, receipt.reason) for device, receipt in told]
+
+
+def test_a_birth_counts_on_its_own_topic_only(make, told):
+    there = make()
+    assert there.born("pi", birth("other"), 0.0) is None
+    assert there.births == {}
+    assert there.born("pi", birth("pi"), 0.0) == birth("pi")
+    assert there.births == {"pi": birth("pi")}
+    assert told == []
+
+
+def test_who_is_not_enrolled_is_told_so_and_leaves_nothing(make, told, tmp_path):
+    there = make("pi")
+    assert there.born("spy", birth("spy"), 0.0) is None
+    there.measured("spy", Measured("spy", "ab" * 32), b"{}")
+    assert [device for device, reason in reasons(told) if "is not enrolled" in reason] == 2 * [
+        "spy"
+    ]
+    assert there.births == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_open_fleet_takes_no_more_names_than_it_may(make, told, monkeypatch):
+    monkeypatch.setattr(roster, "MAX_OPEN", 2)
+    there = make()
+    for name in ("a", "b", "c"):
+        there.born(name, birth(name), 0.0)
+    there.measured("d", Measured("d", "ab" * 32), b"{}")
+    assert [device for device, reason in reasons(told) if "fleet 'fleet' is open" in reason] == [
+        "c",
+        "d",
+    ]
+    assert there.born("a", birth("a"), 0.0)  # those that it knows come and go
+    assert there.births.keys() == {"a", "b"}
+
+
+def test_an_updates_fault_is_shown_in_one_printable_line(make, caplog):
+    shown = make().born("pi", birth("pi", "0.2 is refused\x1b[2J\n" + 600 * "x"), 0.0)
+    assert shown.update.isprintable()
+    assert len(shown.update) == roster.MAX_REASON
+    assert caplog.messages == [f"pi: update: {shown.update}"]
+
+
+def test_a_measurement_is_kept_and_a_second_one_within_a_moment_is_not(
+    make, told, tmp_path, monkeypatch
+):
+    now = iter((0.0, 0.9 * roster.MEASURED_S, 1.1 * roster.MEASURED_S))
+    monkeypatch.setattr(roster.time, "monotonic", lambda: next(now))
+    key = signing.own_key(tmp_path / "device.pem")
+    there = make()
+    for at in ("2026-01-01T00:00:00Z", "2026-01-01T00:00:01Z", "2026-01-01T00:00:02Z"):
+        report = {**REPORT, "name": "pi", "measured_at": at}
+        body = measurement.sign(key, report).to_bytes()
+        there.measured("pi", Measured("pi", hashlib.sha256(body).hexdigest()), body)
+    assert reasons(told) == [
+        ("pi", ""),
+        ("pi", "a report came a moment ago; measure again"),
+        ("pi", ""),
+    ]
+    (device,) = devices.known(tmp_path, "fleet")
+    assert device.measured.measured_at == "2026-01-01T00:00:02Z"
