@@ -31,7 +31,7 @@ class Boot(Protocol):
     """A boot partition, wherever it is; names are relative to it, with `/` between folders."""
 
     def read(self, name: str) -> bytes | None:
-        """A file's content, None where there is none."""
+        """A file's content, None where there is none; ImageError where it cannot be read."""
 
     def put(self, folder: Path) -> None:
         """Copy what is in a folder, folders and all, over what is there."""
@@ -67,7 +67,12 @@ class FatBoot:
         with tempfile.TemporaryDirectory(prefix="stillhouse-boot-") as folder:
             copy = Path(folder) / "file"
             done = _tried(["mcopy", *self._at, f"::/{name}", str(copy)])
-            return copy.read_bytes() if done.returncode == 0 else None
+            if done.returncode == 0:
+                return copy.read_bytes()
+            if done.stderr.strip().endswith("not found"):
+                return None
+            raise ImageError(f"{self.path}: its boot partition cannot be read: "
+                             f"{done.stderr.strip()[-300:]}")  # fmt: skip
 
     def put(self, folder: Path) -> None:
         """See `Boot`."""
@@ -101,8 +106,10 @@ class MountedBoot:
         """See `Boot`."""
         try:
             return (self.path / name).read_bytes()
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError as fault:
+            raise ImageError(f"{self.path}: cannot be read: {fault}") from fault
 
     def put(self, folder: Path) -> None:
         """See `Boot`."""

@@ -9,7 +9,7 @@ import pytest
 
 from hardware.image.__main__ import main
 from hardware.image.build import SCRIPT, UNIT, about, build
-from hardware.image.disk import ImageError, open_disk
+from hardware.image.disk import ImageError, MountedBoot, open_disk
 from hardware.image.personal import Identity, boot_of, personalize, read_devices
 from orchestrator.main import app
 from tests.hardware import images
@@ -306,6 +306,17 @@ def test_kits_of_others_are_refused_and_the_card_stays_as_it_was(image, base, ki
     assert digest(image) == before
     with pytest.raises(ImageError, match=r"not an image that .* build` made"):
         personalize(base, Identity("pi_2.b"), kit)
+
+
+def test_a_boot_partition_that_cannot_be_read_is_told_from_one_that_is_another(image, kit):
+    boot, _ = open_disk(image)
+    with image.open("r+b") as card:
+        card.seek(boot.offset)
+        card.write(b"\xff" * 512)  # where the FAT says how large it is
+    with pytest.raises(ImageError, match="its boot partition cannot be read: init"):
+        personalize(image, Identity("pi-1"), kit)
+    with pytest.raises(ImageError, match=r"cannot be read: .*Not a directory"):
+        about(MountedBoot(kit / "pi-1.toml"), kit)
 
 
 @pytest.mark.parametrize(
