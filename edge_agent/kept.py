@@ -8,13 +8,15 @@ as its result may be accepted or not.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from edge_agent.journal import Journal
-from edge_agent.trainer import State
 from wire import blobs
 from wire.messages import Order
 
@@ -33,7 +35,7 @@ class Kept:
         name = self._journal.weights_file(order.run)
         return self._folder / name if name else None
 
-    def put(self, order: Order, tensors: State) -> str | None:
+    def put(self, order: Order, tensors: Mapping[str, NDArray[Any]]) -> str | None:
         """Keep what came of an order; the weights file that its result is journalled with."""
         content = save({name: np.asarray(value) for name, value in tensors.items()})
         if not order.feedback:
