@@ -1,8 +1,10 @@
 """What a run has learnt as one inference graph: `orchestrator export RUN --out model.onnx`.
 
 For fedgkt the graph is a device's extractor with the large model on top (He et al. 2020, section
-3.3); for fedavg and feddropout the global model. Normalization is part of it, so that its input is
-plain pixels: `image` float32 (N, C, H, W) from 0 to 1; its output `logits` (N, classes).
+3.3), or with `--small` the device's own network, as the large one taught it; for fedavg and
+feddropout the global model; for local, with `--small`, a device's. Normalization is part of it, so
+that its input is plain pixels: `image` float32 (N, C, H, W) from 0 to 1; its output `logits`
+(N, classes).
 """
 
 import json
@@ -18,6 +20,7 @@ import models
 from orchestrator import distill
 from orchestrator.config import RunConfig
 from orchestrator.store import last_checkpoint
+from orchestrator.strategies import extractors
 from wire import records
 from wire.errors import RunError
 
@@ -63,32 +66,37 @@ def read_config(folder: Path) -> RunConfig:
     return records.build(RunConfig, table, where=str(path), error=RunError)
 
 
-def export_run(folder: Path, out: Path, device: str | None = None) -> Deployed:
+def export_run(
+    folder: Path, out: Path, device: str | None = None, *, small: bool = False
+) -> Deployed:
     """Write the run's model as ONNX and compare it with PyTorch through onnxruntime.
 
     Args:
         folder: of the run.
         out: the .onnx file to write.
-        device: whose extractor (fedgkt); None takes the one that evaluates best.
+        device: whose extractor or network; None takes the one that evaluates best.
+        small: the network that a device trains and keeps, not the large model (fedgkt, local).
 
     Raises:
-        RunError: no round is finished, there is no such device, the strategy has no model of the
-            whole, or the graph does not agree with PyTorch.
+        RunError: no round is finished, there is no such device, the strategy has no such model, or
+            the graph does not agree with PyTorch.
     """
     config = read_config(folder)
-    if config.strategy == "local":
-        raise RunError(
-            "strategy local has no model of the whole fleet; export a run of another strategy"
-        )
+    if config.strategy == "local" and not small:
+        raise RunError("strategy local has no model of the whole fleet; --small exports a device's")
+    if small and config.strategy not in ("fedgkt", "local"):
+        raise RunError(f"strategy {config.strategy} has one model for all; export without --small")
     round_, state = last_checkpoint(folder)
-    chosen = ""
-    if config.strategy != "fedgkt":
+    names = sorted({key.split("/")[1] for key in state.tensors if key.startswith("device/")})
+    if device is not None and names and device not in names:
+        raise RunError(f"no device {device!r} in {folder}; there are {', '.join(names)}")
+    chosen = (device or _best(folder, names, small=small)) if names else ""
+    if not names:
         parts = [distill.load(_device_model(config, ""), state.under("global"))]
+    elif small:
+        weights = state.under(extractors.network(state, config.device, chosen))
+        parts = [distill.load(_device_model(config, chosen), weights)]
     else:
-        names = sorted(state.notes["shards"])
-        if device is not None and device not in names:
-            raise RunError(f"no device {device!r} in {folder}; there are {', '.join(names)}")
-        chosen = device or _best(folder, names)
         extractor = distill.load(
             _device_model(config, chosen).get_submodule("extractor"),
             state.under(f"extractor/{chosen}"),
@@ -102,14 +110,15 @@ def export_run(folder: Path, out: Path, device: str | None = None) -> Deployed:
     return Deployed(out, round_, chosen, difference)
 
 
-def _best(folder: Path, names: list[str]) -> str:
-    """The device whose extractor does best under the large model, by the last report."""
+def _best(folder: Path, names: list[str], *, small: bool = False) -> str:
+    """The device whose network, or extractor under the large model, did best when last looked."""
+    key = "device_accuracy" if small else "server_accuracy"
     try:
         history = json.loads((folder / "status.json").read_text())["history"]
-        devices = next(e["devices"] for e in reversed(history) if "server_accuracy" in e)
+        devices = next(e["devices"] for e in reversed(history) if key in e)
     except (OSError, ValueError, KeyError, StopIteration):
         return names[0]
-    return max(names, key=lambda n: devices.get(n, {}).get("server_accuracy", 0.0))
+    return max(names, key=lambda n: devices.get(n, {}).get(key, 0.0))
 
 
 def _device_model(config: RunConfig, name: str) -> nn.Module:

@@ -192,13 +192,18 @@ def measure_report(
 def export(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     out: Annotated[Path, typer.Option(help="The .onnx file to write.")],
-    device: Annotated[str | None, typer.Option(help="Whose extractor (fedgkt).")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Whose extractor or network (fedgkt, local); default: best.")
+    ] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="A device's own network, not the large one.")
+    ] = False,
 ) -> None:
     """Write what a run has learnt as one ONNX graph, pixels to logits."""
     from orchestrator.deploy import export_run
 
-    done = export_run(run, out, device)
-    whose = f", extractor of {done.device}" if done.device else ""
+    done = export_run(run, out, device, small=small)
+    whose = f", {'network' if small else 'extractor'} of {done.device}" if done.device else ""
     console.print(
         f"{done.path}: round {done.round}{whose}; differs from PyTorch by at most "
         f"{done.difference:.1e}"

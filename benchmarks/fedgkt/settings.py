@@ -139,9 +139,11 @@ BASE = Setting("two-way")
 FRUGAL = {"extractor": "shared", "freeze_after": 1, "views": True}
 
 
-def _frugal(name: str, features: str, alpha: float, *, device_alpha: float = 1.0) -> Setting:
+def _frugal(
+    name: str, features: str, alpha: float, *, device_alpha: float = 1.0, **transfer: object
+) -> Setting:
     device, server = {"features": features, "alpha": device_alpha}, {"alpha": alpha}
-    return Setting(name, {"device": device, "server": server, "transfer": FRUGAL})
+    return Setting(name, {"device": device, "server": server, "transfer": FRUGAL | transfer})
 
 
 def _uplink(name: str, **transfer: object) -> Setting:
@@ -187,6 +189,8 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         _frugal("frugal, q=4", "relu|q=4|zstd", 0.1),
         _frugal("frugal, q=3", "relu|q=3|zstd", 0.1),
         _frugal("frugal, q=1", "relu|q=1|zstd", 0.1),
+        _frugal("frugal, shared", "relu|q=2|zstd", 0.0, network="shared"),
+        _frugal("frugal, shared, none", "relu|q=2|zstd", 0.0, device_alpha=0.0, network="shared"),
     ),
     "devices": tuple(Setting(f"{n} devices", devices=n) for n in (8, 16, 64, 128)),
     "late": (

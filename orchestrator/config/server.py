@@ -13,6 +13,9 @@ class TransferConfig:
     Attributes:
         extractor: "own": each device trains its own (the paper); "shared": after each round all
             devices go on with the mean of theirs.
+        network: "own": each device trains its own (the paper); "shared": after each round all
+            devices with the same model go on with the mean of theirs, FedAvg beside FedGKT. Wants
+            a shared extractor.
         freeze_after: the extractor is trained in so many rounds, then no more: feature maps travel
             once, and from then on logits alone. None: always trained (the paper).
         views: each round shows each sample in another crop, and mirrored or not, and teacher
@@ -26,6 +29,7 @@ class TransferConfig:
     """
 
     extractor: Literal["own", "shared"] = "own"
+    network: Literal["own", "shared"] = "own"
     freeze_after: int | None = None
     views: bool = False
     resend: float = 0.0
@@ -36,6 +40,10 @@ class TransferConfig:
         if codecs.parse(self.logits).coder.lowest >= 0:
             raise ValueError(
                 f"logits: {self.logits} takes no negative values; use float16, identity|q=8, ..."
+            )
+        if self.network == "shared" and self.extractor == "own":
+            raise ValueError(
+                'network: a shared one has a shared extractor; set extractor = "shared"'
             )
         if self.freeze_after is not None and self.freeze_after < 0:
             raise ValueError(f"freeze_after: expected 0 rounds or more, got {self.freeze_after}")

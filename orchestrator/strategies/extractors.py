@@ -1,6 +1,10 @@
-"""Extractors, the first layers of the devices' networks, whose output travels in FedGKT."""
+"""Extractors, the first layers of the devices' networks, whose output travels in FedGKT.
 
-from collections.abc import Mapping
+And what devices share: the mean of their extractors, or of their whole networks.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +13,9 @@ from torch import nn
 
 import models
 from orchestrator import distill
-from orchestrator.strategies.strategy import Array, Task
+from orchestrator.config import DeviceConfig
+from orchestrator.strategies.strategy import Array, State, Task
+from wire.messages import Result
 
 EXTRACTOR = "extractor."
 PROBE = 64  # held-out images that tell how far an extractor has moved
@@ -26,8 +32,39 @@ def shapes(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in weights.items()}
 
 
-def mean(each: Mapping[str, Mapping[str, Array]], sizes: Mapping[str, float]) -> dict[str, Array]:
-    """The mean of several extractors, by their devices' samples."""
+def shared(state: State, model: str) -> dict[str, Array]:
+    """The weights that all devices with a model go on with, by their names in it."""
+    extractor = {EXTRACTOR + name: array for name, array in state.under("shared").items()}
+    return state.under(f"network/{model}") | extractor
+
+
+def network(state: State, device: DeviceConfig, name: str) -> str:
+    """Where the state has a device's network: that of all with its model, or its own."""
+    together = f"network/{device.model_of(name)}"
+    return together if state.under(together) else f"device/{name}"
+
+
+def means(
+    task: Task, own: Mapping[str, Mapping[str, Array]], results: Sequence[Result], round_: int
+) -> dict[str, Array]:
+    """Of what `shared` reads, what a round's results change: means by their samples.
+
+    As in FedAvg, nobody counts more than `cohort.max_weight` times the median device.
+    """
+    device, transfer, found = task.config.device, task.config.transfer, {}
+    most = task.config.cohort.max_weight * statistics.median_low(r.samples for r in results)
+    sizes = {result.device: min(result.samples, most) for result in results}
+    if not transfer.frozen(round_):
+        mean = _mean({name: part(weights) for name, weights in own.items()}, sizes)
+        found = {f"shared/{name}": array for name, array in mean.items()}
+    for model in device.models if transfer.network == "shared" else ():
+        if same := {name: own[name] for name in own if device.model_of(name) == model}:
+            mean = _mean(same, sizes)
+            found |= {f"network/{model}/{name}": array for name, array in mean.items()}
+    return found
+
+
+def _mean(each: Mapping[str, Mapping[str, Array]], sizes: Mapping[str, float]) -> dict[str, Array]:
     names, shares = [*each], [sizes[name] for name in each]
     return {
         key: np.average([each[n][key] for n in names], axis=0, weights=shares).astype(np.float32)

@@ -12,7 +12,6 @@ that the server has are not those that the device would send now; else z_c alone
 
 import logging
 import shutil
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,7 +45,8 @@ class FedGKT:
 
     State: tensors `server/...` (the large model), `optimizer/...` (its optimizer),
     `device/<name>/...` (each device's last weights), `extractor/<name>/...` (the one that made the
-    device's feature maps) and `shared/...` (the extractor that all go on with, if they do); notes
+    device's feature maps), `shared/...` (the extractor that all go on with, if they do) and
+    `network/<model>/...` (the network that all with this model go on with, if they do); notes
     "shards" and "teachers", each by device, and "schedule".
 
     Raises:
@@ -94,6 +94,10 @@ class FedGKT:
         learnt = _under("server", distill.weights(server))
         if self.task.config.transfer.extractor == "shared":
             learnt |= _under("shared", extractors.part(self.task.initial))
+        if self.task.config.transfer.network == "shared":
+            for model in self.task.config.device.models:
+                initial = self.task.others.get(model, self.task.initial)
+                learnt |= _under(f"network/{model}", initial)
         return State(learnt, {"shards": {}, "teachers": {}, "blobs": []})
 
     def orders(
@@ -102,10 +106,12 @@ class FedGKT:
         """To each device its own teacher logits, if they are for the samples it has now."""
         task, device, transfer = self.task, self.task.config.device, self.task.config.transfer
         frozen, orders = transfer.frozen(round_), {}
-        shared = state.under("shared")
-        whole = {extractors.EXTRACTOR + name: array for name, array in shared.items()}
-        packed = tensors.pack(tensors.weights(whole, "float32"), seed=0)
-        ref = task.blobs.put(packed) if shared else None
+        shared, refs = state.under("shared"), {}
+        for model in device.models if shared else ():
+            packed = tensors.pack(
+                tensors.weights(extractors.shared(state, model), "float32"), seed=0
+            )
+            refs[model] = task.blobs.put(packed)
         for name, birth in cohort.items():
             teacher = state.notes["teachers"].get(name)
             fits = teacher is not None and teacher["data_digest"] == birth.data_digest
@@ -120,7 +126,7 @@ class FedGKT:
                 round_,
                 sequence,
                 Recipe(device.model_of(name), frozen=frozen),
-                state=ref,
+                state=refs.get(device.model_of(name)),
                 own=True,
                 teacher=BlobRef(**teacher["ref"]) if fits else None,
                 data_digest=birth.data_digest,
@@ -153,8 +159,11 @@ class FedGKT:
         """Train on all shards, compute every sample's z_s, evaluate."""
         task, config = self.task, self.task.config.server
         held: dict[str, dict[str, Any]] = dict(state.notes["shards"])
-        kept = {n: a for n, a in state.tensors.items() if n.startswith(("device/", "extractor/"))}
-        kept |= _under("shared", state.under("shared"))
+        kept = {
+            name: array
+            for name, array in state.tensors.items()
+            if name.startswith(("device/", "extractor/", "shared/", "network/"))
+        }
         own = {r.device: read_payload(task, orders[r.device], r, "state") for r in results}
         for result in results:
             name, order = result.device, orders[result.device]
@@ -163,12 +172,8 @@ class FedGKT:
             held[name] = {**held.get(name, {}), **_entry(order, result)}
             kept |= _under(f"device/{name}", own[name])
         transfer = task.config.transfer
-        if transfer.extractor == "shared" and not transfer.frozen(round_):
-            most = task.config.cohort.max_weight * statistics.median_low(r.samples for r in results)
-            sizes = {result.device: min(result.samples, most) for result in results}
-            kept |= _under(
-                "shared", extractors.mean({n: extractors.part(own[n]) for n in own}, sizes)
-            )
+        if transfer.extractor == "shared":
+            kept |= extractors.means(task, own, results, round_)
         for name, entry in held.items() if transfer.resend else ():
             weights = State(kept, {})
             now = weights.under("shared") or extractors.part(weights.under(f"device/{name}"))
@@ -292,7 +297,7 @@ class FedGKT:
     def _evaluate(self, state: State, model: nn.Module, names: Sequence[str]) -> Metrics:
         """Held-out accuracy of each device's extractor + large model, and of its own classifier."""
         heldout, config = self.task.heldout, self.task.config.server
-        devices, known = {}, {}
+        devices, known, small = {}, {}, {}
         for i, name in enumerate(names):
             weights = state.under(f"extractor/{name}")
             key = b"".join(weights[n].tobytes() for n in sorted(weights))
@@ -300,11 +305,11 @@ class FedGKT:
                 stacked = nn.Sequential(extractors.build(self.task, name, weights), model)
                 logits = distill.predict(stacked, heldout.x, config)
                 known[key] = distill.accuracy(logits, heldout.y)
-            small = device_model(self.task, name, state.under(f"device/{name}"))
-            devices[name] = {
-                "server_accuracy": known[key],
-                "device_accuracy": evaluate_device(self.task, small),
-            }
+            taught = extractors.network(state, self.task.config.device, name)
+            if taught not in small:  # so is a shared network
+                made = device_model(self.task, name, state.under(taught))
+                small[taught] = evaluate_device(self.task, made)
+            devices[name] = {"server_accuracy": known[key], "device_accuracy": small[taught]}
             self.task.progress("evaluate", i + 1, len(names))
         means = {
             key: float(np.mean([d[key] for d in devices.values()]))

@@ -86,6 +86,7 @@ def test_a_run_that_could_not_do_what_it_says_is_refused(settings, text):
     ("settings", "text"),
     [
         ({"freeze_after": -1}, "expected 0 rounds or more"),
+        ({"network": "shared"}, 'set extractor = "shared"'),
         ({"resend": 1.0}, "resend < 1"),
         ({"age_decay": 0.0}, "0 < age_decay"),
         ({"resend": 0.1, "views": True}, "leave one"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import save_file
@@ -205,8 +206,9 @@ def gkt(config, few):
         ({"optimizer": "adam", "lr": 0.001, "augment": True}, {}),
         ({}, {"views": True, "extractor": "shared", "freeze_after": 1}),
         ({"others": (Other("resnet4", "device-1"),), "holdout": 0.2}, {"views": True}),
+        ({}, {"extractor": "shared", "network": "shared", "freeze_after": 1}),
     ],
-    ids=["sgd", "adam-augment", "shared-frozen-views", "two-models-views"],
+    ids=["sgd", "adam-augment", "shared-frozen-views", "two-models-views", "shared-network"],
 )
 def test_fedgkt_with_agents_arrives_where_its_simulation_does(
     gkt, few, tmp_path, settings, transfer
@@ -342,6 +344,34 @@ def test_devices_go_on_with_the_mean_of_their_extractors(gkt, few):
         for name in images:  # frozen: they hold it still
             assert np.array_equal(state.under(f"device/{name}")[f"extractor.{key}"], array)
             assert np.array_equal(state.under(f"extractor/{name}")[key], array)
+
+
+def test_devices_with_one_model_go_on_with_the_mean_of_their_networks(gkt, few, tmp_path):
+    transfer = TransferConfig(extractor="shared", network="shared", freeze_after=1)
+    gkt = replace(gkt, cohort=CohortConfig(min_devices=3), rounds=2, transfer=transfer)
+    gkt = replace(gkt, device=replace(gkt.device, others=(Other("resnet4", "device-1"),)))
+    entries = simulate.run(gkt, few).entries
+    _, state = last_checkpoint(gkt.folder)
+    sizes = {name: len(held.y) for name, held in simulate.read_shards(gkt, few).items()}
+    for model, names in {"resnet8": ["device-0", "device-2"], "resnet4": ["device-1"]}.items():
+        for key, array in state.under(f"network/{model}").items():
+            own = [state.under(f"device/{name}")[key] for name in names]
+            mean = np.average(own, axis=0, weights=[sizes[name] for name in names])
+            np.testing.assert_allclose(array, mean, atol=1e-6)
+    scores = {n: d["device_accuracy"] for n, d in entries[-1]["devices"].items()}
+    assert scores["device-0"] == scores["device-2"]
+    for name, score in scores.items():
+        done = deploy.export_run(gkt.folder, tmp_path / "small.onnx", name, small=True)
+        assert accuracy_of(done.path, few) == pytest.approx(score, abs=0.011)
+
+
+def accuracy_of(path, folder):
+    """Of an exported graph, on the held-out images of a folder."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with np.load(folder / "heldout.npz") as held:
+        images = held["x"].transpose(0, 3, 1, 2).astype(np.float32) / 255
+        (logits,) = session.run(None, {"image": images})
+        return (logits.argmax(axis=1) == held["y"]).mean()
 
 
 @pytest.mark.parametrize("strategy", ["fedgkt", "local"])
@@ -589,13 +619,34 @@ def test_an_export_takes_the_device_that_did_best_when_it_was_last_looked(tmp_pa
     rounds_ = [
         {
             "server_accuracy": 0.5,
-            "devices": {"a": {"server_accuracy": 0.1}, "b": {"server_accuracy": 0.9}},
+            "device_accuracy": 0.25,
+            "devices": {
+                "a": {"server_accuracy": 0.1, "device_accuracy": 0.3},
+                "b": {"server_accuracy": 0.9, "device_accuracy": 0.2},
+            },
         },
         {"devices": {"a": {}, "b": {}}},
     ]
     (tmp_path / "status.json").write_text(json.dumps({"history": rounds_}))
     assert deploy._best(tmp_path, ["a", "b"]) == "b"
+    assert deploy._best(tmp_path, ["a", "b"], small=True) == "a"
     assert deploy._best(tmp_path / "nowhere", ["a", "b"]) == "a"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "small", "text"),
+    [
+        ("local", False, "--small exports a device's"),
+        ("fedavg", True, "has one model for all; export without --small"),
+        ("fedgkt", True, "no device 'device-9' in .*; there are device-0, device-1, device-2"),
+    ],
+)
+def test_an_export_of_what_is_not_there_is_refused(gkt, few, strategy, small, text):
+    gkt = replace(gkt, strategy=strategy, rounds=1, cohort=CohortConfig(min_devices=3))
+    simulate.run(gkt, few)
+    with pytest.raises(RunError, match=text):
+        deploy.export_run(gkt.folder, gkt.runs / "x.onnx", "device-9", small=small)
+    assert not (gkt.runs / "x.onnx").exists()
 
 
 def test_a_run_goes_on_with_other_settings_of_speed_alone(gkt, few):
