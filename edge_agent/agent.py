@@ -44,6 +44,7 @@ from wire.messages import (
 log = logging.getLogger("edge-agent")
 
 TICK_S = 0.5
+MAX_FAULT = 2000  # characters of a fault that are sent; it may repeat what an order said
 
 
 class Advanced(NamedTuple):
@@ -147,9 +148,10 @@ class Agent:
                 try:
                     message, body = messages.decode(payload, sender=topic)
                 except OrderError as fault:
+                    # Work on an earlier order goes on; its round may be open still.
                     reason = f"agent {__version__} cannot follow it: {fault}"
                     log.error("order refused: %s", reason)  # noqa: TRY400
-                    self._publish("result", self._result(fault, fault=reason))
+                    self._publish("result", self._result(fault, reason))
                     return
                 except WireError as fault:
                     log.warning("message dropped: %s", fault)
@@ -295,13 +297,15 @@ class Agent:
         self._supply = None
         self._finish(order, None, fault=str(fault))
 
-    def _finish(self, order: Order, weights_file: str | None, **outcome: Any) -> None:
+    def _finish(
+        self, order: Order, weights_file: str | None, fault: str = "", **outcome: Any
+    ) -> None:
         """Journal the result, then offer it."""
-        result = self._result(order, submodel=order.submodel, **outcome)
+        result = self._result(order, fault, submodel=order.submodel, **outcome)
         self.journal.finish(order, result, weights_file)
         self._apply(rounds.worked(self._state, result, time.monotonic(), self.config.resend_s))
 
-    def _result(self, order: Order | OrderError, **outcome: Any) -> Result:
+    def _result(self, order: Order | OrderError, fault: str = "", **outcome: Any) -> Result:
         return Result(
             device=self.config.device,
             run=order.run,
@@ -309,6 +313,7 @@ class Agent:
             round=order.round,
             samples=len(self.images.y),
             data_digest=self.images.digest,
+            fault=fault[:MAX_FAULT],
             **outcome,
         )
 

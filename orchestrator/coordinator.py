@@ -197,7 +197,7 @@ class Coordinator:
             case Result():
                 self._result(device, message)
             case Measured():
-                self._roster.measured(device, message, bytes(body))
+                self._roster.measured(device, message, bytes(body), now)
                 topic = topics.topic(self.config.fleet, device, "telemetry")
                 self.link.publish(topic, b"", retain=True)  # taken from the broker
             case Want():

@@ -94,7 +94,7 @@ def export_run(
     if not names:
         parts = [distill.load(_device_model(config, ""), state.under("global"))]
     elif small:
-        weights = state.under(extractors.network(state, config.device, chosen))
+        weights = extractors.network(state, config.device, chosen)
         parts = [distill.load(_device_model(config, chosen), weights)]
     else:
         extractor = distill.load(

@@ -196,7 +196,7 @@ def export(
         str | None, typer.Option(help="Whose extractor or network (fedgkt, local); default: best.")
     ] = None,
     small: Annotated[
-        bool, typer.Option("--small", help="A device's own network, not the large one.")
+        bool, typer.Option("--small", help="A device's small network, not the large one.")
     ] = False,
 ) -> None:
     """Write what a run has learnt as one ONNX graph, pixels to logits."""

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,7 +14,6 @@ from wire.messages import Birth, Measured, Receipt, Update
 log = logging.getLogger("orchestrator")
 
 MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
-MAX_OPEN = 10_000  # names that a fleet of open admission takes; one that is enrolled has its list
 MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 Tell = Callable[[str, Receipt | Update], None]  # a device, and its order
@@ -65,14 +63,13 @@ class Roster:
         """A connection ended."""
         self._rollout = updates.died(self._rollout, device, session)
 
-    def measured(self, device: str, message: Measured, body: bytes) -> None:
+    def measured(self, device: str, message: Measured, body: bytes, now_s: float) -> None:
         """Keep a measurement, and tell the device so."""
-        now = time.monotonic()
         reason = self._stranger(device)
-        if not reason and now - self._measured_at.get(device, -math.inf) < MEASURED_S:
+        if not reason and now_s - self._measured_at.get(device, -math.inf) < MEASURED_S:
             reason = "a report came a moment ago; measure again"
         if not reason:
-            self._measured_at[device] = now
+            self._measured_at[device] = now_s
             try:
                 devices.take(self._config.runs, self._config.fleet, device, body)
             except (StillhouseError, OSError) as fault:
@@ -93,18 +90,9 @@ class Roster:
 
     def _stranger(self, device: str) -> str:
         """Why a device may not take part; "" if it may."""
-        fleet = self._config.fleet
-        if self._enrolled is not None:
-            if device in self._enrolled:
-                return ""
-            return (
-                f"device {device!r} is not enrolled in fleet {fleet!r}; "
-                f"run: orchestrator enroll {device}"
-            )
-        known = self.births.keys() | self._measured_at.keys()
-        if device in known or len(known) < MAX_OPEN:
+        if self._enrolled is None or device in self._enrolled:
             return ""
         return (
-            f"fleet {fleet!r} is open, and has {MAX_OPEN} names, which is all it takes; enroll its "
-            'devices, and set admission = "enrolled"'
+            f"device {device!r} is not enrolled in fleet {self._config.fleet!r}; "
+            f"run: orchestrator enroll {device}"
         )

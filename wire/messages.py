@@ -16,9 +16,10 @@
 The device sends a result again until it has the receipt; the orchestrator sends an order again
 when a device is born anew. Both are told apart by (run, sequence), so that repetition is harmless.
 
-Agents and orchestrators of several versions talk: a key that has its default is not sent, one that
-is not known is passed over. But an order or an update means all that it says: with an unknown key
-it is refused, and the device answers an order that it cannot read with that fault.
+Agents and orchestrators of several versions talk: a message's key that has its default is not sent
+(so no default ever changes), one that is not known is passed over. But an order or an update means
+all that it says: with an unknown key it is refused, and the device answers an order that it cannot
+read with that fault.
 """
 
 import contextlib
@@ -430,7 +431,9 @@ def decode(data: bytes, *, sender: str) -> tuple[Message, memoryview]:
 def _named(header: Mapping[str, Any]) -> Result | None:
     """The start of an answer to an order that cannot be read, if it says which one it is."""
     naming = {key: header.get(key) for key in ("run", "sequence", "round")}
-    with contextlib.suppress(WireError):
+    with contextlib.suppress(WireError, ValueError):
         answer = {"device": "", "samples": 0, **naming}
-        return records.build(Result, answer, where="answer", error=WireError)
+        named = records.build(Result, answer, where="answer", error=WireError)
+        topics.check_name(named.run, "run name")
+        return named
     return None

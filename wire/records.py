@@ -1,7 +1,8 @@
 """Plain mappings to frozen dataclasses, strictly, for everything that comes from outside.
 
 TOML tables (configuration) and msgpack maps (messages) pass through the same door: every key must
-be known, every required key present, every value of the annotated type. Inside, types are trusted.
+be known (but in most messages, see there), every required key present, every value of the annotated
+type. Inside, types are trusted.
 
 Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str),
 Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, Mapping[str, X], and nested
@@ -51,7 +52,7 @@ def build(
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(hints)}"
-            raise error(f"{where}: unknown key {key!r}; {hint}")
+            raise error(f"{where}: unknown key {key!r:.80}; {hint}")
     values = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in mapping:

@@ -191,6 +191,9 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         _frugal("frugal, q=1", "relu|q=1|zstd", 0.1),
         _frugal("frugal, shared", "relu|q=2|zstd", 0.0, network="shared"),
         _frugal("frugal, shared, none", "relu|q=2|zstd", 0.0, device_alpha=0.0, network="shared"),
+        _frugal(
+            "frugal, shared, frozen after 3", "relu|q=2|zstd", 0.0, network="shared", freeze_after=3
+        ),
     ),
     "devices": tuple(Setting(f"{n} devices", devices=n) for n in (8, 16, 64, 128)),
     "late": (

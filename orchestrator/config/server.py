@@ -15,7 +15,8 @@ class TransferConfig:
             devices go on with the mean of theirs.
         network: "own": each device trains its own (the paper); "shared": after each round all
             devices with the same model go on with the mean of theirs, FedAvg beside FedGKT. Wants
-            a shared extractor.
+            a shared extractor. What is evaluated on held-out images is the mean, what on a share
+            that devices hold out are the networks before.
         freeze_after: the extractor is trained in so many rounds, then no more: feature maps travel
             once, and from then on logits alone. None: always trained (the paper).
         views: each round shows each sample in another crop, and mirrored or not, and teacher

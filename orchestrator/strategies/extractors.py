@@ -38,10 +38,22 @@ def shared(state: State, model: str) -> dict[str, Array]:
     return state.under(f"network/{model}") | extractor
 
 
-def network(state: State, device: DeviceConfig, name: str) -> str:
-    """Where the state has a device's network: that of all with its model, or its own."""
-    together = f"network/{device.model_of(name)}"
-    return together if state.under(together) else f"device/{name}"
+def network(state: State, device: DeviceConfig, name: str) -> dict[str, Array]:
+    """A device's network: that which it goes on with, if that is shared, or as it trained it."""
+    model = device.model_of(name)
+    together = state.under(f"network/{model}")
+    return shared(state, model) if together else state.under(f"device/{name}")
+
+
+def begin(task: Task) -> dict[str, Array]:
+    """What `shared` reads, before round 1."""
+    device, transfer, found = task.config.device, task.config.transfer, {}
+    if transfer.extractor == "shared":
+        found = {f"shared/{name}": array for name, array in part(task.initial).items()}
+    for model in device.models if transfer.network == "shared" else ():
+        initial = task.others.get(model, task.initial)
+        found |= {f"network/{model}/{name}": array for name, array in _rest(initial).items()}
+    return found
 
 
 def means(
@@ -49,26 +61,36 @@ def means(
 ) -> dict[str, Array]:
     """Of what `shared` reads, what a round's results change: means by their samples.
 
-    As in FedAvg, nobody counts more than `cohort.max_weight` times the median device.
+    Of extractors over all devices, of what follows over those with one model. As in FedAvg, nobody
+    counts more than `cohort.max_weight` times the median device among them.
     """
     device, transfer, found = task.config.device, task.config.transfer, {}
-    most = task.config.cohort.max_weight * statistics.median_low(r.samples for r in results)
-    sizes = {result.device: min(result.samples, most) for result in results}
+    most = task.config.cohort.max_weight
+    sizes = {result.device: result.samples for result in results}
     if not transfer.frozen(round_):
-        mean = _mean({name: part(weights) for name, weights in own.items()}, sizes)
+        mean = _mean({name: part(weights) for name, weights in own.items()}, sizes, most)
         found = {f"shared/{name}": array for name, array in mean.items()}
     for model in device.models if transfer.network == "shared" else ():
-        if same := {name: own[name] for name in own if device.model_of(name) == model}:
-            mean = _mean(same, sizes)
+        if same := {name: _rest(own[name]) for name in own if device.model_of(name) == model}:
+            mean = _mean(same, sizes, most)
             found |= {f"network/{model}/{name}": array for name, array in mean.items()}
     return found
 
 
-def _mean(each: Mapping[str, Mapping[str, Array]], sizes: Mapping[str, float]) -> dict[str, Array]:
-    names, shares = [*each], [sizes[name] for name in each]
+def _rest(weights: Mapping[str, Array]) -> dict[str, Array]:
+    """Of a device's weights those behind its extractor."""
+    return {name: array for name, array in weights.items() if not name.startswith(EXTRACTOR)}
+
+
+def _mean(
+    each: Mapping[str, Mapping[str, Array]], sizes: Mapping[str, int], most: float
+) -> dict[str, Array]:
+    median = statistics.median_low(sizes[name] for name in each)
+    shares = [min(sizes[name], most * median) for name in each]
+    several = [*each.values()]
     return {
-        key: np.average([each[n][key] for n in names], axis=0, weights=shares).astype(np.float32)
-        for key in each[names[0]]
+        key: np.average([one[key] for one in several], axis=0, weights=shares).astype(np.float32)
+        for key in several[0]
     }
 
 

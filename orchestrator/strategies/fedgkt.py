@@ -46,8 +46,8 @@ class FedGKT:
     State: tensors `server/...` (the large model), `optimizer/...` (its optimizer),
     `device/<name>/...` (each device's last weights), `extractor/<name>/...` (the one that made the
     device's feature maps), `shared/...` (the extractor that all go on with, if they do) and
-    `network/<model>/...` (the network that all with this model go on with, if they do); notes
-    "shards" and "teachers", each by device, and "schedule".
+    `network/<model>/...` (what follows it, likewise, for all with this model); notes "shards" and
+    "teachers", each by device, and "schedule".
 
     Raises:
         RunError: a device model has no extractor, or the feature maps of two differ in shape, or
@@ -91,13 +91,7 @@ class FedGKT:
         if self.task.pretrained and not models.inherit(server, self.task.pretrained):
             log.warning("pretrained: nothing fits %s, which begins with random weights",
                         self.task.config.server.model)  # fmt: skip
-        learnt = _under("server", distill.weights(server))
-        if self.task.config.transfer.extractor == "shared":
-            learnt |= _under("shared", extractors.part(self.task.initial))
-        if self.task.config.transfer.network == "shared":
-            for model in self.task.config.device.models:
-                initial = self.task.others.get(model, self.task.initial)
-                learnt |= _under(f"network/{model}", initial)
+        learnt = _under("server", distill.weights(server)) | extractors.begin(self.task)
         return State(learnt, {"shards": {}, "teachers": {}, "blobs": []})
 
     def orders(
@@ -297,6 +291,7 @@ class FedGKT:
     def _evaluate(self, state: State, model: nn.Module, names: Sequence[str]) -> Metrics:
         """Held-out accuracy of each device's extractor + large model, and of its own classifier."""
         heldout, config = self.task.heldout, self.task.config.server
+        device, transfer = self.task.config.device, self.task.config.transfer
         devices, known, small = {}, {}, {}
         for i, name in enumerate(names):
             weights = state.under(f"extractor/{name}")
@@ -305,11 +300,11 @@ class FedGKT:
                 stacked = nn.Sequential(extractors.build(self.task, name, weights), model)
                 logits = distill.predict(stacked, heldout.x, config)
                 known[key] = distill.accuracy(logits, heldout.y)
-            taught = extractors.network(state, self.task.config.device, name)
-            if taught not in small:  # so is a shared network
-                made = device_model(self.task, name, state.under(taught))
-                small[taught] = evaluate_device(self.task, made)
-            devices[name] = {"server_accuracy": known[key], "device_accuracy": small[taught]}
+            whose = device.model_of(name) if transfer.network == "shared" else name
+            if whose not in small:  # so is a shared network
+                network = extractors.network(state, device, name)
+                small[whose] = evaluate_device(self.task, device_model(self.task, name, network))
+            devices[name] = {"server_accuracy": known[key], "device_accuracy": small[whose]}
             self.task.progress("evaluate", i + 1, len(names))
         means = {
             key: float(np.mean([d[key] for d in devices.values()]))

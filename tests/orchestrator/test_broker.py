@@ -322,12 +322,24 @@ def listening(url: str) -> bool:
     return False
 
 
-@needs_mosquitto
-def test_mosquitto_ends_with_the_process_that_watches_it(tmp_path):
-    (tmp_path / "broker.pid").write_text("1")  # of a broker that was before
-    with broker.start("mosquitto", folder=tmp_path, fleet=FLEET, port=0) as running:
+@both
+def test_the_number_of_an_earlier_broker_is_forgotten_first(kind, tmp_path, monkeypatch):
+    noted, popen = tmp_path / "broker.pid", subprocess.Popen
+    noted.write_text("1")
+
+    def starting(*args, **options):
+        assert not noted.exists()
+        return popen(*args, **options)
+
+    monkeypatch.setattr(broker.subprocess, "Popen", starting)
+    with broker.start(kind, folder=tmp_path, fleet=FLEET, port=0) as running:
         assert alive(running.pid)
         assert running.pid != 1
+
+
+@needs_mosquitto
+def test_mosquitto_ends_with_the_process_that_watches_it(tmp_path):
+    with broker.start("mosquitto", folder=tmp_path, fleet=FLEET, port=0) as running:
         running._child.kill()
         until(lambda: not alive(running.pid), "the end of Mosquitto")
         assert not running.running

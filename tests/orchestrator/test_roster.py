@@ -53,26 +53,12 @@ def test_a_birth_counts_on_its_own_topic_only(make, told):
 def test_who_is_not_enrolled_is_told_so_and_leaves_nothing(make, told, tmp_path):
     there = make("pi")
     assert there.born("spy", birth("spy"), 0.0) is None
-    there.measured("spy", Measured("spy", "ab" * 32), b"{}")
+    there.measured("spy", Measured("spy", "ab" * 32), b"{}", 0.0)
     assert [device for device, reason in reasons(told) if "is not enrolled" in reason] == 2 * [
         "spy"
     ]
     assert there.births == {}
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_open_fleet_takes_no_more_names_than_it_may(make, told, monkeypatch):
-    monkeypatch.setattr(roster, "MAX_OPEN", 2)
-    there = make()
-    for name in ("a", "b", "c"):
-        there.born(name, birth(name), 0.0)
-    there.measured("d", Measured("d", "ab" * 32), b"{}")
-    assert [device for device, reason in reasons(told) if "fleet 'fleet' is open" in reason] == [
-        "c",
-        "d",
-    ]
-    assert there.born("a", birth("a"), 0.0)  # those that it knows come and go
-    assert there.births.keys() == {"a", "b"}
 
 
 def test_an_updates_fault_is_shown_in_one_printable_line(make, caplog):
@@ -82,17 +68,18 @@ def test_an_updates_fault_is_shown_in_one_printable_line(make, caplog):
     assert caplog.messages == [f"pi: update: {shown.update}"]
 
 
-def test_a_measurement_is_kept_and_a_second_one_within_a_moment_is_not(
-    make, told, tmp_path, monkeypatch
-):
-    now = iter((0.0, 0.9 * roster.MEASURED_S, 1.1 * roster.MEASURED_S))
-    monkeypatch.setattr(roster.time, "monotonic", lambda: next(now))
+def test_a_measurement_is_kept_and_a_second_one_within_a_moment_is_not(make, told, tmp_path):
     key = signing.own_key(tmp_path / "device.pem")
     there = make()
-    for at in ("2026-01-01T00:00:00Z", "2026-01-01T00:00:01Z", "2026-01-01T00:00:02Z"):
-        report = {**REPORT, "name": "pi", "measured_at": at}
+    for second, moments in enumerate((0.0, 0.9, 1.1)):
+        report = {**REPORT, "name": "pi", "measured_at": f"2026-01-01T00:00:0{second}Z"}
         body = measurement.sign(key, report).to_bytes()
-        there.measured("pi", Measured("pi", hashlib.sha256(body).hexdigest()), body)
+        there.measured(
+            "pi",
+            Measured("pi", hashlib.sha256(body).hexdigest()),
+            body,
+            moments * roster.MEASURED_S,
+        )
     assert reasons(told) == [
         ("pi", ""),
         ("pi", "a report came a moment ago; measure again"),

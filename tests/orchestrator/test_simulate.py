@@ -32,7 +32,7 @@ from orchestrator.config import (
 )
 from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint, read_checkpoint
-from orchestrator.strategies import create
+from orchestrator.strategies import create, extractors
 from wire import frames, records, tensors
 from wire.artifact import open_artifact
 from wire.errors import RunError
@@ -346,32 +346,55 @@ def test_devices_go_on_with_the_mean_of_their_extractors(gkt, few):
             assert np.array_equal(state.under(f"extractor/{name}")[key], array)
 
 
-def test_devices_with_one_model_go_on_with_the_mean_of_their_networks(gkt, few, tmp_path):
-    transfer = TransferConfig(extractor="shared", network="shared", freeze_after=1)
+@pytest.mark.parametrize("freeze_after", [None, 1])
+def test_devices_with_one_model_go_on_with_the_mean_of_their_networks(gkt, few, freeze_after):
+    transfer = TransferConfig(extractor="shared", network="shared", freeze_after=freeze_after)
     gkt = replace(gkt, cohort=CohortConfig(min_devices=3), rounds=2, transfer=transfer)
     gkt = replace(gkt, device=replace(gkt.device, others=(Other("resnet4", "device-1"),)))
     entries = simulate.run(gkt, few).entries
     _, state = last_checkpoint(gkt.folder)
     sizes = {name: len(held.y) for name, held in simulate.read_shards(gkt, few).items()}
-    for model, names in {"resnet8": ["device-0", "device-2"], "resnet4": ["device-1"]}.items():
-        for key, array in state.under(f"network/{model}").items():
-            own = [state.under(f"device/{name}")[key] for name in names]
-            mean = np.average(own, axis=0, weights=[sizes[name] for name in names])
+    alike = {"resnet8": ["device-0", "device-2"], "resnet4": ["device-1"]}
+    for model, names in alike.items():
+        together = extractors.shared(state, model)
+        assert together.keys() == state.under(f"device/{names[0]}").keys()
+        for key, array in together.items():
+            of = [*sizes] if key.startswith("extractor.") else names
+            own = [state.under(f"device/{name}")[key] for name in of]
+            mean = np.average(own, axis=0, weights=[sizes[name] for name in of])
             np.testing.assert_allclose(array, mean, atol=1e-6)
-    scores = {n: d["device_accuracy"] for n, d in entries[-1]["devices"].items()}
-    assert scores["device-0"] == scores["device-2"]
-    for name, score in scores.items():
-        done = deploy.export_run(gkt.folder, tmp_path / "small.onnx", name, small=True)
-        assert accuracy_of(done.path, few) == pytest.approx(score, abs=0.011)
+        small = models.build(model, classes=10, input_shape=(3, 32, 32))
+        exported, expected = outputs(gkt, distill.load(small, together), names[-1], few)
+        np.testing.assert_allclose(exported, expected, atol=1e-4)
+        labels = np.load(few / "heldout.npz")["y"]
+        right = (expected.argmax(axis=1) == labels).mean()
+        for name in names:
+            score = entries[-1]["devices"][name]["device_accuracy"]
+            assert score == pytest.approx(right, abs=0.011)
 
 
-def accuracy_of(path, folder):
-    """Of an exported graph, on the held-out images of a folder."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+def test_a_late_extractor_does_not_move_what_is_frozen(gkt, few):
+    """It was trained before the others' was frozen, and comes a round after."""
+    transfer = TransferConfig(extractor="shared", network="shared", freeze_after=1)
+    gkt = replace(gkt, cohort=CohortConfig(min_devices=3, carry_rounds=1), rounds=2)
+    gkt = replace(gkt, transfer=transfer)
+    simulate.run(gkt, few, late=0.4)
+    state, before = last_checkpoint(gkt.folder)[1], read_checkpoint(gkt.folder, 1)
+    for key, array in extractors.shared(state, "resnet8").items():
+        same = np.array_equal(array, extractors.shared(before, "resnet8")[key])
+        assert same == key.startswith("extractor."), key
+
+
+def outputs(gkt, small, name, folder):
+    """Logits of held-out images by the export of a device's network, and by PyTorch."""
+    out = deploy.export_run(gkt.folder, gkt.runs / "small.onnx", name, small=True).path
     with np.load(folder / "heldout.npz") as held:
-        images = held["x"].transpose(0, 3, 1, 2).astype(np.float32) / 255
-        (logits,) = session.run(None, {"image": images})
-        return (logits.argmax(axis=1) == held["y"]).mean()
+        pixels = held["x"].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    mean, std = (np.array(v, np.float32)[:, None, None] for v in (gkt.device.mean, gkt.device.std))
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    with torch.inference_mode():
+        expected = small.eval()(torch.tensor((pixels - mean) / std)).numpy()
+    return session.run(None, {"image": pixels})[0], expected
 
 
 @pytest.mark.parametrize("strategy", ["fedgkt", "local"])
