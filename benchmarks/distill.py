@@ -2,7 +2,7 @@
 
     python -m benchmarks.distill --model resnet55 --batch 64 --json distill.json
 
-    stillhouse             `orchestrator.distill` as a run calls it: all devices' samples in one
+    stillhouse             `orchestrator.training` as a run calls it: all devices' samples in one
                            shuffled order, quantized until a batch is drawn, channels last
     stillhouse, bfloat16   the same with `server.precision = "bfloat16"` (on CUDA the default)
     stillhouse, compiled   that with `server.compile = true`
@@ -45,9 +45,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from benchmarks import command
-from orchestrator import datasets, distill, shards
+from orchestrator import datasets
 from orchestrator.config import ServerConfig
-from orchestrator.samples import Samples, Source
+from orchestrator.training import distill, shards
+from orchestrator.training.samples import Samples, Source
 from wire import codecs, tensors
 
 REFERENCE, OURS = "reference", "stillhouse"

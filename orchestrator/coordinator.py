@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from orchestrator import admit, rounds
 from orchestrator.config import RunConfig
+from orchestrator.fleet.roster import MAX_REASON, Roster
+from orchestrator.fleet.updates import Rollout
 from orchestrator.intake import Intake
 from orchestrator.report import Report
-from orchestrator.roster import MAX_REASON, Roster
 from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies.strategy import Metrics, State, Strategy
-from orchestrator.updates import Rollout
 from wire import messages, topics
 from wire.address import BrokerAddress
 from wire.errors import AdmissionError, RunError, StillhouseError, WireError

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator import datasets, fleet, launch
+from orchestrator import datasets, launch
 from orchestrator.config import BrokerConfig, CohortConfig, DeviceConfig, RunConfig, ServerConfig
+from orchestrator.fleet import enrolment
 from orchestrator.report import Report
 from wire.address import BrokerAddress
 from wire.errors import RunError
@@ -103,7 +104,7 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
         server=plan.server,
     )
     names = [f"device-{number}" for number in range(plan.devices)]
-    passwords = {name: fleet.enroll(plan.runs, config.fleet, name) for name in names}
+    passwords = {name: enrolment.enroll(plan.runs, config.fleet, name) for name in names}
     with launch.serve(config) as address, contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(_agent(config, address, name, passwords[name]))

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import models
-from orchestrator import distill
 from orchestrator.config import RunConfig
 from orchestrator.store import last_checkpoint
 from orchestrator.strategies import extractors
+from orchestrator.training import distill
 from wire import records
 from wire.errors import RunError
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from models import submodel
-from orchestrator import broker, fleet, updates
+from orchestrator import broker
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
+from orchestrator.fleet import enrolment, updates
 from orchestrator.prepare import fresh, read_heldout, task
 from orchestrator.report import Report
 from orchestrator.store import Store
@@ -45,7 +46,7 @@ def run(
         stack.callback(store.close)
         enrolled = None
         if config.admission == "enrolled":
-            enrolled = frozenset(fleet.users(config.runs, config.fleet)) - {fleet.ORCHESTRATOR}
+            enrolled = enrolment.enrolled(config.runs, config.fleet)
         rollout = updates.read(config.release, store.blobs, enrolled=enrolled)
         store.keep(frozenset(update.blob.digest for update in rollout.updates))
         if address is None:
@@ -84,7 +85,7 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
     if chosen.kind == "external":
         yield chosen.address()
         return
-    users = fleet.users(config.runs, config.fleet) if config.admission == "enrolled" else None
+    users = enrolment.users(config.runs, config.fleet) if config.admission == "enrolled" else None
     with broker.start(
         chosen.kind,
         folder=config.runs / f"broker-{config.fleet}",
@@ -94,8 +95,8 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
         users=users,
     ) as running:
         log.info("%s broker at %s", running.kind, running.url)
-        password = users[fleet.ORCHESTRATOR] if users else ""
-        yield BrokerAddress(running.url, fleet.ORCHESTRATOR if users else "", password)
+        password = users[enrolment.ORCHESTRATOR] if users else ""
+        yield BrokerAddress(running.url, enrolment.ORCHESTRATOR if users else "", password)
 
 
 def prepare_variants(config: RunConfig, store: Store) -> dict[Recipe, Variant]:

@@ -43,7 +43,8 @@ def start(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
 ) -> None:
     """Do a run, or go on with one that was stopped."""
-    from orchestrator import launch, ranks
+    from orchestrator import launch
+    from orchestrator.training import ranks
 
     chosen = config.load(config_file)
     with ranks.joined(chosen.server) as group:
@@ -69,8 +70,8 @@ def simulate(
     late: Annotated[float, typer.Option(help="Share of devices that miss a round's end.")] = 0.0,
 ) -> None:
     """Do a run with its devices simulated in this process, by PyTorch."""
-    from orchestrator import ranks
     from orchestrator import simulate as simulation
+    from orchestrator.training import ranks
 
     chosen = config.load(config_file)
     if threads:
@@ -108,13 +109,13 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
 ) -> None:
     """Admit a device and write its agent.toml; a running broker of ours learns it at its start."""
     from edge_agent.main import TEMPLATE
-    from orchestrator import fleet
+    from orchestrator.fleet import enrolment
     from wire import signing
 
     chosen = config.load(config_file)
     if key := release_key or chosen.release.key:
         signing.check_public(key)
-    password = fleet.enroll(chosen.runs, chosen.fleet, device)
+    password = enrolment.enroll(chosen.runs, chosen.fleet, device)
     broker = chosen.broker
     url = url or broker.url or f"mqtt://{broker.host}:{broker.port}"
     text = (
@@ -162,7 +163,7 @@ def devices(
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
 ) -> None:
     """Show the fleet's devices, and what training costs on each; times are UTC."""
-    from orchestrator import devices as known_devices
+    from orchestrator.fleet import devices as known_devices
 
     chosen = config.load(config_file)
     found = known_devices.known(chosen.runs, chosen.fleet)
@@ -178,7 +179,7 @@ def measure_report(
     out: Annotated[Path | None, typer.Option(help="Folder; default: beside the reports.")] = None,
 ) -> None:
     """Write what training costs on the fleet's devices: Markdown and pictures."""
-    from orchestrator import devices as known_devices
+    from orchestrator.fleet import devices as known_devices
 
     chosen = config.load(config_file)
     found = known_devices.known(chosen.runs, chosen.fleet)

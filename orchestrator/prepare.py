@@ -12,11 +12,11 @@ import models
 from edge_agent import data
 from edge_agent.data import Preprocess
 from models import SplitModel
-from orchestrator import distill
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint
 from orchestrator.strategies.strategy import HeldOut, Task, Variant
+from orchestrator.training import distill
 from wire.errors import RunError
 
 

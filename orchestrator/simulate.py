@@ -29,13 +29,14 @@ from edge_agent import data
 from edge_agent.data import ImageSet
 from edge_agent.work import cover, encode_update, extract_record
 from models import SplitModel, submodel
-from orchestrator import admit, cohort, distill, prepare, rounds
+from orchestrator import admit, cohort, prepare, rounds
 from orchestrator.cohort import Job, Trained
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.report import Report
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import State, Strategy, Variant
+from orchestrator.training import distill
 from wire import seeds, tensors, topics
 from wire.errors import RunError, StillhouseError
 from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result

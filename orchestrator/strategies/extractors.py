@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 import models
-from orchestrator import distill
 from orchestrator.config import DeviceConfig
 from orchestrator.strategies.strategy import Array, State, Task
+from orchestrator.training import distill
 from wire.messages import Result
 
 EXTRACTOR = "extractor."

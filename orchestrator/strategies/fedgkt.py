@@ -23,14 +23,14 @@ from torch import nn
 
 import models
 from edge_agent.data import MIRRORED, PLAIN, held_out
-from orchestrator import distill, ranks, shards
 from orchestrator.config import Recipe
-from orchestrator.samples import Samples, Source
-from orchestrator.shards import Shard
 from orchestrator.strategies import extractors
 from orchestrator.strategies.fedavg import read_payload
 from orchestrator.strategies.local import admit_own_weights, device_model, evaluate_device
 from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated
+from orchestrator.training import distill, ranks, shards
+from orchestrator.training.samples import Samples, Source
+from orchestrator.training.shards import Shard
 from wire import codecs, tensors
 from wire.errors import AdmissionError, RunError
 from wire.messages import Birth, BlobRef, Order, Result

@@ -9,9 +9,10 @@ import numpy as np
 from torch import nn
 
 import models
-from orchestrator import admit, distill
+from orchestrator import admit
 from orchestrator.strategies.fedavg import read_payload
 from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated, norm
+from orchestrator.training import distill
 from wire.messages import Birth, Order, Result
 
 

@@ -13,7 +13,7 @@ import models
 from edge_agent import data
 from edge_agent.data import ImageSet, Preprocess
 from edge_agent.work import CancelledError, Desk, cover, perform
-from orchestrator import distill
+from orchestrator.training import distill
 from tools.export import Sgd, export
 from wire import frames, tensors
 from wire.blobs import BlobStore

@@ -13,10 +13,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from orchestrator import broker, distill, prepare, simulate
+from orchestrator import broker, prepare, simulate
 from orchestrator.config import load, template
 from orchestrator.deploy import export_run
 from orchestrator.store import last_checkpoint
+from orchestrator.training import distill
 from tests.conftest import Processes
 from wire import messages, topics
 from wire.address import BrokerAddress

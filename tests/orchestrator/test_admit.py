@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator import admit
-from orchestrator.shards import shelve
+from orchestrator.training.shards import shelve
 from wire import tensors
 from wire.errors import AdmissionError, WireError
 from wire.messages import BlobRef, Order, Result

@@ -5,8 +5,9 @@ import json
 import pytest
 import typer.testing
 
-from orchestrator import devices, fleet, main
+from orchestrator import main
 from orchestrator.config import template
+from orchestrator.fleet import devices, enrolment
 from tests.wire.test_measurement import REPORT, changed
 from wire import measurement, messages, records, signing
 from wire.errors import RunError, SignatureError, WireError
@@ -84,7 +85,7 @@ def command(tmp_path, *arguments):
 
 
 def test_the_table_tells_of_enrolled_born_and_measured_devices(runs, key, tmp_path):
-    fleet.enroll(runs, "home", "new")
+    enrolment.enroll(runs, "home", "new")
     birth = Birth("pi-3", 1, "0.1.0", 10, "ab" * 32, PLATFORM)
     devices.born(runs, "home", birth)
     devices.take(runs, "home", "pi-3", signed(key))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import models
-from orchestrator import distill
 from orchestrator.config import ServerConfig
-from orchestrator.samples import Samples, Source
-from orchestrator.shards import Shard
+from orchestrator.training import distill
+from orchestrator.training.samples import Samples, Source
+from orchestrator.training.shards import Shard
 
 CONFIG = ServerConfig(model="resnet10", epochs=2, batch=8)
 

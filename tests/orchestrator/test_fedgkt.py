@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edge_agent.work import extract_record
-from orchestrator import distill, prepare, simulate
+from orchestrator import prepare, simulate
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
@@ -21,6 +21,7 @@ from orchestrator.deploy import export_run
 from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint
 from orchestrator.strategies import create, extractors
+from orchestrator.training import distill
 from wire import frames, tensors
 from wire.errors import AdmissionError, RunError, StillhouseError
 from wire.messages import Result

@@ -18,11 +18,12 @@ from safetensors.numpy import load_file, save_file
 from torch.distributed import TCPStore
 
 import models
-from orchestrator import distill, ranks, simulate
+from orchestrator import simulate
 from orchestrator.config import ServerConfig, load
-from orchestrator.samples import Samples, Source
-from orchestrator.shards import Shard, open_shard
 from orchestrator.store import last_checkpoint
+from orchestrator.training import distill, ranks
+from orchestrator.training.samples import Samples, Source
+from orchestrator.training.shards import Shard, open_shard
 from wire.errors import RunError, StillhouseError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

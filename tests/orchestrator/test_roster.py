@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import devices, roster
 from orchestrator.config import RunConfig
-from orchestrator.roster import Roster
-from orchestrator.updates import Rollout
+from orchestrator.fleet import devices, roster
+from orchestrator.fleet.roster import Roster
+from orchestrator.fleet.updates import Rollout
 from tests.wire.test_measurement import REPORT
 from wire import measurement, signing
 from wire.messages import Birth, Measured, Platform

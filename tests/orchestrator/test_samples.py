@@ -7,8 +7,8 @@ import torch
 import models
 from edge_agent import data
 from edge_agent.data import PAD
-from orchestrator.samples import Samples, Source
-from orchestrator.shards import Shard, shelve
+from orchestrator.training.samples import Samples, Source
+from orchestrator.training.shards import Shard, shelve
 from wire import frames, tensors
 
 SHAPE, CLASSES = (4, 32, 32), 5

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_info
 import models
 from edge_agent import data
 from edge_agent.work import Desk, encode_update, perform
-from orchestrator import cohort, datasets, deploy, distill, launch, prepare, rounds, simulate
+from orchestrator import cohort, datasets, deploy, launch, prepare, rounds, simulate
 from orchestrator.cohort import Job
 from orchestrator.config import (
     CohortConfig,
@@ -33,6 +33,7 @@ from orchestrator.config import (
 from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.strategies import create, extractors
+from orchestrator.training import distill
 from wire import frames, records, tensors
 from wire.artifact import open_artifact
 from wire.errors import RunError

@@ -8,9 +8,9 @@ import pytest
 
 from edge_agent import __version__
 from hardware import release as releasing
-from orchestrator import updates
 from orchestrator.config import ReleaseConfig
-from orchestrator.updates import Rollout
+from orchestrator.fleet import updates
+from orchestrator.fleet.updates import Rollout
 from wire import release, signing
 from wire.blobs import BlobStore
 from wire.errors import ReleaseError, SettingsError, SignatureError

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edge_agent.field import roofline
-from orchestrator import fleet
+from orchestrator.fleet import enrolment
 from orchestrator.view import size
 from wire import measurement, records
 from wire.errors import RunError, SignatureError, WireError
@@ -110,7 +110,7 @@ def known(runs: Path, name: str) -> list[Device]:
     births = {path.stem: path for path in (runs / f"born-{name}").glob("*.json")}
     measured = _files(runs / f"measured-{name}")
     found = []
-    for device in sorted({*fleet.enrolled(runs, name), *births, *measured}):
+    for device in sorted({*enrolment.enrolled(runs, name), *births, *measured}):
         birth, at = _birth(births[device]) if device in births else (None, None)
         last = None
         if device in measured:

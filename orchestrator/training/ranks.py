@@ -38,11 +38,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 from edge_agent import data
-from orchestrator import distill
 from orchestrator.config import ServerConfig
-from orchestrator.distill import Progress, Ranks
-from orchestrator.samples import Samples, Source
-from orchestrator.shards import Shard
+from orchestrator.training import distill
+from orchestrator.training.distill import Progress, Ranks
+from orchestrator.training.samples import Samples, Source
+from orchestrator.training.shards import Shard
 from wire import records
 from wire.errors import RunError
 

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from orchestrator import devices, updates
 from orchestrator.config import RunConfig
-from orchestrator.updates import Rollout
+from orchestrator.fleet import devices, updates
+from orchestrator.fleet.updates import Rollout
 from wire.errors import StillhouseError
 from wire.messages import Birth, Measured, Receipt, Update
 

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from edge_agent import data
 from orchestrator.config import ServerConfig, cosine
-from orchestrator.samples import Samples
+from orchestrator.training.samples import Samples
 from wire import seeds
 from wire.errors import RunError
 

@@ -1,0 +1,1 @@
+"""The fleet: who may take part, who is there, what is known of it, and its updates."""
