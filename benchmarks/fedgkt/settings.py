@@ -4,8 +4,9 @@ The base run is FedGKT with knowledge going both ways and feature maps sent as `
 setting is a few keys of `run.toml` that it has otherwise. Groups: `transfer` is which way knowledge
 goes, an ablation of He et al. 2020; `compare` what FedGKT has to beat; `payload` the codec of
 feature maps; `uplink` how often they travel; `frugal` views and few bytes together; `devices` how
-many devices hold the same images; `late` devices that miss a round's end; `pretrained` both halves
-begun with a whole network that was trained on all images, as the reference's partly were.
+many devices hold the same images; `networks` several device networks in one run; `late` devices
+that miss a round's end; `pretrained` both halves begun with a whole network that was trained on all
+images, as the reference's partly were.
 """
 
 from collections.abc import Mapping
@@ -139,6 +140,13 @@ BASE = Setting("two-way")
 FRUGAL = {"extractor": "shared", "freeze_after": 1, "views": True}
 
 
+# Three of ten devices each; the other four have the base run's resnet8.
+MIXED = (
+    {"model": "resnet4", "devices": "*[0-2]"},
+    {"model": "resnet6", "devices": "*[3-5]"},
+)
+
+
 def _frugal(
     name: str, features: str, alpha: float, *, device_alpha: float = 1.0, **transfer: object
 ) -> Setting:
@@ -196,6 +204,17 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         ),
     ),
     "devices": tuple(Setting(f"{n} devices", devices=n) for n in (8, 16, 64, 128)),
+    "networks": (
+        Setting("resnet4, 6 and 8", {"device": {"others": MIXED}}),
+        Setting(
+            "frugal, resnet4, 6 and 8",
+            {
+                "device": {"features": "relu|q=2|zstd", "others": MIXED},
+                "server": {"alpha": 0.0},
+                "transfer": FRUGAL,
+            },
+        ),
+    ),
     "late": (
         Setting("30 % late", {"cohort": {"carry_rounds": 1}}, late=0.3),
         Setting("30 % lost", late=0.3),
