@@ -198,6 +198,13 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         _frugal("frugal, q=3", "relu|q=3|zstd", 0.1),
         _frugal("frugal, q=1", "relu|q=1|zstd", 0.1),
         _frugal("frugal, shared", "relu|q=2|zstd", 0.0, network="shared"),
+        _frugal(
+            "frugal, shared, plain students",
+            "relu|q=2|zstd",
+            0.0,
+            network="shared",
+            student_views=False,
+        ),
         _frugal("frugal, shared, none", "relu|q=2|zstd", 0.0, device_alpha=0.0, network="shared"),
         _frugal(
             "frugal, shared, frozen after 3", "relu|q=2|zstd", 0.0, network="shared", freeze_after=3

@@ -22,6 +22,9 @@ class TransferConfig:
         views: each round shows each sample in another crop, and mirrored or not, and teacher
             logits are those of the same view. Once the extractor is frozen, feature maps of the
             plain and the mirrored image travel, and the server crops them by itself.
+        student_views: devices train on each round's view; false: on their images as they are, and
+            teacher logits are those of them, while the server crops frozen feature maps all the
+            same.
         resend: feature maps travel again only where those of held-out images have changed by more
             than this share (squared error) since; 0: in every round.
         age_decay: a sample's weight in server training for each round since its feature maps or
@@ -33,6 +36,7 @@ class TransferConfig:
     network: Literal["own", "shared"] = "own"
     freeze_after: int | None = None
     views: bool = False
+    student_views: bool = True
     resend: float = 0.0
     age_decay: float = 1.0
     logits: str = "float16"
@@ -48,6 +52,10 @@ class TransferConfig:
             )
         if self.freeze_after is not None and self.freeze_after < 0:
             raise ValueError(f"freeze_after: expected 0 rounds or more, got {self.freeze_after}")
+        if not self.student_views and not (self.views and self.freeze_after is not None):
+            raise ValueError(
+                "student_views: without views and freeze_after there are none to do without"
+            )
         if not 0 <= self.resend < 1 or not 0 < self.age_decay <= 1:
             raise ValueError(
                 f"resend {self.resend}, age_decay {self.age_decay}: expected 0 <= resend < 1, "

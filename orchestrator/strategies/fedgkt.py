@@ -230,9 +230,10 @@ class FedGKT:
         return (self._view(round_),)
 
     def _view(self, round_: int) -> int:
-        """That a round shows: 2 or higher, since 0 and 1 are not drawn."""
-        config = self.task.config
-        return (config.seed << 20) + round_ + 2 if config.transfer.views else PLAIN
+        """That devices see in a round: a drawn one is 2 or higher, since 0 and 1 are not drawn."""
+        config, transfer = self.task.config, self.task.config.transfer
+        drawn = transfer.views and transfer.student_views
+        return (config.seed << 20) + round_ + 2 if drawn else PLAIN
 
     def _stale(
         self, state: State, name: str, birth: Birth, round_: int, shared: Mapping[str, Array]

@@ -87,6 +87,8 @@ def test_a_run_that_could_not_do_what_it_says_is_refused(settings, text):
     [
         ({"freeze_after": -1}, "expected 0 rounds or more"),
         ({"network": "shared"}, 'set extractor = "shared"'),
+        ({"student_views": False}, "there are none to do without"),
+        ({"student_views": False, "views": True}, "there are none to do without"),
         ({"resend": 1.0}, "resend < 1"),
         ({"age_decay": 0.0}, "0 < age_decay"),
         ({"resend": 0.1, "views": True}, "leave one"),

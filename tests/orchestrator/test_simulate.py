@@ -1,5 +1,6 @@
 """Simulated runs: what agents would have done, from the same seeds, with the same bytes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -372,6 +373,27 @@ def test_devices_with_one_model_go_on_with_the_mean_of_their_networks(gkt, few, 
         for name in names:
             score = entries[-1]["devices"][name]["device_accuracy"]
             assert score == pytest.approx(right, abs=0.011)
+
+
+@pytest.mark.parametrize("student_views", [True, False])
+def test_students_see_the_images_that_their_teacher_saw(gkt, few, monkeypatch, student_views):
+    """The server crops feature maps for itself in both cases."""
+    transfer = TransferConfig(
+        extractor="shared", freeze_after=1, views=True, student_views=student_views
+    )
+    gkt = replace(gkt, cohort=CohortConfig(min_devices=3), rounds=3, transfer=transfer)
+    simulate.run(gkt, few)
+    monkeypatch.setattr(Store, "_claim_devices", lambda *_: None)  # it is a simulation's
+    with contextlib.closing(Store(gkt)) as store:
+        orders = store.last_attempt(closed=True).orders
+    taught = read_checkpoint(gkt.folder, 2).notes["teachers"]
+    assert orders.keys() == taught.keys()
+    for name, order in orders.items():
+        assert order.view == taught[name]["view"]
+        assert (order.view > data.MIRRORED) == student_views
+        assert order.views == (data.PLAIN, data.MIRRORED)
+    shards = last_checkpoint(gkt.folder)[1].notes["shards"]
+    assert all(shard["cropped"] for shard in shards.values())
 
 
 def test_a_late_extractor_does_not_move_what_is_frozen(gkt, few):
