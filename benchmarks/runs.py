@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 UNFINISHED = 3
 DASHES = ("-", "--", ":")
+BESIDE = 8  # a legend of more lines stands beside the picture
 
 
 class TimeIsUp(Exception):  # noqa: N818 - nothing went wrong
@@ -298,7 +299,8 @@ def draw(
         across: of a record and a round, the horizontal coordinate; its mean over seeds is drawn.
     """
     lowest = 100.0
-    for number, (name, mine) in enumerate(runs.items()):
+    looks = {name: number for number, name in enumerate(n for n in runs if n != base)}
+    for name, mine in runs.items():
         # A run that was made longer was evaluated at its former end as well.
         rounds = sorted(set.intersection(*({int(r) for r in m[key]} for m in mine)))
         if not rounds:
@@ -307,9 +309,10 @@ def draw(
         mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
         at = [statistics.fmean(across(record, r) for record in mine) for r in rounds]
         # A setting has one look in all pictures of a group; a colour comes back after ten.
-        colour, dash = f"C{(number - 1) % 10}", DASHES[number // 11 % len(DASHES)]
-        if name == base:
-            colour, dash = "black", "-"
+        colour, dash = "black", "-"
+        if name != base:
+            colour = f"C{looks[name] % 10}"
+            dash = DASHES[looks[name] // 10 % len(DASHES)]
         axes.plot(at, mean, dash, label=name, color=colour, linewidth=2 if name == base else 1.5)
         if len(mine) > 1:
             low, high = zip(*((min(v), max(v)) for v in zip(*curves, strict=True)), strict=True)
@@ -318,7 +321,10 @@ def draw(
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.set_ylim(max(0.0, lowest - 2), None)
-        axes.legend(fontsize="small")
+        if len(axes.lines) > BESIDE:
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        else:
+            axes.legend(fontsize="small")
 
 
 def _minutes(text: str) -> float:

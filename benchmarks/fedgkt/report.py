@@ -210,10 +210,9 @@ def _draw_sent(
     if len(chosen) < 2:
         return
     also = {name: shown[name] for name in (BASE.name, "fedavg large") if name in shown}
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     runs.draw(axes, chosen | also, SERVER, base=BASE.name, across=_sent)
-    axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.74, 0.0))
     _log(axes)
     axes.set_xlabel("megabytes sent, up and down, all devices")
     axes.set_ylabel("accuracy on the test set, %")
