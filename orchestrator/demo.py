@@ -1,7 +1,7 @@
 """The whole thing on one machine: a broker, an orchestrator, and agents as processes of their own.
 
-FedGKT first; then, with the same agents and the same number of local epochs, each device alone
-(`local`): the floor that the large model has to beat.
+FedGKT first, with the devices' small network shared; then, with the same agents and the same number
+of local epochs, each device alone (`local`): the floor that both models have to beat.
 """
 
 import contextlib
@@ -15,7 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator import datasets, launch
-from orchestrator.config import BrokerConfig, CohortConfig, DeviceConfig, RunConfig, ServerConfig
+from orchestrator.config import (
+    BrokerConfig,
+    CohortConfig,
+    DeviceConfig,
+    RunConfig,
+    ServerConfig,
+    TransferConfig,
+)
 from orchestrator.fleet import enrolment
 from orchestrator.report import Report
 from wire.address import BrokerAddress
@@ -102,6 +109,7 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
         cohort=CohortConfig(min_devices=plan.devices, wait_s=0.0, deadline_s=3600.0),
         device=device,
         server=plan.server,
+        transfer=TransferConfig(extractor="shared", network="shared"),
     )
     names = [f"device-{number}" for number in range(plan.devices)]
     passwords = {name: enrolment.enroll(plan.runs, config.fleet, name) for name in names}
@@ -111,7 +119,9 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
         taught = launch.run(config, address=address, changed=changed)
         if not plan.floor:
             return taught, None
-        alone = replace(config, name=f"{plan.name}-alone", strategy="local")
+        alone = replace(
+            config, name=f"{plan.name}-alone", strategy="local", transfer=TransferConfig()
+        )
         return taught, launch.run(alone, address=address, changed=changed)
 
 

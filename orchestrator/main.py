@@ -280,7 +280,7 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     console.print(view.agents(taught.entries))
     last = taught.entries[-1]
     console.print(f"\nlarge model on held-out images   {view.percent(last['server_accuracy'])}")
-    console.print(f"devices taught by it             {view.percent(last['device_accuracy'])}")
+    console.print(f"small model that devices share   {view.percent(last['device_accuracy'])}")
     if alone:
         best = view.percent(alone.entries[-1]["device_accuracy"])
         console.print(f"devices trained alone            {best}")
