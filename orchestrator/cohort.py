@@ -187,7 +187,7 @@ def _batches(job: Job, config: DeviceConfig) -> Iterator[_Batch]:
     preprocess = Preprocess(config.mean, config.std)
     order, images = job.order, job.images
     x = np.empty((config.batch, *config.input), np.float32)
-    silent = np.zeros((len(images.y), config.classes), np.float32)
+    silent = np.zeros((len(images.y), config.class_count), np.float32)
     teacher = silent if job.teacher is None else job.teacher
     for epoch in range(order.epochs):
         drawn = data.epoch(

@@ -102,7 +102,9 @@ def export_run(
             state.under(f"extractor/{chosen}"),
         )
         shape = _feature_shape(extractor, config)
-        server = models.build(config.server.model, classes=config.device.classes, input_shape=shape)
+        server = models.build(
+            config.server.model, classes=config.device.class_count, input_shape=shape
+        )
         clip = [models.Clip(config.device.clip)] if config.device.clip else []
         parts = [extractor, *clip, distill.load(server, state.under("server"))]
     stacked = _Stack(config, parts).eval()
@@ -123,7 +125,7 @@ def _best(folder: Path, names: list[str], *, small: bool = False) -> str:
 
 def _device_model(config: RunConfig, name: str) -> nn.Module:
     device = config.device
-    return models.build(device.model_of(name), classes=device.classes, input_shape=device.input)
+    return models.build(device.model_of(name), classes=device.class_count, input_shape=device.input)
 
 
 def _feature_shape(extractor: nn.Module, config: RunConfig) -> tuple[int, int, int]:

@@ -135,7 +135,8 @@ def _artifact(config: RunConfig, folder: Path, recipe: Recipe) -> Artifact:
         export(
             model,
             name=recipe.model,
-            classes=device.classes,
+            classes=device.class_count,
+            class_names=device.class_names,
             input_shape=device.input,
             batch=device.batch,
             task="distill" if config.strategy == "fedgkt" else "classify",

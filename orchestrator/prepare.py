@@ -29,7 +29,7 @@ def read_heldout(config: RunConfig) -> HeldOut:
     device = config.device
     if config.heldout is None:
         return HeldOut(torch.empty(0, *device.input), torch.empty(0, dtype=torch.int64))
-    images = data.load(config.heldout, classes=device.classes, input_shape=device.input)
+    images = data.load(config.heldout, classes=device.class_count, input_shape=device.input)
     most = config.heldout_limit or len(images.y)
     pixels, y = images.x[:most], images.y[:most].copy()
     x = np.empty((len(y), *device.input), np.float32)
@@ -48,7 +48,7 @@ def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
     device = config.device
     torch.manual_seed(config.seed)
     name = recipe.model if recipe else device.model
-    model = models.build(name, classes=device.classes, input_shape=device.input)
+    model = models.build(name, classes=device.class_count, input_shape=device.input)
     if config.pretrained and not models.inherit(model, _pretrained(config)):
         raise RunError(
             f"pretrained: {name} has no layer in common with the model of {config.pretrained}; "

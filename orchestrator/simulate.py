@@ -122,7 +122,7 @@ def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:
         )
     device = config.device
     return {
-        file.stem: data.load(file, classes=device.classes, input_shape=device.input)
+        file.stem: data.load(file, classes=device.class_count, input_shape=device.input)
         for file in files
     }
 
@@ -255,7 +255,7 @@ class _Simulation:
             given = tensors.load(path, where="weights", most=task.values)
             start = {**start, **given} if order.own else given
         if order.teacher is not None:
-            most = len(images.y) * self._config.device.classes
+            most = len(images.y) * self._config.device.class_count
             path = task.blobs.path(order.teacher.digest)
             teacher = tensors.load(path, where="teacher logits", most=most)["logits"]
         return Job(order, images, start, _under("optimizer", mine), teacher)

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from wire import costs, records
+from wire import classes, costs, records
 from wire.costs import LayerCost, NodeCosts
 from wire.errors import ArtifactError
 
@@ -113,18 +113,32 @@ class FileRef:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The network; `input` is the shape of one sample, `keep_rate` that of a sub-model."""
+    """The network.
+
+    Attributes:
+        classes: how many logits it has.
+        input: shape of one sample.
+        keep_rate: of a sub-model; 1 for the whole network.
+        class_names: in the order of the logits; none where labels are numbers alone.
+    """
 
     name: str
     classes: int
     input: tuple[int, ...]
     keep_rate: float
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise ValueError(f"model name: expected 1 to 256 printable, got {self.name!r:.80}")
         if not 2 <= self.classes <= 1 << 20:
             raise ValueError(f"classes: expected 2 to {1 << 20}, got {self.classes}")
+        if self.class_names and len(self.class_names) != self.classes:
+            raise ValueError(
+                f"class_names: expected {self.classes}, one a class, got {len(self.class_names)}"
+            )
+        if classes.normalized(self.class_names) != self.class_names:
+            raise ValueError("class_names: expected Unicode's normal form C")
         _check_shape("input", self.input, 1, 4)
         if not 0 < self.keep_rate <= 1:
             raise ValueError(f"keep_rate: expected over 0 to 1, got {self.keep_rate}")
@@ -361,6 +375,8 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
         content: dict[str, Any] = records.plain(self)
+        if not self.model.class_names:  # as manifests were before there were names
+            del content["model"]["class_names"]
         content["optimizer"] = {k: v for k, v in content["optimizer"].items() if v is not None}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return text.encode("ascii")

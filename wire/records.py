@@ -5,8 +5,9 @@ be known (but in most messages, see there), every required key present, every va
 type. Inside, types are trusted.
 
 Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str),
-Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, Mapping[str, X], and nested
-dataclasses. A dataclass states its own ranges in `__post_init__` by raising ValueError.
+Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, X | tuple[Y, ...] (a list is the
+tuple), Mapping[str, X], and nested dataclasses. A dataclass states its own ranges in
+`__post_init__` by raising ValueError.
 """
 
 import dataclasses
@@ -99,10 +100,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _value(hint: Any, value: object, where: str, error: type[StillhouseError], strict: bool) -> Any:
+    hint = _member(hint, value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # X | None is the only union in use
-        inner = next(a for a in arguments if a is not types.NoneType)
-        return None if value is None else _value(inner, value, where, error, strict)
     if origin is Literal:
         if value not in arguments:
             near = difflib.get_close_matches(str(value), arguments, n=1)
@@ -126,7 +125,20 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
         return Path(value)
     if hint is float and type(value) is int:
         return float(value)
-    if hint in (bool, int, float, str, bytes) and type(value) is hint:
+    if hint in (bool, int, float, str, bytes, types.NoneType) and type(value) is hint:
         return value
     expected = getattr(hint, "__name__", str(hint))
     raise error(f"{where}: expected {expected}, got {type(value).__name__} {value!r:.60}")
+
+
+def _member(hint: Any, value: object) -> Any:
+    """The member of X | None or of X | tuple[Y, ...] that a value is meant for."""
+    if typing.get_origin(hint) is not types.UnionType:
+        return hint
+    members = typing.get_args(hint)
+    if value is None and types.NoneType in members:
+        return types.NoneType
+    members = tuple(member for member in members if member is not types.NoneType)
+    is_list = isinstance(value, list | tuple)
+    fits = (member for member in members if (typing.get_origin(member) is tuple) == is_list)
+    return next(fits, members[0])

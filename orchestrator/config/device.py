@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from wire import codecs, tensors
+from wire import classes, codecs, tensors
 from wire.messages import check_noise
 
 
@@ -41,7 +41,8 @@ class DeviceConfig:
         model: a registry name.
         others: devices with another model, the first that holds a device decides (fedgkt, local);
             their feature maps must have the same shape.
-        classes, input: number of classes; channels, height, width.
+        classes: their names, in the order of the logits, or their number.
+        input: channels, height, width.
         mean, std: of the pixels on the 0..1 scale, per channel.
         batch, epochs, lr, optimizer, momentum, weight_decay: of local training.
         schedule: of the learning rate. "constant"; "cosine", from lr to 0 over the rounds.
@@ -60,7 +61,7 @@ class DeviceConfig:
     """
 
     model: str = "resnet8"
-    classes: int = 10
+    classes: int | tuple[str, ...] = 10
     input: tuple[int, int, int] = (3, 32, 32)
     mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
     std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
@@ -94,11 +95,23 @@ class DeviceConfig:
         return self.lr if self.schedule == "constant" else cosine(self.lr, (round_ - 1) / rounds)
 
     @property
+    def class_count(self) -> int:
+        """How many classes there are."""
+        return self.classes if isinstance(self.classes, int) else len(self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Their names in the order of the logits; none where `classes` is a number."""
+        return () if isinstance(self.classes, int) else self.classes
+
+    @property
     def models(self) -> tuple[str, ...]:
         """Every model that a device may train, `model` first."""
         return tuple(dict.fromkeys([self.model, *(other.model for other in self.others)]))
 
     def __post_init__(self) -> None:
+        if not isinstance(self.classes, int):
+            object.__setattr__(self, "classes", classes.normalized(self.classes))
         codecs.parse(self.features)
         tensors.policy(self.state)
         if not 0 <= self.mu < math.inf:
@@ -118,7 +131,7 @@ class DeviceConfig:
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout: expected a share from 0 to below 1, got {self.holdout}")
         check_noise(self.clip, self.noise)
-        if self.classes < 2 or self.batch < 1 or self.epochs < 1 or self.lr <= 0:
+        if self.class_count < 2 or self.batch < 1 or self.epochs < 1 or self.lr <= 0:
             raise ValueError("expected classes >= 2, batch >= 1, epochs >= 1, lr > 0")
 
 

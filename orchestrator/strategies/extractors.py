@@ -97,7 +97,9 @@ def _mean(
 def build(task: Task, name: str, weights: Mapping[str, Array]) -> nn.Module:
     """A device's extractor in evaluation mode, and what holds its feature maps to a length."""
     device = task.config.device
-    model = models.build(device.model_of(name), classes=device.classes, input_shape=device.input)
+    model = models.build(
+        device.model_of(name), classes=device.class_count, input_shape=device.input
+    )
     extractor = model.get_submodule("extractor")
     made = distill.load(extractor, weights).to(task.torch_device).eval()
     return nn.Sequential(made, models.Clip(device.clip)) if device.clip else made

@@ -143,7 +143,7 @@ class FedAvg:
 
     def _evaluate(self, weights: Mapping[str, Array]) -> float:
         device, heldout = self.task.config.device, self.task.heldout
-        model = models.build(device.model, classes=device.classes, input_shape=device.input)
+        model = models.build(device.model, classes=device.class_count, input_shape=device.input)
         distill.load(model, weights).to(self.task.torch_device)
         logits = distill.predict(model, heldout.x, self.task.config.server)
         if not np.isfinite(logits).all():

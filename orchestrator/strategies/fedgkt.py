@@ -272,7 +272,7 @@ class FedGKT:
         Raises:
             AdmissionError, WireError: they are not that.
         """
-        classes = self.task.config.device.classes
+        classes = self.task.config.device.class_count
         return shards.read_logits(
             self.task.blobs.path(ref.digest), rows=rows, classes=classes, spec=spec
         )
@@ -340,7 +340,7 @@ class FedGKT:
     def _server(self) -> nn.Module:
         config = self.task.config
         return models.build(
-            config.server.model, classes=config.device.classes, input_shape=self.shape
+            config.server.model, classes=config.device.class_count, input_shape=self.shape
         )
 
     def _shelve(self, ref: BlobRef, rows: int) -> Shard:
@@ -349,7 +349,7 @@ class FedGKT:
             self.task.shards / ref.digest,
             samples=rows,
             shape=self.shape,
-            classes=self.task.config.device.classes,
+            classes=self.task.config.device.class_count,
             spec=self.task.config.device.features,
         )
 

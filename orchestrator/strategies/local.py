@@ -71,7 +71,9 @@ def admit_own_weights(task: Task, order: Order, result: Result) -> None:
 def device_model(task: Task, name: str, weights: Mapping[str, Array]) -> nn.Module:
     """A device's model with its weights, where large tensors are computed."""
     device = task.config.device
-    model = models.build(device.model_of(name), classes=device.classes, input_shape=device.input)
+    model = models.build(
+        device.model_of(name), classes=device.class_count, input_shape=device.input
+    )
     return distill.load(model, weights).to(task.torch_device)
 
 

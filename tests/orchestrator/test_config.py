@@ -126,3 +126,25 @@ def test_a_preset_is_a_run_that_can_be_loaded(preset, tmp_path):
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
     with pytest.raises(StillhouseError, match="no preset 'common'; there are dropout, fedgkt"):
         template("common")
+
+
+def test_classes_are_a_number_or_names_in_unicode_form_c(tmp_path):
+    file = tmp_path / "run.toml"
+
+    def device(classes):
+        file.write_text(f'name = "run"\nheldout = "x.npz"\n[device]\nclasses = {classes}\n')
+        return load(file).device
+
+    assert (device(3).class_count, device(3).class_names) == (3, ())
+    decomposed = device('["nut", "Schlu\u0308ssel"]')
+    assert (decomposed.class_count, decomposed.class_names) == (2, ("nut", "Schl\u00fcssel"))
+    for wrong, text in (
+        ('["nut", "nut"]', "there twice"),
+        ('["nut", ""]', "printable"),
+        ('["nut"]', "classes >= 2"),
+        ("true", "expected int"),
+        ('["nut", 3]', "expected str"),
+        ('"nut"', "expected int"),
+    ):
+        with pytest.raises(StillhouseError, match=text):
+            device(wrong)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -322,3 +323,16 @@ def test_cost_of_a_phase_is_that_of_its_layers():
 def test_bytes_that_are_no_canonical_manifest_are_refused(data):
     with pytest.raises(ArtifactError, match=r"manifest\.json: "):
         Manifest.parse(data)
+
+
+def test_class_names_are_in_the_manifest_only_where_there_are_any():
+    manifest = Manifest.parse(json.dumps(content(), sort_keys=True, separators=(",", ":")).encode())
+    assert b"class_names" not in manifest.to_bytes()
+    names = tuple(f"class {i}" for i in range(manifest.model.classes))
+    named = replace(manifest, model=replace(manifest.model, class_names=names))
+    assert Manifest.parse(named.to_bytes()) == named
+    with pytest.raises(ValueError, match=f"expected {len(names)}, one a class, got 1"):
+        replace(manifest.model, class_names=("bolt",))
+    decomposed = ("Schlu\u0308ssel", *names[1:])
+    with pytest.raises(ValueError, match="normal form C"):
+        replace(manifest.model, class_names=decomposed)

@@ -53,6 +53,7 @@ def export(
     micro_batches: int = 1,
     memory_mb: float | None = None,
     proximal: bool = False,
+    class_names: Sequence[str] = (),
 ) -> Artifact:
     """Compile, check against PyTorch, write.
 
@@ -76,6 +77,7 @@ def export(
             images not counted; activations are computed again, and then the batch is split into
             more parts, as far as needed. See `tools.export.plan`.
         proximal: add FedProx's proximal term to the loss; its weight `mu` is an input of the step.
+        class_names: in the order of the logits; devices find their own classes among them.
 
     Raises:
         ExportError: the module cannot be compiled, or the compiled step is not PyTorch's. Nothing
@@ -87,7 +89,7 @@ def export(
     module = copy.deepcopy(module).cpu()
     tensors = admit(module, name=name, classes=classes, shape=shape, batch=batch)
     try:
-        info = ModelInfo(name, classes, shape, float(keep_rate))
+        info = ModelInfo(name, classes, shape, float(keep_rate), tuple(class_names))
         preprocess = Preprocess(
             tuple(map(float, [0.5] * shape[0] if mean is None else mean)),
             tuple(map(float, [0.25] * shape[0] if std is None else std)),
