@@ -1,5 +1,7 @@
 """Every rule gives PyTorch's numbers, forward and backward, in float32 and in float64."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from tests.export.compare import assert_same
 from tools.export.graphs.cost import flops
 from tools.export.graphs.graph import Graph
+from tools.export.rules import RULES
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, (3, 5)])
@@ -55,6 +58,8 @@ def test_convolution_of_one_and_three_axes():
         (nn.GroupNorm(2, 4, affine=False), (3, 4, 5, 6)),
         (nn.LayerNorm([5, 6]), (3, 4, 5, 6)),
         (nn.LayerNorm(6), (3, 6)),
+        (nn.RMSNorm(6, eps=2**-10), (3, 6)),
+        (nn.RMSNorm([5, 6], eps=2**-10, elementwise_affine=False), (3, 4, 5, 6)),
     ],
     ids=repr,
 )
@@ -105,6 +110,9 @@ def test_batch_norm_that_runs_twice_updates_its_statistics_twice():
         nn.GELU("tanh"),
         nn.Mish(),
         nn.Hardtanh(-0.5, 0.7),
+        nn.Hardtanh(0, 1),
+        nn.Hardtanh(-1, 0.5),
+        nn.Hardtanh(),
         nn.Softplus(),
         nn.Softsign(),
         nn.Tanh(),
@@ -238,6 +246,64 @@ def test_joins_slices_and_writes_in_place():
             return y.reshape(2, 9, 2).transpose(1, 2).sum(2) ** 2 + y[:, :1]
 
     assert_same(Juggler(), (2, 12))
+
+
+def test_operators_that_write_in_place():
+    class Writer(nn.Module):
+        def forward(self, x):
+            y = (x * 2).mul_(3).add_(1).div_(2)
+            z = F.hardtanh(y.clone(), 0, 1, inplace=True).clamp_min_(0.1)
+            z.masked_fill_(x > 1, 0.5)
+            z += torch.ones(z.shape, dtype=torch.int64)
+            return z
+
+    assert_same(Writer(), (3, 6))
+
+
+def test_what_pytorch_decomposes_into_writes_in_place():
+    class Cosine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x):
+            return F.cosine_similarity(x[:, None], self.weight[None], dim=-1)
+
+    class Distance(Cosine):
+        def forward(self, x):
+            return F.pairwise_distance(x[:, None], self.weight[None])
+
+    assert_same(Cosine(), (3, 6))
+    assert_same(Distance(), (3, 6))
+
+
+def test_defaults_of_a_rule_are_those_of_its_operator():
+    """A trace leaves out arguments that equal the operator's defaults."""
+    checked = 0
+    for operator, rule in RULES.items():
+        parameters = list(inspect.signature(rule).parameters.values())[2:]
+        named = {parameter.name: parameter for parameter in parameters}
+        in_order = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        open_ended = [p for p in parameters if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        for place, argument in enumerate(operator._schema.arguments):
+            if not argument.has_default_value():
+                continue
+            if argument.kwarg_only:
+                own = named.get(argument.name)
+            else:
+                own = in_order[place] if place < len(in_order) else None
+            if own is None:
+                assert open_ended, f"{operator} has {argument.name}, which its rule does not take"
+                continue
+            stated = argument.default_value
+            same = [stated]
+            if isinstance(stated, list):  # or one number for all axes, or None for none
+                same += [*stated, tuple(stated), None]
+            assert own.default in same, (
+                f"{operator}: {argument.name} is {stated} by default, {own.default} in its rule"
+            )
+            checked += 1
+    assert checked > 50
 
 
 def test_flops_are_those_of_the_nodes():

@@ -8,6 +8,7 @@ What stays in place is batch norm's update of the running statistics, hidden in 
 gives the changed buffers their new values.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
+from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -37,7 +39,8 @@ def trace(
     Raises:
         ExportError: the function looks at its data.
     """
-    table = {op: how for op, how in _core() if op not in RULES}
+    known = [*core_aten_decompositions().items(), *_written_in_place()]  # type: ignore[no-untyped-call]
+    table = {op: how for op, how in known if op not in RULES}
 
     def observed(*tensors: Tensor) -> list[Tensor]:
         with recorded(module):
@@ -59,8 +62,27 @@ def trace(
     return graph
 
 
-def _core() -> list[tuple[Any, Callable[..., Any]]]:
-    return list(core_aten_decompositions().items())  # type: ignore[no-untyped-call]
+@functools.cache
+def _written_in_place() -> list[tuple[OpOverload, Callable[..., Tensor]]]:
+    """For each ATen operator that writes into its tensor: the one that does not, then a copy.
+
+    `functionalize` removes those of the model, but PyTorch's decompositions bring their own (of
+    RMSNorm, cosine similarity, GRU), into tensors of their own. The tracer points every later
+    reader of the tensor to the copy.
+    """
+    found: list[tuple[OpOverload, Callable[..., Tensor]]] = []
+    for name in dir(aten):
+        if not name.endswith("_") or name.endswith("__") or name == "copy_":
+            continue
+        packet, pure = getattr(aten, name), getattr(aten, name[:-1], None)
+        for overload in set(packet.overloads()) & set(pure.overloads() if pure else ()):
+            how = functools.partial(_then_copied, getattr(pure, overload))
+            found.append((getattr(packet, overload), how))
+    return found
+
+
+def _then_copied(pure: OpOverload, target: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+    return target.copy_(pure(target, *arguments, **settings))
 
 
 def lower(g: Graph, traced: fx.GraphModule, inputs: Sequence[Value]) -> list[Value]:

@@ -9,7 +9,7 @@ import torch
 
 from tools.export.graphs.graph import Graph, Value
 from tools.export.graphs.program import Spec, onnx_type
-from tools.export.rules.registry import RULES, Unsupported, rule
+from tools.export.rules.registry import Unsupported, rule
 
 aten: Any = torch.ops.aten
 Operand = Value | float | int | bool
@@ -67,7 +67,7 @@ _OF_BOOLEANS = {"Add": "Or", "Max": "Or", "Mul": "And", "Min": "And"}
 
 
 def _arithmetic(op: str, *operators: Any) -> None:
-    def lower(g: Graph, out: Spec, a: Operand, b: Operand, *, alpha: float = 1) -> Value:
+    def lower(g: Graph, out: Spec, a: Operand, b: Operand, alpha: float = 1) -> Value:
         left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
         if alpha != 1:
             right = mul(g, right, alpha)
@@ -268,7 +268,12 @@ def _expm1(g: Graph, out: Spec, a: Value) -> Value:
     return mul(g, half, add(g, unary(g, "Exp", a), 1.0))
 
 
-@rule(aten.hardtanh.default, aten.clamp.default)
+@rule(aten.hardtanh.default)
+def _hardtanh(g: Graph, out: Spec, a: Value, low: float = -1, high: float = 1) -> Value:
+    return _clamp(g, out, a, low, high)
+
+
+@rule(aten.clamp.default)
 def _clamp(
     g: Graph, out: Spec, a: Value, low: float | None = None, high: float | None = None
 ) -> Value:
@@ -322,6 +327,11 @@ _same(aten.detach.default, aten.detach_copy.default)
 _same(aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.contiguous.default)
 
 
+@rule(aten.copy.default, aten.copy_.default)
+def _copy(g: Graph, out: Spec, target: Value, source: Value, *_: Any) -> Value:
+    return g.expand(cast(g, source, out.dtype), out.shape)
+
+
 def _filled(g: Graph, out: Spec, number: float) -> Value:
     scalar = g.constant(number, out.dtype)
     return g.expand(scalar, out.shape)
@@ -361,12 +371,3 @@ def _ones(g: Graph, out: Spec, *_: Any, **__: Any) -> Value:
 def _arange(g: Graph, out: Spec, start: float, end: float, step: float = 1, **_: Any) -> Value:
     values = torch.arange(start, end, step, dtype=out.dtype)
     return g.constant(values.numpy(), out.dtype)
-
-
-# PyTorch's GRU writes into values of its own that functionalization doesn't see in evaluation
-# mode. The tracer has pointed every later reader to the operator's result.
-for _name in ("add_.Tensor", "sub_.Tensor", "mul_.Tensor", "sigmoid_.default", "tanh_.default"):
-    _base, _overload = _name.split("_.")
-    RULES[getattr(getattr(aten, f"{_base}_"), _overload)] = RULES[
-        getattr(getattr(aten, _base), _overload)
-    ]

@@ -132,13 +132,6 @@ def _expand(g: Graph, out: Spec, a: Value, *_: Any, **__: Any) -> Value:
     return g.expand(a, out.shape)
 
 
-@rule(aten.copy.default)
-def _copy(g: Graph, out: Spec, target: Value, source: Value, *_: Any) -> Value:
-    if source.dtype != out.dtype:
-        raise Unsupported(f"a copy from {source.dtype} to {out.dtype}")
-    return g.expand(source, out.shape)
-
-
 @rule(aten.repeat.default)
 def _repeat(g: Graph, out: Spec, a: Value, repeats: Sequence[int]) -> Value:
     grown = reshape(g, a, [1] * (len(repeats) - len(a.shape)) + list(a.shape))
@@ -336,7 +329,12 @@ def enlarge(g: Graph, a: Value, factors: Sequence[int]) -> Value:
 
 @rule(aten.as_strided.default, aten.as_strided_copy.default)
 def _as_strided(
-    g: Graph, out: Spec, a: Value, size: Sequence[int], stride: Sequence[int], offset: int = 0
+    g: Graph,
+    out: Spec,
+    a: Value,
+    size: Sequence[int],
+    stride: Sequence[int],
+    offset: int | None = None,
 ) -> Value:
     dense = [math.prod(size[place + 1 :]) for place in range(len(size))]
     if offset or list(stride) != dense or math.prod(size) != math.prod(a.shape):
