@@ -3,6 +3,13 @@
 Imports nothing but `wire`, numpy, onnxruntime, safetensors and (for image folders) Pillow.
 """
 
+import sys
+from pathlib import Path
+
+# `wire` is ours: a user's package of that name, in the current folder or installed, is another.
+# Ours lie side by side, and are looked for there first.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import wire  # noqa: F401 - before onnxruntime, whose reports it turns off
 
 __version__ = "0.1.0"

@@ -1,1 +1,7 @@
 """Tools that are run by people: the training compiler, and PyTorch's side of measurements."""
+
+import sys
+from pathlib import Path
+
+# `models` and `wire` are ours, see `orchestrator`.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
