@@ -35,6 +35,14 @@ class Processes:
             )
         return self.running[name]
 
+    def pause(self, name: str) -> None:
+        """Stop a process where it is; it hears and answers nothing until `resume`."""
+        self.running[name].send_signal(signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        """Let a paused process go on."""
+        self.running[name].send_signal(signal.SIGCONT)
+
     def kill(self, name: str) -> None:
         """`kill -9`."""
         self.running[name].send_signal(signal.SIGKILL)
@@ -43,7 +51,7 @@ class Processes:
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def wait_for(self, what: str, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    def wait_for(self, what: str, condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
         """Wait until `condition` holds; on time-out show the ends of all logs."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -55,6 +63,7 @@ class Processes:
     def end(self) -> None:
         for process in self.running.values():
             process.terminate()
+            process.send_signal(signal.SIGCONT)  # one that is paused cannot end
         for process in self.running.values():
             try:
                 process.wait(20)

@@ -55,10 +55,12 @@ def on(name):
 def test_a_raspberry_pi_5_sums_its_rails(board):
     assert sensors.watts(board.run("vcgencmd pmic_read_adc")) == pytest.approx(PMIC_WATTS)
     assert 1.5 < PMIC_WATTS < 2.5
+    began = time.monotonic()
     sensor = sensors.power(board.root, board.run)
     assert sensor.name == "PMIC"
     time.sleep(0.05)
-    assert 0.04 * PMIC_WATTS < sensor.joules() < 5 * PMIC_WATTS
+    joules = sensor.joules()
+    assert 0.04 * PMIC_WATTS < joules < 1.01 * PMIC_WATTS * (time.monotonic() - began)
 
 
 @on("pi4")
@@ -147,7 +149,7 @@ def test_a_sensor_is_read_while_the_work_goes_on():
 
     sensor = Counter()
     with sensors.Watch(sensor) as watch:
-        assert read.wait(10.0)
+        assert read.wait(60.0)
     assert watch.joules == 10.0 * (sensor.count - 1)
     assert watch.seconds >= 2 * sensors.EVERY_S
     with sensors.Watch(None) as nothing:
@@ -156,6 +158,8 @@ def test_a_sensor_is_read_while_the_work_goes_on():
 
 
 def test_a_sensor_that_goes_away_gives_no_energy(caplog):
+    unplugged = threading.Event()
+
     class Loose:
         name = "loose"
         count = 0
@@ -163,11 +167,12 @@ def test_a_sensor_that_goes_away_gives_no_energy(caplog):
         def joules(self):
             self.count += 1
             if self.count == 2:
+                unplugged.set()
                 raise OSError("unplugged")
             return 1.0 * self.count
 
     with sensors.Watch(Loose()) as watch:
-        time.sleep(3 * sensors.EVERY_S)
+        assert unplugged.wait(60.0)
     assert watch.joules is None
     assert "loose cannot be read any more: unplugged" in caplog.text
 

@@ -233,7 +233,7 @@ def test_an_agent_that_reaches_no_broker_is_up(device, monkeypatch):
     up = device / "update/up"
 
     def watch():
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not up.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         made.stop()
@@ -604,12 +604,15 @@ def dpkg(script, path):
 def test_dpkg_that_hangs_is_ended_with_its_scripts_and_speaks_against_the_package(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(install, "DPKG_S", 0.5)
-    failure = dpkg('sleep 60 & echo $! > "$1"; wait', tmp_path / "pid")
+    pid, patience_s = tmp_path / "pid", 0.5
+    while not (pid.exists() and pid.read_text()):  # where the shell starts more slowly than that
+        monkeypatch.setattr(install, "DPKG_S", patience_s)
+        failure = dpkg('sleep 3600 & echo $! > "$1"; wait', pid)
+        patience_s *= 4
     assert failure is not None
     assert (failure.refuse, "did not end" in failure.reason) == (True, True)
-    state = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
-    deadline = time.monotonic() + 5
+    state = Path(f"/proc/{pid.read_text().strip()}/stat")
+    deadline = time.monotonic() + 60
     with suppress(FileNotFoundError):  # or it is dead, and nobody has asked for its status
         while " Z " not in state.read_text():
             assert time.monotonic() < deadline

@@ -32,7 +32,7 @@ def command(folder: Path, *arguments: str) -> tuple[int, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stderr
@@ -142,12 +142,12 @@ def test_an_order_beyond_this_agent_is_answered_and_the_next_one_followed(
     link = Link(BrokerAddress(any_broker.url), "newer", subscriptions=heard, emit=events.put)
 
     def said() -> Message:
-        while not isinstance(event := events.get(timeout=20.0), Arrived):
+        while not isinstance(event := events.get(timeout=120.0), Arrived):
             pass
         return messages.decode(event.payload, sender="device-0")[0]
 
     link.start()
-    assert link.wait_connected(10.0)
+    assert link.wait_connected(60.0)
     fleet.agent(0)
     order = Order("run", 7, 2, BlobRef("ab" * 32, 1000, 1024), 1, 0.1, 1, {"state": "float32"})
     assert isinstance(said(), Birth)
@@ -203,7 +203,7 @@ def test_a_device_whose_data_do_not_fit_fails_alone(processes: Processes, digits
 def test_a_damaged_artifact_on_the_device_is_fetched_anew(processes, digits, any_broker):
     fleet = Fleet(processes, digits, any_broker.url, rounds=2, epochs=6)
     fleet.start()
-    processes.wait_for("training in round 1", lambda: fleet.stands("train", 1))
+    processes.wait_for("training in round 1", lambda: fleet.reached("train", 1))
     processes.kill("agent-0")
     (artifact,) = (processes.folder / "state-0/artifacts").iterdir()
     graph = artifact / "train.onnx"

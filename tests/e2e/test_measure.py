@@ -38,7 +38,7 @@ def submit(folder: Path, artifact: Path, *more: str) -> tuple[int, str, str]:
         [sys.executable, "-m", "edge_agent.main", "measure", "--artifact", str(artifact),
          "--threads", "1", "--steps", "1", "--submit", *more],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
@@ -52,10 +52,10 @@ def kept_by_the_broker(url: str) -> list[Measured]:
                 emit=events.put)  # fmt: skip
     link.start()
     try:
-        assert link.wait_connected(10.0)
+        assert link.wait_connected(60.0)
         link.publish(marker, b"what is retained came before")
         found = []
-        while (event := events.get(timeout=10.0)) != Arrived(
+        while (event := events.get(timeout=60.0)) != Arrived(
             marker, b"what is retained came before"
         ):
             if isinstance(event, Arrived):

@@ -103,7 +103,7 @@ def test_a_round_of_fedgkt_with_an_arm64_device_is_the_simulated_one(
     """Two agents of this machine and one of the package, with the numbers that PyTorch has."""
     fleet = Fleet(processes, digits, any_broker.url, rounds=2)
     toml = fleet.folder / "run.toml"
-    toml.write_text(toml.read_text().replace("deadline_s = 100.0", "deadline_s = 600.0"))
+    toml.write_text(toml.read_text().replace("deadline_s = 1000.0", "deadline_s = 600.0"))
     home = root / "var/lib/stillhouse"
     shutil.rmtree(home / "state", ignore_errors=True)
     shutil.copy(digits / "device-2.npz", home / "device-2.npz")

@@ -24,31 +24,6 @@ RELU = ["relu|q=1", "relu|q=1.5", "relu|q=3", "relu|q=4", "relu|q=8", "relu|q=2|
 SPECS = SIGNED + RELU
 RAMP = np.linspace(-1, 1, 20, dtype=np.float32)
 
-# Both sides of a fleet may run different numpy versions and processors: these bytes must not move.
-GOLDEN = {
-    "float32": "000080bf790d65bff31a4abf6c282fbfe53514bfbd86f2beafa1bcbea2bc86be28af21be369457bd"
-    "3694573d28af213ea2bc863eafa1bc3ebd86f23ee535143f6c282f3ff31a4a3f790d653f0000803f",
-    "identity|q=8": "000080bf8180003c000d1b283643515e6c798693a1aebcc9d7e4f2ffffffffff",
-    "identity|q=3": "000080bf2549923e4012692359b6f6ffff",
-    "hadamard|q=4": "74baa6bfc31c043e948b8976a9a86759c9c6bdb0edf3aca3",
-    "float16": "00bc28bb51ba79b9a2b894b7e5b536b40db1bdaabd2a0d313634e5359437a2387939513a283b003c",
-    "identity|s=0.5|q=4": "790d65bfed58013e104286b9edff0000",
-    "hadamard|q=1": "74baa6bfeeb5f73f5e57bdbf",
-    "hadamard|s=0.5|q=4": "f4f621bf26c3ac3d86158463079afe7a",
-    "kashin|q=4": "964c8fbfca0df53db697977bc2ec4970a2fb4781d967d65a",
-    "kashin|s=0.5|q=2": "964c8fbf75470e3faa2c5957",
-    "eden|b=0.5": "f0bb963f3ee3e49f",
-    "drive": "b113013f5d2b05bc229c5547",
-    "eden|b=1.5": "2af8dd3ea772ce4d2654b59a229c5547",
-    "eden|b=2": "37d8af3ea772ce4d2654b59a4d4ca08676727e20",
-    "eden|b=2|mse": "46c79e3ea772ce4d2654b59a4d4ca08676727e20",
-    "eden|b=5": "5a2cae3ef7c96a0966149fcbee59f0d181947bcce12a2b8b8b9f64f248e8d408dbb1f75d360d7e94"
-    "df744c2c",
-    "relu|q=1.5": "3694d73eaa550055aa00",
-    "relu|q=2": "a622963ebf5a41a5fe00",
-    "relu|q=3": "7034103eb7cb4d01a28db50f00",
-}
-
 
 def coded(spec, values, seed=0):
     """What arrives of `values`."""
@@ -60,28 +35,6 @@ def coded(spec, values, seed=0):
 def valid(spec, values):
     """Values that a codec takes: none below zero for a feature map."""
     return np.abs(values) if spec.startswith("relu") else values
-
-
-@pytest.mark.parametrize("spec", GOLDEN)
-def test_golden_bytes(spec):
-    body = codecs.parse(spec).encode(valid(spec, RAMP), seed=7, name="x")
-    golden = bytes.fromhex(GOLDEN[spec])
-    if spec.startswith(("eden", "drive", "relu")):
-        # Sums of products: processors may round the scale in the last place.
-        np.testing.assert_allclose(
-            np.frombuffer(body[:4], "<f4"), np.frombuffer(golden[:4], "<f4"), rtol=1e-6
-        )
-        body, golden = body[4:], golden[4:]
-    assert body.hex() == golden.hex()
-
-
-def test_golden_bytes_of_zstd_decode():
-    """Another version of Zstandard may pack other bytes; these must unpack for ever."""
-    packed = bytes.fromhex(
-        "28b52ffd2020010100000080bf8180003c000d1b283643515e6c798693a1aebcc9d7e4f2ffffffffff"
-    )
-    decoded = codecs.parse("identity|q=8|zstd").decode(packed, 20, seed=7, name="x")
-    np.testing.assert_array_equal(decoded, coded("identity|q=8", RAMP, seed=7))
 
 
 @settings(max_examples=400, deadline=None)

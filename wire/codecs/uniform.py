@@ -71,8 +71,9 @@ class Uniform:
         if self.rate < 1:
             kept = np.take_along_axis(kept, draws.strata(rows, width, self._kept(width)), axis=1)
         top = np.float32(2**self.bits - 1)
-        low = kept.min(axis=1, keepdims=True)
-        span = kept.max(axis=1, keepdims=True).astype(np.float64) - low
+        # Whether min finds -0.0 or 0.0 depends on the processor: adding 0 makes both 0.0.
+        low, high = (find(axis=1, keepdims=True) + np.float32(0) for find in (kept.min, kept.max))
+        span = high.astype(np.float64) - low
         step = (span / top).astype(np.float32)
         scaled = kept - low
         scaled /= np.where(step > 0, step, np.float32(1))
