@@ -60,13 +60,8 @@ class ImageSet:
     remarks: tuple[Remark, ...] = ()
 
     def tell(self, log: logging.Logger) -> None:
-        """Write to a log what was read: a warning where something should be done about it."""
-        log.info("%s: %s", self.source, self.summary)
-        for what, remedy in self.remarks:
-            if remedy:
-                log.warning("%s: %s; %s", self.source, what, remedy)
-            else:
-                log.info("%s: %s", self.source, what)
+        """Write to a log what was read and what was left out."""
+        photos.tell(log, self.source, [Remark(self.summary), *self.remarks])
 
     def check(self, *, classes: int, input_shape: tuple[int, ...]) -> None:
         """Make sure that a model of `classes` classes with input (C, H, W) can take these.

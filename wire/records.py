@@ -102,10 +102,12 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     """
     made = []
     for argument in arguments:
-        option, equals, value = argument.partition("=") if argument[:2] == "--" else ("", "", "")
-        text = value if equals else argument
-        path = str(_path(text, option or "arguments", SettingsError)) if text[:1] == "~" else text
-        made.append(f"{option}{equals}{path}")
+        option, value = "", argument
+        if argument.startswith("--") and "=" in argument:
+            option, _, value = argument.partition("=")
+        if value.startswith("~"):
+            value = str(_path(value, option or "command line", SettingsError))
+        made.append(f"{option}={value}" if option else value)
     return made
 
 

@@ -13,7 +13,7 @@ from edge_agent.config import BAD_SHARE
 from edge_agent.photos import archive, folder
 from edge_agent.photos.folder import Sizes, sizes
 from edge_agent.photos.picture import decode, fit, open_image
-from edge_agent.photos.record import Photos, Remark
+from edge_agent.photos.record import Photos, Remark, tell
 from wire.errors import DataError
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "open_image",
     "read",
     "sizes",
+    "tell",
 ]
 
 

@@ -195,7 +195,7 @@ def _nothing(path: Path, classes: int, skipped: Skipped) -> DataError:
             f"names and move the pictures into them"
         )
     for place, inner, files in os.walk(path):
-        inner[:] = [n for n in inner if not (n.startswith(".") or SYSTEM_FOLDERS.fullmatch(n))]
+        inner[:] = sorted(n for n in inner if n[0] != "." and not SYSTEM_FOLDERS.fullmatch(n))
         folder = Path(place)
         if any(_is_picture(folder / name) for name in files if not name.startswith(".")):
             return DataError(

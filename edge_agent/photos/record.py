@@ -1,5 +1,6 @@
 """What reading gives: pixels, labels, names, and a record of what was left out."""
 
+import logging
 import lzma
 import struct
 import tokenize
@@ -7,7 +8,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -21,6 +22,11 @@ DAMAGED: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError,
     LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, Warning,
     lzma.LZMAError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+# Pictures, which their owner would miss; other files are no matter.
+ELSEWHERE = (
+    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl",
+    ".nef", ".orf", ".pgm", ".ppm", ".psd", ".raf", ".rw2", ".svg", ".tga", ".webp",
 )  # fmt: skip
 FEW = 10  # images of a class; fewer are remarked on
 NAMED = 20  # pictures, classes or folders that one remark names
@@ -116,7 +122,8 @@ class Photos:
             files = _list([f"{suffix} {n:,}" for suffix, n in skipped.suffixes.most_common()])
             yield Remark(
                 f"files left out by their suffix: {files}",
-                "convert pictures among them to JPEG or PNG",
+                "convert the pictures to JPEG or PNG"
+                * any(s in ELSEWHERE for s in skipped.suffixes),
             )
         if skipped.nested:
             yield Remark(
@@ -137,6 +144,15 @@ class Photos:
             yield Remark(f"{_many(skipped.hidden, 'name', 'names')} with a dot in front left out")
         for done, n in skipped.done.items():
             yield Remark(f"{_many(n, 'picture', 'pictures')} {done}")
+
+
+def tell(log: logging.Logger, source: object, remarks: Iterable[Remark]) -> None:
+    """Write remarks to a log: as a warning where something is to be done about it."""
+    for what, remedy in remarks:
+        if remedy:
+            log.warning("%s: %s; %s", source, what, remedy)
+        else:
+            log.info("%s: %s", source, what)
 
 
 def reason(fault: Exception) -> str:

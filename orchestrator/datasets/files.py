@@ -67,8 +67,7 @@ def read_path(
         found = photos.sizes(path)
         size, channels = size or _one_size(path, found), channels or found.channels
     read = photos.read(path, (channels or 3, *(size or (0, 0))))
-    for remark in read.remarks():
-        log.log(logging.WARNING if remark.remedy else logging.INFO, "%s: %s", path, remark.what)
+    photos.tell(log, path, read.remarks())
     if read.x.shape[3] not in {1, 3}:
         raise DataError(
             f"{path}: x: expected uint8 (N, H, W, 1 or 3), got {read.x.dtype} {read.x.shape}; "
@@ -93,12 +92,10 @@ def parse_size(text: str) -> tuple[int, int]:
 def _one_size(path: Path, found: photos.Sizes) -> tuple[int, int]:
     """The one size of all pictures."""
     count, number = found.sizes.total(), len(found.sizes)
-    least = min(min(size) for size in found.sizes)
-    common = [f"{h}x{w} ({n:,})" for (h, w), n in found.sizes.most_common(3)]
-    listed = ", ".join(common) + (", ..." if number > 3 else "")
-    advice = (
-        f"choose one with --size HEIGHTxWIDTH, such as --size {min(least, 32)}x{min(least, 32)}"
-    )
+    common = found.sizes.most_common(3)
+    listed = ", ".join(f"{h}x{w} ({n:,})" for (h, w), n in common) + (", ..." * (number > 3))
+    side = min(32, *common[0][0])
+    advice = f"choose one with --size HEIGHTxWIDTH, such as --size {side}x{side}"
     if number > 1:
         raise DataError(
             f"{path}: expected pictures of one size, got {number:,}: {listed}; {advice}"
