@@ -82,7 +82,8 @@ class Agent:
                 f"state: {config.state} cannot be made ({fault.strerror}); name a folder that this "
                 "user may write to, /var/lib/stillhouse/state for the packaged service"
             ) from fault
-        self.images = data.load(config.data, input_shape=config.image)
+        self.images = data.load(config.data, input_shape=config.image, bad_share=config.bad_share)
+        self.images.tell(log)
         self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
         self.journal = Journal(config.state / "journal.db")
         self._kept = Kept(config.state, self.journal)

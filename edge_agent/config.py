@@ -7,6 +7,8 @@ from wire import records, signing, topics
 from wire.address import BrokerAddress
 from wire.errors import SignatureError
 
+BAD_SHARE = 0.05  # of a folder's pictures
+
 
 @dataclass(frozen=True)
 class AgentConfig:
@@ -19,6 +21,8 @@ class AgentConfig:
         state: folder for artifacts, weights, blobs and the journal; survives power cuts.
         broker: where the broker is and who we are there.
         image: channels, height, width of the model's input; a folder's images are brought to it.
+        bad_share: damaged pictures are left out, up to this share of all (and one in any case);
+            more are an error. 0: each is.
         threads: of ONNX Runtime and numpy; 0 takes all cores.
         chunk_bytes: size of the pieces that results are pulled in.
         window: chunks of a download under way at once.
@@ -38,6 +42,7 @@ class AgentConfig:
     state: Path
     broker: BrokerAddress
     image: tuple[int, int, int] = (3, 32, 32)
+    bad_share: float = BAD_SHARE
     threads: int = 0
     chunk_bytes: int = 128 * 1024
     window: int = 8
@@ -55,6 +60,8 @@ class AgentConfig:
         topics.check_name(self.fleet, "fleet name")
         if min(self.image) < 1:
             raise ValueError(f"image: expected [channels, height, width], got {self.image}")
+        if not 0 <= self.bad_share <= 1:
+            raise ValueError(f"bad_share: expected a share from 0 to 1, got {self.bad_share}")
         if not 1024 <= self.chunk_bytes <= 1 << 19:
             raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
         if self.threads < 0 or self.window < 1:

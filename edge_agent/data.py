@@ -12,26 +12,23 @@ and under every numpy.
 """
 
 import hashlib
-import zipfile
-import zlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from edge_agent import photos
+from edge_agent.photos import Remark
 from wire import seeds
 from wire.errors import DataError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 PAD = 4  # pixels on each side of the image that a crop may reach into
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Streams of a seed; the payload codecs draw from low numbers of the same seed.
 _HOLDOUT, _SHUFFLE, _VIEW, _AUGMENT = 1 << 61, 1 << 62, 3 << 61, 1 << 63
 PLAIN, MIRRORED = 0, 1  # the two views that are not drawn
@@ -50,6 +47,8 @@ class ImageSet:
         digest: SHA-256 (hex) of shape, pixels and labels: names the samples and their order.
         classes: how many classes the data states (names or sub-folders), or None.
         source: where it came from, for messages.
+        summary: how many images there are of each class, in words.
+        remarks: what else there is to know, of what was left out above all.
     """
 
     x: Pixels
@@ -57,6 +56,12 @@ class ImageSet:
     digest: str
     classes: int | None = None
     source: str = "images"
+    summary: str = ""
+    remarks: tuple[Remark, ...] = ()
+
+    def tell(self, log: logging.Logger) -> None:
+        """Write to a log what was read and what was left out."""
+        photos.tell(log, self.source, [Remark(self.summary), *self.remarks])
 
     def check(self, *, classes: int, input_shape: tuple[int, ...]) -> None:
         """Make sure that a model of `classes` classes with input (C, H, W) can take these.
@@ -89,161 +94,48 @@ class ImageSet:
             )
 
 
-def load(path: Path, *, input_shape: tuple[int, ...], classes: int | None = None) -> ImageSet:
-    """Read an `.npz` or a folder of images.
+def load(
+    path: Path,
+    *,
+    input_shape: tuple[int, ...],
+    classes: int | None = None,
+    bad_share: float = photos.BAD_SHARE,
+) -> ImageSet:
+    """Read an `.npz` or a folder of images, as `edge_agent.photos` says.
 
-    - `.npz`, without pickled objects: `x` uint8 (N, H, W, C) or grey (N, H, W), already of the
-      right size; `y` (N,) integers; optionally `classes`, one name for each class.
-    - a folder with one sub-folder for each class, numbered in the order of their sorted names
-      (an empty one keeps its number): jpg, png, webp and bmp files are decoded, turned upright,
-      converted to grey (C = 1) or RGB (C = 3) and resized to H x W (bilinear, aspect ratio not
-      kept). Other files and names that begin with a dot are skipped.
+    An `.npz` must have the right size already; a folder's pictures are resized to H x W (bilinear,
+    aspect ratio not kept). Its classes are numbered in the order of their sorted names, and an
+    empty sub-folder keeps its number.
 
     Args:
         path: the file or folder.
         input_shape: (C, H, W) of the model's input.
         classes: how many classes the model knows, where that is known already.
+        bad_share: more damaged pictures of a folder than this share are an error.
 
     Raises:
         DataError: the images or labels are missing, unreadable, or do not fit.
     """
-    stated: int | None
-    try:
-        is_folder = path.is_dir()
-    except OSError as fault:  # a folder above it that this user may not enter
-        raise DataError(
-            f"{path}: cannot be read ({fault.strerror}); let this user read it"
-        ) from fault
-    if is_folder:
-        x, y, stated = _folder(path, input_shape)
-    elif path.exists():
-        x, y, stated = _npz(path)
-    else:
-        raise DataError(
-            f"{path}: expected an .npz file or a folder of images, got nothing there; check `data` "
-            "in the agent's configuration"
-        )
+    read = photos.read(path, input_shape, bad_share=bad_share)
+    x, y = read.x, read.y
     sha = hashlib.sha256(repr(x.shape).encode())
     sha.update(x.data)
     sha.update(y.astype("<i8").data)
-    images = ImageSet(x, y, sha.hexdigest(), stated, str(path))
+    images = ImageSet(
+        x,
+        y,
+        sha.hexdigest(),
+        len(read.names) or None,
+        str(path),
+        summary=read.summary,
+        remarks=tuple(read.remarks()),
+    )
     x.setflags(write=False)
     y.setflags(write=False)
     images._check_shape(input_shape)  # noqa: SLF001
     if classes is not None:
         images.check(classes=classes, input_shape=input_shape)
     return images
-
-
-def _npz(path: Path) -> tuple[Pixels, Indices, int | None]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = sorted(arrays)
-            stored = {name: arrays[name] for name in ("x", "y", "classes") if name in found}
-    # What numpy raises for foreign, cut off and pickled files; TypeError is a bare .npy.
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as fault:
-        raise DataError(
-            f"{path}: expected an .npz file without pickled objects, got one that does not read "
-            f"({fault}); write it with numpy.savez(path, x=images, y=labels)"
-        ) from fault
-    if not {"x", "y"} <= stored.keys():
-        raise DataError(
-            f"{path}: expected arrays 'x' and 'y', got {', '.join(found) or 'none'}; write it with "
-            "numpy.savez(path, x=images, y=labels)"
-        )
-    x, y = stored["x"], stored["y"]
-    if x.dtype != np.uint8 or x.ndim not in (3, 4):
-        raise DataError(
-            f"{path}: x: expected uint8 (N, H, W, C) or (N, H, W), got {x.dtype} {x.shape}; store "
-            "pixels as 0 to 255, channels last"
-        )
-    if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: y: expected integers (N,), got {y.dtype} {y.shape}; store class numbers"
-        )
-    if len(x) != len(y):
-        raise DataError(
-            f"{path}: expected one label for each image, got {len(x)} images and {len(y)} labels; "
-            "write both from the same samples"
-        )
-    if len(x) == 0:
-        raise DataError(f"{path}: expected images, got none; give this device data")
-    stated = len(stored["classes"]) if "classes" in stored else None
-    top = np.iinfo(np.int64).max if stated is None else stated - 1
-    if y.min() < 0 or y.max() > top:
-        raise DataError(
-            f"{path}: expected labels from 0{'' if stated is None else f' to {top}'}, got "
-            f"{y.min()} to {y.max()}; correct y, or the names in 'classes'"
-        )
-    x = np.ascontiguousarray(x if x.ndim == 4 else x[..., None])
-    return x, y.astype(np.int64), stated
-
-
-def _folder(path: Path, input_shape: tuple[int, ...]) -> tuple[Pixels, Indices, int]:
-    channels, height, width = input_shape
-    if channels not in (1, 3):
-        raise DataError(
-            f"{path}: expected a model with 1 or 3 input channels, got {channels}; a folder holds "
-            "grey or colour images, give other data as an .npz"
-        )
-    files, classes = image_files(path)
-    x = np.empty((len(files), height, width, channels), np.uint8)
-    for pixels, (file, _) in zip(x, files, strict=True):
-        # A camera's JPEG is decoded at the nearest smaller scale that suffices.
-        pixels[:] = fit(open_image(file, 2 * max(height, width)), (height, width), channels)
-    return x, np.array([label for _, label in files], np.int64), len(classes)
-
-
-def image_files(path: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Image files of a folder with their class numbers, and the names of the classes.
-
-    Raises:
-        DataError: there is none.
-    """
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [
-        (file, label)
-        for label, folder in enumerate(folders)
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    ]
-    if not files:
-        raise DataError(
-            f"{path}: expected one sub-folder of images ({' '.join(SUFFIXES)}) for each class, got "
-            f"{len(folders)} sub-folders and no image in them; sort the images into sub-folders"
-        )
-    return files, tuple(folder.name for folder in folders)
-
-
-def open_image(file: Path, draft: int | None = None) -> "Image":
-    """An image, turned upright; `draft` pixels a side suffice where the decoder can save work.
-
-    Raises:
-        DataError: the file does not decode.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            if draft:
-                image.draft(None, (draft, draft))
-            upright = ImageOps.exif_transpose(image)
-            upright.load()
-            return upright
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
-        raise DataError(
-            f"{file}: expected an image, got a file that does not decode ({fault}); replace or "
-            "remove it"
-        ) from fault
-
-
-def fit(image: "Image", size: tuple[int, int], channels: int) -> Pixels:
-    """Pixels (height, width, channels) of an image as grey (1) or RGB (3), resized (bilinear)."""
-    from PIL.Image import Resampling
-
-    converted = image.convert({1: "L", 3: "RGB"}[channels])
-    resized = converted.resize((size[1], size[0]), Resampling.BILINEAR)
-    return np.asarray(resized, np.uint8).reshape(*size, channels)
 
 
 @dataclass(frozen=True)

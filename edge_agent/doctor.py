@@ -62,7 +62,7 @@ def examine(path: Path, root: Path = Path("/")) -> Iterator[Finding]:
         )  # fmt: skip
     yield _settings(path, chosen)
     yield _disk(chosen.state)
-    yield _images(chosen)
+    yield from _images(chosen)
     yield from _certificates(chosen)
     yield _broker(chosen)
 
@@ -188,15 +188,17 @@ def _disk(state: Path) -> Finding:
     return Finding("warn" if free < GOOD_DISK else "ok", what, "make room before long runs")
 
 
-def _images(chosen: AgentConfig) -> Finding:
+def _images(chosen: AgentConfig) -> Iterator[Finding]:
     from edge_agent import data
 
     try:
-        images = data.load(chosen.data, input_shape=chosen.image)
+        images = data.load(chosen.data, input_shape=chosen.image, bad_share=chosen.bad_share)
     except (StillhouseError, OSError) as fault:
-        return Finding("bad", str(fault), "`data` and `image` in agent.toml say what to train on")
-    labels = len(set(images.y.tolist()))
-    return Finding("ok", f"{len(images.y)} images of {labels} classes in {chosen.data}")
+        yield Finding("bad", str(fault), "`data` and `image` in agent.toml say what to train on")
+        return
+    yield Finding("ok", f"{chosen.data}: {images.summary}")
+    for what, remedy in images.remarks:
+        yield Finding("warn" if remedy else "ok", what, remedy)
 
 
 def _certificates(chosen: AgentConfig) -> Iterator[Finding]:

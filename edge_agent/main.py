@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_agent import __version__, config
+from wire import records
 from wire.errors import DataError, SettingsError, StillhouseError
 
 NO_IMAGES = 3  # exit code
@@ -20,6 +21,7 @@ fleet = "fleet"         # the fleet it belongs to
 data = "images"         # an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class
 state = "state"         # artifacts, weights and the journal; survives power cuts
 image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
+bad_share = 0.05        # damaged pictures are left out; more than this share are an error
 threads = 0             # of ONNX Runtime and numpy; 0 takes all cores
 release_key = ""        # updates of the package are signed by it; "" takes none
 update_minutes = 5      # that an update has until it runs, or it is rolled back
@@ -44,8 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     _add_measure(commands.add_parser("measure", help="what training costs on this device"))
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"))
-    chosen = parser.parse_args(arguments)
     try:
+        given = sys.argv[1:] if arguments is None else arguments
+        chosen = parser.parse_args(records.expanded(given))
         if chosen.command == "init":
             return _init(chosen.file)
         if chosen.command == "measure":
@@ -90,7 +93,7 @@ def _add_measure(command: argparse.ArgumentParser) -> None:
 def _measure(chosen: argparse.Namespace) -> int:
     from edge_agent.field import identity, roofline
     from edge_agent.field import measure as measuring
-    from wire import measurement, records, signing
+    from wire import measurement, signing
     from wire.artifact import open_artifact
 
     if chosen.threads < 0 or chosen.steps < 1 or chosen.budget_mb < 0 or not chosen.timeout > 0:

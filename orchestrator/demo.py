@@ -64,6 +64,7 @@ class Plan:
     name: str
     seed: int
     floor: bool
+    size: tuple[int, int] | None = None
 
 
 def free_name(runs: Path, name: str) -> str:
@@ -91,12 +92,14 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
         split=plan.split,
         alpha=plan.alpha,
         seed=plan.seed,
+        size=plan.size,
         heldout=plan.heldout,
         heldout_samples=plan.heldout_samples,
     )
     height, width, channels = cut.shape
-    device = replace(plan.device, classes=len(cut.classes), input=(channels, height, width))
-    device = _normalized(device, folder / "data" / cut.devices[0].file)
+    mean, std = _pixels(folder / "data" / cut.devices[0].file)
+    shape = (channels, height, width)
+    device = replace(plan.device, classes=len(cut.classes), input=shape, mean=mean, std=std)
     config = RunConfig(
         name=plan.name,
         heldout=folder / "data" / "heldout.npz",
@@ -125,15 +128,14 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
         return taught, launch.run(alone, address=address, changed=changed)
 
 
-def _normalized(device: DeviceConfig, shard: Path) -> DeviceConfig:
+def _pixels(shard: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of the first shard's pixels, per channel."""
     with np.load(shard) as arrays:
         pixels = arrays["x"].astype(np.float32) / 255
     mean, std = pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))
-    return replace(
-        device,
-        mean=tuple(round(float(m), 4) for m in mean),
-        std=tuple(round(max(float(s), 1e-3), 4) for s in std),
+    return (
+        tuple(round(float(m), 4) for m in mean),
+        tuple(round(max(float(s), 1e-3), 4) for s in std),
     )
 
 

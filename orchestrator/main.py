@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.logging import RichHandler
 
 from orchestrator import config, view
+from wire import records
 from wire.errors import StillhouseError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -219,6 +220,9 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     heldout: Annotated[
         Path | None, typer.Option(help="The held-out file of a --data path.")
     ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Resize the images, such as 32x32.")
+    ] = None,
     devices: Annotated[int, typer.Option(min=1)] = 4,
     samples: Annotated[int | None, typer.Option(help="Images a device; default all.")] = None,
     heldout_samples: Annotated[int | None, typer.Option(help="Default all.")] = None,
@@ -240,8 +244,8 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     floor: Annotated[bool, typer.Option(help="Train the devices alone as well.")] = True,
 ) -> None:
     """Teach a large model on this machine: broker, orchestrator, and agents as processes."""
+    from orchestrator import datasets
     from orchestrator import demo as demonstration
-    from wire import records
     from wire.errors import SettingsError
 
     def settings(cls: type[Any], **values: Any) -> Any:
@@ -272,6 +276,7 @@ def demo(  # noqa: PLR0917 - typer makes options of them
         name=demonstration.free_name(runs, name),
         seed=seed,
         floor=floor,
+        size=None if size is None else datasets.parse_size(size),
     )
     with _display() as show:
         taught, alone = demonstration.play(plan, show)
@@ -314,7 +319,7 @@ class _display:  # noqa: N801 - used as a function
 def main() -> None:
     """Run the command line; the exit code is 0, or 2 with one line on what is wrong."""
     try:
-        app()
+        app(records.expanded(sys.argv[1:]))
     except StillhouseError as fault:
         print(f"orchestrator: {fault}", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,6 @@
 """What a run needs before it begins, over the wire or simulated: model, held-out images, task."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from orchestrator.strategies.strategy import HeldOut, Task, Variant
 from orchestrator.training import distill
 from wire.errors import RunError
 
+log = logging.getLogger("orchestrator")
+
 
 def read_heldout(config: RunConfig) -> HeldOut:
     """Held-out images, normalized as the devices normalize theirs; none where none are named.
@@ -27,9 +30,11 @@ def read_heldout(config: RunConfig) -> HeldOut:
         DataError: they are missing or do not fit the model.
     """
     device = config.device
+    log.info(device.pixels)
     if config.heldout is None:
         return HeldOut(torch.empty(0, *device.input), torch.empty(0, dtype=torch.int64))
     images = data.load(config.heldout, classes=device.class_count, input_shape=device.input)
+    images.tell(log)
     most = config.heldout_limit or len(images.y)
     pixels, y = images.x[:most], images.y[:most].copy()
     x = np.empty((len(y), *device.input), np.float32)

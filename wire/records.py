@@ -4,9 +4,9 @@ TOML tables (configuration) and msgpack maps (messages) pass through the same do
 be known (but in most messages, see there), every required key present, every value of the annotated
 type. Inside, types are trusted.
 
-Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str),
-Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, X | tuple[Y, ...] (a list is the
-tuple), Mapping[str, X], and nested dataclasses. A dataclass states its own ranges in
+Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str; `~` is
+the home folder), Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, X | tuple[Y, ...] (a
+list is the tuple), Mapping[str, X], and nested dataclasses. A dataclass states its own ranges in
 `__post_init__` by raising ValueError.
 """
 
@@ -15,7 +15,7 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -94,6 +94,33 @@ def plain(record: object) -> Any:
     return str(record) if isinstance(record, Path) else record
 
 
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with `~` expanded in paths, which shells leave in `--option=~/x`.
+
+    Raises:
+        SettingsError: `~user` of a user who is not known here.
+    """
+    made = []
+    for argument in arguments:
+        option, value = "", argument
+        if argument.startswith("--") and "=" in argument:
+            option, _, value = argument.partition("=")
+        if value.startswith("~"):
+            value = str(_path(value, option or "command line", SettingsError))
+        made.append(f"{option}={value}" if option else value)
+    return made
+
+
+def _path(text: str, where: str, error: type[StillhouseError]) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise error(
+            f"{where}: {text!r}: expected the home folder of a user of this machine, and there is "
+            f"none; write the whole path, or ./{text} for a name that begins with ~"
+        ) from None
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -122,7 +149,7 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where=where, error=error, strict=strict)  # type: ignore[arg-type]
     if hint is Path and isinstance(value, str):
-        return Path(value)
+        return _path(value, where, error)
     if hint is float and type(value) is int:
         return float(value)
     if hint in (bool, int, float, str, bytes, types.NoneType) and type(value) is hint:

@@ -43,7 +43,8 @@ class DeviceConfig:
             their feature maps must have the same shape.
         classes: their names, in the order of the logits, or their number.
         input: channels, height, width.
-        mean, std: of the pixels on the 0..1 scale, per channel.
+        mean, std: of the pixels on the 0..1 scale, per channel. Left out, they become those of
+            `default_pixels`, and stand here as if they had been named.
         batch, epochs, lr, optimizer, momentum, weight_decay: of local training.
         schedule: of the learning rate. "constant"; "cosine", from lr to 0 over the rounds.
         alpha, temperature: of the distillation term (FedGKT).
@@ -63,8 +64,8 @@ class DeviceConfig:
     model: str = "resnet8"
     classes: int | tuple[str, ...] = 10
     input: tuple[int, int, int] = (3, 32, 32)
-    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
-    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     batch: int = 32
     epochs: int = 1
     lr: float = 0.05
@@ -109,9 +110,24 @@ class DeviceConfig:
         """Every model that a device may train, `model` first."""
         return tuple(dict.fromkeys([self.model, *(other.model for other in self.others)]))
 
+    @property
+    def pixels(self) -> str:
+        """What pixels are normalized by, in words."""
+        mean, std, name = default_pixels(self.input[0])
+        values = f"mean {_values(self.mean)}, std {_values(self.std)}"
+        if (self.mean, self.std) != (mean, std):
+            return f"pixels are normalized by {values}"
+        return (
+            f"pixels are normalized by {name}: {values}; set device.mean and device.std for those "
+            "of your images"
+        )
+
     def __post_init__(self) -> None:
         if not isinstance(self.classes, int):
             object.__setattr__(self, "classes", classes.normalized(self.classes))
+        mean, std, _ = default_pixels(self.input[0])
+        object.__setattr__(self, "mean", self.mean or mean)
+        object.__setattr__(self, "std", self.std or std)
         codecs.parse(self.features)
         tensors.policy(self.state)
         if not 0 <= self.mu < math.inf:
@@ -199,6 +215,22 @@ class SubmodelConfig:
     def whole(self) -> bool:
         """Whether every device trains the whole model."""
         return self.rates == {1}
+
+
+def default_pixels(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean and standard deviation of pixels by channel, and whose they are.
+
+    Three channels: CIFAR-10's training images; one: the same in grey (Pillow's "L"); else a guess.
+    """
+    if channels == 3:
+        return (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10's"
+    if channels == 1:
+        return (0.4809,), (0.2392,), "CIFAR-10's in grey"
+    return (0.5,) * channels, (0.25,) * channels, "a guess"
+
+
+def _values(numbers: tuple[float, ...]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
 
 
 def cosine(lr: float, done: float) -> float:

@@ -18,13 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.datasets.files import Images, read_path
+from orchestrator.datasets.files import Images, parse_size, read_path
 from orchestrator.datasets.partition import MIN_SAMPLES, Split, partition
 from orchestrator.datasets.picture import draw
 from orchestrator.datasets.sources import NAMED, read
 from wire.errors import DataError
 
-__all__ = ["NAMED", "Images", "Shard", "Shards", "Split", "build", "partition", "read", "read_path"]
+__all__ = [
+    "NAMED", "Images", "Shard", "Shards", "Split", "build", "parse_size", "partition", "read",
+    "read_path",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def build(
         split: `iid` or `dirichlet`; see `partition`.
         alpha: concentration of the Dirichlet.
         seed: of the cut, the split and the choice of held-out samples.
-        size: height and width; None keeps the source's (digits: 32 x 32).
+        size: height and width; None keeps the source's (digits: 32 x 32), but a folder's pictures
+            must all have one size then.
         channels: 1 or 3; None keeps the source's (digits: 3).
         heldout: path of the held-out set, where `source` is a path that has one.
         heldout_samples: keep this many held-out samples, drawn at random; None keeps all.

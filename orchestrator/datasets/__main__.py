@@ -7,20 +7,14 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.datasets import NAMED, build
-from wire.errors import DataError, StillhouseError
+from orchestrator.datasets import NAMED, build, parse_size
+from wire import records
+from wire.errors import StillhouseError
 
 
 class _Split(enum.StrEnum):
     iid = "iid"
     dirichlet = "dirichlet"
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise DataError(f"--size: expected HEIGHTxWIDTH such as 32x32, got {text!r}")
-    return int(height), int(width)
 
 
 def shards(  # noqa: PLR0917 - typer makes options of them
@@ -66,7 +60,7 @@ def shards(  # noqa: PLR0917 - typer makes options of them
             split=split.value,
             alpha=alpha,
             seed=seed,
-            size=None if size is None else _size(size),
+            size=None if size is None else parse_size(size),
             channels=channels,
             heldout=heldout,
             heldout_samples=held_out,
@@ -85,5 +79,15 @@ def shards(  # noqa: PLR0917 - typer makes options of them
     )
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
+    try:
+        sys.argv[1:] = records.expanded(sys.argv[1:])  # typer.run takes no others
+    except StillhouseError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
     typer.run(shards)
+
+
+if __name__ == "__main__":
+    main()

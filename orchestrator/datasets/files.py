@@ -1,10 +1,7 @@
-"""Labelled images in memory, and from files: packed or plain `.npz`, or a folder."""
+"""Labelled images in memory, and from files."""
 
 import hashlib
-import io
-import itertools
-import zipfile
-import zlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edge_agent.data import fit, image_files, open_image
+from edge_agent import photos
 from wire.errors import DataError
+
+log = logging.getLogger("orchestrator")
+MOST_BYTES = 4 << 30  # of pictures whose size nobody has chosen
 
 
 @dataclass(frozen=True)
@@ -48,78 +48,63 @@ class Images:
         x = np.empty((len(self.x), *size, channels), np.uint8)
         for source, target in zip(self.x, x, strict=True):
             image = Image.fromarray(source.squeeze(2) if source.shape[2] == 1 else source)
-            target[:] = fit(image, size, channels)
+            target[:] = photos.fit(image, size, channels)
         return Images(x, self.y, self.classes)
 
 
 def read_path(
     path: Path, *, size: tuple[int, int] | None = None, channels: int | None = None
 ) -> Images:
-    """Read one file or folder.
+    """Read one file or folder, by the same rules as agents (`edge_agent.photos`).
 
-    - `.npz` with `x` uint8 (N, H, W, C) or (N, H, W), `y`, and `classes` (names) if there are any;
-    - `.npz` with `webp` (encoded pictures one after another), `offsets`, `y`, `classes`: a picture
-      is one square image, or a vertical strip of them;
-    - a folder with a sub-folder of images for each class, decoded to height x width `size` and
-      `channels`; None takes them from the first image.
+    A folder's pictures are decoded to height x width `size` and `channels`. Without, all must have
+    one size, and they are grey where all are.
 
     Raises:
         DataError: missing, damaged, or not of these forms.
     """
-    if path.is_dir():
-        return _folder(path, size, channels)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            stored = dict(arrays)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file or folder; check the path") from None
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as fault:
+    if photos.is_folder(path) and not (size and channels):
+        found = photos.sizes(path)
+        size, channels = size or _one_size(path, found), channels or found.channels
+    read = photos.read(path, (channels or 3, *(size or (0, 0))))
+    photos.tell(log, path, read.remarks())
+    if read.x.shape[3] not in {1, 3}:
         raise DataError(
-            f"{path}: expected an .npz without pickled objects, or a folder; got a file that does "
-            f"not read ({fault})"
-        ) from fault
-    if "y" not in stored or not ("x" in stored or {"webp", "offsets"} <= stored.keys()):
-        raise DataError(
-            f"{path}: expected arrays x and y, or webp, offsets and y; got "
-            f"{', '.join(sorted(stored)) or 'none'}"
+            f"{path}: x: expected uint8 (N, H, W, 1 or 3), got {read.x.dtype} {read.x.shape}; "
+            "store grey or RGB images, channels last"
         )
-    x = stored["x"] if "x" in stored else _strips(stored["webp"], stored["offsets"], path)
-    x = x[..., None] if x.ndim == 3 else x
-    y = stored["y"]
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in {1, 3}:
-        raise DataError(f"{path}: x: expected uint8 (N, H, W, 1 or 3), got {x.dtype} {x.shape}")
-    if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or len(y) == 0:
-        raise DataError(f"{path}: y: expected {len(x)} integers, got {y.dtype} {y.shape}")
-    names = stored["classes"] if "classes" in stored else np.arange(int(y.max()) + 1)
-    if y.min() < 0 or y.max() >= len(names):
+    names = read.names or tuple(str(label) for label in range(int(read.y.max()) + 1))
+    return Images(read.x, read.y, names)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width, of "HEIGHTxWIDTH".
+
+    Raises:
+        DataError: it is not of this form.
+    """
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise DataError(f"--size: expected HEIGHTxWIDTH such as 32x32, got {text!r}")
+    return int(height), int(width)
+
+
+def _one_size(path: Path, found: photos.Sizes) -> tuple[int, int]:
+    """The one size of all pictures."""
+    count, number = found.sizes.total(), len(found.sizes)
+    common = found.sizes.most_common(3)
+    listed = ", ".join(f"{h}x{w} ({n:,})" for (h, w), n in common) + (", ..." * (number > 3))
+    side = min(32, *common[0][0])
+    advice = f"choose one with --size HEIGHTxWIDTH, such as --size {side}x{side}"
+    if number > 1:
         raise DataError(
-            f"{path}: y: expected labels from 0 to {len(names) - 1} ({len(names)} classes), "
-            f"got {y.min()} to {y.max()}"
+            f"{path}: expected pictures of one size, got {number:,}: {listed}; {advice}"
         )
-    return Images(x, y.astype(np.int64), tuple(str(name) for name in names))
-
-
-def _strips(blob: NDArray[np.uint8], offsets: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
-    data = blob.tobytes()
-    pictures: list[NDArray[np.uint8]] = []
-    try:
-        for start, stop in itertools.pairwise(offsets.tolist()):
-            picture = np.asarray(Image.open(io.BytesIO(data[start:stop])).convert("RGB"))
-            pictures.append(picture.reshape(-1, picture.shape[1], picture.shape[1], 3))
-        return np.concatenate(pictures)
-    except (OSError, ValueError) as fault:
+    (size,) = found.sizes
+    needed = size[0] * size[1] * found.channels * count
+    if needed > MOST_BYTES:
         raise DataError(
-            f"{path}: expected strips of square images, got none at picture {len(pictures)} "
-            f"({fault}); the file is damaged or of another format"
-        ) from fault
-
-
-def _folder(path: Path, size: tuple[int, int] | None, channels: int | None) -> Images:
-    files, names = image_files(path)
-    pixels: list[NDArray[np.uint8]] = []
-    for file, _ in files:
-        image = open_image(file)
-        size = size or (image.height, image.width)
-        channels = channels or (1 if image.mode in {"1", "L"} else 3)
-        pixels.append(fit(image, size, channels))
-    return Images(np.stack(pixels), np.array([label for _, label in files], np.int64), names)
+            f"{path}: {count:,} pictures of {listed} take {needed / 1e9:,.0f} GB of memory; "
+            f"{advice}"
+        )
+    return size

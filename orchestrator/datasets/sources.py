@@ -51,7 +51,11 @@ def read(
             )
         return NAMED[source](cache, seed)
     path = Path(source)
-    if not path.exists():
+    try:
+        missing = not path.exists()
+    except OSError:  # a folder above it may not be entered, which read_path says
+        missing = False
+    if missing:
         raise DataError(
             f"source {source!r}: expected one of {', '.join(NAMED)}, or a path; got a name that is "
             "neither, check its spelling"

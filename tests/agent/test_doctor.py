@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from edge_agent import doctor
 from edge_agent.main import main
@@ -65,6 +66,35 @@ def test_each_finding_has_its_remedy_and_the_rest_is_looked_at(tmp_path, capsys)
         assert text in told
     assert told.count("BAD") == told.count("->") - told.count("WARN") == 3
     assert sorted(tmp_path.rglob("*")) == before  # it looks, and changes nothing
+
+
+@pytest.mark.usefixtures("one_wheel")
+def test_images_are_told_by_class_with_what_was_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, number in {"bolt": 40, "nut": 3, "lost+found": 0}.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(number):
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos/nut/cut.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "photos/nut/x.heic").touch()
+    path = configure(tmp_path, data='"~/photos"')
+    assert main(["doctor", f"--config={path}"]) == 1  # there is no broker
+    told = capsys.readouterr().out
+    for text in (f"OK   {tmp_path}/photos: 43 images of 2 classes: bolt 40, nut 3",
+                 "WARN 1 of 44 pictures left out as damaged: nut/cut.jpg (",
+                 "WARN few images of some classes: nut 3",
+                 "WARN files left out by their suffix: .heic 1\n     -> convert the pictures",
+                 "OK   system folders are not classes: lost+found"):  # fmt: skip
+        assert text in told
+    path = configure(tmp_path, data='"~/photos"', bad_share="0")
+    assert any("got 1 of 44: nut/cut.jpg" in finding.what for finding in bad(path))
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.5", "nan"])
+@pytest.mark.usefixtures("one_wheel")
+def test_a_share_that_is_none_is_refused(tmp_path, text):
+    (finding,) = bad(configure(tmp_path, bad_share=text))
+    assert "bad_share: expected a share from 0 to 1" in finding.what
 
 
 @pytest.mark.usefixtures("one_wheel")

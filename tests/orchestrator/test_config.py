@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator.config import (
     CohortConfig,
@@ -16,6 +17,7 @@ from orchestrator.config import (
     presets,
     template,
 )
+from orchestrator.prepare import fresh
 from wire.errors import StillhouseError
 
 
@@ -121,6 +123,40 @@ def test_a_preset_is_a_run_that_can_be_loaded(preset, tmp_path):
     assert config.broker.host == "127.0.0.1"
     published = RunConfig("first", heldout=path).transfer
     assert (config.transfer == published) == (preset != "frugal")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_grey_images_work_from_every_preset(preset, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(template(preset).replace("input = [3, 32, 32]", "input = [1, 28, 28]"))
+    config = load(path)
+    assert config.device.mean == (0.4809,)
+    assert "CIFAR-10's in grey: mean 0.4809, std 0.2392; set device.mean" in config.device.pixels
+    for recipe in config.recipes:
+        with torch.inference_mode():
+            logits = fresh(config, recipe).eval()(torch.zeros(2, 1, 28, 28))
+        assert logits.shape == (2, 10)
+
+
+def test_pixels_are_normalized_by_a_named_default_or_by_what_is_set():
+    assert DeviceConfig().mean == (0.4914, 0.4822, 0.4465)
+    assert "by CIFAR-10's: mean" in DeviceConfig().pixels
+    assert DeviceConfig(input=(4, 8, 8)).std == (0.25,) * 4
+    chosen = DeviceConfig(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))
+    assert chosen.pixels == "pixels are normalized by mean 0.1, 0.2, 0.3, std 0.5, 0.5, 0.5"
+    with pytest.raises(ValueError, match=r"with a mean \(3\) and a std \(1\) a channel"):
+        DeviceConfig(input=(1, 28, 28), mean=(0.1, 0.2, 0.3))
+
+
+def test_paths_of_a_run_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "run.toml"
+    text = template("fedgkt").replace('"heldout.npz"', '"~/heldout"')
+    path.write_text(f'pretrained = "~/runs/first"\nruns = "~/runs"\n{text}')
+    config = load(path)
+    assert config.heldout == tmp_path / "heldout"
+    assert config.runs == tmp_path / "runs"
+    assert config.pretrained == tmp_path / "runs" / "first"
 
 
 def test_an_unknown_preset_is_refused_with_those_that_there_are():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.datasets import build, partition, read, read_path
+from orchestrator.datasets import build, files, partition, read, read_path
 from orchestrator.datasets.partition import stratified
 from wire.errors import DataError
 
@@ -232,12 +232,17 @@ def test_packed_strips_and_single_pictures_give_the_same_pixels(tmp_path):
     assert strips.classes == ("a", "b", "c")
 
 
-def test_folder_of_images_is_a_source(tmp_path):
+def pictures(folder, sizes, mode="RGB"):
     for label, name in enumerate(["cat", "dog"]):
-        (tmp_path / name).mkdir()
-        for i in range(5):
-            picture = Image.new("RGB", (20 + i, 10), (0, 255 * label, 0))
-            picture.save(tmp_path / name / f"{i}.png")
+        (folder / name).mkdir(parents=True)
+        for i, size in enumerate(sizes):
+            colour = (0, 255 * label, 0) if mode == "RGB" else 255 * label
+            Image.new(mode, size, colour).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_folder_of_images_is_a_source(tmp_path):
+    pictures(tmp_path, [(20, 10)] * 5)
     train, test = read(str(tmp_path))
     assert train.classes == ("cat", "dog")
     assert train.x.shape == (8, 10, 20, 3)
@@ -246,11 +251,29 @@ def test_folder_of_images_is_a_source(tmp_path):
     assert read(str(tmp_path), size=(4, 5), channels=1)[0].x.shape == (8, 4, 5, 1)
 
 
+def test_grey_pictures_stay_grey(tmp_path):
+    assert read(str(pictures(tmp_path, [(20, 10)] * 5, "L")))[0].x.shape == (8, 10, 20, 1)
+
+
+def test_pictures_of_several_sizes_want_a_size(tmp_path):
+    pictures(tmp_path, [(40, 50), (40, 50), (64, 48), (65, 48), (66, 48), (66, 48)])
+    told = r"one size, got 4: 50x40 \(4\), 48x66 \(4\), 48x64 \(2\), \.\.\.; choose .* --size 32x32"
+    with pytest.raises(DataError, match=told):
+        read(str(tmp_path))
+    assert read(str(tmp_path), size=(32, 32))[0].x.shape == (10, 32, 32, 3)
+
+
+def test_pictures_too_large_to_take_as_they_are_want_a_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
+    with pytest.raises(DataError, match=r"10 pictures of 10x20 \(10\) take .* --size 10x10"):
+        read(str(pictures(tmp_path, [(20, 10)] * 5)))
+
+
 BAD_FILES = {
-    "no labels": ({"y": None}, "expected arrays x and y, or webp, offsets and y; got x"),
+    "no labels": ({"y": None}, r"expected arrays 'x' and 'y' \(or webp, offsets and y\), got x"),
     "float": ({"x": np.zeros((60, 6, 6, 3))}, "expected uint8 .* got float64"),
-    "lengths": ({"y": np.zeros(59, np.int64)}, "expected 60 integers"),
-    "labels": ({"classes": np.array(["a", "b"])}, "from 0 to 1 .* got 0 to 2"),
+    "lengths": ({"y": np.zeros(59, np.int64)}, "got 60 images and 59 labels"),
+    "labels": ({"classes": np.array(["a", "b"])}, "from 0 to 1, got 0 to 2"),
     "pickled": ({"x": np.array([{}] * 60, object)}, "without pickled objects"),
     "strips": (
         {"x": None, "webp": np.zeros(9, np.uint8), "offsets": np.array([0, 9])},
@@ -280,9 +303,12 @@ def test_unfit_sources_are_refused(tmp_path):
         ({"source": "cifra10"}, "expected one of digits, .* got a name"),
         ({"source": "digits", "heldout": train}, "brings its own held-out set"),
         ({"source": str(train), "heldout": other}, r"classes of .*\(0, 1, 2\), got 3 \(x, y, z\)"),
-        ({"source": str(train), "heldout": tmp_path / "no.npz"}, "no such file"),
-        ({"source": str(tmp_path / "empty")}, "0 sub-folders and no image"),
-        ({"source": str(tmp_path / "cats")}, r"broken\.png: expected an image"),
+        (
+            {"source": str(train), "heldout": tmp_path / "no.npz"},
+            "got nothing there; check the path",
+        ),
+        ({"source": str(tmp_path / "empty")}, "0 sub-folders and no picture"),
+        ({"source": str(tmp_path / "cats")}, r"got 1 of 1: cat/broken\.png"),
         ({"source": str(tmp_path / "text.npz")}, "does not read"),
         ({"source": str(plain_npz(tmp_path / "few.npz", n=3))}, "too few to hold 20%"),
     ]

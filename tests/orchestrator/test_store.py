@@ -161,6 +161,14 @@ def test_a_run_does_not_go_on_under_another_configuration(config, opened):
         opened(replace(config, seed=1))
 
 
+def test_a_run_begun_when_means_were_always_written_goes_on(config, opened):
+    opened(config).close()
+    began = json.loads((config.folder / "run.json").read_text())
+    assert began["device"]["mean"] == [0.4914, 0.4822, 0.4465]
+    assert began["device"]["std"] == [0.247, 0.2435, 0.2616]
+    opened(replace(config, device=replace(config.device, mean=(), std=()))).close()
+
+
 def test_a_damaged_checkpoint_is_named(config, opened):
     store = opened(config)
     store.close_round(store.begin(1, {}), State({"w": np.ones(1, np.float32)}, {}), {"round": 1})
