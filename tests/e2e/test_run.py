@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sqlite3
 import tomllib
 from dataclasses import replace
@@ -18,7 +17,7 @@ from orchestrator.config import load, template
 from orchestrator.deploy import export_run
 from orchestrator.store import last_checkpoint
 from orchestrator.training import distill
-from tests.conftest import Processes
+from tests.conftest import Processes, free_port
 from wire import messages, topics
 from wire.address import BrokerAddress
 from wire.link import Link
@@ -374,9 +373,7 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
 ):
     if broker.find() is None:
         pytest.skip("mosquitto is not installed: sudo apt install mosquitto")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     fleet = Fleet(processes, digits, "mqtt://unused", rounds=1)
     path = fleet.folder / "run.toml"
     text = path.read_text().replace('"open"', '"enrolled"').replace('"external"', '"mosquitto"')
