@@ -218,7 +218,8 @@ def test_feddropout_ends_where_its_simulation_does_though_agent_and_orchestrator
     for entry, same in zip(report["rounds"], expected, strict=True):
         for name, device in entry["devices"].items():
             payload = same["devices"][name]
-            assert 0 <= device["bytes_up"] - payload["bytes_up"] < 10_000  # frames, telemetry
+            more = device["bytes_up"] - payload["bytes_up"]
+            assert 0 <= more < payload["bytes_up"] / 2  # frames, and telemetry as time passes
             assert device["steps"] == payload["steps"]
             assert device["train_loss"] == pytest.approx(payload["train_loss"], rel=0.02)
         small, large = (entry["devices"][n]["train_flops"] for n in ("device-2", "device-0"))
