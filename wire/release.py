@@ -7,6 +7,7 @@ the broker alone say. What is signed is the canonical JSON of `Package` (keys so
 import json
 import re
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,7 +143,11 @@ def check(release: Release, own: Build, *, key: str, refused: dict[str, str]) ->
 
 def newer(version: str, than: str) -> bool:
     """Whether a version comes after another in Debian's order (deb-version(7)), epochs aside."""
-    return _order(version) > _order(than)
+    for ours, theirs in zip(_order(version), _order(than), strict=True):
+        for a, b in zip_longest(ours, theirs, fillvalue=_END):  # 1.0-0 is 1.0, and 0~ before 0
+            if a != b:
+                return a > b
+    return False
 
 
 def _canonical(package: Package) -> bytes:
@@ -163,10 +168,7 @@ def _order(version: str) -> tuple[list[tuple[list[int], int]], ...]:
 
 def _turns(part: str) -> list[tuple[list[int], int]]:
     pairs = re.findall(r"([^0-9]*)([0-9]*)", part)
-    turns = [([*map(_weight, text), 0], int(digits or 0)) for text, digits in pairs]
-    while turns and turns[-1] == _END:  # 1.0-0 is 1.0
-        turns.pop()
-    return [*turns, _END]
+    return [([*map(_weight, text), 0], int(digits or 0)) for text, digits in pairs]
 
 
 def _weight(character: str) -> int:

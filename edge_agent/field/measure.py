@@ -131,7 +131,7 @@ def measure(
     report["step"] = {
         "timed": steps,
         "median_s": median,
-        "quartiles_s": statistics.quantiles(times, n=4) if steps > 1 else [median] * 3,
+        "quartiles_s": _quartiles(times),
         "images_per_s": manifest.batch / median,
         "gflops": train.flops * manifest.micro_batches / median / 1e9,
     }
@@ -174,6 +174,13 @@ def installed_artifact() -> Path:
             f"python -m tools.export --model resnet8 --classes 10 --batch 32 --out {INSTALLED}"
         )
     return INSTALLED
+
+
+def _quartiles(times: list[float]) -> list[float]:
+    """Three, none below the shortest time: of few times, which differ, others would be negative."""
+    if len(times) == 1:
+        return times * 3
+    return statistics.quantiles(times, n=4, method="inclusive")
 
 
 def _largest_batch(manifest: Manifest, budget: int) -> int:

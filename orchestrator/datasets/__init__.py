@@ -3,7 +3,8 @@
 Real fleets hold their own images and need none of this. `python -m orchestrator.datasets --help`
 is the command; `build` is the same from Python; `partition` alone deals indices out.
 
-A run writes, and a run with the same arguments writes the same bytes:
+A run writes, and a run with the same arguments deals out the same samples, and on the same machine
+writes the same bytes:
 
     device-0.npz ...  x uint8 (N, H, W, C), y int64 (N,), classes (names): what an agent loads
     heldout.npz       the same, of samples that no device has

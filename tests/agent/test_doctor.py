@@ -29,7 +29,7 @@ def configure(folder, url="mqtt://127.0.0.1:9", more="", **settings):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(doctor, "REACH_S", 1.0)
+    monkeypatch.setattr(doctor, "REACH_S", 3.0)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def bad(path, **more):
 
 
 def test_a_device_that_is_well_is_said_to_be(tmp_path, any_broker, capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "REACH_S", 10.0)
+    monkeypatch.setattr(doctor, "REACH_S", 60.0)
     path = configure(tmp_path, any_broker.url)
     assert main(["doctor", "--config", str(path)]) == 0
     told = capsys.readouterr().out
@@ -109,8 +109,8 @@ def test_a_silent_port_is_not_waited_for_longer_than_it_says(tmp_path):
         port = silent.getsockname()[1]
         began = time.monotonic()
         (finding,) = bad(configure(tmp_path, f"mqtt://127.0.0.1:{port}"))
-    assert "does not answer in 1 s" in finding.what
-    assert time.monotonic() - began < 30
+    assert "does not answer in 3 s" in finding.what
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,11 @@ def test_rates_follow_from_what_was_measured(report):
     assert min(report["machine"].values()) > 0.1
 
 
+def test_quartiles_lie_between_the_shortest_and_the_longest_time():
+    assert measure._quartiles([0.25]) == [0.25] * 3
+    assert measure._quartiles([0.016, 0.0]) == pytest.approx([0.004, 0.008, 0.012])
+
+
 def test_energy_and_throttling_of_the_timed_steps_are_told(artifact, monkeypatch, key):
     told = iter([(), ("under-voltage",), ("throttled",), ("under-voltage", "throttled")])
     monkeypatch.setattr(sensors, "throttling", lambda **_: next(told))

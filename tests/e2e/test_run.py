@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import sqlite3
 import tomllib
 from dataclasses import replace
@@ -18,7 +17,7 @@ from orchestrator.config import load, template
 from orchestrator.deploy import export_run
 from orchestrator.store import last_checkpoint
 from orchestrator.training import distill
-from tests.conftest import Processes
+from tests.conftest import Processes, free_port
 from wire import messages, topics
 from wire.address import BrokerAddress
 from wire.link import Link
@@ -219,7 +218,8 @@ def test_feddropout_ends_where_its_simulation_does_though_agent_and_orchestrator
     for entry, same in zip(report["rounds"], expected, strict=True):
         for name, device in entry["devices"].items():
             payload = same["devices"][name]
-            assert 0 <= device["bytes_up"] - payload["bytes_up"] < 10_000  # frames, telemetry
+            more = device["bytes_up"] - payload["bytes_up"]
+            assert 0 <= more < payload["bytes_up"] / 2  # frames, and telemetry as time passes
             assert device["steps"] == payload["steps"]
             assert device["train_loss"] == pytest.approx(payload["train_loss"], rel=0.02)
         small, large = (entry["devices"][n]["train_flops"] for n in ("device-2", "device-0"))
@@ -374,9 +374,7 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
 ):
     if broker.find() is None:
         pytest.skip("mosquitto is not installed: sudo apt install mosquitto")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     fleet = Fleet(processes, digits, "mqtt://unused", rounds=1)
     path = fleet.folder / "run.toml"
     text = path.read_text().replace('"open"', '"enrolled"').replace('"external"', '"mosquitto"')

@@ -380,6 +380,22 @@ def test_a_port_in_use_is_named_with_its_remedy(kind, tmp_path):
             broker.start(kind, folder=tmp_path, fleet=FLEET, port=port)
 
 
+@both
+def test_a_free_port_that_another_program_takes_first_is_given_up_for_the_next(
+    kind, tmp_path, monkeypatch
+):
+    claim = broker._claim
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(
+            broker, "_claim", lambda host, port: claim(host, port) if folder.exists() else taken
+        )
+        folder = tmp_path / "new"
+        with broker.start(kind, folder=folder, fleet=FLEET, port=0) as running:
+            assert urlsplit(running.url).port != taken
+            assert listening(running.url)
+
+
 def test_a_missing_mosquitto_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(mosquitto, "SBIN", ())

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from orchestrator.store import last_checkpoint
 from orchestrator.training import distill, ranks
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard, open_shard
+from tests.conftest import free_port
 from wire.errors import RunError, StillhouseError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,8 +155,7 @@ class Pair:
             common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
             port = self.store.port
         else:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
+            port = free_port()
         for number in range(2):
             environment = {**common, "MASTER_PORT": str(port), "RANK": str(number)}
             arguments = (scenario, self.folder, timeout_s, environment)

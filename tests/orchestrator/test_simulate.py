@@ -35,6 +35,7 @@ from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.strategies import create, extractors
 from orchestrator.training import distill
+from tests.conftest import ROOT
 from wire import frames, records, tensors
 from wire.artifact import open_artifact
 from wire.errors import RunError
@@ -585,7 +586,7 @@ print(report.entries[0]["server_accuracy"])
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -18,7 +18,7 @@ def link(any_broker):
     link = Link(BrokerAddress(any_broker.url), "one", subscriptions=[("t/#", 1)], emit=events.put)
     link.events = events
     link.start()
-    assert isinstance(events.get(timeout=10), Connected)
+    assert isinstance(events.get(timeout=120), Connected)
     yield link
     link.close()
 
@@ -27,7 +27,7 @@ def test_large_messages_of_another_thread_arrive_whole_and_in_order(link):
     for number in range(30):
         link.publish("t/a", number.to_bytes(4, "little") + BODY)
     for number in range(30):
-        event = link.events.get(timeout=20)
+        event = link.events.get(timeout=120)
         assert isinstance(event, Arrived)
         assert event.payload == number.to_bytes(4, "little") + BODY
 
@@ -44,5 +44,5 @@ def test_only_the_threads_of_the_connection_write_to_it(link, monkeypatch):
     monkeypatch.setattr(paho.Client, "loop_write", noted)
     for _ in range(10):
         link.publish("t/a", BODY)
-        assert isinstance(link.events.get(timeout=20), Arrived)
+        assert isinstance(link.events.get(timeout=120), Arrived)
     assert writers == {"mqtt"}

@@ -37,9 +37,10 @@ to a multiple of eight (identity, relu), to a power of two (hadamard: 8 or more,
 or to one with 15 % to spare (kashin); so at most by a block in all.
 
 Random signs, places and roundings come from `wire.seeds`: a seed gives the same ones everywhere.
-The same seed and values give the same bytes on one machine. On another, a coefficient on the border
-between two levels may take the other one, since processors sum in different orders; decoding needs
-no such agreement.
+float32, float16 and identity encode and decode to the same on every processor, and relu decodes so.
+The others sum, and processors sum in different orders: decoded values agree to 1e-6 of the block's
+largest, and a coefficient on the border between two levels may be encoded as the other one. On one
+machine the same seed and values give the same bytes with every codec.
 
 Sums and squares stay within float32 for magnitudes up to 2^100, which is what lossy codecs take.
 """
