@@ -49,13 +49,11 @@ class Foreign:
         name: as it was written.
         scope: its modules.
         factory: what makes the network.
-        sources: SHA-256 of its source files by path, as they were when it made the first network.
     """
 
     name: str
     scope: Scope
     factory: Callable[..., Any]
-    sources: Mapping[str, str] = field(default_factory=dict)
     _last: Callable[[], object] = field(default=lambda: None)
 
     def make(self, classes: int, shape: tuple[int, ...]) -> nn.Module:
@@ -76,11 +74,15 @@ class Foreign:
                 "that its weights follow from the run's seed"
             )
         self._last = weakref.ref(made)
-        self.sources = self.sources or dict(self.scope.sources) or _installed(self.factory)
         if any(map(is_lazy, made.parameters())):  # such layers take their shapes from a first batch
             run(made.eval(), torch.zeros(2, *shape), fails=f"{self.name} fails on {shape}")
             made.train()
         return made
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """SHA-256 of its source files, by path, as far as they are imported."""
+        return dict(self.scope.sources) or _installed(self.factory)
 
     def _call(self, classes: int, shape: tuple[int, ...]) -> object:
         last: Exception | None = None

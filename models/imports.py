@@ -163,7 +163,7 @@ sys.meta_path.insert(0, _Finder())
 
 
 def _outside(entry: str) -> bool:
-    """Whether an entry of `sys.path` is a folder of the user's own (PYTHONPATH, the current one)."""
+    """Whether an entry of `sys.path` is a folder of the user's own, such as one of PYTHONPATH."""
     path = Path(entry or ".").resolve()
     library = Path(sysconfig.get_path("stdlib")).resolve()
     installed = {"site-packages", "dist-packages"} & set(path.parts)

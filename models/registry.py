@@ -137,7 +137,7 @@ _CUTS: dict[tuple[str, int, tuple[int, ...]], split.Cut] = {}
 def sources(name: str) -> Mapping[str, str]:
     """SHA-256 of each source file that a user's network was made of, by path; none for ours.
 
-    They are those of the first `build`.
+    A file that is imported in the forward pass is among them once that has run.
     """
     found = _known(parse(name)[0])
     return {} if found is None else found.sources

@@ -215,8 +215,14 @@ class _Tracer(fx.Tracer):
         return not self._path.startswith(f"{module_qualified_name}.")
 
 
+class _Shape(tuple[int, ...]):
+    """Of a tensor."""
+
+    __slots__ = ()
+
+
 class _Values(fx.Interpreter):
-    """Notes what each node gives: of a tensor its shape, as a list."""
+    """Notes what each node gives: of a tensor its shape."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, graph=graph)
@@ -224,7 +230,7 @@ class _Values(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.seen[n] = list(value.shape) if isinstance(value, Tensor) else value
+        self.seen[n] = _Shape(value.shape) if isinstance(value, Tensor) else value
         return value
 
 
@@ -242,43 +248,50 @@ def _halves(
         raise _NoCutError(f"it is called {often} in the forward pass, expected once")
     cut = calls[0]
     output = next(node for node in graph.nodes if node.op == "output")
-    before, needed = _reached(cut), _reached(output)
-    if cut not in needed:
+    if cut not in _reached(output):
         raise _NoCutError("the logits do not depend on it")
     values = [_values(whole, graph, (size, *shape)) for size in (2, 3)]
     made = values[0][cut]
-    if not isinstance(made, list) or len(made) != 4 or made[0] != 2:
-        what = tuple(made) if isinstance(made, list) else type(made).__name__
+    if not isinstance(made, _Shape) or len(made) != 4 or made[0] != 2:
+        what = tuple(made) if isinstance(made, _Shape) else type(made).__name__
         raise _NoCutError(f"its output is {what}, expected a feature map (N, C, H, W)")
-    after = needed - before
-    past = {node for node in before - {cut} if not after.isdisjoint(node.users)}
-    first, rest, stands = fx.Graph(), fx.Graph(), {}
-    copied: dict[fx.Node, fx.Node] = {}
+    numbers = {node for node, value in values[0].items() if _is_number(value)}
+    before, after = _reached(cut), _reached(output, frozenset({cut, *numbers}))
+    past = (before & after) - numbers - {cut}
+    for node in graph.nodes:
+        if node in past and any(user in after and user not in before for user in node.users):
+            raise _NoCutError(f"{_described(node)} goes past it")
+    first, rest = fx.Graph(), fx.Graph()
+    copied: dict[fx.Node, Any] = {}
+    stands: dict[fx.Node, Any] = {cut: rest.placeholder("h")}
+    batch = rest.call_method("size", (stands[cut], 0)) if numbers & after else None
     for node in graph.nodes:
         if node in before:
             copied[node] = _copy(first, node, copied.__getitem__)
-    first.output(copied[cut])
-    h = stands[cut] = rest.placeholder("h")
-    size = None
-    for node in graph.nodes:
-        if node in past:
-            if isinstance(values[0][node], list):
-                raise _NoCutError(f"{_described(node)} goes past it")
-            size = size or rest.call_method("size", (h, 0))
-            stands[node] = _number(rest, node, [value[node] for value in values], h, size)
-        elif node in after:
+        if node in after & numbers:
+            stands[node] = _number(rest, node, [v[node] for v in values], stands[cut], batch)
+        elif node in after and node is not cut:
             stands[node] = _copy(rest, node, stands.__getitem__)
+    first.output(copied[cut])
     return first, rest
 
 
-def _reached(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it depends on."""
+def _reached(node: fx.Node, ends: frozenset[fx.Node] = frozenset()) -> set[fx.Node]:
+    """A node and all that it depends on, but not what `ends` depend on."""
     found, open_ = {node}, [node]
     while open_:
-        new = set(open_.pop().all_input_nodes) - found
+        last = open_.pop()
+        new = set() if last in ends else set(last.all_input_nodes) - found
         found |= new
         open_ += new
     return found
+
+
+def _is_number(value: object) -> bool:
+    """Whether a node gives no tensor, but what is known of every image of one shape."""
+    if isinstance(value, tuple) and not isinstance(value, _Shape):
+        return all(map(_is_number, value))
+    return isinstance(value, bool | int | float | str | torch.dtype | torch.device | None)
 
 
 def _values(whole: nn.Module, graph: fx.Graph, shape: tuple[int, ...]) -> dict[fx.Node, Any]:
@@ -295,7 +308,9 @@ def _copy(graph: fx.Graph, node: fx.Node, stands: Callable[[fx.Node], Any]) -> f
     return made
 
 
-def _number(graph: fx.Graph, node: fx.Node, seen: list[Any], h: fx.Node, size: fx.Node) -> Any:
+def _number(
+    graph: fx.Graph, node: fx.Node, seen: list[Any], h: fx.Node, size: fx.Node | None
+) -> Any:
     """What stands for a number that a node of the first part gives, or for a tuple of such.
 
     Raises:

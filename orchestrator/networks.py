@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,14 +36,12 @@ def check(config: RunConfig) -> Sources:
         StillhouseError: the message names the key of the configuration, what is wrong and what to
             do.
     """
-    device, classes = config.device, config.device.class_count
-    found: dict[str, tuple[Any, Any]] = {}
+    device, found = config.device, {}
     sources: dict[str, Mapping[str, str]] = {}
     for name in device.models:
         key = "device.model" if name == device.network else "device.others"
         with _saying(key):
-            model = _fresh(config, name, device.input, sources)
-            shape = models.try_out(model, title(name), classes=classes, shape=device.input)
+            model, shape = _tried(config, name, device.input, sources)
             found[name] = shape, distill.weights(model)
             if config.strategy == "fedgkt" and shape is None:
                 raise RunError(_without_extractor(model, name, device.input))
@@ -53,10 +50,9 @@ def check(config: RunConfig) -> Sources:
             if config.strategy == "feddropout" and sources and not config.submodel.whole:
                 models.layout(model, device.input)
     if config.strategy == "fedgkt":
-        shape = extractors.check(config, found)
+        maps = extractors.check(config, found)
         with _saying("server.model"):
-            server = _fresh(config, config.server.model, shape, sources)
-            models.try_out(server, title(config.server.model), classes=classes, shape=shape)
+            _tried(config, config.server.model, maps, sources)
     return sources
 
 
@@ -86,26 +82,14 @@ def unchanged(folder: Path, sources: Sources) -> None:
         return
     before: Sources = json.loads(path.read_text())
     for name, files in sources.items():
-        known = before.get(name, files)
-        changed = sorted(file for file in {*known, *files} if known.get(file) != files.get(file))
+        known = before.get(name, {})
+        changed = sorted(file for file in files if known.get(file, files[file]) != files[file])
         if changed:
             raise RunError(
                 f"{name}: {', '.join(changed)} changed since run {folder.name} was begun; restore "
                 "it, or choose another name for a new run. If it makes the same network as before, "
                 f"remove {path}"
             )
-
-
-def of_run(config: RunConfig) -> Sources:
-    """The sources of a run's networks as they are now; see `check`.
-
-    Raises:
-        StillhouseError: one cannot be built.
-    """
-    sources: dict[str, Mapping[str, str]] = {}
-    for name in config.device.models:
-        _fresh(config, name, config.device.input, sources)
-    return sources
 
 
 def folder_name(model: str) -> str:
@@ -116,24 +100,29 @@ def folder_name(model: str) -> str:
     return f"{plain}-{hashlib.sha256(written(model).encode()).hexdigest()[:8]}"
 
 
-def _fresh(
+def _tried(
     config: RunConfig, name: str, shape: tuple[int, ...], sources: dict[str, Mapping[str, str]]
-) -> nn.Module:
-    """A network by the run's seed; what one that is not ours is made of is noted in `sources`."""
+) -> tuple[nn.Module, tuple[int, int, int] | None]:
+    """A network by the run's seed, and the shape of its feature map.
+
+    What one that is not ours is made of is noted in `sources`.
+    """
+    classes = config.device.class_count
     torch.manual_seed(config.seed)
-    model = models.build(name, classes=config.device.class_count, input_shape=shape)
+    model = models.build(name, classes=classes, input_shape=shape)
+    features = models.try_out(model, title(name), classes=classes, shape=shape)
     if not (files := models.sources(name)):
-        return model
+        return model, features
     sources[written(parse(name)[0])] = files
     torch.manual_seed(config.seed)
-    again = models.build(name, classes=config.device.class_count, input_shape=shape).state_dict()
+    again = models.build(name, classes=classes, input_shape=shape).state_dict()
     for key, tensor in model.state_dict().items():
         if key not in again or not torch.equal(tensor, again[key]):
             raise RunError(
                 f"{title(name)}: {key!r} is another one in each network that it makes; draw "
-                "initial weights with torch's random numbers alone, which follow the run's seed"
+                "initial weights with torch's random numbers, which follow the run's seed"
             )
-    return model
+    return model, features
 
 
 def _without_extractor(model: nn.Module, name: str, shape: tuple[int, int, int]) -> str:

@@ -52,8 +52,9 @@ def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
     model = models.build(name, classes=device.class_count, input_shape=device.input)
     if config.pretrained and not models.inherit(model, _pretrained(config)):
         raise RunError(
-            f"pretrained: {title(name)} has no layer in common with the model of {config.pretrained}; "
-            "name a run of that network, or of a whole resnet56 for its halves"
+            f"pretrained: {title(name)} has no layer in common with the model of "
+            f"{config.pretrained}; name a run of that network, or of a whole resnet56 for "
+            "its halves"
         )
     if recipe and recipe.frozen and isinstance(model, SplitModel):
         models.freeze(model)

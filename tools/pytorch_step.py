@@ -1,4 +1,4 @@
-"""PyTorch at the training step of an artifact: `python -m tools.pytorch_step FOLDER THREADS [MODEL]`.
+"""PyTorch at an artifact's training step: `python -m tools.pytorch_step FOLDER THREADS [MODEL]`.
 
 Eager, NCHW, its own fused optimizer, denormals taken for zero: the network that the manifest names,
 from the artifact's weights, on the batch of `edge_agent.field.peer`, which asks for turns through
@@ -91,8 +91,8 @@ def _network(manifest: Manifest, state: dict[str, Tensor], name: str) -> nn.Modu
         )
     net.load_state_dict(known, strict=False)
     trained = {spec.name for spec in manifest.state_of("parameter")}
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in trained)
+    for key, parameter in net.named_parameters():
+        parameter.requires_grad_(key in trained)
     return net.train()
 
 

@@ -12,7 +12,7 @@ MARK = "/./"
 
 
 def anchored(name: str, folder: Path) -> str:
-    """A name that tells by itself which folder it is relative to; absolute ones stay as they are."""
+    """A name that tells which folder it is relative to; absolute ones stay as they are."""
     if ":" not in name or name.startswith(("/", "~")):
         return name
     return f"{folder.resolve()}{MARK}{name}"

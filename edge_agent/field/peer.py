@@ -118,14 +118,8 @@ def _process(
     places = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
     held = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    command = [
-        sys.executable,
-        "-m",
-        "tools.pytorch_step",
-        str(artifact.folder),
-        str(threads),
-        model,
-    ]
+    arguments = [str(artifact.folder), str(threads), model]
+    command = [sys.executable, "-m", "tools.pytorch_step", *arguments]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,

@@ -43,8 +43,8 @@ def check(
     for name, shape in shapes_of.items():
         if shape is None:
             raise RunError(
-                f"model {name!r} has no feature extractor, which fedgkt needs; name the module that "
-                'it is cut behind (split = "layer.path"), or use resnet8, or strategy fedavg'
+                f"model {name!r} has no feature extractor, which fedgkt needs; name the module "
+                'that it is cut behind (split = "layer.path"), or use resnet8, or strategy fedavg'
             )
     if len(set(shapes_of.values())) > 1:
         raise RunError(
