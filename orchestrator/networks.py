@@ -64,31 +64,35 @@ def claim(folder: Path, sources: Sources) -> None:
     """
     path = folder / FILE
     if path.exists():
-        unchanged(folder, sources)
+        _compare(path, sources)
     elif sources:
         partial = path.with_suffix(".new")
         partial.write_text(json.dumps(sources, indent=1))
         partial.replace(path)
 
 
-def unchanged(folder: Path, sources: Sources) -> None:
+def unchanged(folder: Path, config: RunConfig) -> None:
     """Return if networks are made of what a run's were made of.
 
     Raises:
         RunError: a file has changed since; the message names it.
+        StillhouseError: a network cannot be made any more.
     """
     path = folder / FILE
-    if not path.exists():
-        return
+    if path.exists():
+        _compare(path, check(config))
+
+
+def _compare(path: Path, sources: Sources) -> None:
     before: Sources = json.loads(path.read_text())
     for name, files in sources.items():
         known = before.get(name, {})
         changed = sorted(file for file in files if known.get(file, files[file]) != files[file])
         if changed:
             raise RunError(
-                f"{name}: {', '.join(changed)} changed since run {folder.name} was begun; restore "
-                "it, or choose another name for a new run. If it makes the same network as before, "
-                f"remove {path}"
+                f"{name}: {', '.join(changed)} changed since run {path.parent.name} was begun; "
+                "restore it, or choose another name for a new run. If it makes the same network as "
+                f"before, remove {path}"
             )
 
 
