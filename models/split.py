@@ -9,6 +9,7 @@ constants, but for the size of the batch, which is that of H.
 """
 
 import copy
+import difflib
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -141,19 +142,22 @@ class _NoCutError(Exception):
 
 
 def _find(model: nn.Module, path: str, shape: tuple[int, ...]) -> Cut:
-    if path not in (known := dict(model.named_modules())) or not path:
-        raise _NoCutError(f"there is no module {path!r} in the network")
+    known = [key for key, _ in model.named_modules(remove_duplicate=False) if key]
+    if path not in known:
+        near = difflib.get_close_matches(path, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise _NoCutError(f"there is no module {path!r}{hint}")
     extractor, rest = {}, {}
     for training in (True, False):
         whole = _Whole(copy.deepcopy(model).train(training))
-        tracer = _Tracer(_INNER + path)
+        tracer = _Tracer(_INNER + path, shape)
         try:
             graph = tracer.trace(whole)
         except (*FORWARD_FAULTS, fx.proxy.TraceError) as fault:
             parent = path.rpartition(".")[0]
             raise _NoCutError(
                 f"the forward pass of {'the network' if not parent else repr(parent)}, or one "
-                f"around it, depends on values and cannot be followed ({_line(fault)})"
+                f"around it, cannot be followed by torch.fx: {_line(fault)}"
             ) from fault
         extractor[training], rest[training] = _halves(graph, whole, _INNER + path, shape)
     cut = Cut(path, extractor, rest)
@@ -165,7 +169,6 @@ def _find(model: nn.Module, path: str, shape: tuple[int, ...]) -> Cut:
     for side, part in (("before", both.extractor), ("behind", both.rest)):
         if next(part.parameters(), None) is None:
             raise _NoCutError(f"there is nothing to learn {side} it")
-    del known
     return _proven(model, cut, shape)
 
 
@@ -204,11 +207,40 @@ class _Whole(nn.Module):
 
 
 class _Tracer(fx.Tracer):
-    """Looks into the modules around a path alone."""
+    """Looks into the modules around a path alone; branches on an image's shape are followed."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self._path = path
+        self._path, self._shape = path, shape
+        self._running = False
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What a branch depends on, if it is the same for every batch."""
+        self._running = True
+        try:
+            seen = [_values(self.root, self.graph, (n, *self._shape)) for n in (2, 3)]
+        finally:
+            self._running = False
+        two, three = (values[obj.node] for values in seen)
+        return two if isinstance(two, bool) and two == three else super().to_bool(obj)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Within `to_bool` modules run."""
+        return (
+            forward(*args, **kwargs)
+            if self._running
+            else super().call_module(m, forward, args, kwargs)
+        )
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Likewise."""
+        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         del m

@@ -46,8 +46,10 @@ def test_every_block_of_the_page_does_what_it_says(tmp_path):
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, module in (
-        ("python", ""), ("orchestrator", "-m orchestrator.main"), ("edge-agent", "-m edge_agent.main"),
-    ):  # fmt: skip
+        ("python", ""),
+        ("orchestrator", "-m orchestrator.main"),
+        ("edge-agent", "-m edge_agent.main"),
+    ):
         (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
         (commands / name).chmod(0o755)
     environment = {
