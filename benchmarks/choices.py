@@ -25,6 +25,7 @@ from benchmarks.race import ContenderError, Entry
 from benchmarks.train_step import contenders
 from benchmarks.train_step.setting import Setting
 from tools import worker
+from wire.names import anchored
 
 WHOLE, CONTROL = "as it is", "as it is, once more"
 
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["worker"]:
         return _worker(*given[1:])
     parser = command.parser("choices", __doc__)
-    parser.add_argument("--model", default="resnet8")
+    command.add_model(parser)
     parser.add_argument("--batch", type=command.count, default=32)
     parser.add_argument("--threads", type=command.count, default=1)
     parser.add_argument("--rounds", type=command.count, default=5)
@@ -120,9 +121,10 @@ def _measure(options: argparse.Namespace) -> None:
     import models  # not above: a worker's memory is measured, and torch is none of it
     from benchmarks.train_step import network
 
-    shape = models.input_shape(options.model)
-    task = network.default_task(options.model, shape)
-    chosen = Setting(options.model, task, options.batch, shape)
+    name = anchored(options.model, Path())
+    shape = options.input or models.input_shape(name)
+    task = network.default_task(name, shape)
+    chosen = Setting(name, task, options.batch, shape)
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
         folders = {}
         for name in (WHOLE, *GRAPHS):

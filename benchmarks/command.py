@@ -53,6 +53,22 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
                         help="what is made once lies here; default: %(default)s")  # fmt: skip
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model NAME, and --input for a network that was published with no shape."""
+    parser.add_argument("--model", default="resnet8",
+                        help="a known name, or your own: nets.py:make")  # fmt: skip
+    parser.add_argument("--input", type=shape, help="of a sample, such as 3,32,32; default: as "
+                        "the network was published")  # fmt: skip
+
+
+def shape(text: str) -> tuple[int, int, int]:
+    """Channels, height, width."""
+    channels, *sides = (count(part) for part in text.split(","))
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"expected a shape like 3,32,32, got {text!r}")
+    return channels, sides[0], sides[1]
+
+
 def count(text: str) -> int:
     """A whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:

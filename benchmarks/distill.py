@@ -70,8 +70,9 @@ class Contender:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0, or 2 where the input is bad."""
     parser = command.parser("distill", __doc__)
-    parser.add_argument("--model", default="resnet55", choices=("resnet10", "resnet19", "resnet55",
-                        "resnet109"))  # fmt: skip
+    parser.add_argument("--model", default="resnet55",
+                        help="resnet10, resnet19, resnet55, resnet109, or your own: "
+                        "nets.py:large")  # fmt: skip
     parser.add_argument("--batch", type=command.count, default=64)
     parser.add_argument("--devices", type=command.count, default=16)
     parser.add_argument("--images", type=command.count, default=1024, help="all devices together")

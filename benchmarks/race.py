@@ -21,7 +21,9 @@ from typing import Any
 from wire.errors import StillhouseError
 
 # The same packages whatever the folder this is started in.
-PATHS = {"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "PYTHONSAFEPATH": "1"}
+# These packages whatever the folder this is started in; a network of one's own behind them.
+_PLACES = (str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", ""))
+PATHS = {"PYTHONPATH": os.pathsep.join(filter(None, _PLACES)), "PYTHONSAFEPATH": "1"}
 LIMIT_S = 900.0  # for preparation and on top of a turn; the first torch.compile takes minutes
 
 

@@ -83,6 +83,7 @@ def _add_measure(command: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=0, help="0 takes all cores")
     add("--steps", type=int, default=20, help="that are timed")
     add("--with-pytorch", action="store_true", help="PyTorch at the same step beside, in turns")
+    add("--model", default="", help="for --with-pytorch, a network of your own: nets.py:make")
     add("--json", type=Path, help="write all figures there, signed")
     add("--roofline", type=Path, help="draw a .png there; the terminal tells the same")
     add("--config", type=Path, help="agent.toml; default: the installed one, if it can be read")
@@ -123,6 +124,7 @@ def _measure(chosen: argparse.Namespace) -> int:
         budget=chosen.budget_mb * 10**6,
         name=settings.device if settings else "",
         with_pytorch=chosen.with_pytorch,
+        model=chosen.model,
     )
     report = measurement.sign(signing.own_key(key), measured)
     print(measuring.text(report))

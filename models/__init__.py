@@ -2,7 +2,16 @@
 
 from models.average import Average
 from models.clip import Clip
-from models.registry import SplitModel, build, freeze, inherit, input_shape, names
+from models.registry import (
+    SplitModel,
+    build,
+    freeze,
+    inherit,
+    input_shape,
+    names,
+    sources,
+    try_out,
+)
 from models.submodel import layout, narrow
 from models.units import Layout, Units, choose, cut, digest, kept, paste, places
 
@@ -25,4 +34,6 @@ __all__ = [
     "narrow",
     "paste",
     "places",
+    "sources",
+    "try_out",
 ]

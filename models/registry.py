@@ -1,17 +1,25 @@
-"""Networks by name, for configuration files and command lines."""
+"""Networks by name, for configuration files and command lines.
 
+A name is one of ours (`names`), or says where a user's own is made (`models.foreign`). With
+`@layer.path` behind it the network is cut there, for FedGKT (`models.split`).
+"""
+
+import copy
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
+from models import foreign, split, submodel
 from models.allconv import AllCNN
 from models.caldas import CaldasCNN
 from models.resnet import DeviceResNet, ResNet, ServerResNet
 from wire.errors import StillhouseError
+from wire.names import parse, title
 
 Shape = tuple[int, int, int]
 
@@ -70,49 +78,126 @@ _MODELS = {
 
 
 def names() -> tuple[str, ...]:
-    """Every name that `build` knows."""
-    return tuple(_MODELS)
+    """Ours, and those that installed packages offer as entry points."""
+    return tuple(dict.fromkeys([*_MODELS, *foreign.entry_points()]))
 
 
 def input_shape(name: str) -> Shape:
     """The shape of one sample (channels, height, width) that the network was published with.
 
+    A network that is not ours has none: (3, 32, 32).
+
     Raises:
         StillhouseError: no network has this name; the message names the nearest.
     """
-    return _entry(name).shape
+    whole, _ = parse(name)
+    return _MODELS[whole].shape if _known(whole) is None else (3, 32, 32)
 
 
-def build(name: str, *, classes: int, input_shape: Shape | None = None) -> nn.Module:
+def build(name: str, *, classes: int, input_shape: tuple[int, ...] | None = None) -> nn.Module:
     """A freshly initialised network; the random numbers are torch's, so seed before.
 
     Args:
-        name: one of `names()`.
+        name: one of `names()`, or where a user's own is made; see the module's text.
         classes: number of logits, 2 or more.
         input_shape: of one sample (channels, height, width); default: as published. A server half
             takes the feature map of its device half.
 
     Raises:
-        StillhouseError: an unknown name (the message names the nearest) or an impossible size.
+        StillhouseError: an unknown name (the message names the nearest), an impossible size, a
+            factory that fails, or a network that cannot be cut there.
     """
-    entry = _entry(name)
+    whole, path = parse(name)
+    found = _known(whole)
     if classes < 2:
-        raise StillhouseError(f"{name}: expected 2 classes or more, got {classes}")
-    shape = entry.shape if input_shape is None else input_shape
-    if len(shape) != 3 or min(shape) < 1 or min(shape[1:]) < 4:
+        raise StillhouseError(f"{title(name)}: expected 2 classes or more, got {classes}")
+    if found is not None:
+        shape = (3, 32, 32) if input_shape is None else tuple(input_shape)
+        model = found.make(classes, shape)
+    else:
+        entry = _MODELS[whole]
+        shape = entry.shape if input_shape is None else input_shape
+        if len(shape) != 3 or min(shape) < 1 or min(shape[1:]) < 4:
+            raise StillhouseError(
+                f"{name}: expected an input of channels, height, width, at least 4 pixels a side; "
+                f"got {shape}"
+            )
+        model = entry.make(classes, (shape[0], shape[1], shape[2]))
+    if not path:
+        return model
+    key = name, classes, shape
+    if key not in _CUTS:
+        _CUTS[key] = split.find(model, path, shape, title(whole))
+    return split.SplitAt(model, _CUTS[key])
+
+
+_CUTS: dict[tuple[str, int, tuple[int, ...]], split.Cut] = {}
+
+
+def sources(name: str) -> Mapping[str, str]:
+    """SHA-256 of each source file that a user's network was made of, by path; none for ours.
+
+    A file that is imported in the forward pass is among them once that has run.
+    """
+    found = _known(parse(name)[0])
+    return {} if found is None else found.sources
+
+
+def try_out(model: nn.Module, name: str, *, classes: int, shape: tuple[int, ...]) -> Shape | None:
+    """Run a network on two samples in both modes; returns the shape of its feature map, if any.
+
+    Raises:
+        StillhouseError: it fails, its logits have another shape or type, its weights are no
+            float32, or what it hands out are not its extractor's feature maps and its own logits.
+    """
+    model = copy.deepcopy(model)
+    odd = next((n for n, p in model.named_parameters() if p.dtype != torch.float32), None)
+    if odd:
         raise StillhouseError(
-            f"{name}: expected an input of channels, height, width, at least 4 pixels a side; "
-            f"got {shape}"
+            f"{name}: parameter {odd!r} is {model.get_parameter(odd).dtype}, expected "
+            "torch.float32; call .float() on the module"
         )
-    return entry.make(classes, shape)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    for training in (True, False):
+        fails = f"{name} fails on images of shape {shape}"
+        logits = submodel.run(model.train(training), x, fails=fails)
+        if tuple(logits.shape) != (2, classes) or logits.dtype != torch.float32:
+            raise StillhouseError(
+                f"{name}: expected float32 logits of shape (2, {classes}) for two images, got "
+                f"{logits.dtype} of {tuple(logits.shape)}; a factory asks for the number of "
+                "logits as `classes`"
+            )
+    if not isinstance(model, SplitModel):
+        return None
+    with torch.no_grad():
+        maps, same = model.extract(x)
+        features = model.extractor(x)
+    if features.ndim != 4 or not (_equal(maps, features) and _equal(same, logits)):
+        raise StillhouseError(
+            f"{name}: expected extract(x) to return the output of `extractor` (N, channels, "
+            "height, width) and the logits of forward(x), got something else"
+        )
+    return features.shape[1], features.shape[2], features.shape[3]
 
 
-def _entry(name: str) -> _Entry:
-    if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=1, cutoff=0.4)
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-3, atol=1e-4))
+
+
+def _known(name: str) -> foreign.Foreign | None:
+    """A user's own network; None is one of ours."""
+    if name in _MODELS:
+        foreign.say_clash(name)
+        return None
+    found = foreign.find(name)
+    if found is None:
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise StillhouseError(f"no model is named {name!r}; {hint}known are: {', '.join(_MODELS)}")
-    return _MODELS[name]
+        own = "your own: path/to/file.py:factory or package.module:factory"
+        raise StillhouseError(
+            f"no model is named {name!r}; {hint}known are: {', '.join(names())}; or name {own}"
+        )
+    return found
 
 
 def inherit(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
@@ -131,6 +216,8 @@ def inherit(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
     own = model.state_dict()
     origins = {name: name for name in own}
     if isinstance(model, DeviceResNet | ServerResNet) and "rest.fc.weight" in weights:
+        origins = model.origins()
+    if isinstance(model, split.SplitAt) and set(weights).isdisjoint(own):
         origins = model.origins()
     found = {name: weights.get(there) for name, there in origins.items()}
     taken = {n: t for n, t in found.items() if t is not None and t.shape == own[n].shape}

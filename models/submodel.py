@@ -42,6 +42,10 @@ FORWARD_FAULTS = (
     ArithmeticError,
     AssertionError,
 )
+TAKES = (
+    "expected a module that takes one batch (N, channels, height, width) and returns logits "
+    "(N, classes)"
+)
 _REMEDY = "take widths from tensors and layers, as torch.flatten(x, 1) and x.shape[1] do"
 
 
@@ -64,11 +68,9 @@ def layout(model: nn.Module, input_shape: tuple[int, int, int]) -> Layout:
     with torch.random.fork_rng(devices=[]):
         watched = copy.deepcopy(model)
         for training in (True, False):
-            _run(
+            run(
                 watched.train(training), x,
                 fails=f"{name} fails on samples of shape {input_shape}",
-                remedy="expected a module that takes one batch (N, channels, height, width) and "
-                "returns logits (N, classes)",
             )  # fmt: skip
         found = _layout(channels.follow(watched, x))
     _prove(model.eval(), found, x)
@@ -157,7 +159,7 @@ def _prove(model: nn.Module, layout: Layout, x: Tensor) -> None:
         own = network.state_dict()
         for key, array in tensors.items():
             own[key].copy_(torch.from_numpy(array))
-        logits.append(_run(network, x, fails=f"{name} fails when it is narrower", remedy=_REMEDY))
+        logits.append(run(network, x, fails=f"{name} fails when it is narrower", remedy=_REMEDY))
     masked, dense = logits
     error = (masked - dense).abs().max() if masked.shape == dense.shape else torch.tensor(torch.inf)
     if not error <= 1e-3 * masked.abs().max():
@@ -167,8 +169,12 @@ def _prove(model: nn.Module, layout: Layout, x: Tensor) -> None:
         )
 
 
-def _run(model: nn.Module, x: Tensor, *, fails: str, remedy: str) -> Tensor:
-    """The model's logits; what goes wrong is told with the module that was running."""
+def run(model: nn.Module, x: Tensor, *, fails: str, remedy: str = TAKES) -> Tensor:
+    """The model's logits; what goes wrong is told with the module that was running.
+
+    Raises:
+        StillhouseError: it begins with `fails` and ends with `remedy`.
+    """
     running: list[str] = []
 
     def enter(path: str, part: nn.Module, _: object) -> None:

@@ -6,6 +6,7 @@ of local epochs, each device alone (`local`): the floor that both models have to
 
 import contextlib
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator import datasets, launch
+import models
+from orchestrator import datasets, launch, networks
 from orchestrator.config import (
     BrokerConfig,
     CohortConfig,
@@ -26,7 +28,8 @@ from orchestrator.config import (
 from orchestrator.fleet import enrolment
 from orchestrator.report import Report
 from wire.address import BrokerAddress
-from wire.errors import RunError
+from wire.errors import RunError, StillhouseError
+from wire.names import anchored
 
 STOP_S = 20.0
 
@@ -84,6 +87,10 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
     folder = plan.runs / plan.name
     if folder.exists():
         raise RunError(f"{folder} is there already; choose another --name")
+    device = replace(plan.device, model=anchored(plan.device.model, Path()))
+    server = replace(plan.server, model=anchored(plan.server.model, Path()))
+    for name in (device.network, server.model):
+        models.input_shape(name)  # there is such a network
     cut = datasets.build(
         plan.source,
         folder / "data",
@@ -99,7 +106,7 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
     height, width, channels = cut.shape
     mean, std = _pixels(folder / "data" / cut.devices[0].file)
     shape = (channels, height, width)
-    device = replace(plan.device, classes=len(cut.classes), input=shape, mean=mean, std=std)
+    device = replace(device, classes=len(cut.classes), input=shape, mean=mean, std=std)
     config = RunConfig(
         name=plan.name,
         heldout=folder / "data" / "heldout.npz",
@@ -111,9 +118,14 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
         broker=plan.broker,
         cohort=CohortConfig(min_devices=plan.devices, wait_s=0.0, deadline_s=3600.0),
         device=device,
-        server=plan.server,
+        server=server,
         transfer=TransferConfig(extractor="shared", network="shared"),
     )
+    try:
+        networks.check(config)
+    except StillhouseError:
+        shutil.rmtree(folder)
+        raise
     names = [f"device-{number}" for number in range(plan.devices)]
     passwords = {name: enrolment.enroll(plan.runs, config.fleet, name) for name in names}
     with launch.serve(config) as address, contextlib.ExitStack() as stack:

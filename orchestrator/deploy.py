@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import models
+from orchestrator import networks
 from orchestrator.config import RunConfig
 from orchestrator.store import last_checkpoint
 from orchestrator.strategies import extractors
@@ -86,6 +87,7 @@ def export_run(
         raise RunError("strategy local has no model of the whole fleet; --small exports a device's")
     if small and config.strategy not in ("fedgkt", "local"):
         raise RunError(f"strategy {config.strategy} has one model for all; export without --small")
+    networks.unchanged(folder, config)
     round_, state = last_checkpoint(folder)
     names = sorted({key.split("/")[1] for key in state.tensors if key.startswith("device/")})
     if device is not None and names and device not in names:

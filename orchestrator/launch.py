@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from models import submodel
-from orchestrator import broker
+from orchestrator import broker, networks
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
 from orchestrator.fleet import enrolment, updates
@@ -19,6 +19,7 @@ from tools.export import Adam, Optimizer, Sgd, export
 from wire.address import BrokerAddress
 from wire.artifact import Artifact, open_artifact
 from wire.errors import RunError
+from wire.names import title
 
 log = logging.getLogger("orchestrator")
 
@@ -40,10 +41,12 @@ def run(
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
     """
     # First: what is cheap to find wrong is found before a broker runs.
+    sources = networks.check(config)
     heldout = read_heldout(config)
     with contextlib.ExitStack() as stack:
         store = Store(config)
         stack.callback(store.close)
+        networks.claim(store.folder, sources)
         enrolled = None
         if config.admission == "enrolled":
             enrolled = enrolment.enrolled(config.runs, config.fleet)
@@ -51,7 +54,7 @@ def run(
         store.keep(frozenset(update.blob.digest for update in rollout.updates))
         if address is None:
             address = stack.enter_context(serve(config))
-        report = Report(config, store)
+        report = Report(config, store, sources)
         variants = prepare_variants(config, store)
         strategy = create(config.strategy, task(config, store, variants, heldout, report))
         coordinator = Coordinator(
@@ -123,18 +126,21 @@ def prepare_variants(config: RunConfig, store: Store) -> dict[Recipe, Variant]:
 
 def _artifact(config: RunConfig, folder: Path, recipe: Recipe) -> Artifact:
     device, rate = config.device, recipe.keep_rate
-    parts = ["artifact", recipe.model if recipe.model != device.model else ""]
+    parts = [
+        "artifact",
+        networks.folder_name(recipe.model) if recipe.model != device.network else "",
+    ]
     parts += [repr(rate) if rate != 1 else "", "frozen" if recipe.frozen else ""]
     folder /= "-".join(filter(None, parts))
     if not folder.exists():
         model = fresh(config, recipe)
         what = f"keep rate {rate:g}" + (", the extractor frozen" if recipe.frozen else "")
-        log.info("compiling the training step of %s, %s", recipe.model, what)
+        log.info("compiling the training step of %s, %s", title(recipe.model), what)
         if rate != 1:
             model = submodel.narrow(model, submodel.layout(model, device.input), rate)
         export(
             model,
-            name=recipe.model,
+            name=title(recipe.model),
             classes=device.class_count,
             class_names=device.class_names,
             input_shape=device.input,

@@ -229,7 +229,12 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     split: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet split.")] = 0.5,
     rounds: Annotated[int, typer.Option(min=1)] = 6,
-    server_model: Annotated[str, typer.Option()] = "resnet10",
+    model: Annotated[
+        str, typer.Option(help="Of the devices: a known one, or your own, nets.py:make@features.3.")
+    ] = "resnet8",
+    server_model: Annotated[
+        str, typer.Option(help="Of the server: a known one, or your own, nets.py:large.")
+    ] = "resnet10",
     server_epochs: Annotated[int, typer.Option(min=1, help="A round.")] = 4,
     server_alpha: Annotated[float, typer.Option(help="Weight of the devices' logits.")] = 0.1,
     epochs: Annotated[int, typer.Option(min=1, help="Of the devices, a round.")] = 4,
@@ -265,6 +270,7 @@ def demo(  # noqa: PLR0917 - typer makes options of them
         ),
         device=settings(
             config.DeviceConfig,
+            model=model,
             epochs=epochs,
             batch=batch,
             lr=lr,

@@ -19,6 +19,7 @@ from orchestrator.store import Store, last_checkpoint
 from orchestrator.strategies.strategy import HeldOut, Task, Variant
 from orchestrator.training import distill
 from wire.errors import RunError
+from wire.names import title
 
 log = logging.getLogger("orchestrator")
 
@@ -52,12 +53,13 @@ def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
     """
     device = config.device
     torch.manual_seed(config.seed)
-    name = recipe.model if recipe else device.model
+    name = recipe.model if recipe else device.network
     model = models.build(name, classes=device.class_count, input_shape=device.input)
     if config.pretrained and not models.inherit(model, _pretrained(config)):
         raise RunError(
-            f"pretrained: {name} has no layer in common with the model of {config.pretrained}; "
-            "name a run of that network, or of a whole resnet56 for its halves"
+            f"pretrained: {title(name)} has no layer in common with the model of "
+            f"{config.pretrained}; name a run of that network, or of a whole resnet56 for "
+            "its halves"
         )
     if recipe and recipe.frozen and isinstance(model, SplitModel):
         models.freeze(model)

@@ -21,8 +21,13 @@ WRITE_S = 0.5
 class Report:
     """Collects; `snapshot` is what a person sees, `closed` makes a round's entry."""
 
-    def __init__(self, config: RunConfig, store: Store) -> None:
-        self._config, self._store = config, store
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        sources: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        self._config, self._store, self._sources = config, store, sources or {}
         traffic = store.traffic()  # what an earlier orchestrator counted in the open round
         self._up = Counter({device: up for device, (up, _) in traffic.items()})
         self._down = Counter({device: down for device, (_, down) in traffic.items()})
@@ -121,6 +126,7 @@ class Report:
             whole = {
                 "run": self._config.name,
                 "config": {**records.plain(self._config), "broker": self._config.broker.kind},
+                "sources": self._sources,
                 "rounds": self.entries,
             }
             self._store.write_json("report.json", whole)

@@ -29,7 +29,7 @@ from edge_agent import data
 from edge_agent.data import ImageSet
 from edge_agent.work import cover, encode_update, extract_record
 from models import SplitModel, submodel
-from orchestrator import admit, cohort, prepare, rounds
+from orchestrator import admit, cohort, networks, prepare, rounds
 from orchestrator.cohort import Job, Trained
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.report import Report
@@ -40,6 +40,7 @@ from orchestrator.training import distill
 from wire import seeds, tensors, topics
 from wire.errors import RunError, StillhouseError
 from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
+from wire.names import written
 
 log = logging.getLogger("orchestrator")
 
@@ -74,13 +75,15 @@ def run(
         )
     if not 0 <= late < 1:
         raise RunError(f"late: expected a share of the devices from 0 to below 1, got {late}")
+    sources = networks.check(config)
     heldout = prepare.read_heldout(config)
     images = read_shards(config, shards)
     held = hashlib.sha256("".join(f"{n}:{i.digest}" for n, i in images.items()).encode())
     what = f"{len(images)} simulated devices with data {held.hexdigest():.12}"
     store = Store(config, what + (f", {late:g} of them late" if late else ""))
     try:
-        report = Report(config, store)
+        networks.claim(store.folder, sources)
+        report = Report(config, store, sources)
         task = prepare.task(config, store, _variants(config), heldout, report)
         simulation = _Simulation(
             config, store, create(config.strategy, task), images, stack=stack, late=late
@@ -136,7 +139,8 @@ def _variants(config: RunConfig) -> dict[Recipe, Variant]:
             with torch.inference_mode():
                 maps, _ = model.eval().extract(torch.zeros(1, *config.device.input))
             features = tuple(maps.shape[1:])
-        digest = hashlib.sha256("/".join(map(str, recipe)).encode()).hexdigest()
+        plain = recipe._replace(model=written(recipe.model))
+        digest = hashlib.sha256("/".join(map(str, plain)).encode()).hexdigest()
         found[recipe] = Variant(recipe, BlobRef(digest, 0, 1024), features)
     return found
 

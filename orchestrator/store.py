@@ -35,6 +35,7 @@ from wire import messages, records
 from wire.blobs import BlobStore, sync_folder
 from wire.errors import RunError
 from wire.messages import Order, Result
+from wire.names import written
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (run TEXT NOT NULL);
@@ -276,6 +277,9 @@ class Store:
             for table in (before, kept := copy.deepcopy(current)):
                 for key in ("eval_batch", "torch_device", "compile"):
                     del table["server"][key]
+                device = table["device"]
+                for owner in (table["server"], device, *device["others"]):
+                    owner["model"] = written(owner["model"])  # the run's folder may have moved
             if bool(before["pretrained"]) != bool(kept["pretrained"]):
                 keys.append("pretrained")
             if "cosine" in (config.device.schedule, config.server.schedule):

@@ -1,4 +1,4 @@
-"""PyTorch at the training step of an artifact: `python -m tools.pytorch_step FOLDER THREADS`.
+"""PyTorch at an artifact's training step: `python -m tools.pytorch_step FOLDER THREADS [MODEL]`.
 
 Eager, NCHW, its own fused optimizer, denormals taken for zero: the network that the manifest names,
 from the artifact's weights, on the batch of `edge_agent.field.peer`, which asks for turns through
@@ -18,22 +18,27 @@ import models
 from edge_agent.field import peer
 from tools import worker
 from wire.artifact import open_artifact
-from wire.errors import ArtifactError
+from wire.errors import ArtifactError, StillhouseError
 from wire.manifest import Manifest
 
 
-def prepare(folder: Path, threads: int) -> worker.Prepared:
+def prepare(folder: Path, threads: int, name: str = "") -> worker.Prepared:
     """The step, warm.
 
+    Args:
+        folder: of the artifact.
+        threads: 0 leaves PyTorch its own number.
+        name: of the network, as `models.build` takes it; "": as the manifest has it.
+
     Raises:
-        ArtifactError: the artifact's network is none of `models`.
+        ArtifactError: the artifact's network is not known here.
     """
     if threads:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     artifact = open_artifact(folder)
     manifest = artifact.manifest
-    net = _network(manifest, load_file(artifact.weights))
+    net = _network(manifest, load_file(artifact.weights), name)
     optimizer = _optimizer(manifest, [p for p in net.parameters() if p.requires_grad])
     batch = {name: torch.from_numpy(each) for name, each in peer.batch(manifest).items()}
     size = manifest.micro_batch
@@ -67,22 +72,27 @@ def objective(logits: Tensor, y: Tensor, teacher: Tensor | None) -> Tensor:
     return ce + alpha * temperature**2 * kl
 
 
-def _network(manifest: Manifest, state: dict[str, Tensor]) -> nn.Module:
+def _network(manifest: Manifest, state: dict[str, Tensor], name: str) -> nn.Module:
     model = manifest.model
     shape = (model.input[0], model.input[1], model.input[2])
-    if model.name not in models.names():
+    try:
+        net = models.build(name or model.name, classes=model.classes, input_shape=shape)
+    except StillhouseError as fault:
         raise ArtifactError(
-            f"{model.name!r} is none of our networks ({', '.join(models.names())}); export one of "
-            "them to compare"
-        )
-    net = models.build(model.name, classes=model.classes, input_shape=shape)
+            f"the artifact's network cannot be made here: {fault}; name where it is with --model"
+        ) from fault
     if model.keep_rate != 1:
         net = models.narrow(net, models.layout(net, shape), model.keep_rate)
-    known = {name: state[name] for name in net.state_dict() if name in state}
+    known = {key: state[key] for key in net.state_dict() if key in state}
+    if missing := {spec.name for spec in manifest.state_of("parameter")} - set(known):
+        raise ArtifactError(
+            f"{name or model.name} is not the artifact's network: it has no {min(missing)!r}; name "
+            "the right one with --model"
+        )
     net.load_state_dict(known, strict=False)
     trained = {spec.name for spec in manifest.state_of("parameter")}
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name in trained)
+    for key, parameter in net.named_parameters():
+        parameter.requires_grad_(key in trained)
     return net.train()
 
 
@@ -102,8 +112,8 @@ def _optimizer(manifest: Manifest, parameters: list[nn.Parameter]) -> torch.opti
 
 def main(arguments: Sequence[str]) -> int:
     """Answer on the pipe until it ends; the exit code."""
-    folder, threads = arguments
-    return worker.serve(lambda: prepare(Path(folder), int(threads)))
+    folder, threads, *name = arguments
+    return worker.serve(lambda: prepare(Path(folder), int(threads), *name))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from benchmarks.train_step import environment, network, report
 from benchmarks.train_step.report import EAGER, GEMM, STILLHOUSE, Run
 from benchmarks.train_step.setting import Setting, Task
 from tools.worker import one_line
+from wire.names import anchored
 
 ORT_TRAINING = "onnxruntime-training"
 COMPILE = "pytorch-compile"
@@ -52,7 +53,7 @@ SAME_LOSS = 1e-3
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0, or 2 where the input is bad or Stillhouse itself fails."""
     parser = command.parser("train_step", __doc__)
-    parser.add_argument("--model", default="resnet8", help=", ".join(models.names()))
+    command.add_model(parser)
     parser.add_argument("--task", choices=get_args(Task), help="default: distill if it is split")
     parser.add_argument("--batch", type=command.count, default=32)
     parser.add_argument("--threads", type=_counts, default=(1,), help="such as 1,2")
@@ -70,9 +71,10 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    shape = models.input_shape(options.model)
-    task = options.task or network.default_task(options.model, shape)
-    chosen = Setting(options.model, task, options.batch, shape)
+    name = anchored(options.model, Path())
+    shape = options.input or models.input_shape(name)
+    task = options.task or network.default_task(name, shape)
+    chosen = Setting(name, task, options.batch, shape)
     runs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
         folder = Path(scratch)

@@ -21,6 +21,7 @@ from benchmarks.train_step.setting import (
     Setting,
     Task,
 )
+from wire.names import title
 
 OPSET = 17  # what onnxruntime-training 1.19 has gradients for
 
@@ -69,7 +70,7 @@ def export_step(chosen: Setting, folder: Path) -> None:
 
     export(
         Objective(chosen).net,
-        name=chosen.model,
+        name=title(chosen.model),
         classes=CLASSES,
         input_shape=chosen.input,
         batch=chosen.batch,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.race import Course
 from benchmarks.train_step.setting import Setting
+from wire.names import title
 
 GEMM, STILLHOUSE = "gemm", "stillhouse"
 EAGER = ("pytorch", "pytorch-channels-last")
@@ -94,8 +95,8 @@ def head(
 ) -> str:
     """What was measured, and where."""
     return (
-        f"{chosen.model}, {chosen.task}, batch {chosen.batch}: {flops / 1e6:.1f} MFLOPs an image "
-        f"and step; rounds: {rounds}, {seconds:g} s each\n"
+        f"{title(chosen.model)}, {chosen.task}, batch {chosen.batch}: {flops / 1e6:.1f} MFLOPs an "
+        f"image and step; rounds: {rounds}, {seconds:g} s each\n"
         f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']} at the start; Python "
         f"{machine['python']}, torch {machine['torch']}, onnxruntime {machine['onnxruntime']}"
     )

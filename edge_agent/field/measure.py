@@ -52,6 +52,7 @@ def measure(
     budget: int = 0,
     name: str = "",
     with_pytorch: bool = False,
+    model: str = "",
 ) -> dict[str, Any]:
     """Measure an artifact; see the module's text.
 
@@ -62,6 +63,7 @@ def measure(
         budget: bytes that the process may take, for the largest batch; 0: what is available now.
         name: the device's.
         with_pytorch: measure PyTorch beside.
+        model: the network's name for it, of one's own: `nets.py:make`; "": as the artifact has it.
 
     Returns:
         What `wire.measurement` signs: all keys but `device` and `signature`. "valid" is False where
@@ -111,7 +113,7 @@ def measure(
                 times.append(time.perf_counter() - began)
         memory["pss_bytes"] = meter.proportional_bytes()
     if with_pytorch:
-        report["pytorch"] = _beside(artifact, state, threads)
+        report["pytorch"] = _beside(artifact, state, threads, model)
     del step
     meter.give_back()
     for kind in ("extract", "eval"):
@@ -201,7 +203,9 @@ def _step(
     return step
 
 
-def _beside(artifact: Artifact, state: Mapping[str, NDArray[Any]], threads: int) -> dict[str, Any]:
+def _beside(
+    artifact: Artifact, state: Mapping[str, NDArray[Any]], threads: int, model: str
+) -> dict[str, Any]:
     """PyTorch and us in turns, both from the artifact's own weights."""
     step = _step(artifact, state, threads)
 
@@ -209,7 +213,7 @@ def _beside(artifact: Artifact, state: Mapping[str, NDArray[Any]], threads: int)
         step()
         return float(step.loss)
 
-    return peer.race(artifact, once, threads=threads)
+    return peer.race(artifact, once, threads=threads, model=model)
 
 
 def _passes(artifact: Artifact, kind: str, state: Mapping[str, NDArray[Any]], threads: int) -> None:

@@ -63,13 +63,16 @@ def check() -> None:
         )
 
 
-def race(artifact: Artifact, step: Callable[[], float], *, threads: int) -> dict[str, Any]:
+def race(
+    artifact: Artifact, step: Callable[[], float], *, threads: int, model: str = ""
+) -> dict[str, Any]:
     """Measure PyTorch and us in turns.
 
     Args:
         artifact: that PyTorch's process reads.
         step: does one of our steps; returns its loss.
         threads: of both; 0 leaves PyTorch its own number.
+        model: the network's name for PyTorch's process; "": as the manifest has it.
 
     Returns:
         What `wire.measurement.Peer` holds.
@@ -80,7 +83,7 @@ def race(artifact: Artifact, step: Callable[[], float], *, threads: int) -> dict
     first = step()
     ours: list[float] = []
     theirs: list[float] = []
-    with _process(artifact, threads) as (process, errors):
+    with _process(artifact, threads, model) as (process, errors):
         ready = _answer(process, errors)
         if abs(ready["loss"] / first - 1) > SAME_LOSS:
             raise SettingsError(
@@ -109,12 +112,14 @@ def race(artifact: Artifact, step: Callable[[], float], *, threads: int) -> dict
 
 @contextlib.contextmanager
 def _process(
-    artifact: Artifact, threads: int
+    artifact: Artifact, threads: int, model: str
 ) -> Iterator[tuple["subprocess.Popen[str]", IO[bytes]]]:
-    # The same packages whatever the folder this is started in.
-    paths = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "PYTHONSAFEPATH": "1"}
+    # The same packages whatever the folder this is started in; a network of one's own behind them.
+    places = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
     held = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    command = [sys.executable, "-m", "tools.pytorch_step", str(artifact.folder), str(threads)]
+    arguments = [str(artifact.folder), str(threads), model]
+    command = [sys.executable, "-m", "tools.pytorch_step", *arguments]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,

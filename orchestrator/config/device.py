@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from wire import classes, codecs, tensors
+from wire import classes, codecs, names, tensors
 from wire.messages import check_noise
 
 
@@ -25,12 +25,19 @@ class Other:
     """Devices that train another model than the rest.
 
     Attributes:
-        model: a registry name.
+        model: a network's name; see `models.registry`.
         devices: a pattern of names, `zero-*`.
+        split: as `DeviceConfig.split`.
     """
 
     model: str
     devices: str
+    split: str = ""
+
+    @property
+    def network(self) -> str:
+        """The model with its split."""
+        return names.cut(self.model, self.split)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class DeviceConfig:
     """What each device trains, and how its payloads are coded.
 
     Attributes:
-        model: a registry name.
+        model: a network's name; see `models.registry`.
+        split: of a model without an extractor of its own, the path of the module whose output is
+            the feature map, `features.3` (fedgkt).
         others: devices with another model, the first that holds a device decides (fedgkt, local);
             their feature maps must have the same shape.
         classes: their names, in the order of the logits, or their number.
@@ -62,6 +71,7 @@ class DeviceConfig:
     """
 
     model: str = "resnet8"
+    split: str = ""
     classes: int | tuple[str, ...] = 10
     input: tuple[int, int, int] = (3, 32, 32)
     mean: tuple[float, ...] = ()
@@ -86,10 +96,15 @@ class DeviceConfig:
     feedback: bool = False
     others: tuple[Other, ...] = ()
 
+    @property
+    def network(self) -> str:
+        """The main model with its split."""
+        return names.cut(self.model, self.split)
+
     def model_of(self, device: str) -> str:
-        """The registry name of a device's model."""
-        fits = (other.model for other in self.others if fnmatch.fnmatchcase(device, other.devices))
-        return next(fits, self.model)
+        """The name of a device's model, with its split."""
+        fits = (o.network for o in self.others if fnmatch.fnmatchcase(device, o.devices))
+        return next(fits, self.network)
 
     def rate(self, round_: int, rounds: int) -> float:
         """The learning rate of a round, from 1, of a run of so many."""
@@ -107,8 +122,8 @@ class DeviceConfig:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Every model that a device may train, `model` first."""
-        return tuple(dict.fromkeys([self.model, *(other.model for other in self.others)]))
+        """Every model that a device may train, with its split, `model` first."""
+        return tuple(dict.fromkeys([self.network, *(other.network for other in self.others)]))
 
     @property
     def pixels(self) -> str:

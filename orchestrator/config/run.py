@@ -11,6 +11,7 @@ from orchestrator.config.release import ReleaseConfig
 from orchestrator.config.server import ServerConfig, TransferConfig
 from wire import records, topics
 from wire.errors import SettingsError
+from wire.names import anchored
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ class RunConfig:
                 f"device.others and cohort.carry_rounds are for fedgkt and local, not for "
                 f"{self.strategy}, which averages weights; leave them out"
             )
+        split = [device.split, *(other.split for other in device.others)]
+        if any(split) and self.strategy not in ("fedgkt", "local"):
+            raise ValueError(
+                f"device.split: strategy {self.strategy!r} sends no feature maps; leave it out"
+            )
         if (device.mu or device.feedback) and self.strategy not in ("fedavg", "feddropout"):
             raise ValueError(
                 f"device.mu and device.feedback are for fedavg and feddropout, not for "
@@ -111,7 +117,7 @@ class RunConfig:
     def recipes(self) -> tuple[Recipe, ...]:
         """What devices train, each once."""
         device = self.device
-        made = [Recipe(device.model, rate) for rate in sorted(self.submodel.rates)]
+        made = [Recipe(device.network, rate) for rate in sorted(self.submodel.rates)]
         made += [Recipe(name) for name in device.models[1:]]
         if self.transfer.freeze_after is not None:
             made += [Recipe(name, frozen=True) for name in device.models]
@@ -124,7 +130,7 @@ class RunConfig:
 
 
 def load(path: Path) -> RunConfig:
-    """Read `run.toml`; relative paths are relative to the folder it lies in.
+    """Read `run.toml`; relative paths are relative to the folder it lies in, networks' too.
 
     Raises:
         SettingsError: the message names the file, the key and what was expected.
@@ -132,8 +138,12 @@ def load(path: Path) -> RunConfig:
     config = records.load(RunConfig, path)
     folder = path.resolve().parent
     packages = tuple(folder / package for package in config.release.packages)
+    device, server = config.device, config.server
+    others = tuple(replace(o, model=anchored(o.model, folder)) for o in device.others)
     return replace(
         config,
+        device=replace(device, model=anchored(device.model, folder), others=others),
+        server=replace(server, model=anchored(server.model, folder)),
         release=replace(config.release, packages=packages),
         heldout=config.heldout and folder / config.heldout,
         pretrained=config.pretrained and folder / config.pretrained,

@@ -74,7 +74,7 @@ class ServerConfig:
     """How the server trains its large model (FedGKT), and evaluates.
 
     Attributes:
-        model: a registry name; takes the devices' feature maps.
+        model: a network's name, see `models.registry`; takes the devices' feature maps.
         epochs, batch, lr, optimizer, weight_decay: of server training in each round.
         schedule: of the learning rate. "constant"; "cosine", from lr to 0 over all rounds and their
             epochs; "plateau", a tenth whenever held-out accuracy has not risen for `patience`

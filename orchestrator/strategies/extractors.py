@@ -12,13 +12,64 @@ from numpy.typing import NDArray
 from torch import nn
 
 import models
-from orchestrator.config import DeviceConfig
+from orchestrator.config import DeviceConfig, RunConfig
 from orchestrator.strategies.strategy import Array, State, Task
 from orchestrator.training import distill
+from wire.errors import RunError
 from wire.messages import Result
+from wire.names import written
 
 EXTRACTOR = "extractor."
 PROBE = 64  # held-out images that tell how far an extractor has moved
+
+
+def check(
+    config: RunConfig,
+    found: Mapping[str, tuple[tuple[int, ...] | None, Mapping[str, Array]]],
+) -> tuple[int, int, int]:
+    """The shape (C, H, W) of the devices' feature maps.
+
+    Args:
+        config: of the run.
+        found: of each device model, by name, the shape of its feature maps, None where it has no
+            extractor, and its weights.
+
+    Raises:
+        RunError: a device model has none, or the feature maps of two differ in shape, or crops of
+            images are not crops of feature maps, or extractors differ of which there shall be a
+            mean.
+    """
+    shapes_of = {written(name): shape for name, (shape, _) in found.items()}
+    for name, shape in shapes_of.items():
+        if shape is None:
+            raise RunError(
+                f"model {name!r} has no feature extractor, which fedgkt needs; name the module "
+                'that it is cut behind (split = "layer.path"), or use resnet8, or strategy fedavg'
+            )
+    if len(set(shapes_of.values())) > 1:
+        raise RunError(
+            f"feature maps of the device models differ: {shapes_of}; the large model takes one "
+            "shape, use models with one"
+        )
+    every = [shapes(part(weights)) for _, weights in found.values()]
+    if config.transfer.extractor == "shared" and any(one != every[0] for one in every):
+        raise RunError(
+            f"transfer.extractor: models {', '.join(shapes_of)} have different extractors, of "
+            'which there is no mean; use "own"'
+        )
+    channels, height, width = next(shape for shape in shapes_of.values() if shape)
+    image = config.device.input
+    if crops(config) and (height, width) != image[1:]:
+        raise RunError(
+            f"transfer.views: feature maps of {height} x {width} are not crops of images of "
+            f"{image[1]} x {image[2]}; use an extractor without strides, or no views"
+        )
+    return channels, height, width
+
+
+def crops(config: RunConfig) -> bool:
+    """Whether the server crops feature maps in place of images."""
+    return config.transfer.views and config.transfer.freeze_after is not None
 
 
 def part(weights: Mapping[str, Array]) -> dict[str, Array]:
@@ -35,13 +86,13 @@ def shapes(weights: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
 def shared(state: State, model: str) -> dict[str, Array]:
     """The weights that all devices with a model go on with, by their names in it."""
     extractor = {EXTRACTOR + name: array for name, array in state.under("shared").items()}
-    return state.under(f"network/{model}") | extractor
+    return state.under(f"network/{written(model)}") | extractor
 
 
 def network(state: State, device: DeviceConfig, name: str) -> dict[str, Array]:
     """A device's network: that which it goes on with, if that is shared, or as it trained it."""
     model = device.model_of(name)
-    together = state.under(f"network/{model}")
+    together = state.under(f"network/{written(model)}")
     return shared(state, model) if together else state.under(f"device/{name}")
 
 
@@ -52,7 +103,9 @@ def begin(task: Task) -> dict[str, Array]:
         found = {f"shared/{name}": array for name, array in part(task.initial).items()}
     for model in device.models if transfer.network == "shared" else ():
         initial = task.others.get(model, task.initial)
-        found |= {f"network/{model}/{name}": array for name, array in _rest(initial).items()}
+        found |= {
+            f"network/{written(model)}/{name}": array for name, array in _rest(initial).items()
+        }
     return found
 
 
@@ -73,7 +126,7 @@ def means(
     for model in device.models if transfer.network == "shared" else ():
         if same := {name: _rest(own[name]) for name in own if device.model_of(name) == model}:
             mean = _mean(same, sizes, most)
-            found |= {f"network/{model}/{name}": array for name, array in mean.items()}
+            found |= {f"network/{written(model)}/{name}": array for name, array in mean.items()}
     return found
 
 

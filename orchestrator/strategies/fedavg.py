@@ -69,7 +69,7 @@ class FedAvg:
                 name,
                 round_,
                 sequence,
-                Recipe(device.model, share.keep_rate),
+                Recipe(device.network, share.keep_rate),
                 state=packed[share.digest],
                 returns={"update": device.update},
                 mu=device.mu,
@@ -143,7 +143,7 @@ class FedAvg:
 
     def _evaluate(self, weights: Mapping[str, Array]) -> float:
         device, heldout = self.task.config.device, self.task.heldout
-        model = models.build(device.model, classes=device.class_count, input_shape=device.input)
+        model = models.build(device.network, classes=device.class_count, input_shape=device.input)
         distill.load(model, weights).to(self.task.torch_device)
         logits = distill.predict(model, heldout.x, self.task.config.server)
         if not np.isfinite(logits).all():

@@ -29,7 +29,7 @@ class FedDropout(FedAvg):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         device = task.config.device
-        model = models.build(device.model, classes=device.class_count, input_shape=device.input)
+        model = models.build(device.network, classes=device.class_count, input_shape=device.input)
         self.layout = submodel.layout(model, device.input)
         self._rates = {v.artifact.digest: r.keep_rate for r, v in task.variants.items()}
 

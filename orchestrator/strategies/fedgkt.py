@@ -34,6 +34,7 @@ from orchestrator.training.shards import Shard
 from wire import codecs, tensors
 from wire.errors import AdmissionError, RunError
 from wire.messages import Birth, BlobRef, Order, Result
+from wire.names import title
 
 log = logging.getLogger("orchestrator")
 
@@ -50,39 +51,16 @@ class FedGKT:
     "teachers", each by device, and "schedule".
 
     Raises:
-        RunError: a device model has no extractor, or the feature maps of two differ in shape, or
-            crops of images are not crops of feature maps.
+        RunError: the device models do not fit each other or the run; see `extractors.check`.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        shapes = {name: task.variants[Recipe(name)].features for name in task.config.device.models}
-        for name, shape in shapes.items():
-            if shape is None:
-                raise RunError(
-                    f"model {name!r} has no feature extractor, which fedgkt needs; use resnet8, or "
-                    "strategy fedavg"
-                )
-        if len(set(shapes.values())) > 1:
-            raise RunError(f"feature maps of the device models differ: {shapes}; the large model "
-                           "takes one shape, use models with one")  # fmt: skip
-        every = [
-            extractors.shapes(extractors.part(own)) for own in (task.initial, *task.others.values())
-        ]
-        if task.config.transfer.extractor == "shared" and any(one != every[0] for one in every):
-            raise RunError(
-                f"transfer.extractor: models {', '.join(shapes)} have different extractors, of "
-                'which there is no mean; use "own"'
-            )
-        channels, height, width = next(shape for shape in shapes.values() if shape)
-        self.shape = (channels, height, width)
-        transfer, image = task.config.transfer, task.config.device.input
-        cropped = transfer.views and transfer.freeze_after is not None
-        if cropped and (height, width) != image[1:]:
-            raise RunError(
-                f"transfer.views: feature maps of {height} x {width} are not crops of images of "
-                f"{image[1]} x {image[2]}; use an extractor without strides, or no views"
-            )
+        found = {
+            name: (task.variants[Recipe(name)].features, task.others.get(name, task.initial))
+            for name in task.config.device.models
+        }
+        self.shape = extractors.check(task.config, found)
 
     def begin(self) -> State:
         """A fresh large model; the same seed gives the same."""
@@ -90,7 +68,7 @@ class FedGKT:
         server = self._server()
         if self.task.pretrained and not models.inherit(server, self.task.pretrained):
             log.warning("pretrained: nothing fits %s, which begins with random weights",
-                        self.task.config.server.model)  # fmt: skip
+                        title(self.task.config.server.model))  # fmt: skip
         learnt = _under("server", distill.weights(server)) | extractors.begin(self.task)
         return State(learnt, {"shards": {}, "teachers": {}, "blobs": []})
 

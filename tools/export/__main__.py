@@ -4,20 +4,19 @@ python -m tools.export --model resnet8 --classes 10 --batch 32 --out DIR
 """
 
 import argparse
-import importlib
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import models
 from tools.export import Adam, Optimizer, Sgd, export
 from tools.export.graphs.cost import table
 from tools.export.plan import describe
 from wire.errors import ExportError, StillhouseError
+from wire.names import cut, title
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,13 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         torch.manual_seed(options.seed)
-        module, shape = _build(options.model, options.classes, options.input)
+        name = cut(options.model, options.split)
+        shape = models.input_shape(name) if options.input is None else options.input
+        module = models.build(name, classes=options.classes, input_shape=shape)
         if options.keep_rate != 1:
-            parts = models.layout(module, shape)  # type: ignore[arg-type]  # it checks the shape
+            parts = models.layout(module, shape)
             module = models.narrow(module, parts, options.keep_rate)
         artifact = export(
             module,
-            name=options.model,
+            name=title(name),
             classes=options.classes,
             input_shape=shape,
             batch=options.batch,
@@ -64,7 +65,14 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="a known name, or package.module:factory")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a known name, path/to/file.py:factory, or package.module:factory",
+    )
+    parser.add_argument("--split", default="",
+                        help="path of the module whose output is the feature map, like "
+                        "features.3 (FedGKT)")  # fmt: skip
     parser.add_argument("--classes", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True, help="samples a step, fixed")
     parser.add_argument("--micro-batches", type=int, default=1,
@@ -132,25 +140,6 @@ def _optimizer(options: argparse.Namespace) -> Optimizer:
         return Sgd(options.momentum, nesterov, 0.0005 if decay is None else decay)
     except ValueError as fault:
         raise ExportError(str(fault)) from fault
-
-
-def _build(
-    name: str, classes: int, shape: tuple[int, ...] | None
-) -> tuple[nn.Module, tuple[int, ...]]:
-    """A registered model, or whatever the user's own factory returns for the number of classes."""
-    place, colon, factory = name.partition(":")
-    if not colon:
-        chosen = models.input_shape(name) if shape is None else shape
-        return models.build(name, classes=classes, input_shape=chosen), chosen  # type: ignore[arg-type]
-    try:
-        made = getattr(importlib.import_module(place), factory)(classes)
-    except (ImportError, AttributeError) as fault:
-        raise ExportError(
-            f"{name}: cannot be imported ({fault}); name package.module:factory"
-        ) from fault
-    if not isinstance(made, nn.Module):
-        raise ExportError(f"{name}: expected a torch.nn.Module, got {type(made).__name__}")
-    return made, (3, 32, 32) if shape is None else shape
 
 
 if __name__ == "__main__":

@@ -1,0 +1,310 @@
+"""Networks that are not ours, by the name of the function or class that makes them.
+
+    package.module:factory        beside run.toml, in the current folder, or installed
+    path/to/file.py:factory       relative to run.toml, on a command line to the current folder
+    name                          an entry point of the group `stillhouse.models`
+
+A factory takes by name what it wants of `classes` (or `num_classes`), the number of logits, and
+`input_shape`, of one sample. A name may begin with the folder that it is relative to:
+`/home/me/run/./nets.py:make` (`wire.names`).
+"""
+
+import difflib
+import hashlib
+import inspect
+import logging
+import random
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from models.imports import Scope, plain
+from models.submodel import run
+from wire.errors import StillhouseError
+from wire.names import MARK
+
+GROUP = "stillhouse.models"
+_CLASSES = ("classes", "num_classes")
+_FORMS = "name path/to/file.py:factory or package.module:factory"
+log = logging.getLogger("models")
+
+
+@dataclass
+class Foreign:
+    """A factory that was found.
+
+    Attributes:
+        name: as it was written.
+        scope: its modules.
+        factory: what makes the network.
+    """
+
+    name: str
+    scope: Scope
+    factory: Callable[..., Any]
+    _last: Callable[[], object] = field(default=lambda: None)
+
+    def make(self, classes: int, shape: tuple[int, ...]) -> nn.Module:
+        """Call the factory; random numbers follow torch's seed, those of numpy and Python too.
+
+        Raises:
+            StillhouseError: it takes something else, raises, or returns no new network.
+        """
+        with _seeded():
+            made = self._call(classes, shape)
+        if not isinstance(made, nn.Module):
+            raise StillhouseError(
+                f"{self.name}: expected it to return a torch.nn.Module, got {type(made).__name__}"
+            )
+        if made is self._last():
+            raise StillhouseError(
+                f"{self.name}: returns the same network at each call; make a new one each time, so "
+                "that its weights follow from the run's seed"
+            )
+        self._last = weakref.ref(made)
+        if any(map(is_lazy, made.parameters())):  # such layers take their shapes from a first batch
+            run(made.eval(), torch.zeros(2, *shape), fails=f"{self.name} fails on {shape}")
+            made.train()
+        return made
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """SHA-256 of its source files, by path, as far as they are imported."""
+        return dict(self.scope.sources) or _installed(self.factory)
+
+    def _call(self, classes: int, shape: tuple[int, ...]) -> object:
+        last: Exception | None = None
+        for asked in _asked(self.name, self.factory):
+            values = {key: shape if key == "input_shape" else classes for key in asked}
+            state = torch.get_rng_state()
+            try:
+                return _bound(self.factory, values)
+            except Exception as fault:  # noqa: BLE001 - it is the user's code
+                last = fault
+                if not _refuses(fault, asked):
+                    break
+            torch.set_rng_state(state)
+        assert last is not None  # noqa: S101 - there is something to ask for, or nothing
+        raise StillhouseError(f"{self.name}: fails {_at(last, self.scope)}") from last
+
+
+def find(name: str) -> Foreign | None:
+    """What a name stands for; None where it has no `:` and is no entry point.
+
+    Raises:
+        StillhouseError: there is no such file, module or factory, or importing it fails.
+    """
+    if ":" in name:
+        return _find(name, str(Path.cwd()))
+    return _offered(name) if name in entry_points() else None
+
+
+def entry_points() -> dict[str, list[metadata.EntryPoint]]:
+    """Networks that installed packages offer, by name."""
+    found: dict[str, list[metadata.EntryPoint]] = {}
+    for point in metadata.entry_points(group=GROUP):
+        same = found.setdefault(point.name, [])
+        if point.value not in (other.value for other in same):
+            same.append(point)
+    return found
+
+
+@cache
+def say_clash(name: str) -> None:
+    """Say that an entry point has the name of a network of ours, once."""
+    for point in entry_points().get(name, ()):
+        log.warning(
+            "%s: the network of this name is Stillhouse's; that of an installed package is %s",
+            name, point.value,
+        )  # fmt: skip
+
+
+@cache
+def _offered(name: str) -> Foreign:
+    first, *more = entry_points()[name]
+    if more:
+        values = ", ".join(point.value for point in (first, *more))
+        raise StillhouseError(
+            f"{name}: entry points of several packages have this name; name one of {values}"
+        )
+    return _resolved(name, first.module, first.attr, [])
+
+
+@cache
+def _find(name: str, current: str) -> Foreign:
+    base, mark, rest = name.partition(MARK)
+    if not mark:
+        base, rest = current, name
+    place, _, factory = rest.rpartition(":")
+    folders = [Path(base), Path(current)]
+    if not place or not all(part.isidentifier() for part in factory.split(".")):
+        raise StillhouseError(f"{rest!r}: expected a factory behind the colon; {_FORMS}")
+    if place.endswith(".py"):
+        path = _file(rest, place, folders)
+        # Where the file is in a package, it is imported as a module of it.
+        root, parts = path.parent, [path.stem]
+        while (root / "__init__.py").is_file():
+            root, parts = root.parent, [root.name, *parts]
+        return _resolved(rest, ".".join(parts), factory, [root, *folders])
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise StillhouseError(f"{rest}: {place!r} is neither a module nor a file; {_FORMS}")
+    return _resolved(rest, place, factory, folders)
+
+
+def _file(name: str, place: str, folders: list[Path]) -> Path:
+    tried = [(folder / Path(place).expanduser()).resolve() for folder in folders]
+    for path in tried:
+        if path.is_file():
+            return path
+    beside = [path.name for path in tried[0].parent.glob("*.py")]
+    hint = _nearest(tried[0].name, beside)
+    raise StillhouseError(f"{name}: no file {tried[0]}{hint or '; ' + _FORMS}")
+
+
+def _resolved(name: str, place: str, factory: str, folders: list[Path]) -> Foreign:
+    scope = Scope([folder for folder in dict.fromkeys(folders) if folder.is_dir()], place)
+    dtype = torch.get_default_dtype()
+    try:
+        module = scope.load(place)
+    except (Exception, SystemExit) as fault:
+        if isinstance(fault, ModuleNotFoundError) and _is_part(plain(fault.name or ""), place):
+            near = [path.stem for folder in folders for path in folder.glob("*.py")]
+            where = " and ".join(dict.fromkeys(map(str, folders))) or "the installed packages"
+            raise StillhouseError(
+                f"{name}: cannot be imported: no module {plain(fault.name or '')!r} in {where}, "
+                f"nor installed{_nearest(place, near) or '; ' + _FORMS}"
+            ) from fault
+        raise StillhouseError(f"{name}: importing it fails {_at(fault, scope)}") from fault
+    finally:
+        torch.set_default_dtype(dtype)
+    found: Any = module
+    for part in factory.split("."):
+        if not hasattr(found, part):
+            known = [key for key in vars(found) if not key.startswith("_")]
+            raise StillhouseError(
+                f"{name}: {getattr(module, '__file__', place)} has no {part!r}"
+                f"{_nearest(part, known) or '; it has ' + _callables(found)}"
+            )
+        found = getattr(found, part)
+    if isinstance(found, nn.Module) or not callable(found):
+        what = "a network that is made already" if isinstance(found, nn.Module) else "no function"
+        raise StillhouseError(
+            f"{name}: {factory!r} is {what} ({type(found).__name__}); name a function or a class "
+            "that makes a new network at each call"
+        )
+    return Foreign(name, scope, found)
+
+
+def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:
+    """What to give to a factory; where it passes anything on, the next is tried if one is refused.
+
+    Raises:
+        StillhouseError: it wants something that nobody knows.
+    """
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return [(), ("classes",)]
+    kinds = inspect.Parameter
+    known = ("classes", "num_classes", "input_shape")
+    asked = tuple(p.name for p in parameters if p.name in known)
+    for parameter in parameters:
+        open_ = parameter.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+        if not open_ and parameter.default is kinds.empty and parameter.name not in asked:
+            raise StillhouseError(
+                f"{name}: takes {parameter.name!r}, which has no default; a factory may ask for "
+                "`classes` (or `num_classes`), the number of logits, and `input_shape` (channels, "
+                "height, width)"
+            )
+    if not any(p.kind is kinds.VAR_KEYWORD for p in parameters):
+        return [asked]
+    if any(key in asked for key in _CLASSES):
+        return [tuple(dict.fromkeys((*asked, "input_shape"))), asked]
+    shaped = tuple(dict.fromkeys((*asked, "input_shape")))
+    return [(*key, *rest) for rest in dict.fromkeys((shaped, asked))
+            for key in (("classes",), ("num_classes",), ())]  # fmt: skip
+
+
+def _bound(factory: Callable[..., Any], values: Mapping[str, object]) -> object:
+    """Call with values by name, also where parameters are positional only."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return factory(*values.values())
+    alone = [key for key, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+    first = [values[key] for key in alone if key in values]
+    return factory(*first, **{key: value for key, value in values.items() if key not in alone})
+
+
+def _refuses(fault: Exception, asked: tuple[str, ...]) -> bool:
+    """Whether a factory, or what it passes its arguments on to, does not take one of them."""
+    return isinstance(fault, TypeError) and any(
+        f"unexpected keyword argument '{key}'" in str(fault) for key in asked
+    )
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    kept = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's code may use it
+    dtype = torch.get_default_dtype()
+    seed = torch.initial_seed() % (1 << 32)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
+        torch.set_default_dtype(dtype)
+
+
+def _at(fault: BaseException, scope: Scope) -> str:
+    """Where in the user's files something went wrong, and what: one line."""
+    said = plain(str(fault)).strip().splitlines()
+    what = f"{type(fault).__name__}: {said[0]}" if said else type(fault).__name__
+    if isinstance(fault, SyntaxError) and fault.filename:
+        return f"at {fault.filename}:{fault.lineno}: {what}"
+    frames = traceback.extract_tb(fault.__traceback__)
+    own = [f for f in frames if scope.path_below(Path(f.filename)) in scope.sources]
+    if not own:
+        return f"with {what}"
+    more = "; install it where the orchestrator runs" if isinstance(fault, ImportError) else ""
+    return f"at {own[-1].filename}:{own[-1].lineno}: {what}{more}"
+
+
+def _installed(factory: Callable[..., Any]) -> dict[str, str]:
+    """Of what is installed, the file that the factory stands in."""
+    try:
+        path = Path(inspect.getsourcefile(inspect.unwrap(factory)) or "")
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    except (TypeError, OSError):
+        return {}
+
+
+def _is_part(module: str, place: str) -> bool:
+    return place == module or place.startswith(f"{module}.")
+
+
+def _callables(found: object) -> str:
+    names = [k for k, v in vars(found).items() if callable(v) and not k.startswith("_")]
+    own = getattr(found, "__name__", None)
+    if isinstance(found, ModuleType):
+        names = [k for k in names if getattr(vars(found)[k], "__module__", None) == own]
+    return ", ".join(names) or "none of its own"
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,195 @@
+"""Import a user's own modules so that they and ours never meet.
+
+Our packages have plain names (`models`, `tools`, `wire`), and a user's may have the same. So each
+`Scope` is a private package: a user's `models.blocks` stands in `sys.modules` as
+`stillhouse_own_1.models.blocks`, and two files `net.py` of two folders are two modules. An import
+statement in a user's module finds the user's own modules first, whenever it runs: each has an
+`__import__` of its own. What is installed (torch, timm) is imported as ever.
+
+Not followed is `importlib.import_module("blocks")`, a call with an absolute name; write an import
+statement, or `import_module(".blocks", __package__)`.
+"""
+
+import builtins
+import hashlib
+import importlib
+import itertools
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+OURS = ("benchmarks", "edge_agent", "hardware", "models", "orchestrator", "tools", "wire")
+_MARKS = ("edge_agent", "orchestrator", "wire")  # a folder with all of them holds Stillhouse
+_PREFIX = "stillhouse_own_"
+_numbers = itertools.count(1)
+_scopes: dict[str, "Scope"] = {}
+
+
+class Scope:
+    """The modules of one user's network.
+
+    Args:
+        folders: where to look for them before all else, first to last.
+        place: the module that is wanted, with dots.
+
+    Attributes:
+        package: the private package.
+        sources: SHA-256 of each source file that was imported, by its path below its folder.
+    """
+
+    def __init__(self, folders: Sequence[Path], place: str) -> None:
+        self.package = f"{_PREFIX}{next(_numbers)}"
+        self.sources: dict[str, str] = {}
+        self._folders = [str(folder) for folder in folders]
+        self._wanted = place.partition(".")[0]
+        self._installed = False
+        self.builtins = {**vars(builtins), "__import__": self._import}
+        package = ModuleType(self.package)
+        package.__path__ = []
+        sys.modules[self.package], _scopes[self.package] = package, self
+        importlib.invalidate_caches()
+        self._installed = self._find(self._wanted) is None and _comes_with_ours(self._wanted)
+
+    def load(self, place: str) -> ModuleType:
+        """Import a module; one that is installed alone is imported as ever.
+
+        Raises:
+            Exception: whatever the module's own code raises.
+        """
+        before = list(sys.path)
+        try:
+            if self.holds(self._wanted):
+                return importlib.import_module(f"{self.package}.{place}")
+            return importlib.import_module(place)
+        finally:  # what a module puts before ours goes behind
+            sys.path[:] = [*before, *(entry for entry in sys.path if entry not in before)]
+
+    def holds(self, name: str) -> bool:
+        """Whether a top-level name is the user's."""
+        if name in sys.stdlib_module_names and name != self._wanted:
+            return False
+        return self._find(name) is not None
+
+    def entries(self, name: str) -> list[str]:
+        """The folders in which a top-level name is the user's."""
+        own = [*self._folders, *(entry for entry in sys.path if _outside(entry))]
+        if name in OURS or (name == self._wanted and self._installed):
+            own += sys.path
+        return [e for e in own if not _holds_ours(e)] if name in OURS else own
+
+    def _find(self, name: str) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, self.entries(name))
+        if spec is None or spec.loader is not None:
+            return spec
+        # A folder without __init__.py, such as one with images, is a package only where it has
+        # modules, and where nothing installed has its name.
+        with_modules = any(
+            next(Path(place).glob(pattern), None)
+            for place in spec.submodule_search_locations or ()
+            for pattern in ("*.py", "*/*.py")
+        )
+        known = name not in OURS and PathFinder.find_spec(name)
+        return spec if with_modules and not (known and known.loader) else None
+
+    def _import(
+        self,
+        name: str,
+        globals: Mapping[str, Any] | None = None,  # noqa: A002 - names of builtins.__import__
+        locals: Mapping[str, Any] | None = None,  # noqa: A002
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> ModuleType:
+        """What an import statement in a user's module calls."""
+        top = name.partition(".")[0]
+        if level or not self.holds(top):
+            return builtins.__import__(name, globals, locals, fromlist or (), level)
+        private = f"{self.package}.{name}"
+        if fromlist:
+            return builtins.__import__(private, globals, locals, fromlist, 0)
+        importlib.import_module(private)
+        return sys.modules[f"{self.package}.{top}"]
+
+    def path_below(self, path: Path) -> str:
+        """A file's path below the folder that it was found in."""
+        for entry in (*self._folders, *sys.path):
+            if path.is_relative_to(entry or "."):
+                return path.relative_to(entry or ".").as_posix()
+        return str(path)
+
+
+class _Loader(SourceFileLoader):
+    """Compiles the source each time: bytecode of a file that was edited at once may be old."""
+
+    def __init__(self, name: str, path: str, scope: Scope) -> None:
+        super().__init__(name, path)
+        self._scope = scope
+
+    def get_code(self, fullname: str) -> CodeType:
+        del fullname
+        data = self.get_data(self.path)
+        place = self._scope.path_below(Path(self.path))
+        self._scope.sources[place] = hashlib.sha256(data).hexdigest()
+        code: CodeType = self.source_to_code(data, self.path)
+        return code
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__builtins__"] = self._scope.builtins
+        super().exec_module(module)
+
+
+class _Finder(MetaPathFinder):
+    """Finds what is in a scope's package."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        scope = _scopes.get(package)
+        if scope is None or not name:
+            return None
+        spec = PathFinder.find_spec(fullname, path if "." in name else scope.entries(name), target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(fullname, spec.loader.path, scope)
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())
+
+
+def _outside(entry: str) -> bool:
+    """Whether an entry of `sys.path` is a folder of the user's own, such as one of PYTHONPATH."""
+    path = Path(entry or ".").resolve()
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    return path.is_dir() and not installed and not path.is_relative_to(library)
+
+
+def _comes_with_ours(name: str) -> bool:
+    """Whether an installed package comes with one that is called as one of ours."""
+    known = metadata.packages_distributions()
+    others = {owner for ours in OURS for owner in known.get(ours, ())} - {"stillhouse"}
+    return not others.isdisjoint(known.get(name, ()))
+
+
+def _holds_ours(entry: str) -> bool:
+    """Whether a folder holds Stillhouse itself, this copy or another."""
+    return all((Path(entry or ".") / name / "__init__.py").is_file() for name in _MARKS)
+
+
+def plain(text: str) -> str:
+    """A message without the names of private packages."""
+    return "".join(_without(text))
+
+
+def _without(text: str) -> Iterator[str]:
+    first, *rest = text.split(_PREFIX)
+    yield first
+    for part in rest:
+        number, dot, after = part.partition(".")
+        yield after if dot and number.isdigit() else part

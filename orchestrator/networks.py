@@ -1,0 +1,171 @@
+"""A run's networks, tried before anything is begun: device models, and the server's on their maps.
+
+Of networks that are not ours, the source files' digests go into the run's folder; a run goes on
+only with the sources that it was begun with.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import models
+from models import split
+from orchestrator.config import RunConfig
+from orchestrator.strategies import extractors
+from orchestrator.training import distill
+from wire.errors import RunError, StillhouseError
+from wire.names import parse, title, written
+
+Sources = Mapping[str, Mapping[str, str]]
+FILE = "sources.json"
+
+
+def check(config: RunConfig) -> Sources:
+    """Build and run every network of a run on two images.
+
+    Returns:
+        Of those that are not ours, by name, the SHA-256 of each source file.
+
+    Raises:
+        StillhouseError: the message names the key of the configuration, what is wrong and what to
+            do.
+    """
+    device, found = config.device, {}
+    sources: dict[str, Mapping[str, str]] = {}
+    for name in device.models:
+        key = "device.model" if name == device.network else "device.others"
+        with _saying(key):
+            model, shape = _tried(config, name, device.input, sources)
+            found[name] = shape, distill.weights(model)
+            if config.strategy == "fedgkt" and shape is None:
+                raise RunError(_without_extractor(model, name, device.input))
+            if config.strategy == "fedgkt" and extractors.crops(config):
+                _check_crops(model, name, device.input)
+            if config.strategy == "feddropout" and sources and not config.submodel.whole:
+                models.layout(model, device.input)
+    if config.strategy == "fedgkt":
+        maps = extractors.check(config, found)
+        with _saying("server.model"):
+            _tried(config, config.server.model, maps, sources)
+    return sources
+
+
+def claim(folder: Path, sources: Sources) -> None:
+    """Let a run go on only with the sources that it was begun with; noted in its folder.
+
+    Raises:
+        RunError: a file has changed since; the message names it.
+    """
+    path = folder / FILE
+    if path.exists():
+        _compare(path, sources)
+    elif sources:
+        partial = path.with_suffix(".new")
+        partial.write_text(json.dumps(sources, indent=1))
+        partial.replace(path)
+
+
+def unchanged(folder: Path, config: RunConfig) -> None:
+    """Return if networks are made of what a run's were made of.
+
+    Raises:
+        RunError: a file has changed since; the message names it.
+        StillhouseError: a network cannot be made any more.
+    """
+    path = folder / FILE
+    if path.exists():
+        _compare(path, check(config))
+
+
+def _compare(path: Path, sources: Sources) -> None:
+    before: Sources = json.loads(path.read_text())
+    for name, files in sources.items():
+        known = before.get(name, {})
+        changed = sorted(file for file in files if known.get(file, files[file]) != files[file])
+        if changed:
+            raise RunError(
+                f"{name}: {', '.join(changed)} changed since run {path.parent.name} was begun; "
+                "restore it, or choose another name for a new run. If it makes the same network as "
+                f"before, remove {path}"
+            )
+
+
+def folder_name(model: str) -> str:
+    """A model's name as part of a folder's; two models have two."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", title(model))
+    if plain == model:
+        return plain
+    return f"{plain}-{hashlib.sha256(written(model).encode()).hexdigest()[:8]}"
+
+
+def _tried(
+    config: RunConfig, name: str, shape: tuple[int, ...], sources: dict[str, Mapping[str, str]]
+) -> tuple[nn.Module, tuple[int, int, int] | None]:
+    """A network by the run's seed, and the shape of its feature map.
+
+    What one that is not ours is made of is noted in `sources`.
+    """
+    classes = config.device.class_count
+    torch.manual_seed(config.seed)
+    model = models.build(name, classes=classes, input_shape=shape)
+    features = models.try_out(model, title(name), classes=classes, shape=shape)
+    if not (files := models.sources(name)):
+        return model, features
+    sources[written(parse(name)[0])] = files
+    torch.manual_seed(config.seed)
+    again = models.build(name, classes=classes, input_shape=shape).state_dict()
+    for key, tensor in model.state_dict().items():
+        if key not in again or not torch.equal(tensor, again[key]):
+            raise RunError(
+                f"{title(name)}: {key!r} is another one in each network that it makes; draw "
+                "initial weights with torch's random numbers, which follow the run's seed"
+            )
+    return model, features
+
+
+def _without_extractor(model: nn.Module, name: str, shape: tuple[int, int, int]) -> str:
+    places = split.places(model, shape)
+    remedy = (
+        f'set split = "{places[0]}" beside the model, or another of {split.listed(places)}'
+        if places
+        else "it can be cut nowhere: use a network that is a chain, with feature maps (N, C, H, W)"
+    )
+    return (
+        f"{title(name)} has no feature extractor, which fedgkt needs; {remedy}. Or use strategy "
+        "fedavg"
+    )
+
+
+def _check_crops(model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
+    """Where an image moves by a pixel, and others come in, the middle of its feature map moves."""
+    extractor = model.get_submodule("extractor").eval()
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    other = torch.roll(x, (1, 1), (2, 3))
+    other[:, :, 0] = other[:, :, :, 0] = 10
+    with torch.no_grad():
+        plain, moved = extractor(x), extractor(other)
+    if plain.shape[2:] != x.shape[2:]:
+        return  # `extractors.check` says so
+    row, column = plain.shape[2] // 2, plain.shape[3] // 2
+    expected, got = plain[0, :, row, column], moved[0, :, row + 1, column + 1]
+    if not torch.allclose(expected, got, rtol=1e-2, atol=1e-3 * float(plain.abs().max())):
+        raise RunError(
+            f"transfer.views: feature maps of {title(name)} are not crops where images are: in the "
+            "middle of an image they depend on all of it, or on the place; cut it before such a "
+            "layer, or use no views"
+        )
+
+
+@contextmanager
+def _saying(key: str) -> Iterator[None]:
+    """Name the key of the configuration that a network stands under."""
+    try:
+        yield
+    except StillhouseError as fault:
+        raise type(fault)(f"{key}: {fault}") from fault
