@@ -102,7 +102,8 @@ def read(metadata: Mapping[str, str], where: str) -> ModelCard:
     if not texts:
         raise ArtifactError(
             f"{where}: expected metadata that say names of classes and size of images "
-            f"({PREFIX}classes and others), got an ONNX file without them; {REMEDY}"
+            f"({PREFIX}classes and others), got an ONNX file without them; export the run with this "
+            "version: orchestrator export RUN --out model.onnx"
         )
     if texts.get("format") != str(FORMAT):
         raise ArtifactError(

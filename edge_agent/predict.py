@@ -8,6 +8,7 @@ An exported file says itself how it is asked and what its answers mean (`edge_ag
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -178,18 +179,31 @@ class Prediction:
 
 
 def photos(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as they are named; of a folder its pictures, those in sub-folders included."""
+    """Files as they are named; of a folder its pictures, those in sub-folders included.
+
+    A folder without any, or one that cannot be read, stands for itself.
+    """
     for path in paths:
-        if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if _is_picture(file, path)]
-            yield from found or [path]
-        else:
+        if not _is_folder(path):
             yield path
+            continue
+        unread: list[Path] = []
+        found: list[Path] = []
+        for folder, inner, files in os.walk(path, onerror=lambda f: unread.append(Path(f.filename))):
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            found += (Path(folder, name) for name in sorted(files) if _is_picture(name))
+        yield from [*found, *unread] or [path]
 
 
-def _is_picture(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in data.SUFFIXES and not hidden and file.is_file()
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # in a folder that this user may not enter
+        return False
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(data.SUFFIXES) and not name.startswith(".")
 
 
 def predict(network: Network, files: Sequence[Path], top: int = 1) -> Iterator[Prediction]:
@@ -217,9 +231,14 @@ def predict(network: Network, files: Sequence[Path], top: int = 1) -> Iterator[P
 def _pixels(file: Path, shape: tuple[int, int, int]) -> Pixels | str:
     """A photo as the network takes it, uint8 (H, W, C), or what is wrong with it."""
     channels, height, width = shape
-    if file.is_dir():
-        kinds = " ".join(data.SUFFIXES)
-        return f"{file}: expected pictures ({kinds}), got a folder without; name another"
+    try:
+        if file.is_dir():
+            next(file.iterdir(), None)
+            kinds = " ".join(data.SUFFIXES)
+            return f"{file}: expected pictures ({kinds}), got a folder without; name another"
+        file.stat()
+    except OSError as fault:
+        return f"{file}: cannot be read ({fault.strerror}); check the name, and who may read it"
     try:
         image = data.open_image(file, DRAFT * max(height, width))
         return data.fit(image, (height, width), channels)

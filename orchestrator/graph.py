@@ -42,7 +42,8 @@ pixels (uint8[N, {height}, {width}, {channels}] image) => (float[N, C, H, W] uni
 }}
 """
 # `kind` of each image is its place in `white`; values that are no pixels have no place there, and
-# Gather fails. Interpolation leaves the range of pixels by less than a quarter.
+# Gather fails. Interpolation leaves the range of pixels by less than a quarter. The mean is there
+# for NaN, which minimum and maximum may pass over.
 _FLOAT32 = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 pixels (float[N, {channels}, {height}, {width}] image) => (float[N, C, H, W] unit)
@@ -55,7 +56,10 @@ pixels (float[N, {channels}, {height}, {width}] image) => (float[N, C, H, W] uni
     least = Mul (span, quarter)
     not_under = GreaterOrEqual (low, least)
     not_over = LessOrEqual (high, most)
-    fits = And (not_under, not_over)
+    in_range = And (not_under, not_over)
+    mean = ReduceMean <keepdims = 1> (image, axes)
+    is_number = LessOrEqual (mean, most)
+    fits = And (in_range, is_number)
     is_bytes = Greater (high, over_unit)
     number = Cast <to = 7> (is_bytes)
     kind = Where (fits, number, neither)
@@ -88,6 +92,7 @@ def build(network: nn.Module, about: ModelCard) -> "onnx.ModelProto":
     Raises:
         RunError: PyTorch cannot export the network.
     """
+    import onnx.compose
     import onnx.helper
     import onnx.parser
 
@@ -116,14 +121,20 @@ def build(network: nn.Module, about: ModelCard) -> "onnx.ModelProto":
         ir=IR_VERSION, opset=OPSET, channels=shape[0], height=shape[1], width=shape[2]
     )
     front = onnx.parser.parse_model(text)
+    # The network's own names have no colon.
+    onnx.compose.add_prefix(
+        front, "image:", rename_inputs=False, rename_outputs=False, inplace=True
+    )
     for node in front.graph.node:
-        node.name = _FAULT if node.op_type == "Gather" else f"pixels_{node.output[0]}"
+        node.name = _FAULT if node.op_type == "Gather" else node.output[0]
     front.graph.node.extend(proto.graph.node)
     front.graph.initializer.extend(proto.graph.initializer)
     front.graph.value_info.extend([*proto.graph.input, *proto.graph.value_info])
     del front.graph.output[:]
     front.graph.output.extend(proto.graph.output)
     front.functions.extend(proto.functions)
+    del front.opset_import[:]
+    front.opset_import.extend(proto.opset_import)
     front.producer_name, front.producer_version = "stillhouse", about.version
     onnx.helper.set_model_props(front, about.metadata)
     return front
@@ -135,7 +146,7 @@ def difference(proto: "onnx.ModelProto", network: nn.Module, about: ModelCard) -
     PyTorch gets images as devices normalize them, the graph each form of pixels that it takes.
 
     Raises:
-        RunError: it is more than rounding explains.
+        RunError: it is more than rounding explains, or onnxruntime cannot run the graph.
     """
     import onnxruntime
 
@@ -147,10 +158,12 @@ def difference(proto: "onnx.ModelProto", network: nn.Module, about: ModelCard) -
         expected = network(torch.from_numpy(x)).numpy()
     planes = pixels.transpose(0, 3, 1, 2).astype(np.float32)
     asked = [pixels] if about.input == "uint8" else [planes / 255, planes]
-    session = onnxruntime.InferenceSession(
-        proto.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    answers = [session.run(["logits"], {"image": image})[0] for image in asked]
+    providers = ["CPUExecutionProvider"]
+    try:
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=providers)
+        answers = [session.run(["logits"], {"image": image})[0] for image in asked]
+    except Exception as fault:  # onnxruntime raises its own classes, one a status code
+        raise RunError(f"onnxruntime cannot run the exported graph: {fault}") from fault
     most = max(float(np.abs(logits - expected).max()) for logits in answers)
     most /= max(1.0, float(np.abs(expected).max()))
     if not most <= TOLERANCE:
