@@ -76,6 +76,10 @@ class ModelCard:
                 f"{list(self.size)} and {len(self.classes)} classes"
             )
 
+        for name in self.classes:
+            if not name or not name.isprintable():
+                raise ValueError(f"expected a printable name of each class, got {name!r:.80}")
+
     @property
     def metadata(self) -> dict[str, str]:
         """As the file holds it: text as it is, all else as JSON; what is unknown is left out."""
@@ -102,8 +106,8 @@ def read(metadata: Mapping[str, str], where: str) -> ModelCard:
     if not texts:
         raise ArtifactError(
             f"{where}: expected metadata that say names of classes and size of images "
-            f"({PREFIX}classes and others), got an ONNX file without them; export the run with this "
-            "version: orchestrator export RUN --out model.onnx"
+            f"({PREFIX}classes and others), got an ONNX file without them; export the run with "
+            "this version: orchestrator export RUN --out model.onnx"
         )
     if texts.get("format") != str(FORMAT):
         raise ArtifactError(

@@ -184,15 +184,19 @@ def photos(paths: Iterable[Path]) -> Iterator[Path]:
     A folder without any, or one that cannot be read, stands for itself.
     """
     for path in paths:
-        if not _is_folder(path):
-            yield path
-            continue
-        unread: list[Path] = []
-        found: list[Path] = []
-        for folder, inner, files in os.walk(path, onerror=lambda f: unread.append(Path(f.filename))):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
-            found += (Path(folder, name) for name in sorted(files) if _is_picture(name))
-        yield from [*found, *unread] or [path]
+        yield from _pictures(path) or [path]
+
+
+def _pictures(path: Path) -> list[Path]:
+    """Pictures in a folder, and sub-folders that cannot be read; none where it is no folder."""
+    if not _is_folder(path):
+        return []
+    found: list[Path] = []
+    walk = os.walk(path, onerror=lambda fault: found.append(Path(fault.filename)))
+    for folder, inner, files in walk:
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        found += (Path(folder, name) for name in sorted(files) if _is_picture(name))
+    return found
 
 
 def _is_folder(path: Path) -> bool:
