@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 from wire import messages
-from wire.errors import OrderError
+from wire.errors import OrderError, StillhouseError
 from wire.messages import Order, Result
 
 log = logging.getLogger("edge-agent")
@@ -105,6 +105,26 @@ class Journal:
     def close(self) -> None:
         """Close the database."""
         self._db.close()
+
+
+def newest_weights(path: Path) -> tuple[str, str, str] | None:
+    """Run, artifact and file of the weights that the device trained last, if there are any.
+
+    It only reads, so that it may be asked beside a running agent.
+
+    Raises:
+        StillhouseError: the journal cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            row: tuple[str, str, str] | None = db.execute(
+                "SELECT run, artifact, file FROM weights ORDER BY rowid DESC LIMIT 1"
+            ).fetchone()
+    except sqlite3.Error as fault:
+        raise StillhouseError(f"{path}: the journal cannot be read ({fault})") from fault
+    return row
 
 
 def _connect(path: Path) -> sqlite3.Connection:

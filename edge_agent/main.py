@@ -44,15 +44,23 @@ def main(arguments: list[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="look for what keeps this device from taking part")
     doctor.add_argument("--config", type=Path, default=Path("/etc/stillhouse/agent.toml"))
     _add_measure(commands.add_parser("measure", help="what training costs on this device"))
+    _add_predict(commands.add_parser("predict", help="say what is on photos"))
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"))
     try:
         given = sys.argv[1:] if arguments is None else arguments
-        chosen = parser.parse_args(records.expanded(given))
+        chosen, more = parser.parse_known_args(records.expanded(given))
+        if chosen.command == "predict":  # argparse takes paths from one side of an option alone
+            chosen.paths += (Path(text) for text in more if not text.startswith("-"))
+            more = [text for text in more if text.startswith("-")]
+        if more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
         if chosen.command == "init":
             return _init(chosen.file)
         if chosen.command == "measure":
             return _measure(chosen)
+        if chosen.command == "predict":
+            return _predict(chosen)
         if chosen.command == "doctor":
             from edge_agent import doctor as doctoring
 
@@ -74,6 +82,34 @@ def _init(path: Path) -> int:
     path.chmod(0o600)  # it will hold a password
     print(f"{path} written; edit it, then: edge-agent run --config {path}")
     return 0
+
+
+def _add_predict(command: argparse.ArgumentParser) -> None:
+    command.usage = "edge-agent predict [-h] [--top N] [--json] (MODEL | --config FILE) PHOTO ..."
+    add = command.add_argument
+    paths = "an .onnx file that `orchestrator export` wrote, then photos and folders of photos"
+    own = "agent.toml; instead of an .onnx file, the network that this device trained last"
+    add("paths", type=Path, nargs="+", metavar="PATH", help=paths)
+    add("--config", type=Path, metavar="FILE", help=own)
+    add("--top", type=int, default=1, metavar="N", help="how many classes of each photo")
+    add("--json", action="store_true", help="a JSON list")
+
+
+def _predict(chosen: argparse.Namespace) -> int:
+    from edge_agent import predict
+
+    if chosen.config is None and len(chosen.paths) < 2:
+        raise SettingsError(
+            f"predict: expected a model and photos, got {chosen.paths[0]} alone; name the .onnx "
+            "file first, or agent.toml with --config"
+        )
+    network: predict.Network
+    if chosen.config is not None:
+        settings, files = config.load(chosen.config), chosen.paths
+        network = predict.Own(settings.state, threads=settings.threads)
+    else:
+        network, files = predict.Exported(chosen.paths[0]), chosen.paths[1:]
+    return predict.report(network, files, top=chosen.top, as_json=chosen.json)
 
 
 def _add_measure(command: argparse.ArgumentParser) -> None:

@@ -1,4 +1,6 @@
-"""Training and inference of an artifact by stock ONNX Runtime: the one file that imports it.
+"""Training and inference of an artifact by stock ONNX Runtime.
+
+This file and `predict`, which asks exported networks, are the two that import it.
 
 The training graph is one functional step: state in, state out. The state is one float32 vector,
 and what the graph reads and writes are ranges of it. Two such vectors take turns (step k reads A

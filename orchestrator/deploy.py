@@ -2,55 +2,88 @@
 
 For fedgkt the graph is a device's extractor with the large model on top (He et al. 2020, section
 3.3), or with `--small` the device's own network, as the large one taught it; for fedavg and
-feddropout the global model; for local, with `--small`, a device's. Normalization is part of it, so
-that its input is plain pixels: `image` float32 (N, C, H, W) from 0 to 1; its output `logits`
-(N, classes).
+feddropout the global model; for local, with `--small`, a device's. `orchestrator.graph` says what
+goes in and comes out.
+
+The file's `metadata_props` tell the rest, each key with the prefix `stillhouse.`
+(`edge_agent.card` writes and reads them): format, classes, input, layout, channels, size, resize,
+scale, mean, std, version, run, strategy, round, device, model, accuracy.
 """
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 import models
-from orchestrator import networks
+from edge_agent import __version__, card
+from edge_agent.card import ModelCard
+from edge_agent.data import Preprocess
+from orchestrator import graph, networks
 from orchestrator.config import RunConfig
 from orchestrator.store import last_checkpoint
 from orchestrator.strategies import extractors
+from orchestrator.strategies.strategy import State
 from orchestrator.training import distill
 from wire import records
 from wire.errors import RunError
+from wire.manifest import MANIFEST, Manifest
 
-TOLERANCE = 1e-3
+Form = Literal["float32", "uint8"]
+
+LAYOUTS: dict[Form, Literal["NCHW", "NHWC"]] = {"float32": "NCHW", "uint8": "NHWC"}
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """What was written: from which round and device, and its largest difference to PyTorch."""
+    """What was written.
+
+    Attributes:
+        path: of the file.
+        card: what it says about itself.
+        difference: its largest to PyTorch.
+        replaced: whether another file was there.
+    """
 
     path: Path
-    round: int
-    device: str
+    card: ModelCard
     difference: float
+    replaced: bool
 
+    @property
+    def round(self) -> int:
+        """After which round."""
+        return self.card.round
 
-class _Stack(nn.Module):
-    def __init__(self, config: RunConfig, parts: list[nn.Module]) -> None:
-        super().__init__()
-        shape = (-1, 1, 1)
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.register_buffer("mean", torch.tensor(config.device.mean).view(shape))
-        self.register_buffer("std", torch.tensor(config.device.std).view(shape))
-        self.parts = nn.Sequential(*parts)
+    @property
+    def device(self) -> str:
+        """Whose network or extractor, "" for one of all."""
+        return self.card.device
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.parts((image - self.mean) / self.std)
-        return logits
+    @property
+    def text(self) -> str:
+        """As a person reads it."""
+        about = self.card
+        whose = f", {about.model}" + (f" ({about.device})" if about.device else "")
+        share = f", {100 * about.accuracy:.1f} % of held-out images" if about.accuracy else ""
+        axes = {"N": "N", "C": about.channels, "H": about.size[0], "W": about.size[1]}
+        shape = ", ".join(str(axes[axis]) for axis in about.layout)
+        return (
+            f"{self.path} {'replaced' if self.replaced else 'written'}: round {about.round}{whose}"
+            f"{share}; differs from PyTorch by at most {self.difference:.1e}\n"
+            f"it takes `image`, {about.input} ({shape}); try it: orchestrator predict {self.path} "
+            "PHOTO ..."
+        )
+
+    @property
+    def plain(self) -> dict[str, object]:
+        """As --json prints it."""
+        about = {"path": self.path, "replaced": self.replaced, "difference": self.difference}
+        table: dict[str, object] = records.plain(about) | records.plain(self.card)
+        return table
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -68,101 +101,159 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def export_run(
-    folder: Path, out: Path, device: str | None = None, *, small: bool = False
+    folder: Path,
+    out: Path,
+    device: str | None = None,
+    *,
+    small: bool = False,
+    form: Form = "float32",
 ) -> Deployed:
     """Write the run's model as ONNX and compare it with PyTorch through onnxruntime.
 
     Args:
         folder: of the run.
-        out: the .onnx file to write.
+        out: the .onnx file to write; one that is there is replaced.
         device: whose extractor or network; None takes the one that evaluates best.
         small: the network that a device trains and keeps, not the large model (fedgkt, local).
+        form: of the input, see `orchestrator.graph`.
 
     Raises:
-        RunError: no round is finished, there is no such device, the strategy has no such model, or
-            the graph does not agree with PyTorch.
+        RunError: no round is finished, there is no such device, the strategy has no such model,
+            PyTorch cannot export the model or does not agree with the graph, or `out` cannot be
+            written.
+        ArtifactError: the manifest of the run's artifact is damaged.
     """
     config = read_config(folder)
+    replaced = _check_out(out)
     if config.strategy == "local" and not small:
         raise RunError("strategy local has no model of the whole fleet; --small exports a device's")
-    if small and config.strategy not in ("fedgkt", "local"):
-        raise RunError(f"strategy {config.strategy} has one model for all; export without --small")
+    has_devices = config.strategy in ("fedgkt", "local")
+    if (small or device is not None) and not has_devices:
+        option = "--small" if small else "--device"
+        raise RunError(f"strategy {config.strategy} has one model for all; export without {option}")
     networks.unchanged(folder, config)
     round_, state = last_checkpoint(folder)
     names = sorted({key.split("/")[1] for key in state.tensors if key.startswith("device/")})
-    if device is not None and names and device not in names:
+    if has_devices and not names:
+        raise RunError(f"{folder}: no device has returned a network yet; wait for the next round")
+    if device is not None and device not in names:
         raise RunError(f"no device {device!r} in {folder}; there are {', '.join(names)}")
-    chosen = (device or _best(folder, names, small=small)) if names else ""
-    if not names:
-        parts = [distill.load(_device_model(config, ""), state.under("global"))]
-    elif small:
-        weights = extractors.network(state, config.device, chosen)
-        parts = [distill.load(_device_model(config, chosen), weights)]
-    else:
-        extractor = distill.load(
-            _device_model(config, chosen).get_submodule("extractor"),
-            state.under(f"extractor/{chosen}"),
-        )
-        shape = _feature_shape(extractor, config)
-        server = models.build(
-            config.server.model, classes=config.device.class_count, input_shape=shape
-        )
-        clip = [models.Clip(config.device.clip)] if config.device.clip else []
-        parts = [extractor, *clip, distill.load(server, state.under("server"))]
-    stacked = _Stack(config, parts).eval()
-    difference = _write(stacked, config, out)
-    return Deployed(out, round_, chosen, difference)
+    chosen = (device or _best(folder, names, small=small)) if has_devices else ""
+    parts, made_of = _parts(config, state, chosen, small=small)
+    classes, preprocess = _trained_with(folder, config)
+    about = ModelCard(
+        classes=classes,
+        input=form,
+        layout=LAYOUTS[form],
+        channels=config.device.input[0],
+        size=config.device.input[1:],
+        scale=255.0 if form == "uint8" else 1.0,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        run=config.name,
+        strategy=config.strategy,
+        round=round_,
+        device=chosen,
+        model=made_of,
+        version=__version__,
+        accuracy=_accuracy(folder, round_, chosen, small=small),
+    )
+    network = nn.Sequential(*parts).eval()
+    proto = graph.build(network, about)
+    difference = graph.difference(proto, network, about)
+    graph.write(proto, out)
+    return Deployed(out, about, difference, replaced)
+
+
+def _parts(
+    config: RunConfig, state: State, device: str, *, small: bool
+) -> tuple[list[nn.Module], str]:
+    """The networks that the graph consists of, from pixels on, and what they are called."""
+    name = config.device.model_of(device)
+    model = models.build(name, classes=config.device.class_count, input_shape=config.device.input)
+    if not device:
+        return [distill.load(model, state.under("global"))], name
+    if small:
+        return [distill.load(model, extractors.network(state, config.device, device))], name
+    weights = state.under(f"extractor/{device}")
+    extractor = distill.load(model.get_submodule("extractor"), weights)
+    server = models.build(
+        config.server.model,
+        classes=config.device.class_count,
+        input_shape=_feature_shape(extractor, config),
+    )
+    clip = [models.Clip(config.device.clip)] if config.device.clip else []
+    parts = [extractor, *clip, distill.load(server, state.under("server"))]
+    return parts, f"{config.server.model} on the extractor of {name}"
+
+
+def _check_out(out: Path) -> bool:
+    """Whether a file is there, which may be replaced.
+
+    Raises:
+        RunError: nothing can be written there, or it is a file of another kind.
+    """
+    try:
+        if out.is_dir():
+            raise RunError(f"{out} is a folder; name a file in it, such as {out / 'model.onnx'}")
+        if not out.parent.is_dir():
+            raise RunError(f"{out}: {out.parent} is no folder; make it")
+        there = out.exists()
+    except OSError as fault:
+        raise RunError(f"{out}: {fault.strerror}; name another file") from fault
+    if there and out.suffix != ".onnx":
+        raise RunError(f"{out} is there and is no .onnx file; name another, or remove it")
+    return there
+
+
+def _trained_with(folder: Path, config: RunConfig) -> tuple[tuple[str, ...], Preprocess]:
+    """Names of the classes and normalization, as devices train by them.
+
+    They stand in the artifacts that devices get. A simulated run has none, and follows its
+    configuration.
+
+    Raises:
+        ArtifactError: a manifest is damaged.
+        RunError: a manifest cannot be read.
+    """
+    classes, device = config.device.class_names, config.device
+    preprocess = Preprocess(device.mean, device.std)
+    for path in sorted(folder.glob(f"artifact*/{MANIFEST}")):
+        try:
+            manifest = Manifest.parse(path.read_bytes(), where=str(path))
+        except OSError as fault:
+            raise RunError(f"{path}: cannot be read ({fault.strerror})") from fault
+        classes = manifest.model.class_names or classes
+        preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
+    return classes or card.numbers(config.device.class_count), preprocess
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The entries of closed rounds, as far as the run has told them."""
+    try:
+        history: list[dict[str, Any]] = json.loads((folder / "status.json").read_text())["history"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return history
+
+
+def _accuracy(folder: Path, round_: int, device: str, *, small: bool) -> float | None:
+    """Share of held-out images that the model recognized after a round, if that was looked at."""
+    entry: dict[str, Any] = next((e for e in _history(folder) if e["round"] == round_), {})
+    found = entry["devices"].get(device, {}) if device and entry else entry
+    accuracy: float | None = found.get("device_accuracy" if small else "server_accuracy")
+    return accuracy
 
 
 def _best(folder: Path, names: list[str], *, small: bool = False) -> str:
     """The device whose network, or extractor under the large model, did best when last looked."""
     key = "device_accuracy" if small else "server_accuracy"
-    try:
-        history = json.loads((folder / "status.json").read_text())["history"]
-        devices = next(e["devices"] for e in reversed(history) if key in e)
-    except (OSError, ValueError, KeyError, StopIteration):
-        return names[0]
+    looked = (entry for entry in reversed(_history(folder)) if key in entry)
+    devices: dict[str, Any] = next(looked, {"devices": {}})["devices"]
     return max(names, key=lambda n: devices.get(n, {}).get(key, 0.0))
-
-
-def _device_model(config: RunConfig, name: str) -> nn.Module:
-    device = config.device
-    return models.build(device.model_of(name), classes=device.class_count, input_shape=device.input)
 
 
 def _feature_shape(extractor: nn.Module, config: RunConfig) -> tuple[int, int, int]:
     with torch.inference_mode():
         _, *shape = extractor.eval()(torch.zeros(1, *config.device.input)).shape
     return shape[0], shape[1], shape[2]
-
-
-def _write(model: nn.Module, config: RunConfig, out: Path) -> float:
-    import onnxruntime
-
-    example = torch.rand(2, *config.device.input, generator=torch.Generator().manual_seed(0))
-    with warnings.catch_warnings():  # torch.onnx warns of its own use of torch's older names
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        program = torch.onnx.export(
-            model,
-            (example,),
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes={"image": {0: torch.export.Dim("N")}},
-            dynamo=True,
-            verbose=False,
-        )
-    assert program is not None  # noqa: S101 - dynamo=True always returns a program
-    partial = out.with_name(out.name + ".new")
-    program.save(partial, external_data=False)
-    images = torch.rand(5, *config.device.input, generator=torch.Generator().manual_seed(1))
-    session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {"image": images.numpy()})
-    with torch.inference_mode():
-        expected = model(images).numpy()
-    difference = float(np.abs(logits - expected).max())
-    if difference > TOLERANCE * max(1.0, float(np.abs(expected).max())):
-        partial.unlink()
-        raise RunError(f"the exported graph differs from PyTorch by {difference:.2g}; not written")
-    partial.replace(out)
-    return difference

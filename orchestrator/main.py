@@ -1,5 +1,6 @@
 """The command `orchestrator`."""
 
+import enum
 import json
 import logging
 import sys
@@ -190,26 +191,55 @@ def measure_report(
         console.print(f"{path} written", soft_wrap=True, highlight=False)
 
 
+class _Form(enum.StrEnum):
+    float32 = "float32"
+    uint8 = "uint8"
+
+
 @app.command()
-def export(
+def export(  # noqa: PLR0917 - typer makes options of them
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    out: Annotated[Path, typer.Option(help="The .onnx file to write.")],
+    out: Annotated[
+        Path, typer.Option(help="The .onnx file to write; one that is there is replaced.")
+    ],
     device: Annotated[
         str | None, typer.Option(help="Whose extractor or network (fedgkt, local); default: best.")
     ] = None,
     small: Annotated[
         bool, typer.Option("--small", help="A device's small network, not the large one.")
     ] = False,
+    form: Annotated[
+        _Form,
+        typer.Option(
+            "--input",
+            help="What the graph takes: float32 (N, C, H, W) of 0 to 1, or of 0 to 255; or raw "
+            "pixels, uint8 (N, H, W, C).",
+        ),
+    ] = _Form.float32,
+    as_json: Annotated[bool, typer.Option("--json", help="What was written, as JSON.")] = False,
 ) -> None:
     """Write what a run has learnt as one ONNX graph, pixels to logits."""
     from orchestrator.deploy import export_run
 
-    done = export_run(run, out, device, small=small)
-    whose = f", {'network' if small else 'extractor'} of {done.device}" if done.device else ""
-    console.print(
-        f"{done.path}: round {done.round}{whose}; differs from PyTorch by at most "
-        f"{done.difference:.1e}"
-    )
+    done = export_run(run, out, device, small=small, form=form.value)
+    if as_json:
+        print(json.dumps(done.plain))
+        return
+    print(done.text)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="An .onnx file that `export` wrote.")],
+    photos: Annotated[list[Path], typer.Argument(help="Photos, and folders of photos.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes of each photo.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+) -> None:
+    """Say what is on photos; the exit code is 1 where one cannot be read."""
+    from edge_agent import predict as predicting
+
+    network = predicting.Exported(model)
+    raise typer.Exit(predicting.report(network, photos, top=top, as_json=as_json))
 
 
 @app.command()
