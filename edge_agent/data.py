@@ -14,17 +14,17 @@ and under every numpy.
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from wire import seeds
+from wire import classes, seeds
 from wire.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,38 +47,65 @@ class ImageSet:
     Attributes:
         x: uint8 (N, H, W, C).
         y: int64 (N,), from 0.
-        digest: SHA-256 (hex) of shape, pixels and labels: names the samples and their order.
-        classes: how many classes the data states (names or sub-folders), or None.
+        digest: SHA-256 (hex) of shape, pixels, labels and the names that these had where the images
+            lie: names the samples and their order. `labelled` keeps it.
+        names: of the classes, `y` is their place in it; () where labels are numbers alone.
         source: where it came from, for messages.
     """
 
     x: Pixels
     y: Indices
     digest: str
-    classes: int | None = None
+    names: tuple[str, ...] = ()
     source: str = "images"
 
-    def check(self, *, classes: int, input_shape: tuple[int, ...]) -> None:
-        """Make sure that a model of `classes` classes with input (C, H, W) can take these.
+    def labelled(self, count: int, names: tuple[str, ...] = ()) -> "ImageSet":
+        """These images with labels as a run numbers its classes.
+
+        By name where both sides have names, so that some classes may be missing here; else a label
+        is the number itself.
+
+        Args:
+            count: how many classes the run has.
+            names: theirs, in the order of the logits; () where the run knows numbers alone.
 
         Raises:
-            DataError: image size, number of classes, or a label does not fit.
+            DataError: a name is not the run's, or names or labels do not fit `count`.
         """
-        self._check_shape(input_shape)
-        if self.classes not in (None, classes):
+        if names and self.names:
+            if names == self.names:
+                return self
+            try:
+                places = classes.places(self.names, names)
+            except ValueError as fault:
+                raise DataError(
+                    f"{self.source}: {fault}; rename what differs (a class is a sub-folder, or a "
+                    "name in 'classes' of an .npz), or begin a run whose `classes` names it"
+                ) from fault
+            y = np.array(places, np.int64)[self.y]
+            y.setflags(write=False)
+            return replace(self, y=y, names=names)
+        if self.names and len(self.names) != count:
             raise DataError(
-                f"{self.source}: expected the {classes} classes of the artifact, got "
-                f"{self.classes}; use the artifact of this data set, or name all {classes} classes "
-                "here (a class without images is an empty sub-folder)"
+                f"{self.source}: expected {count} classes, got {len(self.names)} "
+                f"({classes.listed(self.names)}): the run knows classes by number, so all must be "
+                "here; name them in run.toml (classes = [...]), and some may be missing, or add "
+                "an empty sub-folder for each that is"
             )
-        if self.y.max() >= classes:
+        if self.y.max() >= count:
             raise DataError(
-                f"{self.source}: expected labels from 0 to {classes - 1} ({classes} classes in the "
-                f"artifact), got {self.y.max()} at sample {self.y.argmax()}; correct the labels or "
-                "use the artifact of this data set"
+                f"{self.source}: expected labels from 0 to {count - 1} ({count} classes in the "
+                f"run), got {self.y.max()} at sample {self.y.argmax()}; correct the labels, or "
+                "`classes` in run.toml"
             )
+        return replace(self, names=names or self.names)
 
-    def _check_shape(self, input_shape: tuple[int, ...]) -> None:
+    def check_shape(self, input_shape: tuple[int, ...]) -> None:
+        """Make sure that a model with input (C, H, W) can take these.
+
+        Raises:
+            DataError: size or channels are others.
+        """
         height, width, channels = self.x.shape[1:]
         if (channels, height, width) != tuple(input_shape):
             c, h, w = input_shape
@@ -89,11 +116,12 @@ class ImageSet:
             )
 
 
-def load(path: Path, *, input_shape: tuple[int, ...], classes: int | None = None) -> ImageSet:
+def load(path: Path, *, input_shape: tuple[int, ...]) -> ImageSet:
     """Read an `.npz` or a folder of images.
 
     - `.npz`, without pickled objects: `x` uint8 (N, H, W, C) or grey (N, H, W), already of the
-      right size; `y` (N,) integers; optionally `classes`, one name for each class.
+      right size; `y` (N,) integers; optionally `classes`, one name for each class: text, bytes
+      (UTF-8) or integers.
     - a folder with one sub-folder for each class, numbered in the order of their sorted names
       (an empty one keeps its number): jpg, png, webp and bmp files are decoded, turned upright,
       converted to grey (C = 1) or RGB (C = 3) and resized to H x W (bilinear, aspect ratio not
@@ -102,12 +130,10 @@ def load(path: Path, *, input_shape: tuple[int, ...], classes: int | None = None
     Args:
         path: the file or folder.
         input_shape: (C, H, W) of the model's input.
-        classes: how many classes the model knows, where that is known already.
 
     Raises:
         DataError: the images or labels are missing, unreadable, or do not fit.
     """
-    stated: int | None
     try:
         is_folder = path.is_dir()
     except OSError as fault:  # a folder above it that this user may not enter
@@ -115,27 +141,62 @@ def load(path: Path, *, input_shape: tuple[int, ...], classes: int | None = None
             f"{path}: cannot be read ({fault.strerror}); let this user read it"
         ) from fault
     if is_folder:
-        x, y, stated = _folder(path, input_shape)
+        x, y, found = _folder(path, input_shape)
+        names = checked_names(found, path)
     elif path.exists():
-        x, y, stated = _npz(path)
+        x, y, names = _npz(path)
     else:
         raise DataError(
             f"{path}: expected an .npz file or a folder of images, got nothing there; check `data` "
             "in the agent's configuration"
         )
-    sha = hashlib.sha256(repr(x.shape).encode())
-    sha.update(x.data)
-    sha.update(y.astype("<i8").data)
-    images = ImageSet(x, y, sha.hexdigest(), stated, str(path))
+    images = ImageSet(x, y, digest(x, y, names), names, str(path))
     x.setflags(write=False)
     y.setflags(write=False)
-    images._check_shape(input_shape)  # noqa: SLF001
-    if classes is not None:
-        images.check(classes=classes, input_shape=input_shape)
+    images.check_shape(input_shape)
     return images
 
 
-def _npz(path: Path) -> tuple[Pixels, Indices, int | None]:
+def digest(x: Pixels, y: Indices, names: tuple[str, ...] = ()) -> str:
+    """SHA-256 (hex) of shape, pixels, labels, and names where there are any."""
+    sha = hashlib.sha256(repr(x.shape).encode())
+    sha.update(x.data)
+    sha.update(y.astype("<i8").data)
+    sha.update(classes.digest(names).encode())
+    return sha.hexdigest()
+
+
+def checked_names(names: Iterable[str], path: Path) -> tuple[str, ...]:
+    """Names of classes in Unicode's normal form C.
+
+    Raises:
+        DataError: one is empty, too long or not printable, or two are equal.
+    """
+    try:
+        return classes.normalized(names)
+    except ValueError as fault:
+        raise DataError(f"{path}: {fault}") from fault
+
+
+def stored_names(array: NDArray[Any], path: Path) -> tuple[str, ...]:
+    """Names of classes as an `.npz` has them: text, bytes (UTF-8) or integers, (C,).
+
+    Raises:
+        DataError: it is none of these, or see `checked_names`.
+    """
+    if array.ndim != 1 or array.dtype.kind not in "USiu":
+        raise DataError(
+            f"{path}: classes: expected names (C,) as text, got {array.dtype} {array.shape}; write "
+            'classes=numpy.array(["bolt", "nut"]), or leave them out'
+        )
+    try:
+        found = [n.decode() if isinstance(n, bytes) else str(n) for n in array.tolist()]
+    except UnicodeDecodeError as fault:
+        raise DataError(f"{path}: classes: expected UTF-8, got {fault.object!r:.80}") from fault
+    return checked_names(found, path)
+
+
+def _npz(path: Path) -> tuple[Pixels, Indices, tuple[str, ...]]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = sorted(arrays)
@@ -168,30 +229,30 @@ def _npz(path: Path) -> tuple[Pixels, Indices, int | None]:
         )
     if len(x) == 0:
         raise DataError(f"{path}: expected images, got none; give this device data")
-    stated = len(stored["classes"]) if "classes" in stored else None
-    top = np.iinfo(np.int64).max if stated is None else stated - 1
+    names = stored_names(stored["classes"], path) if "classes" in stored else ()
+    top = len(names) - 1 if "classes" in stored else np.iinfo(np.int64).max
     if y.min() < 0 or y.max() > top:
         raise DataError(
-            f"{path}: expected labels from 0{'' if stated is None else f' to {top}'}, got "
+            f"{path}: expected labels from 0{f' to {top}' if 'classes' in stored else ''}, got "
             f"{y.min()} to {y.max()}; correct y, or the names in 'classes'"
         )
     x = np.ascontiguousarray(x if x.ndim == 4 else x[..., None])
-    return x, y.astype(np.int64), stated
+    return x, y.astype(np.int64), names
 
 
-def _folder(path: Path, input_shape: tuple[int, ...]) -> tuple[Pixels, Indices, int]:
+def _folder(path: Path, input_shape: tuple[int, ...]) -> tuple[Pixels, Indices, tuple[str, ...]]:
     channels, height, width = input_shape
     if channels not in (1, 3):
         raise DataError(
             f"{path}: expected a model with 1 or 3 input channels, got {channels}; a folder holds "
             "grey or colour images, give other data as an .npz"
         )
-    files, classes = image_files(path)
+    files, names = image_files(path)
     x = np.empty((len(files), height, width, channels), np.uint8)
     for pixels, (file, _) in zip(x, files, strict=True):
         # A camera's JPEG is decoded at the nearest smaller scale that suffices.
         pixels[:] = fit(open_image(file, 2 * max(height, width)), (height, width), channels)
-    return x, np.array([label for _, label in files], np.int64), len(classes)
+    return x, np.array([label for _, label in files], np.int64), names
 
 
 def image_files(path: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from edge_agent import config, meter
 from edge_agent.config import AgentConfig
+from wire import classes
 from wire.errors import StillhouseError
 
 WHEELS = ("numpy", "onnxruntime", "zstandard", "safetensors", "msgpack", "paho.mqtt.client", "PIL",
@@ -196,7 +197,13 @@ def _images(chosen: AgentConfig) -> Finding:
     except (StillhouseError, OSError) as fault:
         return Finding("bad", str(fault), "`data` and `image` in agent.toml say what to train on")
     labels = len(set(images.y.tolist()))
-    return Finding("ok", f"{len(images.y)} images of {labels} classes in {chosen.data}")
+    what = f"{len(images.y)} images of {labels} classes in {chosen.data}"
+    if images.names:
+        return Finding("ok", f"{what}; classes are named {classes.listed(images.names)}")
+    return Finding(
+        "warn", f"{what}, which has no names of classes: labels go by their number",
+        "write an array 'classes' of names into it; the run then finds its classes by name",
+    )  # fmt: skip
 
 
 def _certificates(chosen: AgentConfig) -> Iterator[Finding]:

@@ -95,7 +95,7 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
         heldout_samples=plan.heldout_samples,
     )
     height, width, channels = cut.shape
-    device = replace(plan.device, classes=len(cut.classes), input=(channels, height, width))
+    device = replace(plan.device, classes=cut.classes, input=(channels, height, width))
     device = _normalized(device, folder / "data" / cut.devices[0].file)
     config = RunConfig(
         name=plan.name,

@@ -1,6 +1,5 @@
 """Labelled images in memory, and from files: packed or plain `.npz`, or a folder."""
 
-import hashlib
 import io
 import itertools
 import zipfile
@@ -12,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edge_agent.data import fit, image_files, open_image
+from edge_agent import data
+from edge_agent.data import checked_names, fit, image_files, open_image, stored_names
+from wire import classes
 from wire.errors import DataError
 
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images: `x` uint8 (N, H, W, C), `y` int64 (N,), one name for each class."""
+    """Labelled images: `x` uint8 (N, H, W, C), `y` int64 (N,), one name (NFC) for each class."""
 
     x: NDArray[np.uint8]
     y: NDArray[np.int64]
@@ -34,10 +35,16 @@ class Images:
 
     def digest(self) -> str:
         """SHA-256 of shape, pixels and labels: names the samples and their order."""
-        sha = hashlib.sha256(repr(self.x.shape).encode())
-        sha.update(np.ascontiguousarray(self.x).data)
-        sha.update(self.y.astype("<i8").data)
-        return sha.hexdigest()
+        return data.digest(np.ascontiguousarray(self.x), self.y)
+
+    def labelled(self, names: tuple[str, ...]) -> "Images":
+        """The same with labels that index `names`, among which all of `classes` are.
+
+        Raises:
+            ValueError: one is not; the text tells both lists.
+        """
+        places = np.array(classes.places(self.classes, names), np.int64)
+        return Images(self.x, places[self.y], names)
 
     def resized(self, size: tuple[int, int] | None, channels: int | None) -> "Images":
         """The images at height x width `size` (bilinear) with 1 or 3 `channels`; None keeps."""
@@ -90,13 +97,14 @@ def read_path(
         raise DataError(f"{path}: x: expected uint8 (N, H, W, 1 or 3), got {x.dtype} {x.shape}")
     if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or len(y) == 0:
         raise DataError(f"{path}: y: expected {len(x)} integers, got {y.dtype} {y.shape}")
-    names = stored["classes"] if "classes" in stored else np.arange(int(y.max()) + 1)
+    numbers = np.arange(min(int(y.max()), classes.MAX_CLASSES) + 1)
+    names = stored_names(stored.get("classes", numbers), path)
     if y.min() < 0 or y.max() >= len(names):
         raise DataError(
             f"{path}: y: expected labels from 0 to {len(names) - 1} ({len(names)} classes), "
             f"got {y.min()} to {y.max()}"
         )
-    return Images(x, y.astype(np.int64), tuple(str(name) for name in names))
+    return Images(x, y.astype(np.int64), names)
 
 
 def _strips(blob: NDArray[np.uint8], offsets: NDArray[np.int64], path: Path) -> NDArray[np.uint8]:
@@ -122,4 +130,5 @@ def _folder(path: Path, size: tuple[int, int] | None, channels: int | None) -> I
         size = size or (image.height, image.width)
         channels = channels or (1 if image.mode in {"1", "L"} else 3)
         pixels.append(fit(image, size, channels))
-    return Images(np.stack(pixels), np.array([label for _, label in files], np.int64), names)
+    y = np.array([label for _, label in files], np.int64)
+    return Images(np.stack(pixels), y, checked_names(names, path))
