@@ -34,6 +34,7 @@ PAD = 4  # pixels on each side of the image that a crop may reach into
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Streams of a seed; the payload codecs draw from low numbers of the same seed.
 _HOLDOUT, _SHUFFLE, _VIEW, _AUGMENT = 1 << 61, 1 << 62, 3 << 61, 1 << 63
+_RENAME = "rename it (a class is a sub-folder, or a name in `classes` of an .npz)"
 PLAIN, MIRRORED = 0, 1  # the two views that are not drawn
 
 Pixels = NDArray[np.uint8]
@@ -79,8 +80,7 @@ class ImageSet:
                 places = classes.places(self.names, names)
             except ValueError as fault:
                 raise DataError(
-                    f"{self.source}: {fault}; rename what differs (a class is a sub-folder, or a "
-                    "name in 'classes' of an .npz), or begin a run whose `classes` names it"
+                    f"{self.source}: {fault}; {_RENAME}, or begin a run whose `classes` names it"
                 ) from fault
             y = np.array(places, np.int64)[self.y]
             y.setflags(write=False)
@@ -175,7 +175,7 @@ def checked_names(names: Iterable[str], path: Path) -> tuple[str, ...]:
     try:
         return classes.normalized(names)
     except ValueError as fault:
-        raise DataError(f"{path}: {fault}") from fault
+        raise DataError(f"{path}: {fault}; {_RENAME}") from fault
 
 
 def stored_names(array: NDArray[Any], path: Path) -> tuple[str, ...]:
@@ -192,7 +192,9 @@ def stored_names(array: NDArray[Any], path: Path) -> tuple[str, ...]:
     try:
         found = [n.decode() if isinstance(n, bytes) else str(n) for n in array.tolist()]
     except UnicodeDecodeError as fault:
-        raise DataError(f"{path}: classes: expected UTF-8, got {fault.object!r:.80}") from fault
+        raise DataError(
+            f"{path}: classes: expected UTF-8, got {fault.object!r:.80}; {_RENAME}"
+        ) from fault
     return checked_names(found, path)
 
 

@@ -215,7 +215,7 @@ class Coordinator:
         session = self._rounds.live.get(device, 0)
         self._apply(rounds.died(self._rounds, device, session))
         with self._giving_up(device):
-            raise AdmissionError("its birth was refused")
+            raise AdmissionError(self._roster.refused[device])
 
     def _result(self, device: str, result: Result) -> None:
         ours = result.run == self.store.run_id

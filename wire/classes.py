@@ -33,8 +33,8 @@ def normalized(names: Iterable[str]) -> tuple[str, ...]:
             )
         if plain in found:
             raise ValueError(
-                f"class names: {plain!r:.80} is there twice (another spelling in Unicode is the "
-                "same name); name each once"
+                f"class names: {plain!r:.80} is there twice; name each once (Unicode has two "
+                "spellings of some letters, which are the same here)"
             )
         found[plain] = name
     if len(found) > MAX_CLASSES:

@@ -32,6 +32,7 @@ class Roster:
 
     Attributes:
         births: the last one of each device that may take part.
+        refused: why others may not.
         classes: the run's; where nobody named them, as the first device has them.
 
     Raises:
@@ -49,7 +50,7 @@ class Roster:
         self.classes = self._settled
         # Births of all who are there and name classes, refused ones too: the first decides.
         self._naming: dict[str, Birth] = {}
-        self._refused: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
 
     def born(self, device: str, birth: Birth, now_s: float) -> Birth | None:
         """Note a birth that came on a device's topic; it, fit to be shown, or None if refused."""
@@ -67,7 +68,7 @@ class Roster:
         if reason:
             self._refuse(device, reason)
             return None
-        self._refused.pop(device, None)
+        self.refused.pop(device, None)
         said = "".join(c if c.isprintable() else " " for c in birth.update[:MAX_REASON])
         birth = replace(birth, update=said)
         before = self.births.get(device)
@@ -103,8 +104,8 @@ class Roster:
 
     def _refuse(self, device: str, reason: str) -> None:
         self.births.pop(device, None)
-        if self._refused.get(device) != reason:  # it is born anew on every connection
-            self._refused[device] = reason
+        if self.refused.get(device) != reason:  # it is born anew on every connection
+            self.refused[device] = reason
             log.warning("refused: %s", reason)
         self._tell(device, Receipt("birth", accepted=False, reason=reason))
 
