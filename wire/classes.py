@@ -79,8 +79,8 @@ def listed(names: Sequence[str]) -> str:
 
 
 def size(names: Sequence[str]) -> int:
-    """Bytes of all names in UTF-8."""
-    return sum(len(name.encode()) for name in names)
+    """Bytes of all names as a message has them: UTF-8, and up to three for the length of each."""
+    return sum(len(name.encode()) + 3 for name in names)
 
 
 def told(names: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
