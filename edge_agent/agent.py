@@ -22,7 +22,7 @@ from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Shelf, Supply
 from edge_agent.update.staging import Updates
 from edge_agent.work import Desk, Outcome, perform
-from wire import messages, topics
+from wire import classes, messages, topics
 from wire.blobs import BlobStore
 from wire.errors import OrderError, SettingsError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
@@ -99,6 +99,7 @@ class Agent:
         self._platform = meter.this_platform()
         self._systemd = Notifier()
         self._session = 0
+        self._refused = ""  # why the orchestrator refuses this device, "" where it does not
         self.link = Link(
             config.broker,
             f"stillhouse-{config.fleet}-{config.device}",
@@ -121,6 +122,8 @@ class Agent:
         if latest := self.journal.latest():
             order, result, receipted = latest
             self._apply(rounds.restored(order, result, receipted=receipted))
+        names = classes.listed(self.images.names) or "by number"
+        log.info("%s: %d images, classes: %s", self.images.source, len(self.images.y), names)
         self._systemd.ready(f"{len(self.images.y)} images; looking for {self.config.broker.url}")
         self.link.start()
         try:
@@ -178,9 +181,10 @@ class Agent:
         now = time.monotonic()
         match message:
             case Order():
+                self._refused = ""
                 self._apply(rounds.ordered(self._state, message, now, self.config.resend_s))
             case Receipt(subject="birth"):
-                log.error("the orchestrator refuses this device: %s", message.reason)
+                self._turned_away(message.reason)
             case Receipt(subject="measured"):  # for `edge-agent measure --submit`, which hears it
                 pass
             case Receipt():
@@ -201,6 +205,13 @@ class Agent:
                         self._fail(self._supply.order, fault)
             case _:
                 pass
+
+    def _turned_away(self, reason: str) -> None:
+        """Say it once: each birth is answered anew."""
+        if reason != self._refused:
+            self._refused = reason
+            log.error("the orchestrator refuses this device: %s", reason)
+            self._systemd.status(" ".join(f"refused: {reason}".split()))
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -335,6 +346,7 @@ class Agent:
         self._kept.tidy()
 
     def _be_born(self) -> None:
+        names, digest = classes.told(self.images.names)
         birth = Birth(
             device=self.config.device,
             session=self._session,
@@ -344,6 +356,8 @@ class Agent:
             platform=self._platform,
             package=self._updates.own,
             update=self._updates.word,
+            classes=names,
+            classes_digest=digest,
         )
         self._publish("birth", birth, retain=True)
         if self._supply:

@@ -14,7 +14,7 @@ and under every numpy.
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 
 from edge_agent import photos
 from edge_agent.photos import Remark
-from wire import seeds
+from wire import classes, seeds
 from wire.errors import DataError
 
 PAD = 4  # pixels on each side of the image that a crop may reach into
 # Streams of a seed; the payload codecs draw from low numbers of the same seed.
 _HOLDOUT, _SHUFFLE, _VIEW, _AUGMENT = 1 << 61, 1 << 62, 3 << 61, 1 << 63
+_RENAME = "rename it (a class is a sub-folder, or a name in `classes` of an .npz)"
 PLAIN, MIRRORED = 0, 1  # the two views that are not drawn
 
 Pixels = NDArray[np.uint8]
@@ -44,8 +45,9 @@ class ImageSet:
     Attributes:
         x: uint8 (N, H, W, C).
         y: int64 (N,), from 0.
-        digest: SHA-256 (hex) of shape, pixels and labels: names the samples and their order.
-        classes: how many classes the data states (names or sub-folders), or None.
+        digest: SHA-256 (hex) of shape, pixels, labels and the names that these had where the images
+            lie: names the samples and their order. `labelled` keeps it.
+        names: of the classes, `y` is their place in it; () where labels are numbers alone.
         source: where it came from, for messages.
         summary: how many images there are of each class, in words.
         remarks: what else there is to know, of what was left out above all.
@@ -54,7 +56,7 @@ class ImageSet:
     x: Pixels
     y: Indices
     digest: str
-    classes: int | None = None
+    names: tuple[str, ...] = ()
     source: str = "images"
     summary: str = ""
     remarks: tuple[Remark, ...] = ()
@@ -63,27 +65,52 @@ class ImageSet:
         """Write to a log what was read and what was left out."""
         photos.tell(log, self.source, [Remark(self.summary), *self.remarks])
 
-    def check(self, *, classes: int, input_shape: tuple[int, ...]) -> None:
-        """Make sure that a model of `classes` classes with input (C, H, W) can take these.
+    def labelled(self, count: int, names: tuple[str, ...] = ()) -> "ImageSet":
+        """These images with labels as a run numbers its classes.
+
+        By name where both sides have names, so that some classes may be missing here; else a label
+        is the number itself.
+
+        Args:
+            count: how many classes the run has.
+            names: theirs, in the order of the logits; () where the run knows numbers alone.
 
         Raises:
-            DataError: image size, number of classes, or a label does not fit.
+            DataError: a name is not the run's, or names or labels do not fit `count`.
         """
-        self._check_shape(input_shape)
-        if self.classes not in (None, classes):
+        if names and self.names:
+            if names == self.names:
+                return self
+            try:
+                places = classes.places(self.names, names)
+            except ValueError as fault:
+                raise DataError(
+                    f"{self.source}: {fault}; {_RENAME}, or begin a run whose `classes` names it"
+                ) from fault
+            y = np.array(places, np.int64)[self.y]
+            y.setflags(write=False)
+            return replace(self, y=y, names=names)
+        if self.names and len(self.names) != count:
             raise DataError(
-                f"{self.source}: expected the {classes} classes of the artifact, got "
-                f"{self.classes}; use the artifact of this data set, or name all {classes} classes "
-                "here (a class without images is an empty sub-folder)"
+                f"{self.source}: expected {count} classes, got {len(self.names)} "
+                f"({classes.listed(self.names)}): the run knows classes by number, so all must be "
+                "here; name them in run.toml (classes = [...]), and some may be missing, or add "
+                "an empty sub-folder for each that is"
             )
-        if self.y.max() >= classes:
+        if self.y.max() >= count:
             raise DataError(
-                f"{self.source}: expected labels from 0 to {classes - 1} ({classes} classes in the "
-                f"artifact), got {self.y.max()} at sample {self.y.argmax()}; correct the labels or "
-                "use the artifact of this data set"
+                f"{self.source}: expected labels from 0 to {count - 1} ({count} classes in the "
+                f"run), got {self.y.max()} at sample {self.y.argmax()}; correct the labels, or "
+                "`classes` in run.toml"
             )
+        return replace(self, names=names or self.names)
 
-    def _check_shape(self, input_shape: tuple[int, ...]) -> None:
+    def check_shape(self, input_shape: tuple[int, ...]) -> None:
+        """Make sure that a model with input (C, H, W) can take these.
+
+        Raises:
+            DataError: size or channels are others.
+        """
         height, width, channels = self.x.shape[1:]
         if (channels, height, width) != tuple(input_shape):
             c, h, w = input_shape
@@ -98,19 +125,17 @@ def load(
     path: Path,
     *,
     input_shape: tuple[int, ...],
-    classes: int | None = None,
     bad_share: float = photos.BAD_SHARE,
 ) -> ImageSet:
     """Read an `.npz` or a folder of images, as `edge_agent.photos` says.
 
     An `.npz` must have the right size already; a folder's pictures are resized to H x W (bilinear,
-    aspect ratio not kept). Its classes are numbered in the order of their sorted names, and an
-    empty sub-folder keeps its number.
+    aspect ratio not kept). Its classes are numbered in the order of their sorted names; a run
+    numbers them anew (`ImageSet.labelled`).
 
     Args:
         path: the file or folder.
         input_shape: (C, H, W) of the model's input.
-        classes: how many classes the model knows, where that is known already.
         bad_share: more damaged pictures of a folder than this share are an error.
 
     Raises:
@@ -118,24 +143,36 @@ def load(
     """
     read = photos.read(path, input_shape, bad_share=bad_share)
     x, y = read.x, read.y
-    sha = hashlib.sha256(repr(x.shape).encode())
-    sha.update(x.data)
-    sha.update(y.astype("<i8").data)
+    remarks = list(read.remarks())
+    if not read.names:
+        remarks.append(
+            Remark(
+                "no names of classes: labels go by their number",
+                "write an array 'classes' of names into it; a run then finds its classes by name",
+            )
+        )
     images = ImageSet(
         x,
         y,
-        sha.hexdigest(),
-        len(read.names) or None,
+        digest(x, y, read.names),
+        read.names,
         str(path),
         summary=read.summary,
-        remarks=tuple(read.remarks()),
+        remarks=tuple(remarks),
     )
     x.setflags(write=False)
     y.setflags(write=False)
-    images._check_shape(input_shape)  # noqa: SLF001
-    if classes is not None:
-        images.check(classes=classes, input_shape=input_shape)
+    images.check_shape(input_shape)
     return images
+
+
+def digest(x: Pixels, y: Indices, names: tuple[str, ...] = ()) -> str:
+    """SHA-256 (hex) of shape, pixels, labels, and names where there are any."""
+    sha = hashlib.sha256(repr(x.shape).encode())
+    sha.update(x.data)
+    sha.update(y.astype("<i8").data)
+    sha.update(classes.digest(names).encode())
+    return sha.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.numpy import load_file
 
 from edge_agent import data, meter
 from edge_agent.data import ImageSet, Preprocess
-from wire import frames, tensors
+from wire import classes, frames, tensors
 from wire.artifact import Artifact
 from wire.blobs import BlobStore
 from wire.errors import ArtifactError, DataError, StillhouseError
@@ -73,13 +74,17 @@ def perform(order: Order, artifact: Artifact, own: Path | None, desk: Desk) -> O
         desk: images, blob store, threads, progress, cancellation.
 
     Raises:
-        DataError: the images do not fit the artifact, or the teacher is for other samples.
+        DataError: the images do not fit the artifact, one of their classes is not the run's, or
+            the teacher is for other samples.
         ArtifactError: weights do not fit the artifact.
         CodecError: training diverged, or a spec is unknown.
         CancelledError: a newer order came.
     """
-    images, manifest = desk.images, artifact.manifest
-    images.check(classes=manifest.model.classes, input_shape=manifest.model.input)
+    manifest, model = artifact.manifest, artifact.manifest.model
+    desk.images.check_shape(model.input)
+    if model.class_names and not desk.images.names:
+        _warn_of_places(desk.images.source, classes.listed(model.class_names))
+    desk = replace(desk, images=desk.images.labelled(model.classes, model.class_names))
     counts = meter.Meter()
     start = load_file(artifact.weights)
     values = sum(array.size for array in start.values())
@@ -111,6 +116,17 @@ def perform(order: Order, artifact: Artifact, own: Path | None, desk: Desk) -> O
             packed = tensors.pack(tensors.weights(named, spec), seed=order.seed)
         blobs[what] = desk.blobs.put(packed)
     return Outcome(blobs, counts.metrics, left)
+
+
+@cache
+def _warn_of_places(source: str, names: str) -> None:
+    """Once in a process, however many orders there are."""
+    log.warning(
+        "%s names no classes: its label 0 is taken for the first of %s, and so on; put an array "
+        "'classes' of names into it, and labels go by name",
+        source,
+        names,
+    )
 
 
 def encode_update(order: Order, update: State, owed: State) -> tuple[bytes, State | None]:

@@ -188,6 +188,8 @@ class Coordinator:
                     self._intake.resume(device)
                     session, cohort = birth.session, self.config.cohort
                     self._apply(rounds.born(self._rounds, cohort, device, session, now))
+                elif message.device == device:
+                    self._turn_away(device)
             case Death(session=session):
                 self._roster.died(device, session)
                 self._apply(rounds.died(self._rounds, device, session))
@@ -207,6 +209,13 @@ class Coordinator:
                     self._intake.take(device, message, body)
             case _:
                 pass
+
+    def _turn_away(self, device: str) -> None:
+        """A device whose birth is refused gets no order, and the one that it has counts no more."""
+        session = self._rounds.live.get(device, 0)
+        self._apply(rounds.died(self._rounds, device, session))
+        with self._giving_up(device):
+            raise AdmissionError(self._roster.refused[device])
 
     def _result(self, device: str, result: Result) -> None:
         ours = result.run == self.store.run_id
@@ -332,6 +341,7 @@ class Coordinator:
         )
 
     def _open(self, number: int, cohort: frozenset[str]) -> None:
+        self._roster.opened()
         carried = {device: self._carried[device] for device in self._rounds.carried}
         births = {device: self._roster.births[device] for device in sorted(cohort - carried.keys())}
         sequence = self.store.next_sequence()

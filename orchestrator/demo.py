@@ -106,7 +106,7 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
     height, width, channels = cut.shape
     mean, std = _pixels(folder / "data" / cut.devices[0].file)
     shape = (channels, height, width)
-    device = replace(device, classes=len(cut.classes), input=shape, mean=mean, std=std)
+    device = replace(device, classes=cut.classes, input=shape, mean=mean, std=std)
     config = RunConfig(
         name=plan.name,
         heldout=folder / "data" / "heldout.npz",

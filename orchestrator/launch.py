@@ -9,7 +9,7 @@ from models import submodel
 from orchestrator import broker, networks
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
-from orchestrator.fleet import enrolment, updates
+from orchestrator.fleet import classes, enrolment, updates
 from orchestrator.prepare import fresh, read_heldout, task
 from orchestrator.report import Report
 from orchestrator.store import Store
@@ -47,6 +47,7 @@ def run(
         store = Store(config)
         stack.callback(store.close)
         networks.claim(store.folder, sources)
+        config = classes.settle(config, classes.resolve(config, heldout.names))
         enrolled = None
         if config.admission == "enrolled":
             enrolled = enrolment.enrolled(config.runs, config.fleet)

@@ -14,6 +14,7 @@ from edge_agent import data
 from edge_agent.data import Preprocess
 from models import SplitModel
 from orchestrator.config import Recipe, RunConfig
+from orchestrator.fleet import classes
 from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint
 from orchestrator.strategies.strategy import HeldOut, Task, Variant
@@ -28,19 +29,22 @@ def read_heldout(config: RunConfig) -> HeldOut:
     """Held-out images, normalized as the devices normalize theirs; none where none are named.
 
     Raises:
-        DataError: they are missing or do not fit the model.
+        DataError: they are missing or do not fit the model, or one of their classes is not the
+            run's.
     """
     device = config.device
     log.info(device.pixels)
     if config.heldout is None:
         return HeldOut(torch.empty(0, *device.input), torch.empty(0, dtype=torch.int64))
-    images = data.load(config.heldout, classes=device.class_count, input_shape=device.input)
-    images.tell(log)
+    stored = data.load(config.heldout, input_shape=device.input)
+    stored.tell(log)
+    settled = classes.resolve(config, stored.names)
+    images = stored.labelled(settled.count, settled.artifact_names)
     most = config.heldout_limit or len(images.y)
     pixels, y = images.x[:most], images.y[:most].copy()
     x = np.empty((len(y), *device.input), np.float32)
     Preprocess(device.mean, device.std)(pixels, out=x)
-    return HeldOut(torch.from_numpy(x), torch.from_numpy(y))
+    return HeldOut(torch.from_numpy(x), torch.from_numpy(y), stored.names)
 
 
 def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:

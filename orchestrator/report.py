@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.config import RunConfig
+from orchestrator.fleet import classes
 from orchestrator.rounds import Phase, State
 from orchestrator.store import Attempt, Store
 from wire import records
@@ -123,8 +124,10 @@ class Report:
             self._written = now
             self._store.write_json("status.json", self.snapshot())
         if final:
+            settled = classes.read(self._config.folder)
             whole = {
                 "run": self._config.name,
+                "classes": list(settled.names) if settled else [],
                 "config": {**records.plain(self._config), "broker": self._config.broker.kind},
                 "sources": self._sources,
                 "rounds": self.entries,

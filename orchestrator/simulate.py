@@ -32,6 +32,8 @@ from models import SplitModel, submodel
 from orchestrator import admit, cohort, networks, prepare, rounds
 from orchestrator.cohort import Job, Trained
 from orchestrator.config import Recipe, RunConfig
+from orchestrator.fleet import classes
+from orchestrator.fleet.classes import Classes
 from orchestrator.report import Report
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies import create
@@ -77,12 +79,18 @@ def run(
         raise RunError(f"late: expected a share of the devices from 0 to below 1, got {late}")
     sources = networks.check(config)
     heldout = prepare.read_heldout(config)
-    images = read_shards(config, shards)
-    held = hashlib.sha256("".join(f"{n}:{i.digest}" for n, i in images.items()).encode())
-    what = f"{len(images)} simulated devices with data {held.hexdigest():.12}"
+    settled = classes.resolve(config, heldout.names)
+    images = read_shards(config, shards, settled)
+    for name, held in images.items():
+        settled = settled.named_by(name, held.names)
+    # Of the labels as the run numbers them.
+    digests = {name: data.digest(held.x, held.y) for name, held in images.items()}
+    whole = hashlib.sha256("".join(f"{n}:{d}" for n, d in digests.items()).encode())
+    what = f"{len(images)} simulated devices with data {whole.hexdigest():.12}"
     store = Store(config, what + (f", {late:g} of them late" if late else ""))
     try:
         networks.claim(store.folder, sources)
+        config = classes.settle(config, settled)
         report = Report(config, store, sources)
         task = prepare.task(config, store, _variants(config), heldout, report)
         simulation = _Simulation(
@@ -104,13 +112,23 @@ def hold_threads(number: int) -> None:
     threadpool_limits(number, user_api="blas")
 
 
-def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:
-    """Each device's images by its name.
+def read_shards(
+    config: RunConfig, folder: Path, settled: Classes | None = None
+) -> dict[str, ImageSet]:
+    """Each device's images by its name, labelled as the run numbers its classes.
+
+    A device with a class that is not the run's is left out, as it would be refused over the wire.
+
+    Args:
+        config: of the run.
+        folder: of the files.
+        settled: the run's classes; None takes them from its configuration alone.
 
     Raises:
-        RunError: there are none, or fewer than a round takes, or a name is none for a device.
+        RunError: there are none, or fewer than a round takes, or a name is not valid for a device.
         DataError: a file does not fit the model.
     """
+    settled = settled or classes.resolve(config)
     files = sorted(folder.glob("device-*.npz"))
     for file in files:
         try:
@@ -123,11 +141,20 @@ def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:
             f"{folder}: expected {least} or more files device-*.npz, found {len(files)}; make them "
             "with python -m orchestrator.datasets"
         )
-    device = config.device
-    return {
-        file.stem: data.load(file, classes=device.class_count, input_shape=device.input)
-        for file in files
-    }
+    found = {}
+    for file in files:
+        images = data.load(file, input_shape=config.device.input)
+        if reason := settled.refusal(images.names):
+            log.warning("%s is left out: %s", file.stem, reason)
+            continue
+        settled = settled.named_by(file.stem, images.names)
+        found[file.stem] = images.labelled(settled.count, settled.artifact_names)
+    if len(found) < least:
+        raise RunError(
+            f"{folder}: expected {least} or more devices with the run's classes, got {len(found)} "
+            f"of {len(files)}; the warnings above name the others and the remedy"
+        )
+    return found
 
 
 def _variants(config: RunConfig) -> dict[Recipe, Variant]:

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
-from wire import frames, records, topics
+from wire import classes, frames, records, topics
 from wire.errors import OrderError, WireError
 from wire.frames import Frame, Kind
 from wire.release import Build, Release
@@ -82,9 +82,9 @@ def check_noise(clip: float, noise: float) -> None:
         )
 
 
-def _check_submodel(digest: str) -> None:
+def _check_digest(name: str, digest: str) -> None:
     if digest and not _DIGEST.fullmatch(digest):
-        raise ValueError(f"submodel: expected 64 hex digits or nothing, got {digest!r:.80}")
+        raise ValueError(f"{name}: expected 64 hex digits or nothing, got {digest!r:.80}")
 
 
 def _check_texts(**texts: str) -> None:
@@ -122,6 +122,8 @@ class Birth:
     `data_digest` names the samples and their order; teacher logits are meant for exactly these.
     `package` is what the agent was installed by, None where it was not, or says nothing of it;
     `update` says what became of an update that it does not have, "" where there was none.
+    `classes` are the names of its classes in the order of its labels, () where labels are numbers
+    alone; `classes_digest` stands for names that are too many to send (`wire.classes.digest`).
     """
 
     device: str
@@ -132,6 +134,8 @@ class Birth:
     platform: Platform
     package: Build | None = None
     update: str = ""
+    classes: tuple[str, ...] = ()
+    classes_digest: str = ""
 
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
@@ -139,6 +143,13 @@ class Birth:
         _check_texts(version=self.version)
         if not _DIGEST.fullmatch(self.data_digest):
             raise ValueError(f"data_digest: expected 64 hex digits, got {self.data_digest!r:.80}")
+        object.__setattr__(self, "classes", classes.normalized(self.classes))
+        if classes.size(self.classes) > classes.MAX_TOLD_BYTES:
+            raise ValueError(
+                f"classes: expected names of {classes.MAX_TOLD_BYTES} bytes at most, got "
+                f"{classes.size(self.classes)}; send classes_digest instead"
+            )
+        _check_digest("classes_digest", self.classes_digest)
 
 
 @dataclass(frozen=True)
@@ -242,7 +253,7 @@ class Order:
             raise ValueError("returns: an update is a difference to `state`, and none is given")
         if self.feedback and "update" not in self.returns:
             raise ValueError("feedback: error feedback is of an update, and none is to be returned")
-        _check_submodel(self.submodel)
+        _check_digest("submodel", self.submodel)
 
 
 @dataclass(frozen=True)
@@ -265,7 +276,7 @@ class Result:
 
     def __post_init__(self) -> None:
         _check_counts(sequence=self.sequence, round=self.round, samples=self.samples)
-        _check_submodel(self.submodel)
+        _check_digest("submodel", self.submodel)
 
 
 @dataclass(frozen=True)

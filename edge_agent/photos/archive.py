@@ -13,7 +13,6 @@ or, for x, encoded pictures as public data sets are packed:
 
 import io
 import itertools
-import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.photos.record import DAMAGED, Photos, reason
+from edge_agent.photos.record import DAMAGED, Photos, class_names, reason
 from wire.errors import DataError
 
 WRITE = "write it with numpy.savez(path, x=images, y=labels)"
@@ -81,7 +80,7 @@ def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
 
 
 def _names(classes: NDArray[Any], path: Path) -> tuple[str, ...]:
-    """The class names, composed (NFC)."""
+    """The class names: text, bytes (UTF-8) or integers in the file."""
     if classes.ndim != 1 or not len(classes) or classes.dtype.kind not in "USiu":
         raise DataError(
             f"{path}: classes: expected one name for each class, got {classes.dtype} "
@@ -89,19 +88,12 @@ def _names(classes: NDArray[Any], path: Path) -> tuple[str, ...]:
         )
     try:
         texts = [n.decode() if isinstance(n, bytes) else str(n) for n in classes.tolist()]
-        names = tuple(unicodedata.normalize("NFC", text) for text in texts)
-        "".join(names).encode()
+        "".join(texts).encode()
     except UnicodeError as fault:
         raise DataError(
             f"{path}: classes: expected names in UTF-8, got others ({reason(fault)}); write it anew"
         ) from fault
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(
-            f"{path}: classes: expected a name for one class only, got {twice!r} twice; give each "
-            "class a name of its own"
-        )
-    return names
+    return class_names(texts, path)
 
 
 def _unpack(blob: NDArray[Any], offsets: NDArray[Any], path: Path) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_agent.photos import picture
-from edge_agent.photos.record import Bad, Photos, Skipped, reason, shown
+from edge_agent.photos.record import Bad, Photos, Skipped, class_names, reason, shown
 from wire.errors import DataError
 
 # Made by systems, not by people: of disks, Windows, macOS, Android, Synology and QNAP.
@@ -118,7 +118,7 @@ def _find(path: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...], Skipped]
             skipped.system.append(shown(entry.name))
         else:
             classes.setdefault(_class_name(entry), []).append(entry)
-    names = tuple(sorted(classes))
+    names = class_names(sorted(classes), path)
     skipped.merged = [name for name in names if len(classes[name]) > 1]
     files = [
         (file, label)

@@ -11,10 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from wire import classes
+from wire.errors import DataError
 
 # What Pillow and numpy raise for damaged files, found by damaging files; Warning where warnings are
 # errors. Pillow's DecompressionBombError joins in `picture`, since an `.npz` needs no Pillow.
@@ -153,6 +157,21 @@ def tell(log: logging.Logger, source: object, remarks: Iterable[Remark]) -> None
             log.warning("%s: %s; %s", source, what, remedy)
         else:
             log.info("%s: %s", source, what)
+
+
+def class_names(names: Iterable[str], path: Path) -> tuple[str, ...]:
+    """Names of classes in Unicode's normal form C.
+
+    Raises:
+        DataError: one is empty, too long or not printable, or two are equal.
+    """
+    try:
+        return classes.normalized(names)
+    except ValueError as fault:
+        raise DataError(
+            f"{shown(str(path))}: {fault}; rename it (a class is a sub-folder, or a name in "
+            "`classes` of an .npz)"
+        ) from fault
 
 
 def reason(fault: Exception) -> str:

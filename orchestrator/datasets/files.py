@@ -1,6 +1,5 @@
 """Labelled images in memory, and from files."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edge_agent import photos
+from edge_agent import data, photos
+from wire import classes
 from wire.errors import DataError
 
 log = logging.getLogger("orchestrator")
@@ -18,7 +18,7 @@ MOST_BYTES = 4 << 30  # of pictures whose size nobody has chosen
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images: `x` uint8 (N, H, W, C), `y` int64 (N,), one name for each class."""
+    """Labelled images: `x` uint8 (N, H, W, C), `y` int64 (N,), one name (NFC) for each class."""
 
     x: NDArray[np.uint8]
     y: NDArray[np.int64]
@@ -34,10 +34,16 @@ class Images:
 
     def digest(self) -> str:
         """SHA-256 of shape, pixels and labels: names the samples and their order."""
-        sha = hashlib.sha256(repr(self.x.shape).encode())
-        sha.update(np.ascontiguousarray(self.x).data)
-        sha.update(self.y.astype("<i8").data)
-        return sha.hexdigest()
+        return data.digest(np.ascontiguousarray(self.x), self.y)
+
+    def labelled(self, names: tuple[str, ...]) -> "Images":
+        """The same with labels that index `names`, among which all of `classes` are.
+
+        Raises:
+            ValueError: one is not; the text tells both lists.
+        """
+        places = np.array(classes.places(self.classes, names), np.int64)
+        return Images(self.x, places[self.y], names)
 
     def resized(self, size: tuple[int, int] | None, channels: int | None) -> "Images":
         """The images at height x width `size` (bilinear) with 1 or 3 `channels`; None keeps."""
@@ -73,7 +79,15 @@ def read_path(
             f"{path}: x: expected uint8 (N, H, W, 1 or 3), got {read.x.dtype} {read.x.shape}; "
             "store grey or RGB images, channels last"
         )
-    names = read.names or tuple(str(label) for label in range(int(read.y.max()) + 1))
+    names = read.names
+    if not names:
+        highest = int(read.y.max())
+        if highest >= classes.MAX_CLASSES:
+            raise DataError(
+                f"{path}: y: expected labels below {classes.MAX_CLASSES}, got {highest}; store "
+                "class numbers from 0"
+            )
+        names = tuple(str(label) for label in range(highest + 1))
     return Images(read.x, read.y, names)
 
 

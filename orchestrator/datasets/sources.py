@@ -65,12 +65,12 @@ def read(
         return _cut(train, seed)
     height, width, depth = train.x.shape[1:]
     test = read_path(heldout, size=(height, width), channels=depth)
-    if test.classes != train.classes:
+    try:
+        test = test.labelled(train.classes)
+    except ValueError as fault:
         raise DataError(
-            f"{heldout}: expected the {len(train.classes)} classes of {path} "
-            f"({_some(train.classes)}), got {len(test.classes)} ({_some(test.classes)}); give the "
-            "held-out set of the same data"
-        )
+            f"{heldout}: {fault}; give the held-out set of the same data as {path}"
+        ) from fault
     return train, test.resized((height, width), depth)
 
 
@@ -82,10 +82,6 @@ def _cut(images: Images, seed: int) -> tuple[Images, Images]:
             "out; give a held-out set with --heldout"
         )
     return images.take(rest), images.take(held)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _digits(_cache: Path, seed: int) -> tuple[Images, Images]:

@@ -7,16 +7,18 @@ from dataclasses import replace
 
 from orchestrator.config import RunConfig
 from orchestrator.fleet import devices, updates
+from orchestrator.fleet.classes import resolve, write
 from orchestrator.fleet.updates import Rollout
+from wire.classes import listed
 from wire.errors import StillhouseError
-from wire.messages import Birth, Measured, Receipt, Update
+from wire.messages import Birth, Hello, Measured, Receipt, Update
 
 log = logging.getLogger("orchestrator")
 
 MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
 MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
-Tell = Callable[[str, Receipt | Update], None]  # a device, and its order
+Tell = Callable[[str, Receipt | Update | Hello], None]  # a device, and its order
 
 
 class Roster:
@@ -30,6 +32,11 @@ class Roster:
 
     Attributes:
         births: the last one of each device that may take part.
+        refused: why others may not.
+        classes: the run's; where nobody named them, as the first device has them.
+
+    Raises:
+        RunError: what was settled of the classes is damaged.
     """
 
     def __init__(
@@ -39,16 +46,29 @@ class Roster:
         self._config, self._enrolled, self._tell = config, enrolled, tell
         self._rollout = rollout
         self._measured_at: dict[str, float] = {}
+        self._settled = resolve(config)
+        self.classes = self._settled
+        # Births of all who are there and name classes, refused ones too: the first decides.
+        self._naming: dict[str, Birth] = {}
+        self.refused: dict[str, str] = {}
 
     def born(self, device: str, birth: Birth, now_s: float) -> Birth | None:
         """Note a birth that came on a device's topic; it, fit to be shown, or None if refused."""
         if birth.device != device:
             log.warning("dropped: birth message of %r on the topic of %r", birth.device, device)
             return None
-        if reason := self._stranger(device):
-            log.warning("refused: %s", reason)
-            self._tell(device, Receipt("birth", accepted=False, reason=reason))
+        if not (reason := self._stranger(device)):
+            if birth.classes or birth.classes_digest:
+                self._naming[device] = birth
+            else:
+                self._naming.pop(device, None)
+            self._decide(but=device)
+            if reason := self.classes.refusal(birth.classes, birth.classes_digest):
+                reason = f"device {device!r}: {reason}"
+        if reason:
+            self._refuse(device, reason)
             return None
+        self.refused.pop(device, None)
         said = "".join(c if c.isprintable() else " " for c in birth.update[:MAX_REASON])
         birth = replace(birth, update=said)
         before = self.births.get(device)
@@ -62,6 +82,32 @@ class Roster:
     def died(self, device: str, session: int) -> None:
         """A connection ended."""
         self._rollout = updates.died(self._rollout, device, session)
+        if device in self._naming and self._naming[device].session == session:
+            del self._naming[device]
+            self._decide(but=device)
+
+    def opened(self) -> None:
+        """A round is about to be opened: what classes are called is settled from now on."""
+        if self.classes != self._settled:
+            write(self._config.folder, self.classes)
+            self._settled = self.classes
+            log.info("classes, by %s: %s", self.classes.by, listed(self.classes.names))
+
+    def _decide(self, *, but: str) -> None:
+        """By whose names numbers go; where that changed, all others are asked to be born anew."""
+        before, self.classes = self.classes, self._settled
+        for device, birth in self._naming.items():
+            self.classes = self.classes.named_by(device, birth.classes, birth.classes_digest)
+        if before.by and replace(before, by="") != replace(self.classes, by=""):
+            for device in self._naming.keys() - {but}:
+                self._tell(device, Hello(boot=""))
+
+    def _refuse(self, device: str, reason: str) -> None:
+        self.births.pop(device, None)
+        if self.refused.get(device) != reason:  # it is born anew on every connection
+            self.refused[device] = reason
+            log.warning("refused: %s", reason)
+        self._tell(device, Receipt("birth", accepted=False, reason=reason))
 
     def measured(self, device: str, message: Measured, body: bytes, now_s: float) -> None:
         """Keep a measurement, and tell the device so."""

@@ -36,12 +36,12 @@ def good(n=12):
 def test_npz_is_read_as_it_is(tmp_path):
     arrays = good()
     path = write(tmp_path / "d.npz", **arrays, classes=np.array(["a", "b", "c"]))
-    images = data.load(path, input_shape=SHAPE, classes=3)
+    images = data.load(path, input_shape=SHAPE)
     assert np.array_equal(images.x, arrays["x"])
     assert images.x.dtype == np.uint8
     assert np.array_equal(images.y, arrays["y"])
     assert images.y.dtype == np.int64
-    assert images.classes == 3
+    assert images.names == ("a", "b", "c")
 
 
 def test_grey_images_get_their_channel_axis(tmp_path):
@@ -65,8 +65,10 @@ def test_digest_names_pixels_labels_order_and_shape(tmp_path):
         digest(y=np.roll(arrays["y"], 1)),
         digest(x=arrays["x"][::-1], y=arrays["y"][::-1]),
         digest(shape=(3, 16, 64), x=arrays["x"].reshape(-1, 16, 64, 3)),
+        digest(classes=np.array(["a", "b", "c"])),
+        digest(classes=np.array(["a", "b", "d"])),
     }
-    assert len(others | {first}) == 5
+    assert len(others | {first}) == 7
     assert first == "c89cb2cf6cd99e1f0e2584ea643be394f19e1a2cbcbe8dd3d196d539da62e3a2"
 
 
@@ -93,8 +95,21 @@ BAD_ARRAYS = {
     "empty": ({"x": np.zeros((0, 32, 32, 3), np.uint8), "y": np.zeros(0, np.int64)}, "got none"),
     "negative label": ({"y": np.arange(12) - 1}, "labels from 0, got -1 to 10"),
     "label beyond names": ({"classes": np.array(["a", "b"])}, "from 0 to 1, got 0 to 2"),
-    "label beyond artifact": ({"y": np.arange(12)}, r"0 to 2 \(3 classes .*got 11 at sample 11"),
-    "other classes": ({"classes": np.array(list("abcd"))}, "expected the 3 classes .* got 4"),
+    "label beyond the run's": ({"y": np.arange(12)}, r"0 to 2 \(3 classes .*got 11 at sample 11"),
+    "other classes": (
+        {"classes": np.array(list("abcd"))},
+        r"expected 3 classes, got 4 \('a', 'b', 'c', 'd'\): the run knows classes by number",
+    ),
+    "equal names": (
+        {"classes": np.array(["a", "\u00fc", "u\u0308"])},
+        "'\u00fc' is there twice; name each once .* rename it",
+    ),
+    "names of objects": ({"classes": np.array(["a", "b", "c"], object)}, "without pickled objects"),
+    "names in a table": ({"classes": np.array([["a"], ["b"], ["c"]])}, r"got <U1 \(3, 1\)"),
+    "names of floats": ({"classes": np.arange(3.0)}, "one name for each class, got float64"),
+    "names of bytes in Latin 1": ({"classes": np.array([b"a", b"b", b"\xfc"])}, "names in UTF-8"),
+    "an empty name": ({"classes": np.array(["a", "", "c"])}, "1 to 256 printable .* got ''"),
+    "a name of a line break": ({"classes": np.array(["a", "b", "c\nd"])}, "printable .*'c.nd'"),
     "channels first": (
         {"x": np.zeros((12, 3, 32, 32), np.uint8)},
         "expected 32x32 images with 3 channels, got 3x32 with 32",
@@ -110,7 +125,7 @@ def test_unfit_npz_is_refused_with_its_name_and_the_remedy(tmp_path, change, mes
     arrays = {k: v for k, v in (good() | change).items() if v is not None}
     path = write(tmp_path / "d.npz", **arrays)
     with pytest.raises(DataError, match=message) as caught:
-        data.load(path, input_shape=SHAPE, classes=3)
+        data.load(path, input_shape=SHAPE).labelled(3)
     assert str(path) in str(caught.value)
     assert ";" in str(caught.value), "a remedy"
 
@@ -150,8 +165,8 @@ def folder(tmp_path):
 
 
 def test_folder_gives_sorted_classes_and_resized_colour_images(folder):
-    images = data.load(folder, input_shape=SHAPE, classes=3)
-    assert images.classes == 3, "zebra is empty and keeps its number"
+    images = data.load(folder, input_shape=SHAPE)
+    assert images.names == ("cat", "dog", "zebra"), "zebra is empty and keeps its number"
     assert images.y.tolist() == [0, 0, 1, 1]
     assert images.x.shape == (4, 32, 32, 3)
     middle = images.x[:, 16, 16].astype(int)
@@ -186,8 +201,8 @@ def test_a_damaged_image_is_left_out_and_named(folder):
 
 
 def test_folder_with_another_number_of_classes_is_refused(folder):
-    with pytest.raises(DataError, match="expected the 10 classes of the artifact, got 3"):
-        data.load(folder, input_shape=SHAPE, classes=10)
+    with pytest.raises(DataError, match=r"expected 10 classes, got 3 \('cat', 'dog', 'zebra'\)"):
+        data.load(folder, input_shape=SHAPE).labelled(10)
 
 
 def test_folder_without_images_is_refused(tmp_path):
@@ -199,6 +214,79 @@ def test_folder_without_images_is_refused(tmp_path):
 def test_folder_serves_only_grey_and_colour_models(folder):
     with pytest.raises(DataError, match="1 or 3 input channels, got 4"):
         data.load(folder, input_shape=(4, 32, 32))
+
+
+# Labels as the run numbers its classes
+
+NFC, NFD = "Schl\u00fcssel", "Schlu\u0308ssel"
+
+
+def named(*names):
+    """One image of each class."""
+    x = np.zeros((len(names), 4, 4, 3), np.uint8)
+    return ImageSet(x, np.arange(len(names)), "ab" * 32, names, "images")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        np.array(["bolt", NFD, "10", "1"]),
+        np.array(["bolt", NFC, "10", "1"]),
+        np.array([b"bolt", NFD.encode(), b"10", b"1"]),
+    ],
+    ids=["text, form D", "text, form C", "bytes"],
+)
+def test_labels_go_by_name_however_the_name_is_stored(tmp_path, stored):
+    path = write(tmp_path / "d.npz", **good(4) | {"y": np.arange(4)}, classes=stored)
+    images = data.load(path, input_shape=SHAPE)
+    assert images.names == ("bolt", NFC, "10", "1")
+    ours = images.labelled(6, ("1", "10", "nut", NFC, "bolt", "pin"))
+    assert ours.y.tolist() == [4, 3, 1, 0], "it lacks two of the six"
+    assert ours.digest == images.digest, "the hold-out is drawn by it, by device and server"
+    assert np.array_equal(ours.x, images.x)
+
+
+def test_integers_are_names_too(tmp_path):
+    images = data.load(
+        write(tmp_path / "d.npz", **good(), classes=np.array([10, 1, 7])), input_shape=SHAPE
+    )
+    assert images.labelled(3, ("1", "7", "10")).y.tolist() == [2, 0, 1] * 4
+
+
+def test_a_macs_copy_of_a_folder_gives_the_same_labels(tmp_path):
+    for base, name in (("here", NFC), ("mac", NFD)):
+        for each in ("bolt", name, "tee \N{TEACUP WITHOUT HANDLE}", "nut"):
+            (tmp_path / base / each).mkdir(parents=True)
+            Image.new("L", (8, 8), len(each.encode())).save(tmp_path / base / each / "a.png")
+    here, mac = (data.load(tmp_path / base, input_shape=(1, 8, 8)) for base in ("here", "mac"))
+    known = ("nut", "tee \N{TEACUP WITHOUT HANDLE}", "bolt", NFC, "pin")
+    assert sorted(here.labelled(5, known).y) == sorted(mac.labelled(5, known).y) == [0, 1, 2, 3]
+    assert set(here.names) == set(mac.names)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Bolt", r"'Bolt' \('bolt' differs in capitals only\)"),
+        ("bolt ", r"'bolt ' \('bolt' differs in capitals, spaces, '_' or '-' only\)"),
+        ("Hex-Nut", r"'Hex-Nut' \('hex_nut' differs in capitals, spaces"),
+        ("blot", r"'blot' \(the nearest is 'bolt'\)"),
+        ("00", r"'00' \(the nearest is '0'\)"),
+        ("screw", "'screw'; expected names among"),
+    ],
+)
+def test_a_class_that_the_run_does_not_know_is_refused_with_both_lists(name, said):
+    with pytest.raises(DataError, match=f"^images: a class is not known: {said}") as caught:
+        named("pin", name).labelled(4, ("bolt", "0", "hex_nut", "pin"))
+    assert f"among 'bolt', '0', 'hex_nut', 'pin', got 'pin', {name!r}; rename" in str(caught.value)
+
+
+def test_numbers_alone_are_places_in_the_runs_list():
+    images = ImageSet(make(8).x, np.arange(8) % 4, "digest")
+    ours = images.labelled(5, tuple("abcde"))
+    assert np.array_equal(ours.y, images.y)
+    with pytest.raises(DataError, match="labels from 0 to 2"):
+        images.labelled(3, tuple("abc"))
 
 
 # Normalisation

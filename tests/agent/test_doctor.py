@@ -19,7 +19,8 @@ ARMV6 = "Features\t: half thumb fastmult vfp edsp java tls\n"
 
 
 def configure(folder, url="mqtt://127.0.0.1:9", more="", **settings):
-    np.savez(folder / "images.npz", x=np.zeros((4, 8, 8, 3), np.uint8), y=np.array([0, 1, 0, 2]))
+    np.savez(folder / "images.npz", x=np.zeros((4, 8, 8, 3), np.uint8), y=np.array([0, 1, 0, 2]),
+             classes=np.array(["bolt", "nut", "pin"]))  # fmt: skip
     given = {"data": '"images.npz"', "state": '"state"', "image": "[3, 8, 8]", **settings}
     text = 'device = "pi"\nfleet = "home"\n' + "".join(f"{k} = {v}\n" for k, v in given.items())
     path = folder / "agent.toml"
@@ -48,7 +49,7 @@ def test_a_device_that_is_well_is_said_to_be(tmp_path, any_broker, capsys, monke
     told = capsys.readouterr().out
     takes = f"broker {any_broker.url} takes this device"
     for text in ("OK   Python 3.", "OK   onnxruntime 1.", "OK   paho", "device pi of fleet home",
-                 "4 images of 3 classes", takes):  # fmt: skip
+                 "4 images of 3 classes: bolt 2, nut 1, pin 1", takes):  # fmt: skip
         assert text in told
     assert "BAD" not in told
 

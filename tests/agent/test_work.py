@@ -24,7 +24,7 @@ BATCH, SAMPLES = 8, 20
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
-def compiled(out, micro_batches=1):
+def compiled(out, micro_batches=1, class_names=()):
     torch.manual_seed(1)
     return export(
         models.build("resnet8", classes=5),
@@ -37,6 +37,7 @@ def compiled(out, micro_batches=1):
         std=STD,
         out=out,
         micro_batches=micro_batches,
+        class_names=class_names,
     )
 
 
@@ -278,3 +279,38 @@ def test_feature_maps_are_clipped_and_covered_by_noise_that_nobody_can_draw_agai
     assert np.sqrt(np.square(noisy[0][0]).mean() * 2) == pytest.approx(10.0, rel=0.05)
     with pytest.raises(ValueError, match="a clip over 0 where there is noise"):
         replace(work, noise=1.0)
+
+
+# Names of classes
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("named") / "a", class_names=tuple("abcde"))
+
+
+def test_labels_go_by_the_names_in_the_artifact(named, desk):
+    """Two devices with the same images, one of which numbers its classes in another order."""
+    y = np.array([1, 4, 0])[np.arange(SAMPLES) % 3]
+    here = ImageSet(desk.images.x, y, desk.images.digest, tuple("abcde"))
+    there = replace(here, y=np.arange(SAMPLES) % 3, names=("b", "e", "a"))
+    asked = order(named, returns={"features": "float32", "state": "float32"})
+    one, other = (perform(asked, named, None, replace(desk, images=i)) for i in (here, there))
+    assert one.blobs == other.blobs
+    labels = np.concatenate([record["labels"] for record in read(desk, other.blobs["features"])])
+    assert labels.tolist() == y.tolist()
+
+
+def test_a_class_that_the_artifact_does_not_have_is_refused_before_anything_is_done(named, desk):
+    images = replace(desk.images, names=("a", "B", "c", "d", "e"), source="images")
+    with pytest.raises(DataError, match=r"images: a class is not known: 'B' \('b' differs in cap"):
+        perform(order(named), named, None, replace(desk, images=images))
+    assert not list(desk.blobs.folder.iterdir())
+
+
+def test_numbers_where_the_artifact_has_names_are_warned_of_once(named, desk, caplog):
+    asked = order(named, epochs=0)
+    for _ in range(2):
+        perform(asked, named, None, replace(desk, images=replace(desk.images, source="plain.npz")))
+    (said,) = [text for text in caplog.messages if "names no classes" in text]
+    assert said.startswith("plain.npz names no classes: its label 0 is taken for the first of 'a'")

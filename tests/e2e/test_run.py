@@ -405,3 +405,85 @@ def test_a_kit_for_the_package_names_its_folders(processes):
     assert kit["data"] == "/srv/stillhouse/images"
     assert kit["state"] == "/var/lib/stillhouse/state"
     assert len(kit["broker"]["password"]) > 10
+
+
+def renamed(source: Path, target: Path, classes: dict[str, str | None]) -> None:
+    """The images of some classes, under other names, numbered as sorted sub-folders would be."""
+    with np.load(source) as arrays:
+        x, y, stored = arrays["x"], arrays["y"], arrays["classes"].tolist()
+    names = sorted(name for name in classes.values() if name)
+    chosen = np.isin(y, [stored.index(old) for old in classes])
+    labels = [names.index(classes[stored[n]]) for n in y[chosen]]
+    np.savez(target, x=x[chosen], y=np.array(labels), classes=np.array(names))
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
+def test_a_device_with_a_misspelt_class_is_refused_until_mended_and_one_may_lack_classes(
+    processes, digits, any_broker
+):
+    fleet = Fleet(
+        processes, digits, any_broker.url, strategy="fedavg", model="caldas_cnn", rounds=3, epochs=3
+    )
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    spelt = dict(zip("0123456789", words, strict=True))
+    for name in ("device-0", "device-1", "heldout"):
+        renamed(digits / f"{name}.npz", fleet.folder / f"{name}.npz", spelt)
+    few = {digit: spelt[digit] for digit in "34567"}
+    renamed(digits / "device-2.npz", fleet.folder / "device-2.npz", few | {"5": "Five"})
+    path = fleet.folder / "run.toml"
+    text = path.read_text().replace(f"{digits}/heldout.npz", "heldout.npz")
+    path.write_text(text.replace("[device]", f"[device]\nclasses = {json.dumps(words)}"))
+    for n in range(3):
+        agent = fleet.folder / f"agent-{n}.toml"
+        agent.write_text(agent.read_text().replace(f"{digits}/", ""))
+
+    fleet.start()
+    refused = (
+        "the orchestrator refuses this device: device 'device-2': a class is not known: 'Five'"
+    )
+    processes.wait_for("the refusal", lambda: refused in processes.log("agent-2"))
+    assert processes.running["agent-2"].poll() is None, "it stays, for the run may be another soon"
+    processes.kill("run")
+    fleet.orchestrator()  # it asks all to be born again, and refuses it again
+    said = "refused: device 'device-2': a class"
+    processes.wait_for("the second", lambda: processes.log("run").count(said) == 2)
+    assert processes.log("agent-2").count("refuses this device") == 1, "the log says it once"
+    assert fleet.status()["round"] == 0
+
+    processes.kill("agent-2")
+    renamed(digits / "device-2.npz", fleet.folder / "device-2.npz", few)
+    fleet.agent(2)
+    report = fleet.finish()
+    assert report["classes"] == words
+    for entry in report["rounds"]:
+        assert entry["cohort"] == ["device-0", "device-1", "device-2"]
+        assert all(device["accepted"] for device in entry["devices"].values())
+        assert entry["devices"]["device-2"]["samples"] < 64
+    accuracies = [entry["server_accuracy"] for entry in report["rounds"]]
+    assert accuracies[-1] > 0.5, accuracies  # chance is 0.1; with wrong labels it is lower
+    manifest = json.loads((fleet.folder / "runs/run/artifact/manifest.json").read_text())
+    assert manifest["model"]["class_names"] == words
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
+def test_a_device_whose_class_is_renamed_in_a_round_is_waited_for_no_longer(
+    processes, digits, any_broker
+):
+    fleet = Fleet(processes, digits, any_broker.url, rounds=1, epochs=20)
+    path = fleet.folder / "run.toml"
+    path.write_text(path.read_text().replace("deadline_s = 100.0", "deadline_s = 3600.0"))
+    agent = fleet.folder / "agent-2.toml"
+    agent.write_text(agent.read_text().replace(f"{digits}/", ""))
+    same = dict(zip("0123456789", "0123456789", strict=True))
+    renamed(digits / "device-2.npz", fleet.folder / "device-2.npz", same)
+    fleet.start()
+    processes.wait_for("training", lambda: fleet.stands("train", 1))
+    processes.kill("agent-2")
+    renamed(digits / "device-2.npz", fleet.folder / "device-2.npz", same | {"7": "seven"})
+    fleet.agent(2)
+    (entry,) = fleet.finish()["rounds"]
+    verdicts = {name: device["accepted"] for name, device in entry["devices"].items()}
+    assert verdicts == {"device-0": True, "device-1": True, "device-2": False}
+    assert "a class is not known: 'seven'" in entry["devices"]["device-2"]["reason"]

@@ -1,17 +1,20 @@
 """Who may take part in a run, and what is believed of a device."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from orchestrator.config import RunConfig
-from orchestrator.fleet import devices, roster
+from orchestrator.config import DeviceConfig, RunConfig
+from orchestrator.fleet import classes, devices, roster
 from orchestrator.fleet.roster import Roster
 from orchestrator.fleet.updates import Rollout
 from tests.wire.test_measurement import REPORT
 from wire import measurement, signing
-from wire.messages import Birth, Measured, Platform
+from wire.classes import digest
+from wire.classes import told as told_names
+from wire.messages import Birth, Hello, Measured, Platform
 
 MACHINE = Platform("Pi", "aarch64", 4, 1 << 30, "3.11", "1.31")
 
@@ -87,3 +90,100 @@ def test_a_measurement_is_kept_and_a_second_one_within_a_moment_is_not(make, tol
     ]
     (device,) = devices.known(tmp_path, "fleet")
     assert device.measured.measured_at == "2026-01-01T00:00:02Z"
+
+
+# Names of classes
+
+NAMES = ("bolt", "nut", "pin")
+
+
+def made(device, *names, session=1):
+    return replace(birth(device), classes=names, session=session)
+
+
+@pytest.fixture
+def run(tmp_path, told):
+    """A roster of a run with `classes` in run.toml, whose folder is there."""
+
+    def build(of):
+        config = RunConfig(
+            name="run", heldout=Path("held.npz"), runs=tmp_path, device=DeviceConfig(classes=of)
+        )
+        config.folder.mkdir(exist_ok=True)
+        return Roster(config, None, Rollout(), lambda *said: told.append(said))
+
+    return build
+
+
+def test_a_device_may_lack_classes_and_have_none_that_the_run_does_not_know(run, told, caplog):
+    there = run(NAMES)
+    assert there.born("a", made("a", "pin", "bolt"), 0.0)
+    assert there.born("numbers", birth("numbers"), 0.0)
+    for _ in range(2):  # it comes back; the log says it once
+        assert there.born("b", made("b", "Pin", "bolt"), 0.0) is None
+    reason = (
+        "device 'b': a class is not known: 'Pin' ('pin' differs in capitals only); expected names "
+        "among 'bolt', 'nut', 'pin', got 'Pin', 'bolt'; rename it there, or begin a run whose "
+        "`classes` names it too"
+    )
+    assert reasons(told) == [("b", reason)] * 2
+    assert caplog.messages == [f"refused: {reason}"]
+    assert there.births.keys() == {"a", "numbers"}
+    assert there.born("b", made("b", "pin", "bolt", session=2), 0.0), "it was renamed"
+    assert not there.refused
+
+
+def test_where_classes_are_a_number_the_first_devices_names_decide(run, told, tmp_path):
+    there = run(3)
+    assert there.born("few", made("few", "bolt", "nut"), 0.0) is None
+    assert there.born("a", made("a", *NAMES), 0.0)
+    assert there.born("same", made("same", *NAMES), 0.0)
+    assert there.born("numbers", birth("numbers"), 0.0)
+    assert there.born("b", made("b", "bolt", "nut", "Pin"), 0.0) is None
+    assert there.born("c", made("c", "nut", "bolt", "pin"), 0.0) is None
+    few, capital, order = (reason for _, reason in reasons(told))
+    assert "expected 3 classes, got 2: 'bolt', 'nut'; the run knows classes by number" in few
+    assert "'Pin' ('pin' differs in capitals only)" in capital
+    assert "as a has them" in capital
+    assert "classes = ['bolt', 'nut', 'pin'] in run.toml" in capital
+    assert "('nut', 'bolt', 'pin') are not in the order of the run's" in order
+    there.opened()
+    again = run(3)  # a restarted orchestrator, to whom another comes first
+    assert again.born("b", made("b", "bolt", "nut", "Pin"), 0.0) is None
+    assert again.born("a", made("a", *NAMES), 0.0)
+    assert classes.read(tmp_path / "run").by == "a"
+
+
+@pytest.mark.parametrize("how", ["renamed", "gone"])
+def test_until_a_round_is_opened_a_first_device_can_be_mended(run, told, how):
+    there = run(3)
+    assert there.born("a", made("a", "Bolt", "nut", "pin"), 0.0)
+    assert there.born("b", made("b", *NAMES), 0.0) is None
+    assert there.born("c", made("c", *NAMES), 0.0) is None
+    told.clear()
+    there.died("a", 1)
+    if how == "renamed":
+        assert there.born("a", made("a", *NAMES, session=2), 0.0)
+    assert sorted((device, type(said)) for device, said in told) == [("b", Hello), ("c", Hello)]
+    assert there.born("b", made("b", *NAMES), 0.0), "it answers the hello"
+
+
+def test_names_too_many_for_a_birth_are_compared_by_digest(run, told):
+    many = tuple(f"species {n:06} of a long list" for n in range(10_000))
+    assert told_names(many) == ((), digest(many))
+    there = run(10_000)
+    for device, names in (("a", many), ("b", many), ("c", many[::-1])):
+        said, its = told_names(names)
+        born = replace(birth(device), classes=said, classes_digest=its)
+        assert (there.born(device, born, 0.0) is None) == (device == "c")
+    assert "as a has them" in reasons(told)[0][1]
+    listed = run(many)  # who looks them over by itself, before it trains
+    assert listed.born("c", replace(birth("c"), classes_digest=digest(many[::-1])), 0.0)
+
+
+def test_a_run_that_was_begun_before_there_were_names_goes_on_by_number(run, tmp_path):
+    there = run(3)
+    config = there._config
+    assert classes.resolve(config, NAMES).mapped, "the held-out images name them,"
+    (tmp_path / "run" / "artifact").mkdir()
+    assert classes.resolve(config, NAMES) == classes.Classes(3), "but the artifact does not"

@@ -38,7 +38,7 @@ from orchestrator.training import distill
 from tests.conftest import ROOT
 from wire import frames, records, tensors
 from wire.artifact import open_artifact
-from wire.errors import RunError
+from wire.errors import DataError, RunError
 from wire.messages import BlobRef, Order, Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -702,3 +702,80 @@ def test_a_run_goes_on_with_other_settings_of_speed_alone(gkt, few):
     assert len(simulate.run(replace(gkt, rounds=2, server=quicker), few).entries) == 2
     with pytest.raises(RunError, match="was started with server = "):
         simulate.run(replace(gkt, rounds=3, server=replace(gkt.server, lr=0.5)), few)
+
+
+# Names of classes
+
+
+def relabelled(digits, folder, changes):
+    """The digits with other names on some devices, numbered as sorted sub-folders would be."""
+    folder.mkdir()
+    for file in digits.glob("*.npz"):
+        with np.load(file) as arrays:
+            x, y, stored = arrays["x"], arrays["y"], arrays["classes"]
+        names = [changes.get(file.stem, {}).get(name, name) for name in stored.tolist()]
+        here = [name and n in y and name for n, name in enumerate(names)]
+        kept = sorted(filter(None, here))
+        chosen = np.array([bool(here[n]) for n in y])
+        labels = np.array([kept.index(here[n]) for n in y[chosen]])
+        np.savez(folder / file.name, x=x[chosen], y=labels, classes=np.array(kept))
+    return folder
+
+
+@pytest.mark.parametrize("heldout", ["heldout.npz", "plain.npz"], ids=["by name", "by number"])
+def test_a_device_with_another_name_is_left_out_and_spoils_nothing(
+    config, digits, tmp_path, caplog, heldout
+):
+    shards = relabelled(digits, tmp_path / "shards", {"device-1": {"7": "Seven"}})
+    with np.load(shards / "heldout.npz") as arrays:
+        np.savez(shards / "plain.npz", x=arrays["x"], y=arrays["y"])
+    chosen = replace(config, rounds=1, heldout=shards / heldout)
+    report = simulate.run(chosen, shards)
+    (entry,) = report.entries
+    assert entry["cohort"] == ["device-0", "device-2"]
+    assert any("device-1 is left out: a class is not known: 'Seven';" in m for m in caplog.messages)
+    (shards / "device-1.npz").unlink()
+    without = replace(chosen, runs=tmp_path / "without")
+    assert simulate.run(without, shards).entries[0]["server_accuracy"] == entry["server_accuracy"]
+    for name, array in weights_of(without).items():
+        assert np.array_equal(array, weights_of(chosen)[name]), name
+    written = json.loads((chosen.folder / "report.json").read_text())
+    assert written["classes"] == list("0123456789")
+
+
+def test_devices_that_lack_classes_learn_those_they_have(config, digits, tmp_path):
+    """The run lists its classes in another order than folders are sorted, one more at the end."""
+    lacking = {f"device-{n}": dict.fromkeys(map(str, range(3 * n, 3 * n + 4))) for n in range(3)}
+    shards = relabelled(digits, tmp_path / "shards", lacking)
+    names = ("9", "7", "5", "3", "1", "0", "2", "4", "6", "8", "ten")
+    device = replace(config.device, classes=names)
+    chosen = replace(config, device=device, heldout=shards / "heldout.npz", cohort=CohortConfig(3))
+    read = simulate.read_shards(chosen, shards)
+    for name, held in read.items():
+        with np.load(digits / f"{name}.npz") as arrays:
+            expected = [int(arrays["classes"][n]) for n in arrays["y"]]
+        expected = [n for n in expected if str(n) not in lacking[name]]
+        assert [int(names[n]) for n in held.y] == expected
+    held = prepare.read_heldout(chosen)
+    with np.load(digits / "heldout.npz") as arrays:
+        assert [int(names[n]) for n in held.y] == arrays["y"].tolist()
+
+
+def test_heldout_images_of_a_class_that_the_run_does_not_know_are_refused(config, digits, tmp_path):
+    shards = relabelled(digits, tmp_path / "shards", {"heldout": {"7": "Seven"}})
+    device = replace(config.device, classes=tuple("0123456789"))
+    with pytest.raises(DataError, match=r"heldout\.npz: a class is not known: 'Seven'; expected"):
+        simulate.run(replace(config, device=device, heldout=shards / "heldout.npz"), shards)
+    assert not config.folder.exists()
+    few = relabelled(digits, tmp_path / "few", {"heldout": {"7": None}})
+    with pytest.raises(DataError, match=r"expected 10 classes, got 9 .* name them in run\.toml"):
+        simulate.run(replace(config, heldout=few / "heldout.npz"), digits)
+
+
+def test_names_of_a_run_that_has_begun_stay_though_the_held_out_images_change(
+    config, digits, tmp_path
+):
+    simulate.run(replace(config, rounds=1), digits)
+    shards = relabelled(digits, tmp_path / "shards", {"heldout": {"7": "Seven"}})
+    with pytest.raises(DataError, match="a class is not known: 'Seven'"):
+        simulate.run(replace(config, heldout=shards / "heldout.npz"), digits)

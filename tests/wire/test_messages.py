@@ -34,6 +34,8 @@ UPDATE = Update(Release(Package("n", "0.2", "arm64", "3.11", 9, "ab" * 32, "t"),
 EVERY = [
     BIRTH,
     replace(BIRTH, package=Build("0.2", "arm64", "3.11"), update="0.3 is refused"),
+    replace(BIRTH, classes=("bolt", "Schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel")),
+    replace(BIRTH, classes_digest="ab" * 32),
     UPDATE,
     ORDER,
     Result("pi-3", "run", 3, 2, 100, "cd" * 32, {"features": REF}, {"train_s": 1.5}),
@@ -115,7 +117,7 @@ def test_nothing_that_has_its_default_is_sent_and_no_default_ever_changes():
         assert all(whole[name] == value for name, value in header.items())
         left_out[cls.__name__] = {name: whole[name] for name in whole.keys() - header.keys()}
     assert repr({cls: sorted(each.items()) for cls, each in left_out.items()}) == repr({
-        "Birth": [("package", None), ("update", "")],
+        "Birth": [("classes", []), ("classes_digest", ""), ("package", None), ("update", "")],
         "Order": [
             ("alpha", 0.0), ("augment", False), ("clip", 0.0), ("data_digest", ""),
             ("feedback", False), ("holdout", 0.0), ("mu", 0.0), ("noise", 0.0), ("owed", 0),
