@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from edge_agent import card, data, journal
 from edge_agent.card import DRAFT, REMEDY
+from edge_agent.data import SUFFIXES, fit, open_image
 from wire.artifact import open_artifact
 from wire.errors import ArtifactError, DataError, StillhouseError
 
@@ -207,7 +208,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _is_picture(name: str) -> bool:
-    return name.lower().endswith(data.SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def predict(network: Network, files: Sequence[Path], top: int = 1) -> Iterator[Prediction]:
@@ -238,14 +239,14 @@ def _pixels(file: Path, shape: tuple[int, int, int]) -> Pixels | str:
     try:
         if file.is_dir():
             next(file.iterdir(), None)
-            kinds = " ".join(data.SUFFIXES)
+            kinds = " ".join(SUFFIXES)
             return f"{file}: expected pictures ({kinds}), got a folder without; name another"
         file.stat()
     except OSError as fault:
         return f"{file}: cannot be read ({fault.strerror}); check the name, and who may read it"
     try:
-        image = data.open_image(file, DRAFT * max(height, width))
-        return data.fit(image, (height, width), channels)
+        image = open_image(file, DRAFT * max(height, width))
+        return fit(image, (height, width), channels)
     except DataError as fault:
         return str(fault)
 

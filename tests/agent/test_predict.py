@@ -116,7 +116,7 @@ def test_a_photo_that_cannot_be_read_is_named_and_the_others_are_answered(
     bad, *others = shown.err.splitlines()
     assert bad.startswith(f"{photos / 'bad.jpg'}: ")
     remedy = "check the name, and who may read it"
-    kinds = " ".join(data.SUFFIXES)
+    kinds = " ".join(predict.SUFFIXES)
     assert others == [
         f"{odd[0]}: cannot be read (No such file or directory); {remedy}",
         f"{odd[1]}: expected pictures ({kinds}), got a folder without; name another",
@@ -296,7 +296,7 @@ def test_a_device_asks_the_network_that_it_trained_last(device, photos, capsys):
     found = json.loads(capsys.readouterr().out)
     files = list(predict.photos([photos]))
     x = np.empty((len(files), 3, 32, 32), np.float32)
-    pixels = np.stack([data.fit(data.open_image(file, 64), (32, 32), 3) for file in files])
+    pixels = np.stack([predict.fit(predict.open_image(file, 64), (32, 32), 3) for file in files])
     Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))(pixels, out=x)
     network = models.build("resnet8", classes=3)
     trained = {n: a for n, a in load_file(weights).items() if not n.startswith("optim.")}
