@@ -164,7 +164,7 @@ def test_names_of_an_archive_are_kept_in_their_order(tmp_path):
 )  # fmt: skip
 def test_names_that_are_none_are_refused(tmp_path, classes):
     path = archive(tmp_path / "a.npz", classes=classes)
-    with pytest.raises(DataError, match="classes: expected|there twice"):
+    with pytest.raises(DataError, match=r"classes: expected|there twice"):
         photos.read(path, SHAPE)
 
 
