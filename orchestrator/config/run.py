@@ -67,6 +67,8 @@ class RunConfig:
                 f"transfer_chunks {self.transfer_chunks}, name of {len(self.name)} characters: "
                 "expected 2 or more, and 48 at most"
             )
+        if not 1024 <= self.chunk_bytes <= 1 << 19:
+            raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
         if self.submodel != SubmodelConfig() and self.strategy != "feddropout":
             raise ValueError(f"submodel: strategy {self.strategy!r} trains whole models; "
                              "use feddropout")  # fmt: skip
@@ -132,8 +134,13 @@ def load(path: Path) -> RunConfig:
     config = records.load(RunConfig, path)
     folder = path.resolve().parent
     packages = tuple(folder / package for package in config.release.packages)
+    try:
+        broker = config.broker.beside(folder)
+    except ValueError as fault:
+        raise SettingsError(f"{path}: broker: {fault}") from fault
     return replace(
         config,
+        broker=broker,
         release=replace(config.release, packages=packages),
         heldout=config.heldout and folder / config.heldout,
         pretrained=config.pretrained and folder / config.pretrained,
