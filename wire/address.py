@@ -41,7 +41,12 @@ def bracketed(host: str) -> str:
 
 def redacted(text: str) -> str:
     """A URL without what may be a secret: user info, query and fragment; what is odd is escaped."""
-    text = re.sub(r"^(\s*[^:/?#@\s]*:/*)?.*[@\uff20\ufe6b]", lambda m: f"{m[1] or ''}***@", text, flags=re.DOTALL)
+    text = re.sub(
+        r"^(\s*[^:/?#@\s]*:/*)?.*[@\uff20\ufe6b]",
+        lambda m: f"{m[1] or ''}***@",
+        text,
+        flags=re.DOTALL,
+    )
     text = re.sub(r"[?#].*", "?***", text, flags=re.DOTALL)
     return ascii(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")
 

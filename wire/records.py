@@ -96,7 +96,9 @@ def load(cls: type[T], path: Path) -> T:
 def plain(record: object) -> Any:
     """The mapping that `build` would make `record` of: dataclasses become dicts, tuples lists."""
     if dataclasses.is_dataclass(record):
-        return {f.name: plain(getattr(record, f.name)) for f in dataclasses.fields(record) if f.init}
+        return {
+            f.name: plain(getattr(record, f.name)) for f in dataclasses.fields(record) if f.init
+        }
     if isinstance(record, Mapping):
         return {key: plain(value) for key, value in record.items()}
     if isinstance(record, tuple | list):

@@ -146,7 +146,10 @@ PEM = Path("x.pem")
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"url": "mqtt://broker", "ca_file": PEM}, "ca_file is for TLS, and url mqtt://broker:1883"),
+        (
+            {"url": "mqtt://broker", "ca_file": PEM},
+            "ca_file is for TLS, and url mqtt://broker:1883",
+        ),
         ({"url": "mqtt://broker", "key_file": PEM}, "write mqtts://"),
         ({"url": "mqtts://broker", "key_file": PEM}, "key_file without cert_file"),
         ({"url": "mqtts://broker", "ca_file": PEM, "key_file": PEM}, "key_file without cert_file"),
