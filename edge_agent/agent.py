@@ -5,6 +5,7 @@ One thread owns all state; the network thread and the worker thread only put eve
 
 import contextlib
 import gc
+import itertools
 import logging
 import queue
 import threading
@@ -97,7 +98,9 @@ class Agent:
         self._reported = 0.0
         self._platform = meter.this_platform()
         self._systemd = Notifier()
-        self._session = 0
+        self._state_id, first = self.journal.begin_sessions()
+        self._sessions = itertools.count(first)
+        self._session = first
         self.link = Link(
             config.broker,
             f"stillhouse-{config.fleet}-{config.device}",
@@ -109,6 +112,7 @@ class Agent:
             emit=self._events.put,
             will=self._will,
             persistent=True,
+            rival=f"is another agent at work as {config.device!r}? Each needs a name of its own",
         )
 
     def run(self) -> None:
@@ -343,6 +347,7 @@ class Agent:
             platform=self._platform,
             package=self._updates.own,
             update=self._updates.word,
+            state_id=self._state_id,
         )
         self._publish("birth", birth, retain=True)
         if self._supply:
@@ -352,11 +357,11 @@ class Agent:
 
     def _will(self) -> tuple[str, bytes]:
         """A new session's will; called by the network thread before each attempt to connect."""
-        self._session = self.journal.next_session()
+        self._session = next(self._sessions)
         return self._death()
 
     def _death(self) -> tuple[str, bytes]:
-        death = Death(self.config.device, self._session)
+        death = Death(self.config.device, self._session, self._state_id)
         return self._topic("death"), messages.encode(death)
 
     def _report(self, phase: str, done: int, total: int) -> None:

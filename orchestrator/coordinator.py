@@ -19,7 +19,7 @@ from orchestrator.fleet.roster import MAX_REASON, Roster
 from orchestrator.fleet.updates import Rollout
 from orchestrator.intake import Intake
 from orchestrator.report import Report
-from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind
+from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind, Session
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies.strategy import Metrics, State, Strategy
 from wire import messages, topics
@@ -183,14 +183,19 @@ class Coordinator:
         now = time.monotonic()
         match message:
             case Birth():
+                before = self._roster.births.get(device)
                 if birth := self._roster.born(device, message, now):
                     self.report.born(device, birth)
+                    if before and before.state_id != birth.state_id:
+                        self._intake.drop(device)  # what it offered is gone
                     self._intake.resume(device)
-                    session, cohort = birth.session, self.config.cohort
-                    self._apply(rounds.born(self._rounds, cohort, device, session, now))
-            case Death(session=session):
-                self._roster.died(device, session)
-                self._apply(rounds.died(self._rounds, device, session))
+                    session = Session(birth.session, birth.state_id)
+                    self._apply(
+                        rounds.born(self._rounds, self.config.cohort, device, session, now)
+                    )
+            case Death(session=number, state_id=state_id):
+                self._roster.died(device, number, state_id)
+                self._apply(rounds.died(self._rounds, device, Session(number, state_id)))
             case Telemetry():
                 if message.run == self.store.run_id and device in self._roster.births:
                     self.report.telemetry(device, message)

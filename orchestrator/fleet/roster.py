@@ -14,6 +14,7 @@ from wire.messages import Birth, Measured, Receipt, Update
 log = logging.getLogger("orchestrator")
 
 MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
+MAX_STATES = 4  # state folders of a device that are remembered
 MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 Tell = Callable[[str, Receipt | Update], None]  # a device, and its order
@@ -39,6 +40,7 @@ class Roster:
         self._config, self._enrolled, self._tell = config, enrolled, tell
         self._rollout = rollout
         self._measured_at: dict[str, float] = {}
+        self._state_ids: dict[str, list[str]] = {}  # that a device came with, the last one last
 
     def born(self, device: str, birth: Birth, now_s: float) -> Birth | None:
         """Note a birth that came on a device's topic; it, fit to be shown, or None if refused."""
@@ -54,14 +56,16 @@ class Roster:
         before = self.births.get(device)
         if birth.update and (before is None or before.update != birth.update):
             log.warning("%s: update: %s", device, birth.update)
+        if birth.state_id:
+            self._note_state(device, birth.state_id)
         devices.born(self._config.runs, self._config.fleet, birth)
         self.births[device] = birth
         self._rollout = updates.born(self._rollout, device, birth, now_s)
         return birth
 
-    def died(self, device: str, session: int) -> None:
+    def died(self, device: str, session: int, state_id: str) -> None:
         """A connection ended."""
-        self._rollout = updates.died(self._rollout, device, session)
+        self._rollout = updates.died(self._rollout, device, session, state_id)
 
     def measured(self, device: str, message: Measured, body: bytes, now_s: float) -> None:
         """Keep a measurement, and tell the device so."""
@@ -87,6 +91,17 @@ class Roster:
         for device, update in tell:
             log.info("%s is told of %s", device, update.release.package.version)
             self._tell(device, update)
+
+    def _note_state(self, device: str, state_id: str) -> None:
+        """Say so if a device comes with a state folder that another had replaced."""
+        seen = self._state_ids.setdefault(device, [])
+        if state_id in seen[:-1]:
+            log.warning(
+                "%s: two agents of this name take turns; end one of them, or give it a name of its "
+                "own (orchestrator enroll)",
+                device,
+            )
+        seen[:] = [*(known for known in seen if known != state_id), state_id][-MAX_STATES:]
 
     def _stranger(self, device: str) -> str:
         """Why a device may not take part; "" if it may."""

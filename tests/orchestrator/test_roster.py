@@ -1,6 +1,7 @@
 """Who may take part in a run, and what is believed of a device."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,12 @@ def test_a_measurement_is_kept_and_a_second_one_within_a_moment_is_not(make, tol
     ]
     (device,) = devices.known(tmp_path, "fleet")
     assert device.measured.measured_at == "2026-01-01T00:00:02Z"
+
+
+def test_two_agents_of_one_name_are_told_of_and_a_new_card_is_not(make, caplog):
+    there = make()
+    for state_id in ("", "ab", "ab", "cd", ""):  # an update, a new card, a roll-back
+        there.born("pi", replace(birth("pi"), state_id=state_id), 0.0)
+    assert "take turns" not in caplog.text
+    there.born("pi", replace(birth("pi"), state_id="ab"), 0.0)
+    assert "pi: two agents of this name take turns" in caplog.text
