@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import os
 import queue
 import threading
 import time
@@ -23,7 +24,7 @@ from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Shelf, Supply
 from edge_agent.update.staging import Updates
 from edge_agent.work import Desk, Outcome, perform
-from wire import messages, topics
+from wire import locks, messages, topics
 from wire.blobs import BlobStore
 from wire.errors import OrderError, SettingsError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
@@ -44,6 +45,7 @@ from wire.messages import (
 
 log = logging.getLogger("edge-agent")
 
+LOCK = "lock"  # in the state folder: held while an agent works there
 TICK_S = 0.5
 MAX_FAULT = 2000  # characters of a fault that are sent; it may repeat what an order said
 
@@ -78,11 +80,19 @@ class Agent:
         self.config = config
         try:
             config.state.mkdir(parents=True, exist_ok=True)
+            lock = locks.hold(config.state / LOCK, f"process {os.getpid()}")
         except OSError as fault:
             raise SettingsError(
-                f"state: {config.state} cannot be made ({fault.strerror}); name a folder that this "
-                "user may write to, /var/lib/stillhouse/state for the packaged service"
+                f"state: {config.state} cannot be made or locked ({fault.strerror}); name a folder "
+                "that this user may write to, /var/lib/stillhouse/state for the packaged service"
             ) from fault
+        if lock is None:
+            raise SettingsError(
+                f"state: another agent works in {config.state} "
+                f"({locks.holder(config.state / LOCK)}); stop it, or name another folder, one for "
+                "each device"
+            )
+        self._lock = lock
         self.images = data.load(config.data, input_shape=config.image)
         self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
         self.journal = Journal(config.state / "journal.db")
@@ -139,6 +149,7 @@ class Agent:
                 self._worker.join()
             self.link.close(self._death())
             self.journal.close()
+            self._lock.close()
         if self.link.refused:
             raise self.link.refused
 

@@ -9,7 +9,7 @@ from models import submodel
 from orchestrator import broker
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
-from orchestrator.fleet import enrolment, updates
+from orchestrator.fleet import claim, enrolment, updates
 from orchestrator.prepare import fresh, read_heldout, task
 from orchestrator.report import Report
 from orchestrator.store import Store
@@ -42,6 +42,7 @@ def run(
     # First: what is cheap to find wrong is found before a broker runs.
     heldout = read_heldout(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(claim.locked(config.runs, config.fleet, config.name))
         store = Store(config)
         stack.callback(store.close)
         enrolled = None
