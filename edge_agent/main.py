@@ -21,6 +21,7 @@ data = "images"         # an .npz with x (N, H, W, C) uint8 and y, or a folder, 
 state = "state"         # artifacts, weights and the journal; survives power cuts
 image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
 threads = 0             # of ONNX Runtime and numpy; 0 takes all cores
+chunk_bytes = 131072    # of the pieces that results travel in; less where the broker takes less
 release_key = ""        # updates of the package are signed by it; "" takes none
 update_minutes = 5      # that an update has until it runs, or it is rolled back
 

@@ -223,9 +223,7 @@ class Coordinator:
                         self._intake.drop(device)  # what it offered is gone
                     self._intake.resume(device)
                     session = Session(birth.session, birth.state_id)
-                    self._apply(
-                        rounds.born(self._rounds, self.config.cohort, device, session, now)
-                    )
+                    self._apply(rounds.born(self._rounds, self.config.cohort, device, session, now))
             case Death(session=number, state_id=state_id):
                 self._roster.died(device, number, state_id)
                 self._apply(rounds.died(self._rounds, device, Session(number, state_id)))

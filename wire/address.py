@@ -112,6 +112,16 @@ def check_host(host: str) -> str:
     return host.lower()
 
 
+def is_local(host: str) -> bool:
+    """Whether a host, of `check_host`, is this machine for whoever names it."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _host(text: str) -> str:
     """The host of a URL: IPv6 is in brackets there."""
     if not text:

@@ -1,12 +1,11 @@
 """Where the broker is, who takes part in a round, and when it ends."""
 
-import ipaddress
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from wire.address import BrokerAddress, bracketed, check_host
+from wire.address import BrokerAddress, bracketed, check_host, is_local
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,12 @@ class BrokerConfig:
     @property
     def local(self) -> bool:
         """Whether only this machine reaches the broker."""
-        host = self.address().host if self.url else self.host
-        return host == "localhost" or _is(host, "is_loopback")
+        return is_local(self.address().host if self.url else self.host)
 
     @property
     def everywhere(self) -> bool:
         """Whether our own broker listens on every address of this machine."""
-        return not self.url and (not self.host or _is(self.host, "is_unspecified"))
+        return not self.url and (self.host in ("", "0.0.0.0", "::"))  # noqa: S104
 
     @property
     def device_url(self) -> str:
@@ -94,14 +92,6 @@ class BrokerConfig:
         """
         files = (self.ca_file, self.cert_file, self.key_file)
         return BrokerAddress(self.url, self.username, self.password, *files)
-
-
-def _is(host: str, what: str) -> bool:
-    """Whether a host is an address with a property of `ipaddress`; a name is none."""
-    try:
-        return bool(getattr(ipaddress.ip_address(host), what))
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)

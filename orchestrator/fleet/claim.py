@@ -106,8 +106,8 @@ class Claim:
 def in_use(fleet: str, run: str) -> str:
     """What is said to a run that comes second; `run` is the id or name of the first."""
     return (
-        f"fleet {fleet!r} is in use by run {run!r}, and devices follow one run at a time; wait until "
-        "that one is finished or stop it, then start this one again, or give this one another fleet"
+        f"fleet {fleet!r} is in use by run {run!r}, and devices follow one run at a time; start "
+        "this one again when that one is finished or stopped, or give this one another fleet"
     )
 
 

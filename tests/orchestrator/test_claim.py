@@ -94,8 +94,9 @@ def test_of_two_that_have_it_after_an_outage_the_later_one_ends(order):
 def test_a_lock_says_on_one_machine_who_has_the_fleet(tmp_path):
     runs = tmp_path / "runs"
     with claim.locked(runs, "home", "first"):
-        with pytest.raises(RunError, match="in use by run 'first'"), claim.locked(
-            runs, "home", "second"
+        with (
+            pytest.raises(RunError, match="in use by run 'first'"),
+            claim.locked(runs, "home", "second"),
         ):
             pass
         with pytest.raises(RunError, match="run 'first' of fleet 'home' is running already"):

@@ -118,7 +118,10 @@ def test_a_round_that_is_closed_and_a_silent_one_do_not_count_as_failed():
 @pytest.mark.parametrize("silent", [False, True])
 def test_further_attempts_ask_devices_that_were_not_asked_before(seed, silent):
     rules = CohortConfig(min_devices=2, max_devices=2, wait_s=10.0, deadline_s=100.0)
-    state, asked = replace(State(rounds=1, seed=seed), live={f"d{i}": Session(1) for i in range(7)}), []
+    state, asked = (
+        replace(State(rounds=1, seed=seed), live={f"d{i}": Session(1) for i in range(7)}),
+        [],
+    )
     for attempt in range(4):
         state, actions = rounds.ticked(state, rules, 1000.0 * attempt)
         assert actions == (Open(1, state.cohort),)
@@ -135,7 +138,10 @@ def test_further_attempts_ask_devices_that_were_not_asked_before(seed, silent):
 def test_one_bad_device_among_good_ones_does_not_end_the_run():
     rules = CohortConfig(min_devices=1, max_devices=1, wait_s=0.0)
     for seed in range(50):
-        state, now_s = replace(State(rounds=1, seed=seed), live={"bad": Session(1), "good": Session(1)}), 0.0
+        state, now_s = (
+            replace(State(rounds=1, seed=seed), live={"bad": Session(1), "good": Session(1)}),
+            0.0,
+        )
         while state.phase is not Phase.AGGREGATING:
             now_s += 20
             state, actions = rounds.ticked(state, rules, now_s)
@@ -276,7 +282,9 @@ def test_an_order_is_carried_no_longer_than_the_rules_say():
 
 def test_carried_devices_take_the_places_of_new_ones():
     rules = replace(ASYNC, max_devices=2, quorum=0.5)
-    state = replace(State(rounds=9, seed=0), live=dict.fromkeys("abcde", Session(1)), ready_at_s=0.0)
+    state = replace(
+        State(rounds=9, seed=0), live=dict.fromkeys("abcde", Session(1)), ready_at_s=0.0
+    )
     state, actions = rounds.ticked(state, rules, 1.0)
     (opened,) = actions
     first, second = sorted(opened.cohort)

@@ -46,8 +46,7 @@ def test_a_url_is_read_once_into_scheme_host_and_port(url, expected):
         ("mqtt:\\\\broker", "expected mqtt://HOST"),
         ("//broker", "expected mqtt://HOST"),
         ("://broker", "expected mqtt://HOST"),
-        ("ssl://broker", "scheme 'ssl': expected mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for "
-                         "TLS; write mqtts"),
+        ("ssl://broker", "mqtts://HOST[:PORT] for TLS; write mqtts"),
         ("tcp://broker:1883", "write mqtt"),
         ("wss://broker/mqtt", "HTTP and WebSockets are not spoken here"),
         ("HTTPS://broker", "HTTP and WebSockets are not spoken here"),
@@ -91,7 +90,7 @@ def test_a_url_is_read_once_into_scheme_host_and_port(url, expected):
     ],
 )  # fmt: skip
 def test_a_url_that_is_none_is_refused_with_what_to_write(url, text):
-    with pytest.raises(ValueError, match="^url ") as caught:
+    with pytest.raises(ValueError, match=r"^url ") as caught:
         BrokerAddress(url)
     assert text in str(caught.value)
     assert str(caught.value).isprintable()
@@ -159,7 +158,7 @@ PEM = Path("x.pem")
     ],
 )
 def test_settings_that_would_be_passed_over_in_silence_are_refused(settings, text):
-    with pytest.raises(ValueError, match="expected|without|TLS") as caught:
+    with pytest.raises(ValueError, match=r"expected|without|TLS") as caught:
         BrokerAddress(**settings)
     assert text in str(caught.value)
 
@@ -171,17 +170,20 @@ def test_files_are_beside_the_settings_and_must_be_there(tmp_path, monkeypatch):
     assert relative.beside(tmp_path).ca_file == tmp_path / "ca.pem"
     home = replace(relative, ca_file=Path("~/ca.pem"))
     assert home.beside(Path("/nowhere")).ca_file == tmp_path / "ca.pem"
-    with pytest.raises(ValueError, match="ca_file: no file /nowhere/ca.pem"):
+    with pytest.raises(ValueError, match=r"ca_file: no file /nowhere/ca\.pem"):
         relative.beside(Path("/nowhere"))
 
 
 @given(st.text(max_size=30) | st.from_regex(r"(?i)mqtts?://[ -~]{0,20}", fullmatch=True))
 def test_any_text_is_a_broker_or_one_line_that_says_why_not(url):
+    fault = ""
     try:
         endpoint = address.parse(url)
-    except ValueError as fault:
-        assert str(fault).isprintable()
-        assert str(fault).startswith("url ")
+    except ValueError as refused:
+        fault = str(refused)
+    if fault:
+        assert fault.startswith("url ")
+        assert fault.isprintable()
     else:
         assert url.lower().startswith(f"{endpoint.scheme}://")
         assert 1 <= endpoint.port <= 65535
