@@ -5,7 +5,9 @@ One thread owns all state; the network thread and the worker thread only put eve
 
 import contextlib
 import gc
+import itertools
 import logging
+import os
 import queue
 import threading
 import time
@@ -22,7 +24,7 @@ from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Shelf, Supply
 from edge_agent.update.staging import Updates
 from edge_agent.work import Desk, Outcome, perform
-from wire import classes, messages, topics
+from wire import classes, locks, messages, topics
 from wire.blobs import BlobStore
 from wire.errors import OrderError, SettingsError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
@@ -43,6 +45,7 @@ from wire.messages import (
 
 log = logging.getLogger("edge-agent")
 
+LOCK = "lock"  # in the state folder: held while an agent works there
 TICK_S = 0.5
 MAX_FAULT = 2000  # characters of a fault that are sent; it may repeat what an order said
 
@@ -77,11 +80,19 @@ class Agent:
         self.config = config
         try:
             config.state.mkdir(parents=True, exist_ok=True)
+            lock = locks.hold(config.state / LOCK, f"process {os.getpid()}")
         except OSError as fault:
             raise SettingsError(
-                f"state: {config.state} cannot be made ({fault.strerror}); name a folder that this "
-                "user may write to, /var/lib/stillhouse/state for the packaged service"
+                f"state: {config.state} cannot be made or locked ({fault.strerror}); name a folder "
+                "that this user may write to, /var/lib/stillhouse/state for the packaged service"
             ) from fault
+        if lock is None:
+            raise SettingsError(
+                f"state: another agent works in {config.state} "
+                f"({locks.holder(config.state / LOCK)}); stop it, or name another folder, one for "
+                "each device"
+            )
+        self._lock = lock
         self.images = data.load(config.data, input_shape=config.image, bad_share=config.bad_share)
         self.images.tell(log)
         self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
@@ -98,7 +109,9 @@ class Agent:
         self._reported = 0.0
         self._platform = meter.this_platform()
         self._systemd = Notifier()
-        self._session = 0
+        self._state_id, first = self.journal.begin_sessions()
+        self._sessions = itertools.count(first)
+        self._session = first
         self._refused = ""  # why the orchestrator refuses this device, "" where it does not
         self.link = Link(
             config.broker,
@@ -111,6 +124,7 @@ class Agent:
             emit=self._events.put,
             will=self._will,
             persistent=True,
+            rival=f"is another agent at work as {config.device!r}? Each needs a name of its own",
         )
 
     def run(self) -> None:
@@ -139,6 +153,7 @@ class Agent:
                 self._worker.join()
             self.link.close(self._death())
             self.journal.close()
+            self._lock.close()
         if self.link.refused:
             raise self.link.refused
 
@@ -358,6 +373,7 @@ class Agent:
             update=self._updates.word,
             classes=names,
             classes_digest=digest,
+            state_id=self._state_id,
         )
         self._publish("birth", birth, retain=True)
         if self._supply:
@@ -367,11 +383,11 @@ class Agent:
 
     def _will(self) -> tuple[str, bytes]:
         """A new session's will; called by the network thread before each attempt to connect."""
-        self._session = self.journal.next_session()
+        self._session = next(self._sessions)
         return self._death()
 
     def _death(self) -> tuple[str, bytes]:
-        death = Death(self.config.device, self._session)
+        death = Death(self.config.device, self._session, self._state_id)
         return self._topic("death"), messages.encode(death)
 
     def _report(self, phase: str, done: int, total: int) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from wire import records, signing, topics
 from wire.address import BrokerAddress
-from wire.errors import SignatureError
+from wire.errors import SettingsError, SignatureError
 
 BAD_SHARE = 0.05  # of a folder's pictures
 
@@ -86,4 +86,9 @@ def load(path: Path) -> AgentConfig:
     config = records.load(AgentConfig, path)
     folder = path.resolve().parent
     names = ("data", "state", "updates", "updates_kept")
-    return replace(config, **{name: folder / getattr(config, name) for name in names})
+    try:
+        broker = config.broker.beside(folder)
+    except ValueError as fault:
+        raise SettingsError(f"{path}: broker: {fault}") from fault
+    found = {name: folder / getattr(config, name) for name in names}
+    return replace(config, broker=broker, **found)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from edge_agent import config, meter
 from edge_agent.config import AgentConfig
-from wire.errors import StillhouseError
+from wire.errors import LinkError, StillhouseError
 
 WHEELS = ("numpy", "onnxruntime", "zstandard", "safetensors", "msgpack", "paho.mqtt.client", "PIL",
           "threadpoolctl", "cryptography")  # fmt: skip
@@ -233,11 +233,8 @@ def _broker(chosen: AgentConfig) -> Finding:
 
     try:
         link = Link(address, f"doctor-{chosen.device}-{os.getpid()}", subscriptions=[], emit=heard)
-    except (OSError, ValueError) as fault:  # certificates, which paho reads at once
-        return Finding(
-            "bad", f"no connection to {address.url} with these files: {fault}",
-            "ca_file, cert_file and key_file: PEM, readable, the last two together",
-        )  # fmt: skip
+    except LinkError as fault:  # certificates, which are read at once
+        return Finding("bad", str(fault), "copy the files anew")
     link.start()
     began = time.monotonic()
     try:

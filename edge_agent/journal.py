@@ -5,6 +5,7 @@ after a power cut. One order is open at a time; a newer one replaces it.
 """
 
 import logging
+import secrets
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,8 @@ from wire.errors import OrderError, StillhouseError
 from wire.messages import Order, Result
 
 log = logging.getLogger("edge-agent")
+
+SESSIONS = 1 << 24  # of one start; 500 million starts fit into a message's number
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
@@ -33,14 +36,20 @@ class Journal:
         self._db = _connect(path)
         self._db.executescript(_SCHEMA)
 
-    def next_session(self) -> int:
-        """A session number never given out before; may be called from any thread."""
-        with closing(_connect(self._path)) as db, db:
-            db.execute("INSERT OR IGNORE INTO counters VALUES ('session', 0)")
-            (session,) = db.execute(
-                "UPDATE counters SET value = value + 1 WHERE name = 'session' RETURNING value"
-            ).fetchone()
-        return int(session)
+    def begin_sessions(self) -> tuple[str, int]:
+        """The id of this state folder, and a number: the `SESSIONS` from it on are the caller's.
+
+        No number is ever given out twice. One write gives an agent's connections all of theirs, so
+        that none waits for the disk.
+        """
+        with self._db:
+            for name, value in (("session", 0), ("state", secrets.randbits(63))):
+                self._db.execute("INSERT OR IGNORE INTO counters VALUES (?, ?)", (name, value))
+            self._db.execute(
+                "UPDATE counters SET value = value + ? WHERE name = 'session'", (SESSIONS,)
+            )
+        found = dict(self._db.execute("SELECT name, value FROM counters"))
+        return f"{found['state']:016x}", int(found["session"]) - SESSIONS + 1
 
     def latest(self) -> tuple[Order, Result | None, bool] | None:
         """The newest order, its result if it has one, and whether the result is receipted.

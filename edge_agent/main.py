@@ -23,6 +23,7 @@ state = "state"         # artifacts, weights and the journal; survives power cut
 image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
 bad_share = 0.05        # damaged pictures are left out; more than this share are an error
 threads = 0             # of ONNX Runtime and numpy; 0 takes all cores
+chunk_bytes = 131072    # of the pieces that results travel in; less where the broker takes less
 release_key = ""        # updates of the package are signed by it; "" takes none
 update_minutes = 5      # that an update has until it runs, or it is rolled back
 

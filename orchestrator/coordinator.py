@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 from orchestrator import admit, rounds
 from orchestrator.config import RunConfig
+from orchestrator.fleet import claim
+from orchestrator.fleet.claim import Claim, Say
 from orchestrator.fleet.roster import MAX_REASON, Roster
 from orchestrator.fleet.updates import Rollout
 from orchestrator.intake import Intake
 from orchestrator.report import Report
-from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind
+from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind, Session
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies.strategy import Metrics, State, Strategy
 from wire import messages, topics
@@ -111,14 +113,21 @@ class Coordinator:
         self._carried: dict[str, Order] = {}
         self._rounds = self._restored(last)
         self._address = address
+        self._claim = Claim(config.fleet, store.run_id, boot=str(time.time_ns()))
+        self._claim_topic = topics.topic(config.fleet, topics.ALL, claim.CHANNEL)
         self.link = Link(
             address,
-            f"stillhouse-{config.fleet}-orchestrator",
+            f"stillhouse-{config.fleet}-orchestrator-{store.run_id.rpartition('.')[2]}",
             subscriptions=[
-                (topics.topic(config.fleet, "+", channel), 0 if channel == "up" else 1)
-                for channel in topics.FROM_DEVICE
+                (self._claim_topic, 1),
+                *(
+                    (topics.topic(config.fleet, "+", channel), 0 if channel == "up" else 1)
+                    for channel in topics.FROM_DEVICE
+                ),
             ],
             emit=self._events.put,
+            will=lambda: (self._claim_topic, b""),
+            rival=f"is a copy of the run {config.name!r} at work on another machine?",
         )
 
     def run(self, changed: Callable[[], None] = lambda: None) -> None:
@@ -126,7 +135,8 @@ class Coordinator:
 
         Raises:
             LinkError: the broker refuses us for good.
-            RunError: every device failed, `rounds.ATTEMPTS` times in a row.
+            RunError: another run has the fleet, or every device failed, `rounds.ATTEMPTS` times in
+                a row.
             StillhouseError: the strategy failed.
         """
         if self.finished():
@@ -142,10 +152,13 @@ class Coordinator:
                     self._handle(self._events.get(timeout=TICK_S))
                 if self.link.refused:
                     raise self.link.refused
-                self._tick()
+                if self._claim.held:
+                    self._tick()
+                else:
+                    self._say(self._claim.ticked(time.monotonic()))
                 changed()
         finally:
-            self.link.close()
+            self.link.close((self._claim_topic, b"") if self._claim.held else None)
             self._worker.shutdown(wait=True, cancel_futures=True)
 
     def finished(self) -> bool:
@@ -154,7 +167,11 @@ class Coordinator:
 
     def _handle(self, event: Event) -> None:
         match event:
+            case Arrived(topic, payload) if topic == self._claim_topic:
+                self._rival(payload)
             case Arrived(_, b""):  # a retained message was taken from the broker, by us
+                pass
+            case Arrived() if not self._claim.held:  # devices are asked anew when it is
                 pass
             case Arrived(topic, payload):
                 try:
@@ -167,8 +184,7 @@ class Coordinator:
                 self._received(address.device, message, body)
             case Connected():
                 log.info("connected to %s", self._address.url)
-                hello = messages.encode(Hello(boot=str(time.time_ns())))
-                self.link.publish(topics.topic(self.config.fleet, topics.ALL, "hello"), hello)
+                self._say(self._claim.connected(time.monotonic()))
             case Lost(reason):
                 log.warning("%s; trying again", reason)
             case Admitted(result, fault):
@@ -179,20 +195,40 @@ class Coordinator:
             case Failed(fault):
                 raise fault
 
+    def _rival(self, payload: bytes) -> None:
+        """An orchestrator spoke of who has the fleet, perhaps this one."""
+        hello: Message | None = None
+        if payload:
+            try:
+                hello, _ = messages.decode(payload, sender=self._claim_topic)
+            except WireError as fault:
+                log.warning("message dropped: %s", fault)
+                return
+        if hello is None or isinstance(hello, Hello):
+            self._say(self._claim.heard(hello))
+
+    def _say(self, all_: tuple[Say, ...]) -> None:
+        for channel, hello, retain in all_:
+            topic = topics.topic(self.config.fleet, topics.ALL, channel)
+            self.link.publish(topic, messages.encode(hello), retain=retain)
+
     def _received(self, device: str, message: Message, body: memoryview) -> None:
         now = time.monotonic()
         match message:
             case Birth():
+                before = self._roster.births.get(device)
                 if birth := self._roster.born(device, message, now):
                     self.report.born(device, birth)
+                    if before and before.state_id != birth.state_id:
+                        self._intake.drop(device)  # what it offered is gone
                     self._intake.resume(device)
-                    session, cohort = birth.session, self.config.cohort
-                    self._apply(rounds.born(self._rounds, cohort, device, session, now))
+                    session = Session(birth.session, birth.state_id)
+                    self._apply(rounds.born(self._rounds, self.config.cohort, device, session, now))
                 elif message.device == device:
                     self._turn_away(device)
-            case Death(session=session):
-                self._roster.died(device, session)
-                self._apply(rounds.died(self._rounds, device, session))
+            case Death(session=number, state_id=state_id):
+                self._roster.died(device, number, state_id)
+                self._apply(rounds.died(self._rounds, device, Session(number, state_id)))
             case Telemetry():
                 if message.run == self.store.run_id and device in self._roster.births:
                     self.report.telemetry(device, message)
@@ -212,8 +248,8 @@ class Coordinator:
 
     def _turn_away(self, device: str) -> None:
         """A device whose birth is refused gets no order, and the one that it has counts no more."""
-        session = self._rounds.live.get(device, 0)
-        self._apply(rounds.died(self._rounds, device, session))
+        if session := self._rounds.live.get(device):
+            self._apply(rounds.died(self._rounds, device, session))
         with self._giving_up(device):
             raise AdmissionError(self._roster.refused[device])
 

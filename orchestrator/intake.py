@@ -27,7 +27,14 @@ class Intake:
         if known and known[0] == result:
             return
         fetches = [
-            Fetch(self._blobs, ref, window=WINDOW, retry_s=RETRY_S, owner=result.device)
+            Fetch(
+                self._blobs,
+                ref,
+                window=WINDOW,
+                retry_s=RETRY_S,
+                owner=result.device,
+                settings=f"agent.toml of {result.device}",
+            )
             for ref in {ref.digest: ref for ref in result.blobs.values()}.values()
         ]
         self._pulls[result.device] = (result, fetches)

@@ -9,7 +9,7 @@ from models import submodel
 from orchestrator import broker, networks
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
-from orchestrator.fleet import classes, enrolment, updates
+from orchestrator.fleet import claim, classes, enrolment, updates
 from orchestrator.prepare import fresh, read_heldout, task
 from orchestrator.report import Report
 from orchestrator.store import Store
@@ -44,6 +44,7 @@ def run(
     sources = networks.check(config)
     heldout = read_heldout(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(claim.locked(config.runs, config.fleet, config.name))
         store = Store(config)
         stack.callback(store.close)
         networks.claim(store.folder, sources)

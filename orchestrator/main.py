@@ -1,6 +1,7 @@
 """The command `orchestrator`."""
 
 import enum
+import functools
 import json
 import logging
 import sys
@@ -117,9 +118,11 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
     chosen = config.load(config_file)
     if key := release_key or chosen.release.key:
         signing.check_public(key)
+    path = out or Path(f"{device}.toml")
+    if path.exists():
+        raise StillhouseError(f"{path} is there already; name another with --out")
+    url, notes = enrolment.reach(chosen.broker, url)
     password = enrolment.enroll(chosen.runs, chosen.fleet, device)
-    broker = chosen.broker
-    url = url or broker.url or f"mqtt://{broker.host}:{broker.port}"
     text = (
         TEMPLATE.replace('"device-0" ', json.dumps(device) + " ")
         .replace('"fleet"  ', json.dumps(chosen.fleet) + "  ")
@@ -127,18 +130,22 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
         .replace('username = "" ', f"username = {json.dumps(device)} ")
         .replace('password = ""', f"password = {json.dumps(password)}")
         .replace('release_key = "" ', f"release_key = {json.dumps(key)} ")
+        .replace("chunk_bytes = 131072", f"chunk_bytes = {chosen.chunk_bytes}")
         .replace("[3, 32, 32]", json.dumps(list(chosen.device.input)))
     )
     if packaged:
         text = text.replace('"images"', '"/srv/stillhouse/images"')
         text = text.replace('"state"', '"/var/lib/stillhouse/state"')
-    path = out or Path(f"{device}.toml")
     try:
         path.touch(0o600, exist_ok=False)
-    except FileExistsError as fault:
-        raise StillhouseError(f"{path} is there already; name another with --out") from fault
-    path.write_text(text)
-    console.print(f"{path} written; on the device: edge-agent run --config {path.name}")
+        path.write_text(text)
+    except OSError as fault:
+        raise StillhouseError(f"{path}: cannot be written: {fault.strerror}; name another with "
+                              "--out") from fault  # fmt: skip
+    say = functools.partial(console.print, soft_wrap=True, highlight=False, markup=False)
+    say(f"{path} written, for the broker {url}; on the device: edge-agent run --config {path.name}")
+    for note in notes:
+        say(f"note: {note}")
 
 
 @app.command()

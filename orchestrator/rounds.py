@@ -15,9 +15,10 @@ Nothing here touches the network, the disk or the clock; times are monotonic sec
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,13 +39,21 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
+class Session(NamedTuple):
+    """A connection of a device: its number in the count of one state folder."""
+
+    number: int
+    state_id: str = ""
+
+
 @dataclass(frozen=True)
 class State:
     """One run's rounds.
 
     Attributes:
         round: the one that is open, or the last that was.
-        live: session number of each device that is there.
+        live: the session of each device that is there.
+        state_ids: the state folder that each device last came with.
         cohort: devices that have an order of this round, or one of an earlier round open.
         carried: of these, whose order is of an earlier round, and how many rounds ago that was.
         returned: of these, whose result was accepted.
@@ -61,7 +70,8 @@ class State:
     seed: int
     round: int = 0
     phase: Phase = Phase.FORMING
-    live: Mapping[str, int] = field(default_factory=dict)
+    live: Mapping[str, Session] = field(default_factory=dict)
+    state_ids: Mapping[str, str] = field(default_factory=dict)
     cohort: frozenset[str] = frozenset()
     carried: Mapping[str, int] = field(default_factory=dict)
     returned: frozenset[str] = frozenset()
@@ -113,22 +123,35 @@ Action = Open | Remind | Close | GiveUp | Finish
 Step = tuple[State, tuple[Action, ...]]
 
 
-def born(state: State, rules: CohortConfig, device: str, session: int, now_s: float) -> Step:
-    """A device is there; a session older than the known one is a late message."""
-    if session < state.live.get(device, 0):
+def born(state: State, rules: CohortConfig, device: str, session: Session, now_s: float) -> Step:
+    """A device is there; a session older than the known one is a late message.
+
+    A device that comes with another state folder than before is in a newer life (its card was
+    replaced, say): it does not know its order any more.
+    """
+    known = state.live.get(device)
+    if known and known.state_id == session.state_id and session.number < known.number:
         return state, ()
-    state = replace(state, live={**state.live, device: session})
+    new_life = state.state_ids.get(device, session.state_id) != session.state_id
+    state = replace(
+        state,
+        live={**state.live, device: session},
+        state_ids={**state.state_ids, device: session.state_id},
+    )
     waiting = device in state.cohort - state.returned - state.failed
     if state.phase is Phase.COLLECTING and waiting:
         return state, (Remind(device),)
+    if new_life and state.phase is not Phase.COLLECTING:
+        carried = {name: age for name, age in state.carried.items() if name != device}
+        state = replace(state, carried=carried)
     return ticked(state, rules, now_s)
 
 
-def died(state: State, device: str, session: int) -> Step:
-    """A connection ended; the will of an older session does not end a newer one."""
+def died(state: State, device: str, session: Session) -> Step:
+    """A connection ended; the will of another session does not end this one."""
     if state.live.get(device) != session:
         return state, ()
-    live = {name: number for name, number in state.live.items() if name != device}
+    live = {name: known for name, known in state.live.items() if name != device}
     return replace(state, live=live), ()
 
 
@@ -181,9 +204,7 @@ def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
     if not (full or now_s >= ready_at_s):
         return replace(state, ready_at_s=ready_at_s), ()
     number = state.round + 1
-    free = {
-        device: session for device, session in state.live.items() if device not in state.carried
-    }
+    free = state.live.keys() - state.carried.keys()
     most, chosen = rules.max_devices, frozenset[str]()
     busy = len(state.carried.keys() & state.live.keys())
     if not most or most > busy:
@@ -241,7 +262,7 @@ def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
 
 
 def choose(
-    live: Mapping[str, int], most: int, seed: int, number: int, attempt: int = 0
+    live: Collection[str], most: int, seed: int, number: int, attempt: int = 0
 ) -> frozenset[str]:
     """A uniform sample of at most `most` live devices (0: all), the same for the same seed.
 

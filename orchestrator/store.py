@@ -271,6 +271,7 @@ class Store:
         current["broker"]["password"] = ""  # the run's folder is for others to read
         if path.exists():
             table = json.loads(path.read_text())
+            table.pop("broker", None)  # decides no numbers, and rules for it have become stricter
             before = records.plain(records.build(RunConfig, table, where=str(path), error=RunError))
             before = json.loads(json.dumps(before))
             keys = ["fleet", "strategy", "seed", "device", "submodel", "transfer", "server"]

@@ -1,46 +1,236 @@
-"""Where a broker is: the part of a connection that configurations hold."""
+"""Where a broker is: the part of a connection that configurations hold.
 
-from dataclasses import dataclass
+A URL is read once, by `parse`; what is done (TLS or not, which port) follows from what was read and
+not from the text. A secret that somebody wrote into a URL is in no message.
+"""
+
+import ipaddress
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import NamedTuple, Self
+
+PORTS = {"mqtt": 1883, "mqtts": 8883}
+MAX_SHOWN = 120  # characters of a URL in a message
+MAX_SECRET_BYTES = 65535  # MQTT 3.1.1, section 1.5.3
+EXPECTED = "expected mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS"
+_URL = re.compile(r"([^:/?#@\[\]]+)://(\[[^\[\]]*\]|[^/?#\[\]]*?)(?::([^:/?#\[\]]*))?([/?#].*)?")
+_LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+_TLS_SCHEMES = ("ssl", "tls", "mqtt+ssl", "mqtt+tls", "mqtts+ssl", "secure-mqtt")
+_PLAIN_SCHEMES = ("tcp", "mqtt+tcp")
+_WEB_SCHEMES = ("ws", "wss", "http", "https")
+
+
+class Endpoint(NamedTuple):
+    """What a broker's URL says; `host` is a name, or an address without brackets."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The URL in its one form: lower case, with the port."""
+        return f"{self.scheme}://{bracketed(self.host)}:{self.port}"
+
+
+def bracketed(host: str) -> str:
+    """A host as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def redacted(text: str) -> str:
+    """A URL without what may be a secret: user info, query and fragment; what is odd is escaped."""
+    text = re.sub(
+        r"^(\s*[^:/?#@\s]*:/*)?.*[@\uff20\ufe6b]",
+        lambda m: f"{m[1] or ''}***@",
+        text,
+        flags=re.DOTALL,
+    )
+    text = re.sub(r"[?#].*", "?***", text, flags=re.DOTALL)
+    return ascii(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")
+
+
+def parse(url: str) -> Endpoint:
+    """Read a broker's URL.
+
+    Raises:
+        ValueError: it is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]; the message has the remedy.
+    """
+    shown = redacted(url)
+    if url != url.strip():
+        raise ValueError(f"url {shown}: spaces stand before or after it; take them out")
+    if "@" in url:
+        raise ValueError(
+            f"url {shown}: a user name or password does not belong in a URL; write them as "
+            "`username` and `password` under [broker]"
+        )
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(f"url {shown}: {EXPECTED}, in ASCII and without spaces{_ascii_hint(url)}")
+    found = _URL.fullmatch(url)
+    if found is None:
+        raise ValueError(f"url {shown}: {EXPECTED}{_hint(url)}")
+    scheme, host, port, rest = found.groups()
+    scheme = scheme.lower()
+    if scheme not in PORTS:
+        raise ValueError(f"url {shown}: scheme {scheme!r}: {EXPECTED}{_scheme_hint(scheme)}")
+    try:
+        made = Endpoint(scheme, _host(host), PORTS[scheme] if port is None else parse_port(port))
+    except ValueError as fault:
+        raise ValueError(f"url {shown}: {fault}") from fault
+    if rest not in (None, "/"):
+        raise ValueError(f"url {shown}: {EXPECTED}, and nothing after the host and port")
+    return made
+
+
+def parse_port(text: str) -> int:
+    """A port's number.
+
+    Raises:
+        ValueError: not a number from 1 to 65535.
+    """
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
+        raise ValueError(f"port {text!r}: expected a number from 1 to 65535")
+    return int(text)
+
+
+def check_host(host: str) -> str:
+    """A host's name or address (IPv6 without brackets), in lower case.
+
+    Raises:
+        ValueError: it can be neither.
+    """
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        labels = host.removesuffix(".").split(".")
+    named = all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdecimal()
+    if not named or len(host) > 253:
+        raise ValueError(
+            f"host {host!a:.80}: expected a name (letters, digits, '-', '_', '.') or an address"
+        )
+    return host.lower()
+
+
+def is_local(host: str) -> bool:
+    """Whether a host, of `check_host`, is this machine for whoever names it."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host(text: str) -> str:
+    """The host of a URL: IPv6 is in brackets there."""
+    if not text:
+        raise ValueError("the host is missing")
+    if text.startswith("["):
+        try:
+            address = str(ipaddress.IPv6Address(text[1:-1]))
+        except ValueError as fault:
+            raise ValueError(f"host {text}: expected an IPv6 address in the brackets") from fault
+    elif ":" in text:
+        raise ValueError(
+            f"host {text!r}: an IPv6 address stands in brackets, mqtt://[::1]:1883; elsewhere "
+            "there is one ':', before the port"
+        )
+    else:
+        address = check_host(text)
+    if address in ("0.0.0.0", "::"):  # noqa: S104 - refused
+        raise ValueError(
+            f"host {address} stands for all addresses of a machine, and is none to connect to; "
+            "write the broker's name or address"
+        )
+    return address
+
+
+def _hint(url: str) -> str:
+    bare = re.fullmatch(r"(?:(mqtts?)[:/]+)?([A-Za-z0-9_.-]+(?::[0-9]+)?)/?", url, re.IGNORECASE)
+    return f"; did you mean {(bare[1] or 'mqtt').lower()}://{bare[2]}?" if bare else ""
+
+
+def _ascii_hint(url: str) -> str:
+    """The form of an international name that travels, where the rest of the URL is right."""
+    scheme, _, host = url.partition("://")
+    try:
+        text = f"{scheme}://{host.encode('idna').decode('ascii')}"
+        wrong_elsewhere = url.isascii() or not text.isascii() or " " in text
+        return "" if wrong_elsewhere else f"; did you mean {parse(text).url}?"
+    except ValueError:  # UnicodeError is one
+        return ""
+
+
+def _scheme_hint(scheme: str) -> str:
+    if scheme in _TLS_SCHEMES:
+        return "; write mqtts"
+    if scheme in _PLAIN_SCHEMES:
+        return "; write mqtt"
+    if scheme in _WEB_SCHEMES:
+        return (
+            "; HTTP and WebSockets are not spoken here: name the broker's own MQTT port, 1883 or "
+            "8883 as a rule"
+        )
+    return ""
 
 
 @dataclass(frozen=True)
 class BrokerAddress:
     """Where the broker is and who we are there.
 
-    `url` is mqtt://host[:port] or mqtts://host[:port]; the files are PEM, for mqtts.
+    Attributes:
+        url: mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS; kept in its one form.
+        username, password: where the broker asks for them.
+        ca_file, cert_file, key_file: PEM, for mqtts; the key may be in `cert_file`.
+        scheme, host, port: of the URL.
     """
 
     url: str
     username: str = ""
-    password: str = ""
+    password: str = field(default="", repr=False)
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
+    scheme: str = field(init=False, repr=False)
+    host: str = field(init=False, repr=False)
+    port: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
-            raise ValueError(
-                f"url {self.url!r}: expected mqtt://HOST[:PORT] or mqtts://HOST[:PORT]"
-            )
-        for name in ("ca_file", "cert_file", "key_file"):
-            path = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise ValueError(f"{name}: no file {path}")
-
-    @property
-    def host(self) -> str:
-        """The host name."""
-        return urlsplit(self.url).hostname or ""
+        endpoint = parse(self.url)
+        made = {**endpoint._asdict(), "url": endpoint.url}
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+        files = [name for name in ("ca_file", "cert_file", "key_file") if getattr(self, name)]
+        if files and not self.secure:
+            raise ValueError(f"{files[0]} is for TLS, and url {self.url} is not: write mqtts://")
+        if self.key_file and not self.cert_file:
+            raise ValueError("key_file without cert_file: name the certificate that the key is of")
+        if self.password and not self.username:
+            raise ValueError("password without username: MQTT has none without the other")
+        for name in ("username", "password"):
+            text = getattr(self, name)
+            if "\0" in text or len(text.encode()) > MAX_SECRET_BYTES:
+                raise ValueError(f"{name}: expected up to {MAX_SECRET_BYTES} bytes, without NUL")
 
     @property
     def secure(self) -> bool:
         """Whether TLS is spoken."""
-        return self.url.startswith("mqtts:")
+        return self.scheme == "mqtts"
 
-    @property
-    def port(self) -> int:
-        """The port, by default 1883, or 8883 with TLS."""
-        return urlsplit(self.url).port or (8883 if self.secure else 1883)
+    def beside(self, folder: Path) -> Self:
+        """The same with relative files taken as relative to a folder, and `~` as the user's.
+
+        Raises:
+            ValueError: a file is not there.
+        """
+        files = {}
+        for name in ("ca_file", "cert_file", "key_file"):
+            if (path := getattr(self, name)) is not None:
+                try:
+                    files[name] = folder / path.expanduser()
+                except RuntimeError as fault:
+                    raise ValueError(f"{name}: {path}: {fault}") from fault
+                if not files[name].is_file():
+                    raise ValueError(f"{name}: no file {files[name]}")
+        return replace(self, **files)

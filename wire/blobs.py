@@ -12,6 +12,7 @@ verified against the digest before it takes its name, so that neither file needs
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,9 @@ from typing import BinaryIO
 from wire import messages
 from wire.errors import TransferError
 from wire.messages import BlobRef, Chunk, Gone, Want
+
+TRIES = 3  # so often a chunk is asked for, and none comes, before it is asked for a small piece
+PROBE_BYTES = 1024
 
 Send = Callable[[Want | Chunk | Gone, bytes], None]
 
@@ -112,7 +116,12 @@ class Fetch:
 
     Feed it the sender's answers (`chunk`, `gone`) and ask it for `wants` whenever something
     happened; it is done when `done` is true. Times are monotonic seconds, passed in. Where several
-    senders may offer one blob, `owner` keeps what each has sent apart.
+    senders may offer one blob, `owner` keeps what each has sent apart. `settings` names the file
+    that the sender's `chunk_bytes` is in, for people.
+
+    A broker may drop large messages, and nobody is told. So when chunks were asked for `TRIES`
+    times and none came, the first `PROBE_BYTES` of the blob are asked for in their place. If these
+    come, twice, the sender is there and the chunks are too large.
     """
 
     def __init__(
@@ -123,8 +132,15 @@ class Fetch:
         window: int = 8,
         retry_s: float = 10.0,
         owner: str = "",
+        settings: str = "run.toml",
     ) -> None:
         self.store, self.ref = store, ref
+        self._settings = settings
+        self._tried: Counter[int] = Counter()  # how often each chunk was asked for
+        self._largest = min(ref.chunk_bytes, ref.size)  # bytes of a chunk that is not the last
+        self._arrived = False  # one of these has: they are not too large
+        self._probed_s: float | None = None
+        self._suspected = False
         self.window, self.retry_s = window, retry_s
         self.done = store.has(ref.digest)
         self._asked: dict[int, float] = {}
@@ -164,6 +180,8 @@ class Fetch:
         if self.done:
             return None
         self.expire(now)
+        if not self._asked and self._stuck():
+            return self._probe(now)
         free = self.window - len(self._asked)
         room = free if room is None else min(free, room)
         # Half a window at a time keeps the pipe full without a question for every chunk.
@@ -182,6 +200,7 @@ class Fetch:
         if not missing:
             return None
         self._asked |= dict.fromkeys(missing, now)
+        self._tried.update(missing)
         return Want(self.ref.digest, self.ref.chunk_bytes, tuple(missing))
 
     def expire(self, now: float) -> bool:
@@ -194,12 +213,14 @@ class Fetch:
     def forget_asked(self) -> None:
         """The connection was lost, or the sender is back: whatever was asked must be asked anew."""
         self._asked.clear()
+        self._probed_s = None
 
     def chunk(self, message: Chunk, body: memoryview) -> None:
         """Take one chunk; one that is here already is passed over.
 
         Raises:
-            TransferError: wrong number or length, or the whole failed its digest twice.
+            TransferError: wrong number or length, the whole failed its digest twice, or chunks are
+                too large for the broker.
         """
         self._look_around()
         if self.done:
@@ -210,12 +231,16 @@ class Fetch:
             )
         at = message.index * self.ref.chunk_bytes
         expected = min(self.ref.chunk_bytes, self.ref.size - at)
+        if len(body) == PROBE_BYTES < expected and message.index == 0:
+            self._probe_came()
+            return
         if len(body) != expected:
             raise TransferError(
                 f"blob {self.ref.digest:.12}: chunk {message.index} has {len(body)} bytes, "
                 f"expected {expected}"
             )
         self._asked.pop(message.index, None)
+        self._arrived |= expected == self._largest
         if self._have[message.index]:
             return
         _write_at(self._part, at, body)
@@ -233,6 +258,31 @@ class Fetch:
             TransferError: always.
         """
         raise TransferError(f"blob {self.ref.digest:.12}: its sender no longer has it")
+
+    def _stuck(self) -> bool:
+        tries = max(self._tried.values(), default=0)
+        return tries >= TRIES and not self._arrived and self._largest > PROBE_BYTES
+
+    def _probe(self, now: float) -> Want | None:
+        if self._probed_s is not None and now - self._probed_s <= self.retry_s:
+            return None
+        self._probed_s = now
+        return Want(self.ref.digest, PROBE_BYTES, (0,))
+
+    def _probe_came(self) -> None:
+        """The sender is there. It may have come just now: the chunks are asked for once more."""
+        if self._probed_s is None:
+            return
+        if self._suspected:
+            raise TransferError(
+                f"blob {self.ref.digest:.12}: its chunks of {self._largest:,} bytes do not come, "
+                f"however often they are asked for, and one of {PROBE_BYTES:,} bytes does: the "
+                "broker seems to take no messages so large. Set a smaller chunk_bytes in "
+                f"{self._settings} ({max(PROBE_BYTES, self._largest // 8)}, say), or raise the "
+                "broker's limit (Mosquitto: max_packet_size, message_size_limit)"
+            )
+        self._suspected, self._probed_s = True, None
+        self._tried.clear()
 
     def _look_around(self) -> None:
         """Another transfer may have brought the same blob."""

@@ -2,14 +2,17 @@
 
 MQTT 3.1.1 only, so that any broker serves. A thread of its own keeps the connection: when it
 breaks it is made again after a full-jitter back-off, uniform on (0, min(cap, base * 2^attempt)), so
-that a fleet does not come back all at once. What happens is handed to `emit` in that thread;
-callers put it in a queue.
+that a fleet does not come back all at once. The back-off begins anew only when a connection has
+stood for `STEADY_S`, longer than any back-off: two clients of one name, whom the broker takes over
+from each other, slow each other down. What happens is handed to `emit` in that thread; callers put
+it in a queue.
 """
 
 import random
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,9 +27,15 @@ from wire.errors import LinkError
 KEEPALIVE_S = 30
 BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 60.0
+STEADY_S = 1.5 * BACKOFF_CAP_S
+CUTS = 3  # connections in a row that the broker ended early, before a cause is named
+LARGE_BYTES = 4096  # a message that some brokers refuse; all others are far smaller
+AT_ONCE_S = 5.0  # a broker that takes no such message ends the connection within that
 # Refusals that no waiting mends (MQTT 3.1.1, table 3.1): protocol, client id, credentials, rights.
 _FINAL = {"Unsupported protocol version", "Client identifier not valid",
           "Bad user name or password", "Not authorized"}  # fmt: skip
+_ACCEPTED = "Success"
+_CLOSED = "Unspecified error"  # paho's word for: the other side closed the connection
 
 
 class Arrived(NamedTuple):
@@ -49,6 +58,77 @@ class Lost(NamedTuple):
 LinkEvent = Arrived | Connected | Lost
 
 
+class Backoff:
+    """How long to wait before the next attempt, and why connections end early.
+
+    MQTT 3.1.1 gives no reason when a broker ends a connection. If it does so `CUTS` times in a row,
+    each time soon after it had accepted us, then because of a message that is too large for it,
+    where each end follows one at once, and else most likely because of another client of our name.
+
+    Args:
+        client_id: our name at the broker.
+        rival: what to do if somebody else has it.
+    """
+
+    def __init__(self, client_id: str, rival: str) -> None:
+        self._client_id, self._rival = client_id, rival
+        self._attempt = 0
+        self._since_s: float | None = None  # the connection stands
+        self._large = (0.0, 0)  # when the first large message of it was sent; the largest's bytes
+        self._cuts: list[int] = []  # bytes of the large message that went before each; 0: none did
+
+    def ceiling_s(self) -> float:
+        """The longest wait before the next attempt; it doubles with each."""
+        ceiling = min(BACKOFF_CAP_S, BACKOFF_BASE_S * (1 << self._attempt))
+        self._attempt = min(self._attempt + 1, 10)
+        return ceiling
+
+    def connected(self, now_s: float) -> None:
+        """The broker accepted us."""
+        self._since_s, self._large = now_s, (0.0, 0)
+
+    def published(self, size: int, now_s: float) -> None:
+        """A message of so many bytes was sent."""
+        if size >= LARGE_BYTES:
+            first_s, largest = self._large
+            self._large = (first_s if largest else now_s, max(size, largest))
+
+    def unreachable(self) -> None:
+        """An attempt failed: it is the broker that comes and goes."""
+        self._since_s = None
+        self._cuts.clear()
+
+    def ended(self, now_s: float, *, by_broker: bool) -> str:
+        """The connection ended; the likely cause, or "" where none can be told."""
+        since_s, self._since_s = self._since_s, None
+        if since_s is None:
+            return ""
+        steady = now_s - since_s >= STEADY_S
+        if steady:
+            self._attempt = 0
+        if steady or not by_broker:
+            self._cuts.clear()
+            return ""
+        first_s, largest = self._large
+        self._cuts.append(largest if now_s - first_s <= AT_ONCE_S else 0)
+        last = self._cuts[-CUTS:]
+        if len(last) < CUTS:
+            return ""
+        if all(last):
+            return (
+                f"the broker ended {len(self._cuts)} connections in a row when it was sent a "
+                f"message of about {min(last):,} bytes: it seems to take none so large. Set a "
+                "smaller chunk_bytes, or raise the broker's limit (Mosquitto: max_packet_size)"
+            )
+        if not any(last):
+            return (
+                f"the broker ended {len(self._cuts)} connections in a row soon after it had "
+                f"accepted them: most likely another client uses this name, {self._client_id}; "
+                f"{self._rival}"
+            )
+        return ""
+
+
 class Link:
     """A connection that comes back by itself.
 
@@ -59,6 +139,10 @@ class Link:
         emit: called with each event, in the connection's thread.
         will: called before each attempt; the (topic, payload) the broker publishes, retained,
             when the connection breaks.
+        rival: what to do if another client uses the client id.
+
+    Raises:
+        LinkError: a certificate or key cannot be used.
     """
 
     def __init__(
@@ -70,6 +154,7 @@ class Link:
         emit: Callable[[LinkEvent], None],
         will: Callable[[], tuple[str, bytes]] | None = None,
         persistent: bool = False,
+        rival: str = "give each client a name of its own",
     ) -> None:
         self.address = address
         self.bytes_in = 0
@@ -77,9 +162,10 @@ class Link:
         self.refused: LinkError | None = None
         self._subscriptions = list(subscriptions)
         self._emit, self._will = emit, will
+        self._answer = ""  # the broker's, to the attempt under way
         self._closing = threading.Event()
         self._settled = threading.Event()  # connected once, or refused for good
-        self._attempt = 0
+        self._backoff = Backoff(client_id, rival)
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
@@ -96,12 +182,7 @@ class Link:
         if address.username:
             client.username_pw_set(address.username, address.password)
         if address.secure:
-            client.tls_set(
-                ca_certs=str(address.ca_file) if address.ca_file else None,
-                certfile=str(address.cert_file) if address.cert_file else None,
-                keyfile=str(address.key_file) if address.key_file else None,
-                tls_version=ssl.PROTOCOL_TLS_CLIENT,
-            )
+            _set_tls(client, address)
         self._client = client
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
 
@@ -130,6 +211,7 @@ class Link:
         if qos == 0 and not self.connected:
             return
         self.bytes_out += len(payload)
+        self._backoff.published(len(payload), time.monotonic())
         self._client.publish(topic, payload, qos=qos, retain=retain)
 
     def close(self, last: tuple[str, bytes] | None = None) -> None:
@@ -153,16 +235,17 @@ class Link:
                 while self._client.loop() == paho.MQTT_ERR_SUCCESS:
                     pass
             except Exception as fault:  # noqa: BLE001 - the next attempt may do better
-                self._emit(Lost(f"broker {self.address.url} cannot be reached: {fault}"))
+                self._backoff.unreachable()
+                why = _told(fault, secure=self.address.secure)
+                self._emit(Lost(f"broker {self.address.url} cannot be reached: {why}"))
             if self.refused is None:
-                ceiling = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2**self._attempt)
-                self._attempt = min(self._attempt + 1, 10)
-                self._closing.wait(random.uniform(0, ceiling))
+                self._closing.wait(random.uniform(0, self._backoff.ceiling_s()))
 
     def _connected(
         self, _c: paho.Client, _u: object, _f: paho.ConnectFlags, code: ReasonCode,
         _p: Properties | None,
     ) -> None:  # fmt: skip
+        self._answer = code.getName()
         if code.is_failure:
             if code.getName() in _FINAL:
                 self.refused = LinkError(
@@ -171,7 +254,7 @@ class Link:
                 )
                 self._settled.set()
             return
-        self._attempt = 0
+        self._backoff.connected(time.monotonic())
         if self._subscriptions:
             self._client.subscribe(self._subscriptions)
         self._settled.set()
@@ -181,12 +264,51 @@ class Link:
         self, _c: paho.Client, _u: object, _f: paho.DisconnectFlags, code: ReasonCode,
         _p: Properties | None,
     ) -> None:  # fmt: skip
-        if not self._closing.is_set():
-            self._emit(Lost(f"connection to {self.address.url} lost: {code.getName()}"))
+        if self._closing.is_set() or self.refused:
+            return
+        answer, self._answer = self._answer, ""
+        by_broker = code.getName() == _CLOSED
+        cause = self._backoff.ended(time.monotonic(), by_broker=by_broker)
+        what = "the broker ended it" if by_broker else code.getName()
+        if not answer and by_broker:
+            tls = "does not speak TLS" if self.address.secure else "speaks TLS (write mqtts)"
+            what = f"it was ended without an answer; is it the broker's port, or one that {tls}?"
+        elif answer != _ACCEPTED:
+            what = answer
+        self._emit(Lost(f"connection to {self.address.url} lost: {cause or what}"))
 
     def _received(self, _c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)
         self._emit(Arrived(message.topic, bytes(message.payload)))
+
+
+def _set_tls(client: paho.Client, address: BrokerAddress) -> None:
+    ca, cert, key = (
+        str(path) if path else None
+        for path in (address.ca_file, address.cert_file, address.key_file)
+    )
+    try:
+        client.tls_set(
+            ca,
+            cert,
+            key,
+            # Else OpenSSL asks at the terminal for the password of a key that has one.
+            keyfile_password="",
+            tls_version=ssl.PROTOCOL_TLS_CLIENT,
+        )
+    except (OSError, ValueError) as fault:
+        raise LinkError(
+            f"no connection to {address.url} with these files: {fault}; ca_file, cert_file and "
+            "key_file: PEM, readable, the last two of one pair, the key without a password"
+        ) from fault
+
+
+def _told(fault: Exception, *, secure: bool) -> str:
+    """What went wrong; a port that hears TLS and does not speak it answers in many ways."""
+    plain = (ssl.SSLCertVerificationError, ConnectionRefusedError, socket.gaierror)
+    if secure and not isinstance(fault, plain):
+        return f"{fault}; does it speak TLS on that port?"
+    return str(fault)
 
 
 def _without_delay(_c: paho.Client, _u: object, stream: Any) -> None:

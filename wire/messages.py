@@ -1,7 +1,7 @@
 """The messages, as frozen dataclasses; each travels as the header of a frame.
 
     device                              orchestrator
-      | birth (retained) ----------------> |   on every connection, with a new session number
+      | birth (retained) ----------------> |   on every connection, with a new session
       | <---------------------------- order |   what to train, from what, what to return
       | want -> / <- chunk                  |   the device pulls the blobs that the order names
       | telemetry -------------------------> |   how far it is
@@ -35,6 +35,7 @@ from wire.frames import Frame, Kind
 from wire.release import Build, Release
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_STATE_ID = re.compile(r"[0-9a-f]{0,32}")
 MAX_CHUNK_BYTES = frames.MAX_MESSAGE_BYTES - 4096
 MAX_BLOB_BYTES = 1 << 36
 MAX_WANT = 64
@@ -115,10 +116,17 @@ class Platform:
         )
 
 
+def _check_state_id(state_id: str) -> None:
+    if not _STATE_ID.fullmatch(state_id):
+        raise ValueError(f"state_id: expected up to 32 hex digits, got {state_id!r:.80}")
+
+
 @dataclass(frozen=True)
 class Birth:
-    """A device is there. `session` grows with every connection it makes.
+    """A device is there. `session` grows with every connection that its state folder sees.
 
+    `state_id` names that folder, at random; sessions of two folders say nothing about which came
+    first. "" is an agent that names none, and counts alone.
     `data_digest` names the samples and their order; teacher logits are meant for exactly these.
     `package` is what the agent was installed by, None where it was not, or says nothing of it;
     `update` says what became of an update that it does not have, "" where there was none.
@@ -136,9 +144,11 @@ class Birth:
     update: str = ""
     classes: tuple[str, ...] = ()
     classes_digest: str = ""
+    state_id: str = ""
 
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
+        _check_state_id(self.state_id)
         _check_counts(session=self.session, samples=self.samples - 1)
         _check_texts(version=self.version)
         if not _DIGEST.fullmatch(self.data_digest):
@@ -154,10 +164,14 @@ class Birth:
 
 @dataclass(frozen=True)
 class Death:
-    """The connection with this session number has ended (the device's last will)."""
+    """The connection of this session has ended (the device's last will); see `Birth`."""
 
     device: str
     session: int
+    state_id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_state_id(self.state_id)
 
 
 @dataclass(frozen=True)
@@ -351,9 +365,22 @@ class Measured:
 
 @dataclass(frozen=True)
 class Hello:
-    """The orchestrator is there (again): be born, offer what is unreceipted, go on pulling."""
+    """The orchestrator is there (again): be born, offer what is unreceipted, go on pulling.
+
+    Orchestrators say it to each other as well, to learn who has the fleet (`fleet.claim`).
+
+    Attributes:
+        boot: names the process.
+        run: that it does.
+        answers: the boot of the one that is answered; "" where nobody is.
+    """
 
     boot: str
+    run: str = ""
+    answers: str = ""
+
+    def __post_init__(self) -> None:
+        _check_texts(boot=self.boot, run=self.run, answers=self.answers)
 
 
 @dataclass(frozen=True)

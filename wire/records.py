@@ -7,7 +7,8 @@ type. Inside, types are trusted.
 Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str; `~` is
 the home folder), Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, X | tuple[Y, ...] (a
 list is the tuple), Mapping[str, X], and nested dataclasses. A dataclass states its own ranges in
-`__post_init__` by raising ValueError.
+`__post_init__` by raising ValueError. What is `init=False` there is neither read nor written, and
+what is `repr=False` is a secret: text that no message repeats.
 """
 
 import dataclasses
@@ -48,18 +49,27 @@ def build(
     """
     if not isinstance(mapping, Mapping):
         raise error(f"{where}: expected a table of settings, got {type(mapping).__name__}")
-    hints = _hints(cls)  # type: ignore[arg-type]
+    fields = [f for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    types_ = _hints(cls)  # type: ignore[arg-type]
+    hints = {field.name: types_[field.name] for field in fields}
     for key in mapping if strict else ():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(hints)}"
             raise error(f"{where}: unknown key {key!r:.80}; {hint}")
     values = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in fields:
         if field.name in mapping:
-            values[field.name] = _value(
-                hints[field.name], mapping[field.name], f"{where}: {field.name}", error, strict
-            )
+            place = f"{where}: {field.name}"
+            try:
+                values[field.name] = _value(
+                    hints[field.name], mapping[field.name], place, error, strict
+                )
+            except error:
+                if field.repr:
+                    raise
+                got = type(mapping[field.name]).__name__  # what `repr` hides is in no message
+                raise error(f"{place}: expected text in quotes, got {got}") from None
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"{where}: key {field.name!r} is missing")
     try:
@@ -86,7 +96,9 @@ def load(cls: type[T], path: Path) -> T:
 def plain(record: object) -> Any:
     """The mapping that `build` would make `record` of: dataclasses become dicts, tuples lists."""
     if dataclasses.is_dataclass(record):
-        return {f.name: plain(getattr(record, f.name)) for f in dataclasses.fields(record)}
+        return {
+            f.name: plain(getattr(record, f.name)) for f in dataclasses.fields(record) if f.init
+        }
     if isinstance(record, Mapping):
         return {key: plain(value) for key, value in record.items()}
     if isinstance(record, tuple | list):

@@ -3,7 +3,8 @@
 The device stands at a fixed level, so that a broker's access list can be one pattern. A device
 writes `birth`, `death` (both retained), `result`, `telemetry` (where a measurement is retained
 until the orchestrator has it) and `up`; it reads `order` and `down`. What all devices read is under
-the reserved name `all`. `up` and `down` carry blob traffic.
+the reserved name `all`, and what orchestrators say to each other under `all/run`. `up` and `down`
+carry blob traffic.
 """
 
 import re

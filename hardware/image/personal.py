@@ -10,7 +10,7 @@ import shutil
 import tomllib
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +38,7 @@ class Identity:
 
     device: str
     wifi: str = ""
-    wifi_password: str = ""
+    wifi_password: str = field(default="", repr=False)
     country: str = ""
 
     def __post_init__(self) -> None:
@@ -217,7 +217,7 @@ def read_devices(path: Path, defaults: Mapping[str, str]) -> list[Identity]:
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as fault:
         raise ImageError(f"{path}: cannot be read: {fault}") from fault
-    known = [field.name for field in fields(Identity)]
+    known = [column.name for column in fields(Identity)]
     if "device" not in columns or set(columns) - set(known):
         raise ImageError(f"{path}: expected columns out of {', '.join(known)}; got "
                          f"{', '.join(columns) or 'none'}")  # fmt: skip

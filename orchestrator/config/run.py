@@ -68,9 +68,12 @@ class RunConfig:
                 f"transfer_chunks {self.transfer_chunks}, name of {len(self.name)} characters: "
                 "expected 2 or more, and 48 at most"
             )
-        if self.submodel != SubmodelConfig() and self.strategy != "feddropout":
-            raise ValueError(f"submodel: strategy {self.strategy!r} trains whole models; "
-                             "use feddropout")  # fmt: skip
+        if not 1024 <= self.chunk_bytes <= 1 << 19:
+            raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
+        self._check_heldout()
+        self._check_strategy()
+
+    def _check_heldout(self) -> None:
         device = self.device
         if self.heldout is None and (
             self.strategy != "fedgkt" or not device.holdout or self.transfer.resend
@@ -84,6 +87,13 @@ class RunConfig:
                 f"device.holdout: strategy {self.strategy!r} evaluates on the server's images; "
                 "leave it out"
             )
+
+    def _check_strategy(self) -> None:
+        """Settings that the strategy would ignore are refused."""
+        device = self.device
+        if self.submodel != SubmodelConfig() and self.strategy != "feddropout":
+            raise ValueError(f"submodel: strategy {self.strategy!r} trains whole models; "
+                             "use feddropout")  # fmt: skip
         if device.clip and self.transfer.views and self.transfer.freeze_after is not None:
             raise ValueError(
                 "device.clip: a crop of a clipped feature map is not that of the crop; leave out "
@@ -140,8 +150,13 @@ def load(path: Path) -> RunConfig:
     packages = tuple(folder / package for package in config.release.packages)
     device, server = config.device, config.server
     others = tuple(replace(o, model=anchored(o.model, folder)) for o in device.others)
+    try:
+        broker = config.broker.beside(folder)
+    except ValueError as fault:
+        raise SettingsError(f"{path}: broker: {fault}") from fault
     return replace(
         config,
+        broker=broker,
         device=replace(device, model=anchored(device.model, folder), others=others),
         server=replace(server, model=anchored(server.model, folder)),
         release=replace(config.release, packages=packages),

@@ -7,10 +7,12 @@ the broker asks for. Passwords are 32 random bytes, never chosen by people.
 import json
 import os
 import secrets
+import socket
 from pathlib import Path
 
-from wire import topics
-from wire.errors import RunError
+from orchestrator.config import BrokerConfig
+from wire import address, topics
+from wire.errors import RunError, SettingsError
 
 ORCHESTRATOR = "orchestrator"
 
@@ -30,6 +32,10 @@ def users(runs: Path, fleet: str) -> dict[str, str]:
         raise RunError(
             f"{path}: not JSON: {fault}; restore it, or enroll the fleet anew"
         ) from fault
+    if not isinstance(known, dict):
+        raise RunError(
+            f"{path}: expected names and passwords; restore it, or enroll the fleet anew"
+        )
     if ORCHESTRATOR not in known:
         known[ORCHESTRATOR] = secrets.token_urlsafe(32)
         _write(path, known)
@@ -62,6 +68,56 @@ def enroll(runs: Path, fleet: str, device: str) -> str:
         known[device] = secrets.token_urlsafe(32)
         _write(_path(runs, fleet), known)
     return known[device]
+
+
+def reach(broker: BrokerConfig, url: str) -> tuple[str, list[str]]:
+    """The URL by which a device reaches a run's broker, and what a person should know of it.
+
+    Args:
+        broker: of the run.
+        url: that was given for the device; "" takes what the settings say.
+
+    Raises:
+        SettingsError: it is no broker's URL, or none is given and the settings say none.
+    """
+    ours = broker.kind != "external"
+    if not url:
+        url = broker.device_url
+    if not url:
+        listens = "every address of this machine" if broker.everywhere else "a port drawn at random"
+        raise SettingsError(
+            f"--url is missing: the broker listens on {listens}, so these settings do not say how "
+            f"the device reaches it; --url {_example(broker)}, say"
+        )
+    try:
+        endpoint = address.parse(url)
+    except ValueError as fault:
+        raise SettingsError(f"--{fault}") from fault
+    notes = []
+    if ours and broker.local:
+        notes.append(
+            f"the broker of these settings listens on {broker.host}, for this machine only. For a "
+            'device elsewhere write kind = "mosquitto" and host = "0.0.0.0" under [broker], and '
+            f"enroll it with --url {_example(broker)}"
+        )
+    elif address.is_local(endpoint.host):
+        notes.append(f"{endpoint.url} reaches the broker from its own machine only")
+    if ours and endpoint.scheme == "mqtts":
+        notes.append("the brokers that the orchestrator runs speak no TLS, and mqtts is TLS")
+    elif endpoint.scheme == "mqtts":
+        notes.append(
+            "if an authority of your own signed the broker's certificate, name its PEM file as "
+            "ca_file under [broker] of the device's settings"
+        )
+    return endpoint.url, notes
+
+
+def _example(broker: BrokerConfig) -> str:
+    try:
+        host = address.check_host(socket.gethostname())
+    except ValueError:
+        host = "SERVER"
+    return f"mqtt://{host}:{broker.port or 1883}"
 
 
 def _path(runs: Path, fleet: str) -> Path:

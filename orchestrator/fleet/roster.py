@@ -16,6 +16,7 @@ from wire.messages import Birth, Hello, Measured, Receipt, Update
 log = logging.getLogger("orchestrator")
 
 MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
+MAX_STATES = 4  # state folders of a device that are remembered
 MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 Tell = Callable[[str, Receipt | Update | Hello], None]  # a device, and its order
@@ -51,6 +52,7 @@ class Roster:
         # Births of all who are there and name classes, refused ones too: the first decides.
         self._naming: dict[str, Birth] = {}
         self.refused: dict[str, str] = {}
+        self._state_ids: dict[str, list[str]] = {}  # that a device came with, the last one last
 
     def born(self, device: str, birth: Birth, now_s: float) -> Birth | None:
         """Note a birth that came on a device's topic; it, fit to be shown, or None if refused."""
@@ -74,15 +76,18 @@ class Roster:
         before = self.births.get(device)
         if birth.update and (before is None or before.update != birth.update):
             log.warning("%s: update: %s", device, birth.update)
+        if birth.state_id:
+            self._note_state(device, birth.state_id)
         devices.born(self._config.runs, self._config.fleet, birth)
         self.births[device] = birth
         self._rollout = updates.born(self._rollout, device, birth, now_s)
         return birth
 
-    def died(self, device: str, session: int) -> None:
+    def died(self, device: str, session: int, state_id: str) -> None:
         """A connection ended."""
-        self._rollout = updates.died(self._rollout, device, session)
-        if device in self._naming and self._naming[device].session == session:
+        self._rollout = updates.died(self._rollout, device, session, state_id)
+        naming = self._naming.get(device)
+        if naming and (naming.session, naming.state_id) == (session, state_id):
             del self._naming[device]
             self._decide(but=device)
 
@@ -133,6 +138,17 @@ class Roster:
         for device, update in tell:
             log.info("%s is told of %s", device, update.release.package.version)
             self._tell(device, update)
+
+    def _note_state(self, device: str, state_id: str) -> None:
+        """Say so if a device comes with a state folder that another had replaced."""
+        seen = self._state_ids.setdefault(device, [])
+        if state_id in seen[:-1]:
+            log.warning(
+                "%s: two agents of this name take turns; end one of them, or give it a name of its "
+                "own (orchestrator enroll)",
+                device,
+            )
+        seen[:] = [*(known for known in seen if known != state_id), state_id][-MAX_STATES:]
 
     def _stranger(self, device: str) -> str:
         """Why a device may not take part; "" if it may."""

@@ -30,9 +30,14 @@ class Seen(NamedTuple):
     """A device that is there: since when with this package, and what it is to be told of."""
 
     session: int
+    state_id: str
     package: Build
     since_s: float
     wanted: Update | None
+
+    def of(self, session: int, state_id: str) -> bool:
+        """Whether it is this session that is there."""
+        return (self.session, self.state_id) == (session, state_id)
 
 
 @dataclass(frozen=True)
@@ -110,15 +115,15 @@ def read(
 def born(state: Rollout, device: str, birth: Birth, now_s: float) -> Rollout:
     """A device is there, with or without a package; it may have said so before."""
     known = state.seen.get(device)
-    if known and birth.session < known.session:
+    if known and birth.state_id == known.state_id and birth.session < known.session:
         return state
     if birth.package is None:
         return _without(state, device)
-    if known and (known.session, known.package) == (birth.session, birth.package):
+    if known and known.of(birth.session, birth.state_id) and known.package == birth.package:
         return state
     since_s = known.since_s if known and known.package == birth.package else now_s
     wanted = _newest(state, birth.package)
-    seen = Seen(birth.session, birth.package, since_s, wanted)
+    seen = Seen(birth.session, birth.state_id, birth.package, since_s, wanted)
     state = _without(state, device)
     state = replace(state, seen={**state.seen, device: seen})
     if wanted is None:
@@ -126,10 +131,10 @@ def born(state: Rollout, device: str, birth: Birth, now_s: float) -> Rollout:
     return replace(state, tell_s={**state.tell_s, device: now_s}, look_s=now_s)
 
 
-def died(state: Rollout, device: str, session: int) -> Rollout:
-    """A connection ended; the will of an older session does not end a newer one."""
+def died(state: Rollout, device: str, session: int, state_id: str = "") -> Rollout:
+    """A connection ended; the will of another session does not end this one."""
     known = state.seen.get(device)
-    return _without(state, device) if known and known.session == session else state
+    return _without(state, device) if known and known.of(session, state_id) else state
 
 
 def ticked(state: Rollout, now_s: float) -> tuple[Rollout, tuple[tuple[str, Update], ...]]:

@@ -100,7 +100,7 @@ class FedGKT:
                 Recipe(device.model_of(name), frozen=frozen),
                 state=refs.get(device.model_of(name)),
                 own=True,
-                teacher=BlobRef(**teacher["ref"]) if fits else None,
+                teacher=self._offered(teacher["ref"]) if fits else None,
                 data_digest=birth.data_digest,
                 alpha=device.alpha if fits else 0.0,
                 view=teacher["view"] if fits else self._view(round_ - 1),
@@ -330,6 +330,10 @@ class FedGKT:
             classes=self.task.config.device.class_count,
             spec=self.task.config.device.features,
         )
+
+    def _offered(self, ref: Mapping[str, Any]) -> BlobRef:
+        """A blob as devices pull it now; when it was noted, chunks may have had another size."""
+        return replace(BlobRef(**ref), chunk_bytes=self.task.config.chunk_bytes)
 
     def _forget(self, digests: set[str]) -> None:
         """Delete decoded shards that a newer one has replaced."""

@@ -104,6 +104,18 @@ def test_settings_that_cannot_be_read_end_it(tmp_path):
     assert "agent.toml: cannot be read" in finding.what
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["mqtt://pi:tops3cret@h", "mqtt://h:0", "mqtt://h:99999", "mqtt://h:port", "MQTTS:/h", " mqtt://h",
+     "http://h", "mqtt://", "mqtt://[::1", "mqtt://h/path", "mqtt://\\u00fc", "mqtt://\\u0000"],
+)  # fmt: skip
+@pytest.mark.usefixtures("one_wheel")
+def test_a_url_that_is_none_is_a_finding_and_no_traceback(tmp_path, url):
+    (finding,) = bad(configure(tmp_path, url))
+    assert "agent.toml: broker: url " in finding.what
+    assert "tops3cret" not in finding.what
+
+
 @pytest.mark.usefixtures("one_wheel")
 def test_a_silent_port_is_not_waited_for_longer_than_it_says(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:

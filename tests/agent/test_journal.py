@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.journal import Journal
+from edge_agent.journal import SESSIONS, Journal
 from wire import frames, records
 from wire.messages import BlobRef, Order, Result
 
@@ -66,9 +66,20 @@ def test_an_order_that_a_newer_agent_accepted_does_not_stop_an_older_one(journal
     assert again.latest() == (ORDER, None, False)
 
 
-def test_session_numbers_are_never_given_twice(journal_at):
-    numbers = [journal_at().next_session() for _ in range(5)]
-    assert numbers == [1, 2, 3, 4, 5]
+def test_session_numbers_are_never_given_twice_and_belong_to_one_state_folder(journal_at, tmp_path):
+    begun = [journal_at().begin_sessions() for _ in range(3)]
+    assert [first for _, first in begun] == [1, 1 + SESSIONS, 1 + 2 * SESSIONS]
+    (state_id,) = {state_id for state_id, _ in begun}
+    assert len(state_id) == 16
+    with contextlib.closing(Journal(tmp_path / "another.db")) as other:
+        assert other.begin_sessions()[0] != state_id
+
+
+def test_sessions_go_on_where_an_agent_that_wrote_each_left_off(journal_at):
+    journal = journal_at()
+    with journal._db:
+        journal._db.execute("INSERT INTO counters VALUES ('session', 57)")
+    assert journal.begin_sessions()[1] == 58
 
 
 def test_kill_9_after_a_commit_keeps_it(tmp_path, journal_at):

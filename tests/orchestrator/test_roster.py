@@ -161,7 +161,7 @@ def test_until_a_round_is_opened_a_first_device_can_be_mended(run, told, how):
     assert there.born("b", made("b", *NAMES), 0.0) is None
     assert there.born("c", made("c", *NAMES), 0.0) is None
     told.clear()
-    there.died("a", 1)
+    there.died("a", 1, "")
     if how == "renamed":
         assert there.born("a", made("a", *NAMES, session=2), 0.0)
     assert sorted((device, type(said)) for device, said in told) == [("b", Hello), ("c", Hello)]
@@ -187,3 +187,12 @@ def test_a_run_that_was_begun_before_there_were_names_goes_on_by_number(run, tmp
     assert classes.resolve(config, NAMES).mapped, "the held-out images name them,"
     (tmp_path / "run" / "artifact").mkdir()
     assert classes.resolve(config, NAMES) == classes.Classes(3), "but the artifact does not"
+
+
+def test_two_agents_of_one_name_are_told_of_and_a_new_card_is_not(make, caplog):
+    there = make()
+    for state_id in ("", "ab", "ab", "cd", ""):  # an update, a new card, a roll-back
+        there.born("pi", replace(birth("pi"), state_id=state_id), 0.0)
+    assert "take turns" not in caplog.text
+    there.born("pi", replace(birth("pi"), state_id="ab"), 0.0)
+    assert "pi: two agents of this name take turns" in caplog.text

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator import rounds
 from orchestrator.config import CohortConfig
-from orchestrator.rounds import Close, Finish, GiveUp, Open, Phase, Remind, State
+from orchestrator.rounds import Close, Finish, GiveUp, Open, Phase, Remind, Session, State
 
 RULES = CohortConfig(min_devices=2, wait_s=10.0, quorum=1.0, deadline_s=100.0)
 
@@ -16,7 +16,7 @@ RULES = CohortConfig(min_devices=2, wait_s=10.0, quorum=1.0, deadline_s=100.0)
 def collecting(*devices: str, rules: CohortConfig = RULES, last: int = 2) -> State:
     state = State(rounds=last, seed=0)
     for device in devices:
-        state, _ = rounds.born(state, rules, device, 1, 0.0)
+        state, _ = rounds.born(state, rules, device, Session(1), 0.0)
     state, actions = rounds.ticked(state, rules, 10.0)
     assert actions == (Open(1, frozenset(devices)),)
     return state
@@ -24,20 +24,20 @@ def collecting(*devices: str, rules: CohortConfig = RULES, last: int = 2) -> Sta
 
 def test_a_cohort_waits_for_the_minimum_and_then_for_latecomers():
     state = State(rounds=1, seed=0)
-    state, actions = rounds.born(state, RULES, "a", 1, 0.0)
+    state, actions = rounds.born(state, RULES, "a", Session(1), 0.0)
     assert actions == ()
     assert rounds.ticked(state, RULES, 1e6)[1] == ()
-    state, actions = rounds.born(state, RULES, "b", 1, 50.0)
+    state, actions = rounds.born(state, RULES, "b", Session(1), 50.0)
     assert actions == ()
-    state, actions = rounds.born(state, RULES, "c", 1, 55.0)
+    state, actions = rounds.born(state, RULES, "c", Session(1), 55.0)
     assert actions == ()
     assert rounds.ticked(state, RULES, 60.0)[1] == (Open(1, frozenset("abc")),)
 
 
 def test_a_full_cohort_does_not_wait_and_is_the_same_for_the_same_seed():
     rules = CohortConfig(min_devices=2, max_devices=2, wait_s=1e9)
-    state, _ = rounds.born(State(rounds=1, seed=0), rules, "a", 1, 0.0)
-    _, actions = rounds.born(state, rules, "b", 1, 0.0)
+    state, _ = rounds.born(State(rounds=1, seed=0), rules, "a", Session(1), 0.0)
+    _, actions = rounds.born(state, rules, "b", Session(1), 0.0)
     assert actions == (Open(1, frozenset("ab")),)
     many = {f"d{i}": 1 for i in range(50)}
     assert rounds.choose(many, 10, 3, 1) == rounds.choose(dict(reversed(many.items())), 10, 3, 1)
@@ -118,7 +118,10 @@ def test_a_round_that_is_closed_and_a_silent_one_do_not_count_as_failed():
 @pytest.mark.parametrize("silent", [False, True])
 def test_further_attempts_ask_devices_that_were_not_asked_before(seed, silent):
     rules = CohortConfig(min_devices=2, max_devices=2, wait_s=10.0, deadline_s=100.0)
-    state, asked = replace(State(rounds=1, seed=seed), live={f"d{i}": 1 for i in range(7)}), []
+    state, asked = (
+        replace(State(rounds=1, seed=seed), live={f"d{i}": Session(1) for i in range(7)}),
+        [],
+    )
     for attempt in range(4):
         state, actions = rounds.ticked(state, rules, 1000.0 * attempt)
         assert actions == (Open(1, state.cohort),)
@@ -135,7 +138,10 @@ def test_further_attempts_ask_devices_that_were_not_asked_before(seed, silent):
 def test_one_bad_device_among_good_ones_does_not_end_the_run():
     rules = CohortConfig(min_devices=1, max_devices=1, wait_s=0.0)
     for seed in range(50):
-        state, now_s = replace(State(rounds=1, seed=seed), live={"bad": 1, "good": 1}), 0.0
+        state, now_s = (
+            replace(State(rounds=1, seed=seed), live={"bad": Session(1), "good": Session(1)}),
+            0.0,
+        )
         while state.phase is not Phase.AGGREGATING:
             now_s += 20
             state, actions = rounds.ticked(state, rules, now_s)
@@ -154,24 +160,43 @@ def test_a_name_that_was_not_asked_closes_no_round():
 
 def test_a_device_that_comes_back_gets_its_order_again_unless_it_has_returned():
     state = collecting("a", "b")
-    state, _ = rounds.died(state, "a", 1)
+    state, _ = rounds.died(state, "a", Session(1))
     assert "a" not in state.live
-    state, actions = rounds.born(state, RULES, "a", 2, 30.0)
+    state, actions = rounds.born(state, RULES, "a", Session(2), 30.0)
     assert actions == (Remind("a"),)
     state, _ = rounds.returned(state, RULES, "a", 31.0)
-    assert rounds.born(state, RULES, "a", 3, 32.0)[1] == ()
+    assert rounds.born(state, RULES, "a", Session(3), 32.0)[1] == ()
 
 
 def test_the_will_of_an_old_session_does_not_end_a_new_one():
-    state, _ = rounds.born(collecting("a", "b"), RULES, "a", 7, 20.0)
-    assert rounds.died(state, "a", 6) == (state, ())
-    late, actions = rounds.born(state, RULES, "a", 5, 21.0)
+    state, _ = rounds.born(collecting("a", "b"), RULES, "a", Session(7), 20.0)
+    assert rounds.died(state, "a", Session(6)) == (state, ())
+    late, actions = rounds.born(state, RULES, "a", Session(5), 21.0)
     assert (late, actions) == (state, ())
-    assert "a" not in rounds.died(state, "a", 7)[0].live
+    assert "a" not in rounds.died(state, "a", Session(7))[0].live
+
+
+def test_a_device_with_an_empty_card_is_in_a_newer_life_and_gets_its_order_again():
+    state, _ = rounds.born(collecting("a", "b"), RULES, "a", Session(900, "ab"), 20.0)
+    state, actions = rounds.born(state, RULES, "a", Session(1, "cd"), 30.0)
+    assert actions == (Remind("a"),)
+    assert rounds.died(state, "a", Session(900, "ab")) == (state, ())  # the former life's will
+    assert rounds.died(state, "a", Session(1, "ef")) == (state, ())
+    state, _ = rounds.born(state, RULES, "a", Session(7, "cd"), 40.0)
+    assert rounds.born(state, RULES, "a", Session(6, "cd"), 41.0) == (state, ())  # late
+    assert "a" not in rounds.died(state, "a", Session(7, "cd"))[0].live
+
+
+def test_agents_that_name_no_state_folder_are_judged_by_their_numbers_as_ever():
+    state, _ = rounds.born(collecting("a", "b"), RULES, "a", Session(7), 20.0)
+    assert rounds.born(state, RULES, "a", Session(6), 21.0) == (state, ())
+    state, actions = rounds.born(state, RULES, "a", Session(1, "ab"), 22.0)  # it was updated
+    assert actions == (Remind("a"),)
+    assert rounds.born(state, RULES, "a", Session(8), 23.0)[1] == (Remind("a"),)  # rolled back
 
 
 def test_a_newcomer_waits_for_the_next_round():
-    state, actions = rounds.born(collecting("a", "b"), RULES, "c", 1, 20.0)
+    state, actions = rounds.born(collecting("a", "b"), RULES, "c", Session(1), 20.0)
     assert actions == ()
     for device in "ab":
         state, _ = rounds.returned(state, RULES, device, 30.0)
@@ -203,8 +228,8 @@ def test_whatever_happens_rounds_go_up_by_one_and_close_only_with_results(events
         if kind == "aggregated" and state.phase is not Phase.AGGREGATING:
             continue
         state, actions = {
-            "born": lambda s, d=device, n=session, t=now: rounds.born(s, rules, d, n, t),
-            "died": lambda s, d=device, n=session: rounds.died(s, d, n),
+            "born": lambda s, d=device, n=session, t=now: rounds.born(s, rules, d, Session(n), t),
+            "died": lambda s, d=device, n=session: rounds.died(s, d, Session(n)),
             "returned": lambda s, d=device, t=now: rounds.returned(s, rules, d, t),
             "failed": lambda s, d=device, t=now: rounds.failed(s, rules, d, t),
             "tick": lambda s, t=now: rounds.ticked(s, rules, t),
@@ -236,7 +261,7 @@ def test_a_late_device_keeps_its_order_and_counts_in_the_round_after():
     state, actions = rounds.aggregated(state, ASYNC, 3.0)
     assert actions == (Open(2, frozenset("abc")),)
     # It is reminded of what it has when it is born anew, and its answer closes the round.
-    state, actions = rounds.born(state, ASYNC, "c", 2, 4.0)
+    state, actions = rounds.born(state, ASYNC, "c", Session(2), 4.0)
     assert actions == (Remind("c"),)
     state, _ = rounds.returned(state, ASYNC, "c", 5.0)
     state, actions = rounds.returned(state, ASYNC, "a", 6.0)
@@ -257,7 +282,9 @@ def test_an_order_is_carried_no_longer_than_the_rules_say():
 
 def test_carried_devices_take_the_places_of_new_ones():
     rules = replace(ASYNC, max_devices=2, quorum=0.5)
-    state = replace(State(rounds=9, seed=0), live=dict.fromkeys("abcde", 1), ready_at_s=0.0)
+    state = replace(
+        State(rounds=9, seed=0), live=dict.fromkeys("abcde", Session(1)), ready_at_s=0.0
+    )
     state, actions = rounds.ticked(state, rules, 1.0)
     (opened,) = actions
     first, second = sorted(opened.cohort)
@@ -271,7 +298,7 @@ def test_carried_devices_take_the_places_of_new_ones():
 def test_a_device_that_is_gone_with_an_earlier_order_is_not_waited_for():
     rules = replace(ASYNC, quorum=1.0, carry_rounds=3)
     state = collecting("a", "b", "c", rules=rules, last=9)
-    state, _ = rounds.died(state, "c", 1)
+    state, _ = rounds.died(state, "c", Session(1))
     for device in "ab":
         state, _ = rounds.returned(state, rules, device, 20.0)
     state, actions = rounds.ticked(state, rules, 110.0)  # the first time it may come back
@@ -299,3 +326,18 @@ def test_a_failed_order_is_not_carried():
     for device in "ab":
         state, _ = rounds.returned(state, ASYNC, device, 20.0)
     assert state.carried == {}
+
+
+def test_an_order_that_was_carried_is_not_waited_for_when_its_device_lost_it():
+    """Between two rounds nobody sends it again: the device is free for an order of the next one."""
+    state = replace(
+        State(rounds=9, seed=0, round=1),
+        live={name: Session(5, "ab") for name in "abc"},
+        state_ids=dict.fromkeys("abc", "ab"),
+        carried={"c": 1},
+        ready_at_s=1e9,
+    )
+    same, _ = rounds.born(state, ASYNC, "c", Session(6, "ab"), 1.0)
+    assert same.carried == {"c": 1}
+    anew, _ = rounds.born(state, ASYNC, "c", Session(1, "cd"), 1.0)
+    assert anew.carried == {}

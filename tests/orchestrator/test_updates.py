@@ -26,8 +26,8 @@ def update(version, architecture="arm64", python="3.11"):
     return Update(Release(package, "signature"), 1024)
 
 
-def birth(device, package, session=1):
-    return Birth(device, session, "0.1.0", 10, "cd" * 32, MACHINE, package)
+def birth(device, package, session=1, state_id=""):
+    return Birth(device, session, "0.1.0", 10, "cd" * 32, MACHINE, package, state_id=state_id)
 
 
 def told(state, now_s):
@@ -188,3 +188,12 @@ def test_a_folder_that_takes_no_signature_is_one_line(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {
         "tree", "x.deb", "x.deb.release.json", "key.pem"
     }  # fmt: skip
+
+
+def test_a_device_with_a_new_state_folder_is_told_though_its_sessions_begin_anew():
+    state = updates.born(Rollout((update("0.2.0"),)), "pi", birth("pi", OLD, 9, "ab"), 0.0)
+    state, _ = told(state, 0.0)
+    state = updates.born(state, "pi", birth("pi", OLD, 1, "cd"), 1.0)
+    assert told(state, 1.0)[1] == {"pi": "0.2.0"}
+    assert updates.died(state, "pi", 9, "ab") == state
+    assert updates.died(state, "pi", 1, "cd").seen == {}

@@ -1,5 +1,8 @@
 """Blobs: pulled in any order, resumed after anything, believed only by their digest."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -189,3 +192,73 @@ def test_a_failed_write_leaves_nothing(sender):
     with pytest.raises(OSError, match="disk full"):
         write_and_fail()
     assert names(sender) == []
+
+
+class LimitedBroker:
+    """Drops what is larger than it takes, as Mosquitto's `message_size_limit` does, in silence."""
+
+    def __init__(self, sender: BlobStore, limit: int) -> None:
+        self.sender, self.limit = sender, limit
+        self.sender_is_there = True
+
+    def turns(self, fetch: Fetch, times: Iterable[float], *, cut: bool = False) -> None:
+        """Questions and answers; `cut`: the connection ends each time, and all is asked anew."""
+        for now in times:
+            self.turn(fetch, now)
+            if cut:
+                fetch.forget_asked()
+
+    def turn(self, fetch: Fetch, now: float) -> None:
+        want = fetch.wants(now)
+        for message, body in answers(self.sender, want) if want and self.sender_is_there else ():
+            if len(body) <= self.limit:
+                fetch.chunk(message, body)
+
+
+def test_chunks_that_a_broker_drops_are_told_with_their_size_and_the_remedy(sender, tmp_path):
+    ref = BlobStore(tmp_path / "sender", chunk_bytes=8192).put(DATA)
+    fetch = Fetch(BlobStore(tmp_path / "receiver"), ref, retry_s=10, settings="agent.toml of pi")
+    broker = LimitedBroker(sender, limit=5000)
+    with pytest.raises(TransferError, match="chunks of 8,192 bytes do not come") as caught:
+        broker.turns(fetch, [11.0 * turn for turn in range(12)])  # so many times `retry_s` at most
+    assert "smaller chunk_bytes in agent.toml of pi (1024, say)" in str(caught.value)
+    assert "max_packet_size, message_size_limit" in str(caught.value)
+    smaller = replace(ref, chunk_bytes=4096)
+    again = Fetch(BlobStore(tmp_path / "receiver"), smaller)
+    broker.turns(again, range(20))
+    assert again.done
+
+
+def test_a_sender_that_is_away_for_long_is_waited_for(sender, receiver):
+    ref = replace(sender.put(DATA), chunk_bytes=2048)
+    fetch = Fetch(receiver, ref, retry_s=10)
+    broker = LimitedBroker(sender, limit=10**6)
+    broker.sender_is_there = False
+    broker.turns(fetch, [11.0 * turn for turn in range(1000)])
+    broker.sender_is_there = True
+    fetch.forget_asked()  # it says that it is back
+    broker.turns(fetch, range(11_000, 11_010))
+    assert fetch.done
+
+
+def test_a_broker_that_ends_the_connection_at_each_large_message_is_told_as_well(sender, receiver):
+    """As Mosquitto's `max_packet_size` does: all that was asked is asked anew each time."""
+    ref = replace(sender.put(DATA), chunk_bytes=8192)
+    fetch = Fetch(receiver, ref, retry_s=1000)
+    broker = LimitedBroker(sender, limit=5000)
+    with pytest.raises(TransferError, match="chunks of 8,192 bytes do not come"):
+        broker.turns(fetch, range(12), cut=True)
+
+
+def test_a_last_chunk_that_is_lost_again_and_again_does_not_mean_that_chunks_are_too_large(
+    sender, receiver
+):
+    ref = replace(sender.put(DATA), chunk_bytes=2048)
+    fetch = Fetch(receiver, ref, retry_s=10)
+    for turn in range(30):
+        want = fetch.wants(11.0 * turn)
+        assert want is None or want.chunk_bytes == 2048
+        for message, body in answers(sender, want) if want else ():
+            if message.index != 3:
+                fetch.chunk(message, body)
+    assert not fetch.done

@@ -1,13 +1,27 @@
-"""The connection: what one thread publishes is never torn by another."""
+"""The connection: nothing that is published is torn, and who disturbs it is named."""
 
 import queue
+import shutil
+import socket
+import subprocess
 import threading
 
 import pytest
 from paho.mqtt import client as paho
 
 from wire.address import BrokerAddress
-from wire.link import Arrived, Connected, Link
+from wire.errors import LinkError
+from wire.link import (
+    BACKOFF_CAP_S,
+    CUTS,
+    LARGE_BYTES,
+    STEADY_S,
+    Arrived,
+    Backoff,
+    Connected,
+    Link,
+    Lost,
+)
 
 BODY = bytes(300_000)
 
@@ -46,3 +60,111 @@ def test_only_the_threads_of_the_connection_write_to_it(link, monkeypatch):
         link.publish("t/a", BODY)
         assert isinstance(link.events.get(timeout=120), Arrived)
     assert writers == {"mqtt"}
+
+
+def cut(backoff: Backoff, now_s: float, *, stood_s: float = 1.0, large: int = 0) -> str:
+    """The broker accepts us, and ends the connection after so long; the cause that is told."""
+    backoff.connected(now_s)
+    if large:
+        backoff.published(large, now_s + stood_s)
+    return backoff.ended(now_s + stood_s, by_broker=True)
+
+
+def test_the_back_off_begins_anew_only_when_a_connection_has_stood():
+    backoff = Backoff("pi", "")
+    ceilings = []
+    for number in range(12):
+        ceilings.append(backoff.ceiling_s())
+        cut(backoff, 100.0 * number)
+    assert ceilings[:4] == [0.5, 1.0, 2.0, 4.0]
+    assert ceilings[-1] == BACKOFF_CAP_S < STEADY_S  # two rivals never count as steady
+    cut(backoff, 0.0, stood_s=STEADY_S)
+    assert backoff.ceiling_s() == 0.5
+
+
+def test_connections_that_the_broker_keeps_ending_are_told_to_be_another_client_of_the_name():
+    backoff = Backoff("pi", "look for the other one")
+    told = [cut(backoff, number) for number in range(CUTS)]
+    assert told[:-1] == [""] * (CUTS - 1)
+    assert "another client uses this name, pi; look for the other one" in told[-1]
+
+
+def test_ends_that_each_follow_a_large_message_are_told_to_be_because_of_it():
+    backoff = Backoff("pi", "")
+    told = [cut(backoff, number, large=135_000 + number) for number in range(CUTS)]
+    assert told[:-1] == [""] * (CUTS - 1)
+    assert "sent a message of about 135,000 bytes" in told[-1]
+    assert "chunk_bytes" in told[-1]
+    assert "max_packet_size" in told[-1]
+    assert cut(backoff, 9.0, large=LARGE_BYTES - 1) == ""  # neither is sure any more
+
+
+def test_a_broker_that_comes_and_goes_and_a_network_that_breaks_are_no_rivals():
+    backoff = Backoff("pi", "")
+    for number in range(3 * CUTS):
+        assert cut(backoff, number) == ""
+        backoff.unreachable()
+        backoff.connected(number)
+        assert backoff.ended(number + 1, by_broker=False) == ""
+
+
+def test_two_clients_of_one_name_are_told_so_by_each_broker(any_broker):
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    address = BrokerAddress(any_broker.url)
+    pair = [
+        Link(address, "pi", subscriptions=[], emit=events.put, persistent=True, rival="find it")
+        for _ in range(2)
+    ]
+    for one in pair:
+        one.start()
+        assert one.wait_connected(20)
+    text = ""
+    while "another client uses this name, pi; find it" not in text:
+        event = events.get(timeout=60)
+        text = event.reason if isinstance(event, Lost) else ""
+    for one in pair:
+        one.close()
+
+
+def lost(url: str, **files: object) -> str:
+    """The first reason that no connection comes about."""
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    link = Link(BrokerAddress(url, **files), "pi", subscriptions=[], emit=events.put)
+    link.start()
+    event = events.get(timeout=20)
+    link.close()
+    assert isinstance(event, Lost)
+    return event.reason
+
+
+def test_a_port_that_answers_no_mqtt_is_told_so():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def hang_up() -> None:
+            server.accept()[0].close()
+
+        threading.Thread(target=hang_up).start()
+        assert "ended without an answer" in lost(f"mqtt://127.0.0.1:{port}")
+
+
+# paho leaves the socket of a failed handshake to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_tls_on_a_port_without_it_is_told_so(any_broker):
+    said = lost(f"mqtts://127.0.0.1:{BrokerAddress(any_broker.url).port}")
+    assert "does it speak TLS on that port?" in said
+
+
+@pytest.mark.parametrize("what", ["no PEM", "a key with a password"])
+def test_files_that_cannot_be_used_are_a_link_error(what, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_text("nothing")
+    key.write_text("nothing")
+    if what == "a key with a password":
+        if shutil.which("openssl") is None:
+            pytest.skip("openssl is not installed")
+        make = f"openssl req -x509 -newkey rsa:2048 -keyout {key} -out {cert} -subj /CN=x"
+        subprocess.run([*make.split(), "-passout", "pass:x"], check=True, capture_output=True)
+    address = BrokerAddress("mqtts://127.0.0.1:9", cert_file=cert, key_file=key)
+    with pytest.raises(LinkError, match="ca_file, cert_file and key_file: PEM"):
+        Link(address, "pi", subscriptions=[], emit=lambda _: None)

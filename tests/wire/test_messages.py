@@ -14,6 +14,8 @@ from wire.messages import (
     Birth,
     BlobRef,
     Chunk,
+    Death,
+    Hello,
     Measured,
     Order,
     Platform,
@@ -36,6 +38,9 @@ EVERY = [
     replace(BIRTH, package=Build("0.2", "arm64", "3.11"), update="0.3 is refused"),
     replace(BIRTH, classes=("bolt", "Schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel")),
     replace(BIRTH, classes_digest="ab" * 32),
+    replace(BIRTH, state_id="00ff" * 4),
+    Death("pi-3", 5, "00ff" * 4),
+    Hello("1", run="first.0a", answers="2"),
     UPDATE,
     ORDER,
     Result("pi-3", "run", 3, 2, 100, "cd" * 32, {"features": REF}, {"train_s": 1.5}),
@@ -96,6 +101,17 @@ def test_the_birth_of_an_agent_that_says_of_no_package_is_understood():
     assert message == BIRTH
 
 
+def test_births_and_deaths_of_agents_that_name_no_state_folder_are_understood():
+    for message in (BIRTH, Death("pi-3", 5)):
+        header = records.plain(message)
+        del header["state_id"]
+        kind = frames.Kind.BIRTH if message is BIRTH else frames.Kind.DEATH
+        assert messages.decode(frames.encode(kind, header), sender="old")[0] == message
+        for odd in ("AB", "a/b", "0" * 33):
+            with pytest.raises(WireError, match="state_id: expected up to 32 hex digits"):
+                messages.decode(frames.encode(kind, {**header, "state_id": odd}), sender="odd")
+
+
 def test_what_a_newer_agent_says_beyond_our_knowledge_is_passed_over():
     header = {**records.plain(BIRTH), "mood": "good"}
     header["platform"]["npu"] = {"tops": 40}
@@ -107,6 +123,8 @@ def test_nothing_that_has_its_default_is_sent_and_no_default_ever_changes():
     """What is left out means the reader's default, also in journals of an older version."""
     least = {
         Birth: BIRTH,
+        Death: Death("pi", 5),
+        Hello: Hello("1"),
         Order: Order("run", 1, 1, REF, 1, 0.1, 1, {}),
         Result: Result("pi", "run", 1, 1, 8),
         Receipt: Receipt("result", accepted=True),
@@ -117,7 +135,12 @@ def test_nothing_that_has_its_default_is_sent_and_no_default_ever_changes():
         assert all(whole[name] == value for name, value in header.items())
         left_out[cls.__name__] = {name: whole[name] for name in whole.keys() - header.keys()}
     assert repr({cls: sorted(each.items()) for cls, each in left_out.items()}) == repr({
-        "Birth": [("classes", []), ("classes_digest", ""), ("package", None), ("update", "")],
+        "Birth": [
+            ("classes", []), ("classes_digest", ""), ("package", None), ("state_id", ""),
+            ("update", ""),
+        ],
+        "Death": [("state_id", "")],
+        "Hello": [("answers", ""), ("run", "")],
         "Order": [
             ("alpha", 0.0), ("augment", False), ("clip", 0.0), ("data_digest", ""),
             ("feedback", False), ("holdout", 0.0), ("mu", 0.0), ("noise", 0.0), ("owed", 0),

@@ -1,0 +1,138 @@
+"""Which run has a fleet: one at a time, since devices follow the newest order they hear.
+
+On one machine a lock says it, before a broker runs. Over a broker orchestrators say it to each
+other, in `Hello` messages on the topic `all/run`:
+
+    newcomer                                the run that has the fleet
+      | question (boot) ------------------> |
+      | <------------------ claim, retained |   as the broker kept it
+      | <------------- answer to this boot, retained: the newcomer ends
+      | (its own question comes back to it: if no claim came before, there is none)
+
+A newcomer that hears no claim, or no answer to its question in `ANSWER_S` (that run ended, and its
+last will was lost), claims the fleet. Where two have claimed it, after an outage or at the same
+moment, the one that began later ends. Nothing here touches the network or the clock.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from wire import locks
+from wire.errors import RunError
+from wire.messages import Hello
+
+log = logging.getLogger("orchestrator")
+
+ANSWER_S = 10.0
+CHANNEL = "run"  # under `all`, which only orchestrators write
+
+
+class Say(NamedTuple):
+    """Publish a message under `all`."""
+
+    channel: str
+    hello: Hello
+    retain: bool = False
+
+
+class Claim:
+    """One orchestrator's claim on its fleet.
+
+    Args:
+        fleet: its name.
+        run: the run's id, NAME.RANDOM.
+        boot: of this process; a later process has a greater one.
+
+    Attributes:
+        held: the fleet is ours; before that, devices are told nothing.
+    """
+
+    def __init__(self, fleet: str, run: str, boot: str) -> None:
+        self.held = False
+        self._fleet, self._run, self._boot = fleet, run, boot
+        self._until_s: float | None = None  # how long an answer is waited for
+        self._rival = ""  # the run whose claim the broker kept
+
+    def connected(self, now_s: float) -> tuple[Say, ...]:
+        """The broker is there: ask who has the fleet, or say that we do."""
+        if self.held:
+            return self._claimed()
+        self._until_s, self._rival = now_s + ANSWER_S, ""
+        return (Say(CHANNEL, Hello(self._boot)),)
+
+    def heard(self, hello: Hello | None) -> tuple[Say, ...]:
+        """A message on the topic; None: the broker forgot the claim that it kept.
+
+        Raises:
+            RunError: another run has the fleet.
+        """
+        if hello is None:
+            return self._claimed() if self.held or self._rival else ()
+        if hello.boot == self._boot:
+            asked = not hello.run and self._until_s is not None
+            return self._claimed() if asked and not self._rival and not self.held else ()
+        if hello.answers == self._boot:
+            if not self.held or _order(hello.boot) < _order(self._boot):
+                raise RunError(in_use(self._fleet, hello.run))
+            return ()
+        if not hello.run:  # a question
+            answer = Hello(self._boot, self._run, answers=hello.boot)
+            return (Say(CHANNEL, answer, retain=True),) if self.held else ()
+        if hello.run == self._run:  # what a former process of this run left
+            return ()
+        if self.held:
+            return (Say(CHANNEL, Hello(self._boot)),)  # is it there, or kept by the broker?
+        self._rival = hello.run
+        return ()
+
+    def ticked(self, now_s: float) -> tuple[Say, ...]:
+        """Time passed: who does not answer has gone."""
+        if self.held or self._until_s is None or now_s < self._until_s:
+            return ()
+        if self._rival:
+            log.warning("fleet %s was claimed by run %s, which does not answer: taking it",
+                        self._fleet, self._rival)  # fmt: skip
+        return self._claimed()
+
+    def _claimed(self) -> tuple[Say, ...]:
+        self.held, self._rival = True, ""
+        hello = Hello(self._boot, self._run)
+        return (Say(CHANNEL, hello, retain=True), Say("hello", hello))
+
+
+def in_use(fleet: str, run: str) -> str:
+    """What is said to a run that comes second; `run` is the id or name of the first."""
+    return (
+        f"fleet {fleet!r} is in use by run {run!r}, and devices follow one run at a time; start "
+        "this one again when that one is finished or stopped, or give this one another fleet"
+    )
+
+
+@contextlib.contextmanager
+def locked(runs: Path, fleet: str, run: str) -> Iterator[None]:
+    """Hold a fleet against other runs of the same folder `runs`.
+
+    Raises:
+        RunError: another run has the fleet, or this one is running already.
+    """
+    path = runs / f"fleet-{fleet}.lock"
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        lock = locks.hold(path, run)
+    except OSError as fault:
+        raise RunError(f"{path}: cannot be locked: {fault.strerror}") from fault
+    if lock is None:
+        holder = locks.holder(path)
+        if holder == run:
+            raise RunError(f"run {run!r} of fleet {fleet!r} is running already ({path})")
+        raise RunError(f"{in_use(fleet, holder)} ({path})")
+    with lock:
+        yield
+
+
+def _order(boot: str) -> tuple[int, str]:
+    """Boots are nanoseconds in decimal: the shorter is the earlier."""
+    return len(boot), boot

@@ -1,0 +1,142 @@
+"""What `enroll` writes: a URL that the device can use, or a word on what is missing."""
+
+import json
+import socket
+import tomllib
+
+import pytest
+
+from orchestrator import config, main
+from orchestrator.config import BrokerConfig
+from orchestrator.fleet import enrolment
+from wire.errors import RunError, SettingsError, StillhouseError
+
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - it is not bound
+LOOPBACK = "listens on 127.0.0.1, for this machine only"
+
+
+def external(url: str, **more: object) -> BrokerConfig:
+    return BrokerConfig("external", url=url, **more)
+
+
+@pytest.mark.parametrize(
+    ("broker", "given", "written", "note"),
+    [
+        (BrokerConfig(), "", "mqtt://127.0.0.1:1883", LOOPBACK),
+        (BrokerConfig(host="::1", port=9), "", "mqtt://[::1]:9", "listens on ::1"),
+        (BrokerConfig(), "mqtt://server", "mqtt://server:1883", LOOPBACK),
+        (BrokerConfig("mosquitto", "10.0.0.7"), "", "mqtt://10.0.0.7:1883", ""),
+        (BrokerConfig("mosquitto", EVERYWHERE), "MQTT://Server:9", "mqtt://server:9", ""),
+        (BrokerConfig("mosquitto", "::"), "mqtt://localhost", "mqtt://localhost:1883", "its own"),
+        (BrokerConfig("mosquitto", ""), "mqtts://server", "mqtts://server:8883", "speak no TLS"),
+        (external("MQTTS://Broker"), "", "mqtts://broker:8883", "ca_file under [broker]"),
+        (external("mqtt://broker:9"), "", "mqtt://broker:9", ""),
+        (external("mqtt://localhost"), "", "mqtt://localhost:1883", "its own machine only"),
+        (external("mqtt://localhost"), "mqtt://server:9", "mqtt://server:9", ""),
+    ],
+)
+def test_a_device_gets_a_url_by_which_it_reaches_the_broker(broker, given, written, note):
+    url, notes = enrolment.reach(broker, given)
+    assert url == written
+    assert note in " ".join(notes)
+    assert bool(notes) == bool(note)
+
+
+@pytest.mark.parametrize(
+    ("broker", "given", "text"),
+    [
+        (BrokerConfig("mosquitto", EVERYWHERE), "", "listens on every address of this machine"),
+        (BrokerConfig("mosquitto", "::", 9), "", ":9, say"),
+        (BrokerConfig("mosquitto", ""), "", "--url is missing"),
+        (BrokerConfig(port=0), "", "a port drawn at random"),
+        (BrokerConfig(), " mqtts://server", "--url ' mqtts://server': spaces"),
+        (BrokerConfig(), "mqtt://a:tops3cret@b", "--url 'mqtt://***@b': a user name or password"),
+        (external("mqtt://broker"), "server", "did you mean mqtt://server?"),
+    ],
+)
+def test_a_url_that_nobody_can_know_or_use_is_asked_for(broker, given, text):
+    with pytest.raises(SettingsError) as caught:
+        enrolment.reach(broker, given)
+    assert text in str(caught.value)
+    assert "tops3cret" not in str(caught.value)
+
+
+def test_the_hosts_name_is_suggested_where_it_can_stand_in_a_url(monkeypatch):
+    for name, shown in (("barn", "mqtt://barn:1883"), ("the barn", "mqtt://SERVER:1883")):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        with pytest.raises(SettingsError, match=f"--url {shown}, say"):
+            enrolment.reach(BrokerConfig("mosquitto", EVERYWHERE), "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"host": "mqtt://server"}, "host 'mqtt://server': expected a name"),
+        ({"host": "127.0.0.1:1883"}, "expected a name"),
+        ({"host": " localhost"}, "expected a name"),
+        ({"port": 65536}, "port: expected 1 to 65535"),
+        ({"port": -1}, "port: expected 1 to 65535"),
+        ({"password": "tops3cret", "username": "a"}, "username is for an external broker"),
+        ({"url": "mqtt://a:tops3cret@b"}, "an external broker, and only that, has a url"),
+        ({"kind": "external", "url": "mqtt://a:tops3cret@b"}, "mqtt://***@b"),
+        ({"kind": "external", "url": "ws://b"}, "WebSockets are not spoken here"),
+        ({"kind": "external", "url": "mqtts://b", "key_file": "k"}, "key_file without cert_file"),
+        ({"kind": "external", "url": "mqtt://b", "ca_file": "k"}, "ca_file is for TLS"),
+    ],
+)
+def test_a_brokers_settings_are_refused_with_a_remedy_and_without_secrets(settings, text):
+    with pytest.raises(ValueError, match=r"expected|external|url|TLS|key_file") as caught:
+        BrokerConfig(**settings)
+    assert text in str(caught.value)
+    assert "tops3cret" not in str(caught.value)
+
+
+def test_a_run_whose_url_is_in_capitals_has_it_in_its_one_form_and_no_password_in_its_repr():
+    broker = external("MQTTS://Broker", username="a", password="tops3cret")
+    assert broker.address().secure
+    assert broker.url == "mqtts://broker:8883"
+    assert "tops3cret" not in repr(broker)
+
+
+@pytest.fixture
+def enroll(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options: str, **changes: str) -> str:
+        text = config.template()
+        for key, value in changes.items():
+            text = text.replace(key, value, 1)
+        (tmp_path / "run.toml").write_text(text)
+        monkeypatch.setattr("sys.argv", ["orchestrator", "enroll", "pi", *options])
+        main.app(standalone_mode=False)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_kit_has_the_runs_chunk_bytes_and_the_url_is_said(enroll, tmp_path):
+    said = enroll("--config", "run.toml", fleet="chunk_bytes = 20000\nfleet")
+    kit = tomllib.loads((tmp_path / "pi.toml").read_text())
+    assert kit["chunk_bytes"] == 20_000
+    assert kit["broker"]["url"] == "mqtt://127.0.0.1:1883"
+    assert "pi.toml written, for the broker mqtt://127.0.0.1:1883" in said
+    assert LOOPBACK in said
+
+
+def test_a_refused_url_enrolls_nobody_and_writes_nothing(enroll, tmp_path):
+    for wrong in ("MQTT://", "mqtt://a:b@c", "mqtt://broker:0"):
+        with pytest.raises(StillhouseError, match=r"^--url "):
+            enroll("--config", "run.toml", "--url", wrong)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
+
+
+def test_a_kit_that_cannot_be_written_is_told_so(enroll):
+    with pytest.raises(StillhouseError, match="name another with --out"):
+        enroll("--config", "run.toml", "--out", "nowhere/pi.toml")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", json.dumps("a")])
+def test_a_damaged_list_of_a_fleet_is_told_with_its_file(tmp_path, text):
+    (tmp_path / "fleet-home.json").write_text(text)
+    with pytest.raises(RunError, match="fleet-home"):
+        enrolment.users(tmp_path, "home")
