@@ -42,15 +42,16 @@ def free_port() -> int:
 def test_every_block_of_the_page_does_what_it_says(tmp_path):
     take_photos(tmp_path / "photos")
     text = PAGE.read_text().replace("1883", str(free_port()))
-    # Commands of this checkout, whatever is installed.
+    # Commands of this checkout, whatever is installed. Agents have neither PyTorch nor nets.py.
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, module in (
-        ("python", ""),
-        ("orchestrator", "-m orchestrator.main"),
-        ("edge-agent", "-m edge_agent.main"),
+    (commands / "torch.py").write_text("raise ImportError('an agent needs no torch')")
+    for name, command in (
+        ("python", sys.executable),
+        ("orchestrator", f"{sys.executable} -m orchestrator.main"),
+        ("edge-agent", f"PYTHONPATH={commands}:{ROOT} {sys.executable} -m edge_agent.main"),
     ):
-        (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
+        (commands / name).write_text(f'#!/bin/sh\nexec env {command} "$@"\n')
         (commands / name).chmod(0o755)
     environment = {
         **os.environ,
