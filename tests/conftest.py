@@ -76,7 +76,7 @@ class Processes:
             if time.monotonic() > deadline:
                 ends = "\n".join(f"--- {n}\n{self.log(n)[-2000:]}" for n in self.running)
                 pytest.fail(f"{what}: not within {timeout_s:g} s\n{ends}")
-            time.sleep(0.05)
+            time.sleep(0.01)
 
     def end(self) -> None:
         for process in self.running.values():

@@ -104,12 +104,21 @@ class Fleet:
             status["round"] == round_ and bool(stands & {stand, "returned"})
         )
 
-    def agent_held(self, n: int) -> None:
-        """Start an agent and pause it once the orchestrator knows it: a round waits for it."""
+    def born(self, n: int) -> None:
+        """Start an agent and wait until the orchestrator knows it."""
         self.agent(n)
-        name = f"device-{n}"
-        self.processes.wait_for(f"birth of {name}", lambda: name in self.status()["devices"])
-        self.processes.pause(f"agent-{n}")
+        known = self.folder / f"runs/born-fleet/device-{n}.json"
+        self.processes.wait_for(f"the birth of device-{n}", known.exists)
+
+    def start_held(self) -> None:
+        """Start all, and pause the last once it is known: round 1, which it makes full, stays open.
+
+        It is given its order, and can neither do it nor say so. The broker gives it up in a minute.
+        """
+        self.orchestrator()
+        for n in range(3):
+            self.born(n)
+        self.processes.pause("agent-2")
 
     def finish(self) -> dict:
         """Wait for the end; the report."""
@@ -257,13 +266,10 @@ def test_a_device_that_dies_delays_no_longer_than_the_deadline(processes, digits
     fleet = Fleet(processes, digits, any_broker.url, rounds=2)
     text = (fleet.folder / "run.toml").read_text()
     text = text.replace("deadline_s = 1000.0", "deadline_s = 30.0").replace(
-        "min_devices = 3\nwait_s = 0.0", "min_devices = 2\nmax_devices = 3\nwait_s = 100.0"
+        "min_devices = 3\nwait_s = 0.0", "min_devices = 2\nmax_devices = 3\nwait_s = 300.0"
     )
     (fleet.folder / "run.toml").write_text(text)
-    fleet.orchestrator()
-    fleet.agent_held(2)
-    fleet.agent(0)
-    fleet.agent(1)
+    fleet.start_held()
     processes.wait_for("round 1", lambda: fleet.status()["round"] >= 1)
     processes.kill("agent-2")
     report = fleet.finish()
@@ -280,13 +286,10 @@ def test_a_late_device_counts_in_a_later_round_though_the_orchestrator_is_killed
     fleet = Fleet(processes, digits, any_broker.url, rounds=6)
     text = (fleet.folder / "run.toml").read_text()
     text = text.replace("[device]", "quorum = 0.6\ncarry_rounds = 6\n[device]").replace(
-        "min_devices = 3\nwait_s = 0.0", "min_devices = 2\nmax_devices = 3\nwait_s = 100.0"
+        "min_devices = 3\nwait_s = 0.0", "min_devices = 2\nmax_devices = 3\nwait_s = 300.0"
     )
     (fleet.folder / "run.toml").write_text(text)
-    fleet.orchestrator()
-    fleet.agent_held(2)  # it will get its order of round 1, and not do it for long
-    fleet.agent(0)
-    fleet.agent(1)
+    fleet.start_held()
     processes.wait_for("round 2", lambda: fleet.status()["round"] >= 2)
     processes.kill("run")
     fleet.orchestrator()
@@ -334,10 +337,7 @@ def test_a_device_that_speaks_for_others_fails_none_of_them(processes, digits, a
     link = Link(BrokerAddress(any_broker.url), "liar", subscriptions=[], emit=lambda _: None)
     link.start()
     assert link.wait_connected(60.0)
-    fleet.orchestrator()
-    fleet.agent_held(2)  # so that round 1 stays open
-    fleet.agent(0)
-    fleet.agent(1)
+    fleet.start_held()
     processes.wait_for("training in round 1", lambda: fleet.reached("train", 1))
     with sqlite3.connect(fleet.folder / "runs/run/journal.db") as journal:
         (run,) = journal.execute("SELECT run FROM identity").fetchone()
