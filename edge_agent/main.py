@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_agent import __version__, config
+from wire import logs
 from wire.errors import DataError, SettingsError, StillhouseError
 
 NO_IMAGES = 3  # exit code
@@ -141,10 +142,7 @@ def _measure(chosen: argparse.Namespace) -> int:
 def _run(path: Path, *, verbose: bool) -> int:
     from edge_agent.agent import serve
 
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    logs.to_stream(level=logging.DEBUG if verbose else logging.INFO)
 
     def install(stop: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, lambda _number, _frame: stop())

@@ -51,7 +51,7 @@ def run(
         store.keep(frozenset(update.blob.digest for update in rollout.updates))
         if address is None:
             address = stack.enter_context(serve(config))
-        report = Report(config, store)
+        report = Report(config, store, enrolled)
         variants = prepare_variants(config, store)
         strategy = create(config.strategy, task(config, store, variants, heldout, report))
         coordinator = Coordinator(

@@ -1,7 +1,6 @@
 """The command `orchestrator`."""
 
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.logging import RichHandler
 
 from orchestrator import config, view
 from wire.errors import StillhouseError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+# Texts are printed as they are: paths are not wrapped, and names hold no markup.
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 @app.command()
@@ -51,7 +49,7 @@ def start(
         if group and group.rank:
             group.serve()
             return
-        with _display() as show:
+        with view.Display(console) as show:
             report = launch.run(chosen, changed=show)
     console.print(view.rounds(report.entries))
     console.print()
@@ -76,22 +74,14 @@ def simulate(
     chosen = config.load(config_file)
     if threads:
         simulation.hold_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with ranks.joined(chosen.server) as group:
         if group and group.rank:
             group.serve()
             return
-        report = simulation.run(chosen, shards, stack=stack, late=late, changed=_tell)
+        with view.Display(console, simulated=True) as show:
+            report = simulation.run(chosen, shards, stack=stack, late=late, told=show)
     console.print(view.rounds(report.entries))
     console.print(f"report: {chosen.folder / 'report.json'}")
-
-
-def _tell(report: Any) -> None:
-    entry = report.entries[-1]
-    accuracy = view.percent(entry.get("server_accuracy"))
-    logging.getLogger("orchestrator").info(
-        "round %d: %s, %.1f s", entry["round"], accuracy, entry["seconds"]
-    )
 
 
 @app.command()
@@ -153,7 +143,7 @@ def status(
     if as_json:
         print(json.dumps(snapshot))
         return
-    console.print(view.live(snapshot))
+    console.print(view.live(snapshot, console.width))
     console.print(f"as of {time.time() - snapshot['updated']:.0f} s ago", style="dim")
 
 
@@ -273,7 +263,7 @@ def demo(  # noqa: PLR0917 - typer makes options of them
         seed=seed,
         floor=floor,
     )
-    with _display() as show:
+    with view.Display(console) as show:
         taught, alone = demonstration.play(plan, show)
     console.print(view.rounds(taught.entries))
     console.print()
@@ -285,30 +275,6 @@ def demo(  # noqa: PLR0917 - typer makes options of them
         best = view.percent(alone.entries[-1]["device_accuracy"])
         console.print(f"devices trained alone            {best}")
     console.print(f"\nreport: {runs / plan.name / 'report.json'}")
-
-
-class _display:  # noqa: N801 - used as a function
-    """A live view on a terminal; elsewhere the log alone."""
-
-    def __init__(self) -> None:
-        self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._shown = 0.0
-
-    def __enter__(self) -> Any:
-        handler = RichHandler(console=console, show_path=False, show_level=False)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-        if console.is_terminal:
-            self._live.start()
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        if console.is_terminal:
-            self._live.stop()
-
-    def _show(self, report: Any) -> None:
-        if console.is_terminal and time.monotonic() - self._shown > 0.25:
-            self._shown = time.monotonic()
-            self._live.update(view.live(report.snapshot()))
 
 
 def main() -> None:
