@@ -3,26 +3,47 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from orchestrator import config, view
+from orchestrator import __version__, config, view
 from wire.errors import StillhouseError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")]
 # Texts are printed as they are: paths are not wrapped, and names hold no markup.
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"orchestrator {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def orchestrator(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    """The server of a fleet: runs its rounds, and keeps what it has learnt."""
+    del version
 
 
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Where run.toml goes.")] = Path(),
     preset: Annotated[
-        str, typer.Option(help=f"What to begin with: {', '.join(config.presets())}.")
-    ] = "fedgkt",
+        str,
+        typer.Option(
+            help=f"What to begin with: {', '.join(config.presets())}. {config.WHY_DEFAULT}"
+        ),
+    ] = config.DEFAULT,
 ) -> None:
     """Write a commented configuration."""
     text = config.template(preset)
@@ -64,7 +85,7 @@ def simulate(
     stack: Annotated[
         int, typer.Option(help="Devices trained at once; 0: one on a CPU, all on a GPU.", min=0)
     ] = 0,
-    threads: Annotated[int, typer.Option(help="Of PyTorch and numpy; 0: theirs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Of PyTorch and numpy; 0: all cores.", min=0)] = 0,
     late: Annotated[float, typer.Option(help="Share of devices that miss a round's end.")] = 0.0,
 ) -> None:
     """Do a run with its devices simulated in this process, by PyTorch."""
@@ -94,7 +115,7 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
         bool, typer.Option(help="With the folders of the package stillhouse-edge-agent.")
     ] = False,
     release_key: Annotated[
-        str, typer.Option(help="That updates are signed by; default: run.toml's.")
+        str, typer.Option(help="Updates of the agent are signed by it; default: run.toml's.")
     ] = "",
 ) -> None:
     """Admit a device and write its agent.toml; a running broker of ours learns it at its start."""
@@ -132,7 +153,7 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how far a run is."""
     path = run / "status.json"
@@ -151,6 +172,7 @@ def status(
 def devices(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the fleet's devices, and what training costs on each; times are UTC."""
     from orchestrator.fleet import devices as known_devices
@@ -159,14 +181,17 @@ def devices(
     found = known_devices.known(chosen.runs, chosen.fleet)
     if markdown:
         print(known_devices.markdown(found), end="")
-        return
-    console.print(known_devices.table(found))
+    elif as_json:
+        print(json.dumps(known_devices.plain(found)))
+    else:
+        console.print(known_devices.table(found, console.width))
 
 
 @app.command()
 def measure_report(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
     out: Annotated[Path | None, typer.Option(help="Folder; default: beside the reports.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write what training costs on the fleet's devices: Markdown and pictures."""
     from orchestrator.fleet import devices as known_devices
@@ -175,8 +200,12 @@ def measure_report(
     found = known_devices.known(chosen.runs, chosen.fleet)
     folder = out or chosen.runs / f"measured-{chosen.fleet}" / "report"
     title = f"Devices of fleet {chosen.fleet}"
-    for path in known_devices.write_report(found, title, folder):
-        console.print(f"{path} written", soft_wrap=True, highlight=False)
+    paths = known_devices.write_report(found, title, folder)
+    if as_json:
+        print(json.dumps({"files": [str(path) for path in paths]}))
+        return
+    for path in paths:
+        console.print(f"{path} written")
 
 
 @app.command()
@@ -189,11 +218,15 @@ def export(
     small: Annotated[
         bool, typer.Option("--small", help="A device's small network, not the large one.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write what a run has learnt as one ONNX graph, pixels to logits."""
     from orchestrator.deploy import export_run
 
     done = export_run(run, out, device, small=small)
+    if as_json:
+        print(json.dumps({**asdict(done), "path": str(done.path)}))
+        return
     whose = f", {'network' if small else 'extractor'} of {done.device}" if done.device else ""
     console.print(
         f"{done.path}: round {done.round}{whose}; differs from PyTorch by at most "
@@ -209,24 +242,26 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     heldout: Annotated[
         Path | None, typer.Option(help="The held-out file of a --data path.")
     ] = None,
-    devices: Annotated[int, typer.Option(min=1)] = 4,
+    devices: Annotated[int, typer.Option(min=1, help="Agents, a process each.")] = 4,
     samples: Annotated[int | None, typer.Option(help="Images a device; default all.")] = None,
-    heldout_samples: Annotated[int | None, typer.Option(help="Default all.")] = None,
+    heldout_samples: Annotated[
+        int | None, typer.Option(help="Held-out images; default all.")
+    ] = None,
     split: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet split.")] = 0.5,
-    rounds: Annotated[int, typer.Option(min=1)] = 6,
-    server_model: Annotated[str, typer.Option()] = "resnet10",
-    server_epochs: Annotated[int, typer.Option(min=1, help="A round.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the run.")] = 6,
+    server_model: Annotated[str, typer.Option(help="The large network.")] = "resnet10",
+    server_epochs: Annotated[int, typer.Option(min=1, help="Of the server, a round.")] = 4,
     server_alpha: Annotated[float, typer.Option(help="Weight of the devices' logits.")] = 0.1,
     epochs: Annotated[int, typer.Option(min=1, help="Of the devices, a round.")] = 4,
-    batch: Annotated[int, typer.Option(help="Of the devices.")] = 16,
-    lr: Annotated[float, typer.Option(help="Of the devices.")] = 0.02,
+    batch: Annotated[int, typer.Option(help="Images in a step of the devices.")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate of the devices.")] = 0.02,
     features: Annotated[str, typer.Option(help="Codec of feature maps.")] = "identity|q=8",
     augment: Annotated[bool, typer.Option(help="Random crops and flips.")] = False,
     broker: Annotated[str, typer.Option(help="embedded or mosquitto.")] = "embedded",
-    runs: Annotated[Path, typer.Option()] = Path("runs"),
-    name: Annotated[str, typer.Option()] = "demo",
-    seed: Annotated[int, typer.Option()] = 0,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    name: Annotated[str, typer.Option(help="Of the run, and of its folder.")] = "demo",
+    seed: Annotated[int, typer.Option(help="Same seed, same split and weights.")] = 0,
     floor: Annotated[bool, typer.Option(help="Train the devices alone as well.")] = True,
 ) -> None:
     """Teach a large model on this machine: broker, orchestrator, and agents as processes."""

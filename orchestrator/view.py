@@ -209,7 +209,8 @@ def _short(name: str, most: int) -> str:
     """A name in so many characters: names differ at their ends."""
     if len(name) <= most:
         return name
-    return name[: most // 2 - 1] + "\N{HORIZONTAL ELLIPSIS}" + name[-(most - most // 2) :]
+    half = most // 2
+    return f"{name[: half - 1]}\N{HORIZONTAL ELLIPSIS}{name[half - most :]}"
 
 
 def _table(title: str, devices: Mapping[str, Mapping[str, Any]], width: int) -> Table:
@@ -221,8 +222,8 @@ def _table(title: str, devices: Mapping[str, Mapping[str, Any]], width: int) -> 
     table.add_column("", no_wrap=True, width=min(20, max(width - 58, 6)))
     sizes = [("memory", "memory_bytes"), ("up", "bytes_up"), ("down", "bytes_down")]
     sizes = sizes[: max((width - 36) // 10, 0)]
-    for title, _ in sizes:
-        table.add_column(title, justify="right", no_wrap=True)
+    for what, _ in sizes:
+        table.add_column(what, justify="right", no_wrap=True)
     for name, device in devices.items():
         working = device["live"] and device["stand"] in WORKING
         table.add_row(

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -36,6 +37,7 @@ KEEP = 32
 KEYS = "keys.json"
 COLUMNS = ("device", "model", "cores", "memory", "version", "last birth", "measured", "images/s",
            "peak memory", "J/sample")  # fmt: skip
+COSTS = COLUMNS[-4:]
 _MEASURED = re.compile(r"(.+)-\d{8}T\d{12}Z\.json")
 
 
@@ -148,14 +150,52 @@ def cells(device: Device) -> tuple[str, ...]:
     )
 
 
-def table(devices: Sequence[Device]) -> Table:
-    """For the terminal."""
+def table(devices: Sequence[Device], width: int) -> Group:
+    """For a terminal of so many columns: one table, or two where one does not fit."""
+    rows = [cells(device) for device in devices]
+    widest = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    whole = tuple(range(len(COLUMNS)))
+    if sum(widest) + 2 * len(widest) <= width:
+        return Group(_columns(rows, whole))
+    machine = tuple(i for i in whole if COLUMNS[i] not in COSTS)
+    costs = tuple(i for i in whole if COLUMNS[i] in ("device", *COSTS))
+    measured = [cells(device) for device in devices if device.measured]
+    parts = [_columns(rows, machine)]
+    return Group(*parts, *([Text(), _columns(measured, costs)] if measured else ()))
+
+
+def _columns(rows: Sequence[tuple[str, ...]], chosen: Sequence[int]) -> Table:
+    """A table of some of `COLUMNS`; names and models are cut where the terminal is too narrow."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in COLUMNS:
-        shown.add_column(title, justify="left" if title in ("device", "model") else "right")
-    for device in devices:
-        shown.add_row(*map(Text, cells(device)))
+    for i in chosen:
+        left = COLUMNS[i] in ("device", "model")
+        shown.add_column(
+            COLUMNS[i],
+            justify="left" if left else "right",
+            no_wrap=True,
+            overflow="ellipsis",
+            min_width=8 if left else max(len(row[i]) for row in [COLUMNS, *rows]),
+        )
+    for row in rows:
+        shown.add_row(*(Text(row[i]) for i in chosen))
     return shown
+
+
+def plain(devices: Sequence[Device]) -> list[dict[str, Any]]:
+    """For scripts: what is known of each device, null where nothing is; times are UTC."""
+    return [
+        {
+            "device": device.name,
+            "born_at": _utc(device.born_at) if device.born_at else None,
+            "birth": records.plain(device.birth) if device.birth else None,
+            "measured": records.plain(device.measured) if device.measured else None,
+        }
+        for device in devices
+    ]
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def markdown(devices: Sequence[Device]) -> str:
@@ -233,7 +273,7 @@ def _draw_memory(path: Path, measured: Mapping[str, Measurement]) -> None:
 
 
 def _finish(axes: Any, names: Sequence[str], unit: str) -> None:
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [roofline.label(name, 24) for name in names])
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.set_xlabel(unit)
