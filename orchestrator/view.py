@@ -205,8 +205,8 @@ def _wrapped(text: str, width: int, deep: int, style: str = "") -> list[Text]:
     return [Text(line, style=style) for line in lines]
 
 
-def _short(name: str, most: int) -> str:
-    """A name in so many characters: names differ at their ends."""
+def short(name: str, most: int) -> str:
+    """A name in so many characters, from 3: names differ at their ends."""
     if len(name) <= most:
         return name
     half = most // 2
@@ -227,7 +227,7 @@ def _table(title: str, devices: Mapping[str, Mapping[str, Any]], width: int) -> 
     for name, device in devices.items():
         working = device["live"] and device["stand"] in WORKING
         table.add_row(
-            Text(_short(name, most), style="" if device["live"] else "dim"),
+            Text(short(name, most), style="" if device["live"] else "dim"),
             Text(stand(device), style="red" if stand(device) == "failed" else ""),
             ProgressBar(device["total"] or 1, device["done"]) if working else "",
             *(size(device[key]) for _, key in sizes),

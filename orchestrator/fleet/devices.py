@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Group
 from rich.table import Table
@@ -25,8 +25,8 @@ from rich.text import Text
 
 from edge_agent.field import roofline
 from orchestrator.fleet import enrolment
-from orchestrator.view import size
-from wire import measurement, records
+from orchestrator.view import short, size
+from wire import logs, measurement, records
 from wire.errors import RunError, SignatureError, WireError
 from wire.measurement import Measurement
 from wire.messages import Birth, Platform
@@ -38,6 +38,7 @@ KEYS = "keys.json"
 COLUMNS = ("device", "model", "cores", "memory", "version", "last birth", "measured", "images/s",
            "peak memory", "J/sample")  # fmt: skip
 COSTS = COLUMNS[-4:]
+CUT = (0, 1)  # the columns whose texts are cut to fit
 _MEASURED = re.compile(r"(.+)-\d{8}T\d{12}Z\.json")
 
 
@@ -152,32 +153,35 @@ def cells(device: Device) -> tuple[str, ...]:
 
 def table(devices: Sequence[Device], width: int) -> Group:
     """For a terminal of so many columns: one table, or two where one does not fit."""
-    rows = [cells(device) for device in devices]
+    rows = [tuple(map(logs.clean, cells(device))) for device in devices]
     widest = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     whole = tuple(range(len(COLUMNS)))
     if sum(widest) + 2 * len(widest) <= width:
-        return Group(_columns(rows, whole))
+        return Group(_columns(rows, whole, width))
     machine = tuple(i for i in whole if COLUMNS[i] not in COSTS)
     costs = tuple(i for i in whole if COLUMNS[i] in ("device", *COSTS))
-    measured = [cells(device) for device in devices if device.measured]
-    parts = [_columns(rows, machine)]
-    return Group(*parts, *([Text(), _columns(measured, costs)] if measured else ()))
+    measured = [row for row, device in zip(rows, devices, strict=True) if device.measured]
+    parts = [_columns(rows, machine, width)]
+    return Group(*parts, *([Text(), _columns(measured, costs, width)] if measured else ()))
 
 
-def _columns(rows: Sequence[tuple[str, ...]], chosen: Sequence[int]) -> Table:
+def _columns(rows: Sequence[tuple[str, ...]], chosen: Sequence[int], width: int) -> Table:
     """A table of some of `COLUMNS`; names and models are cut where the terminal is too narrow."""
+    widths = {i: max(len(row[i]) for row in [COLUMNS, *rows]) for i in chosen}
+    room = width - 2 * (len(chosen) - 1) - sum(widths[i] for i in chosen if i not in CUT)
+    if sum(widths[i] for i in CUT if i in widths) > room:
+        name = max(room // 2, room - widths[1]) if 1 in widths else room
+        widths[0] = min(widths[0], max(name, 8))
+        if 1 in widths:
+            widths[1] = min(widths[1], max(room - widths[0], 8))
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i in chosen:
-        left = COLUMNS[i] in ("device", "model")
+        justify: Literal["left", "right"] = "left" if i in CUT else "right"
         shown.add_column(
-            COLUMNS[i],
-            justify="left" if left else "right",
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=8 if left else max(len(row[i]) for row in [COLUMNS, *rows]),
+            COLUMNS[i], justify=justify, no_wrap=True, overflow="ellipsis", width=widths[i]
         )
     for row in rows:
-        shown.add_row(*(Text(row[i]) for i in chosen))
+        shown.add_row(*(Text(row[i] if i else short(row[0], widths[0])) for i in chosen))
     return shown
 
 

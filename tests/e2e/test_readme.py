@@ -157,7 +157,7 @@ def test_on_one_machine_in_three_shells_and_the_simulation_of_the_same(processes
     assert "round 2 of 2: server" in told
 
 
-def test_your_own_network(tmp_path, processes):
+def test_your_own_network(processes):
     newcomer = Newcomer(processes)
     (newcomer.folder / "mypackage").mkdir()
     (newcomer.folder / "mypackage/nets.py").write_text(
