@@ -6,6 +6,7 @@ round has taken.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from wire.messages import Birth, Telemetry
 log = logging.getLogger("orchestrator")
 
 WRITE_S = 0.5
+SAID_S = 5.0  # between two lines of the log on who is awaited
 NEWEST = 5  # rounds that the time left is reckoned by
 NAMED = 8  # devices that a line names
 
@@ -49,6 +51,7 @@ class Report:
         self._work = ("", 0, 0)
         self._faults: dict[str, str] = {}
         self._awaited = ""
+        self._said = "", -math.inf
         self._opened_at: float | None = None
         self._lock = threading.Lock()
         self._written = 0.0
@@ -82,10 +85,12 @@ class Report:
     def rounds(self, state: State) -> None:
         """The rules' state changed; who is awaited now is logged."""
         self._state = state
-        awaited = self._awaits()
-        if awaited and awaited != self._awaited:
-            log.info("%s", awaited)
-        self._awaited = awaited
+        self._awaited = self._awaits()
+        now = time.monotonic()
+        if self._awaited in ("", self._said[0]) or now - self._said[1] < SAID_S:
+            return
+        self._said = self._awaited, now
+        log.info("%s", self._awaited)
 
     def opened(self) -> None:
         """A round began: its bytes and its seconds are counted from here."""
@@ -181,7 +186,7 @@ class Report:
         each = sum(newest) / len(newest)
         opened_at = self._opened_at
         done = 0.0 if opened_at is None else min(time.monotonic() - opened_at, each)
-        return (self._config.rounds - len(self.entries)) * each - done, len(newest)
+        return max((self._config.rounds - len(self.entries)) * each - done, 0.0), len(newest)
 
     def _awaits(self) -> str:
         """Who keeps the run waiting, in words that stay until that changes; "" for nobody."""

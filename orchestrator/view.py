@@ -144,15 +144,16 @@ def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None
     faults = {name: device["fault"] for name, device in devices.items() if device.get("fault")}
     for name in sorted(faults)[: None if height is None else deep]:
         lines += _wrapped(logs.clean(f"{name} failed: {faults[name]}"), width, deep, "red")
-    parts: list[Any] = list(lines)
+    shown = sorted(devices)
     if height is not None:
-        # A blank line and a header for each table; devices take what rounds leave.
-        room = max(height - len(lines) - 4, 2)
-        history = history[-min(NEWEST, max(room // 2, 1)) :]
-        room -= len(history) or -2
-    if devices:
-        order = sorted(devices) if height is None or len(devices) <= room else _slowest(snapshot)
-        shown = order[:room] if height is not None else order
+        # Each table has a blank line and a header; devices take what rounds leave.
+        room = height - len(lines)
+        history = history[-min(NEWEST, room // 2 - 2) :] if room >= 6 else []
+        room -= len(history) + 2 if history else 0
+        order = shown if len(shown) <= room - 2 else _slowest(snapshot)
+        shown, lines = order[: max(room - 2, 0)], lines[:height]
+    parts: list[Any] = list(lines)
+    if shown:
         title = "device" if len(shown) == len(devices) else "slowest devices"
         parts += [Text(), _table(title, {name: devices[name] for name in shown}, width)]
     if history:
@@ -218,7 +219,7 @@ def _table(title: str, devices: Mapping[str, Mapping[str, Any]], width: int) -> 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     most = max(width - 60, 16)
     table.add_column(title, no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True, width=8)
     table.add_column("", no_wrap=True, width=min(20, max(width - 58, 6)))
     sizes = [("memory", "memory_bytes"), ("up", "bytes_up"), ("down", "bytes_down")]
     sizes = sizes[: max((width - 36) // 10, 0)]

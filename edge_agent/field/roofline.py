@@ -163,7 +163,7 @@ def label(text: str, most: int, otherwise: str = "?") -> str:
 
     Args:
         text: with `$` and backslashes as themselves, not as a formula.
-        most: characters; what is longer ends in an ellipsis.
+        most: characters; what is longer lacks its middle.
         otherwise: what to draw where the font has none of the text's characters.
     """
     from matplotlib import font_manager
@@ -171,8 +171,9 @@ def label(text: str, most: int, otherwise: str = "?") -> str:
     known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     line = " ".join(text.split())
     shown = "".join(c for c in line if c.isprintable() and ord(c) in known).strip() or otherwise
-    if len(shown) > most:
-        shown = shown[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    if len(shown) > most:  # names often differ at their ends
+        begin = 2 * most // 3
+        shown = f"{shown[:begin]}\N{HORIZONTAL ELLIPSIS}{shown[len(shown) - most + begin + 1 :]}"
     # A legend leaves out what begins with an underscore.
     return ("\N{ZERO WIDTH SPACE}" if shown[0] == "_" else "") + shown.replace("$", r"\$")
 
