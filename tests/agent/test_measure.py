@@ -229,7 +229,7 @@ def test_without_matplotlib_the_terminal_tells_it(artifact, monkeypatch, capsys)
         (["--artifact", "nowhere", "--submit"], "nowhere.toml is not there, or not for this user"),
         (["--artifact", "nowhere", "--json", "no/x.json"], "no/x.json: no is no folder; make it"),
         (["--artifact", "nowhere", "--roofline", "x.pdf"], "expected a name that ends in .png"),
-        ([], "no artifact is installed there; name one with --artifact"),
+        ([], "no training artifact is here: none in"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments, text, capsys):
