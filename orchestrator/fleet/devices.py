@@ -26,7 +26,7 @@ from rich.text import Text
 from edge_agent.field import roofline
 from orchestrator.fleet import enrolment
 from orchestrator.view import short, size
-from wire import logs, measurement, records
+from wire import measurement, records
 from wire.errors import RunError, SignatureError, WireError
 from wire.measurement import Measurement
 from wire.messages import Birth, Platform
@@ -153,7 +153,7 @@ def cells(device: Device) -> tuple[str, ...]:
 
 def table(devices: Sequence[Device], width: int) -> Group:
     """For a terminal of so many columns: one table, or two where one does not fit."""
-    rows = [tuple(map(logs.clean, cells(device))) for device in devices]
+    rows = [cells(device) for device in devices]
     widest = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     whole = tuple(range(len(COLUMNS)))
     if sum(widest) + 2 * len(widest) <= width:

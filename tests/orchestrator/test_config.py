@@ -125,5 +125,7 @@ def test_a_preset_is_a_run_that_can_be_loaded(preset, tmp_path):
 
 
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
-    with pytest.raises(StillhouseError, match="no preset 'common'; there are dropout, fedavg, fedgkt"):
+    with pytest.raises(
+        StillhouseError, match="no preset 'common'; there are dropout, fedavg, fedgkt"
+    ):
         template("common")
