@@ -114,7 +114,7 @@ def left(snapshot: Mapping[str, Any]) -> str:
     if not seconds:
         return ""
     rounds_ = "round" if by == 1 else f"{by} rounds"
-    return f"about {duration(seconds)} left, going by the last {rounds_}"
+    return f"about {duration(seconds)} left, by the last {rounds_}"
 
 
 def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None) -> Group:

@@ -99,7 +99,7 @@ def test_time_left_is_that_of_the_newest_rounds(report):
     seconds = (999, 10, 10, 20, 30, 30)
     report.entries.extend(entry(n, each) for n, each in enumerate(seconds, 1))
     assert report.snapshot()["left_s"] == 94 * 20.0
-    assert view.left(report.snapshot()) == "about 31 min left, going by the last 5 rounds"
+    assert view.left(report.snapshot()) == "about 31 min left, by the last 5 rounds"
     report.opened()
     assert 93 * 20 <= report.snapshot()["left_s"] < 94 * 20
     report.entries.extend(entry(n) for n in range(7, 101))
@@ -171,5 +171,5 @@ def test_a_simulated_run_says_what_it_does(report):
     report.progress("distil", 3, 20)
     report.entries.extend([entry(1), entry(2)])
     assert view.progress(report.snapshot()) == (
-        "round 3 of 100, server: distil 3/20, about 33 min left, going by the last 2 rounds"
+        "round 3 of 100, server: distil 3/20, about 33 min left, by the last 2 rounds"
     )
