@@ -1,5 +1,6 @@
 """`edge-agent doctor`: what keeps this device from taking part, each finding with its remedy."""
 
+import json
 import os
 import platform
 import shutil
@@ -255,8 +256,15 @@ def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
-def report(path: Path, say: Callable[[str], None] = print) -> int:
-    """Print each finding as it is found; the exit code is 1 where something is bad, else 0."""
+def report(path: Path, say: Callable[[str], None] = print, *, as_json: bool = False) -> int:
+    """Print each finding as it is found; the exit code is 1 where something is bad, else 0.
+
+    `as_json` prints one list of them in the end.
+    """
+    if as_json:
+        found = list(examine(path))
+        say(json.dumps([finding._asdict() for finding in found]))
+        return int(any(finding.level == "bad" for finding in found))
     worst = 0
     say(f"edge-agent on {meter.model()}")
     for finding in examine(path):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edge_agent import __version__, config
-from wire import records
+from wire import logs, records
 from wire.errors import DataError, SettingsError, StillhouseError
 
 NO_IMAGES = 3  # exit code
@@ -43,11 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--config", type=Path, required=True, help="agent.toml")
     run.add_argument("--verbose", action="store_true", help="say more")
     doctor = commands.add_parser("doctor", help="look for what keeps this device from taking part")
-    doctor.add_argument("--config", type=Path, default=Path("/etc/stillhouse/agent.toml"))
+    doctor.add_argument("--config", type=Path, default=Path("/etc/stillhouse/agent.toml"),
+                        help="agent.toml; default: /etc/stillhouse/agent.toml")  # fmt: skip
+    doctor.add_argument("--json", action="store_true", help="findings as JSON, for scripts")
     _add_measure(commands.add_parser("measure", help="what training costs on this device"))
     _add_predict(commands.add_parser("predict", help="say what is on photos"))
     init = commands.add_parser("init", help="write a commented configuration")
-    init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"))
+    init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"),
+                      help="where to; default: agent.toml")  # fmt: skip
     try:
         given = sys.argv[1:] if arguments is None else arguments
         chosen, more = parser.parse_known_args(records.expanded(given))
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.command == "doctor":
             from edge_agent import doctor as doctoring
 
-            return doctoring.report(chosen.config)
+            return doctoring.report(chosen.config, as_json=chosen.json)
         return _run(chosen.config, verbose=chosen.verbose)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)
@@ -115,13 +118,14 @@ def _predict(chosen: argparse.Namespace) -> int:
 
 def _add_measure(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--artifact", type=Path, help="folder of the artifact; default: the package's ResNet-8")
+    add("--artifact", type=Path, help="folder of the artifact; default: the package's "
+        "ResNet-8, or else the one that came with this device's last run")  # fmt: skip
     add("--budget-mb", type=int, default=0, help="for the largest batch; 0: what is available now")
     add("--threads", type=int, default=0, help="0 takes all cores")
     add("--steps", type=int, default=20, help="that are timed")
     add("--with-pytorch", action="store_true", help="PyTorch at the same step beside, in turns")
     add("--model", default="", help="for --with-pytorch, a network of your own: nets.py:make")
-    add("--json", type=Path, help="write all figures there, signed")
+    add("--json", type=Path, help="write all figures there, signed; - prints them alone")
     add("--roofline", type=Path, help="draw a .png there; the terminal tells the same")
     add("--config", type=Path, help="agent.toml; default: the installed one, if it can be read")
     add("--submit", action="store_true", help="send the report to the orchestrator")
@@ -146,12 +150,15 @@ def _measure(chosen: argparse.Namespace) -> int:
             f"--submit: {identity.INSTALLED} is not there, or not for this user; name the device's "
             "agent.toml with --config, or run this as its user: sudo -u stillhouse edge-agent ..."
         )
-    for path in filter(None, (chosen.json, chosen.roofline)):
+    to_stdout = chosen.json == Path("-")
+    for path in filter(None, (None if to_stdout else chosen.json, chosen.roofline)):
         if not path.parent.is_dir():
             raise SettingsError(f"{path}: {path.parent} is no folder; make it")
     if chosen.roofline:
         roofline.check(chosen.roofline)
-    artifact = open_artifact(chosen.artifact or measuring.installed_artifact())
+    artifact = open_artifact(
+        chosen.artifact or measuring.default_artifact(settings.state if settings else None)
+    )
     key = identity.key_file(settings)
     _hold_threads(chosen.threads)
     measured = measuring.measure(
@@ -164,10 +171,11 @@ def _measure(chosen: argparse.Namespace) -> int:
         model=chosen.model,
     )
     report = measurement.sign(signing.own_key(key), measured)
-    print(measuring.text(report))
+    figures = json.dumps(records.plain(report), indent=1)
+    print(figures if to_stdout else measuring.text(report))
     try:
-        if chosen.json:
-            chosen.json.write_text(json.dumps(records.plain(report), indent=1) + "\n")
+        if chosen.json and not to_stdout:
+            chosen.json.write_text(figures + "\n")
         if chosen.roofline:
             roofline.draw(chosen.roofline, report)
     except OSError as fault:
@@ -176,17 +184,17 @@ def _measure(chosen: argparse.Namespace) -> int:
         from edge_agent.field.submit import submit
 
         submit(report, settings, chosen.timeout)
-        print(f"submitted as {settings.device} to the orchestrator of fleet {settings.fleet}")
+        print(
+            f"submitted as {settings.device} to the orchestrator of fleet {settings.fleet}",
+            file=sys.stderr if to_stdout else sys.stdout,
+        )
     return 0
 
 
 def _run(path: Path, *, verbose: bool) -> int:
     from edge_agent.agent import serve
 
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-    )
+    logs.to_stream(level=logging.DEBUG if verbose else logging.INFO)
 
     def install(stop: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, lambda _number, _frame: stop())

@@ -251,9 +251,9 @@ def _epoch() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build; 0, or 2 with one line on what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m hardware.deb", description=__doc__)
-    parser.add_argument("--arch", choices=tuple(MACHINES), default="arm64")
+    parser.add_argument("--arch", choices=tuple(MACHINES), default="arm64", help="of the target")
     parser.add_argument("--python", choices=PYTHONS, default="3.11", help="of the target")
-    parser.add_argument("--out", type=Path, default=Path("dist"))
+    parser.add_argument("--out", type=Path, default=Path("dist"), help="folder to write")
     chosen = parser.parse_args(arguments)
     try:
         path = build(chosen.arch, chosen.python, chosen.out)

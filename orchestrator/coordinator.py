@@ -327,6 +327,7 @@ class Coordinator:
         reason = str(fault)[:MAX_REASON] if fault else ""
         verdict = Verdict(result.device, fault is None, reason, result)
         self.store.decide(attempt.sequence, verdict)
+        self.report.decided(verdict)
         self._attempt = replace(attempt, verdicts={**attempt.verdicts, result.device: verdict})
         self._receipt(verdict, result)
         if fault:
@@ -403,11 +404,7 @@ class Coordinator:
         needed = self._late | referred(self._carried.values())
         self.store.close_round(self._attempt, state, entry, needed)
         self._state, self._attempt = state, None
-        scores = (
-            f"{key} {100 * value:.1f} %" for key, value in metrics.items() if "accuracy" in key
-        )
-        text = ", ".join(scores) or "not evaluated"
-        log.info("round %d: %s, %.1f s", entry["round"], text, seconds)
+        log.info("%s", self.report.last_round())
         self._apply(rounds.aggregated(self._rounds, self.config.cohort, time.monotonic()))
 
     def _restored(self, attempt: Attempt | None) -> rounds.State:

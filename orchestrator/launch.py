@@ -56,7 +56,7 @@ def run(
         store.keep(frozenset(update.blob.digest for update in rollout.updates))
         if address is None:
             address = stack.enter_context(serve(config))
-        report = Report(config, store, sources)
+        report = Report(config, store, sources, enrolled)
         variants = prepare_variants(config, store)
         strategy = create(config.strategy, task(config, store, variants, heldout, report))
         coordinator = Coordinator(

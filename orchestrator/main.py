@@ -3,7 +3,6 @@
 import enum
 import functools
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -11,23 +10,42 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.logging import RichHandler
 
-from orchestrator import config, view
+from orchestrator import __version__, config, view
 from wire import records
 from wire.errors import StillhouseError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON, for scripts.")]
+# Texts are printed as they are: paths are not wrapped, and names hold no markup.
+console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"orchestrator {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def orchestrator(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    """The server of a fleet: runs its rounds, and keeps what it has learnt."""
+    del version
 
 
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Where run.toml goes.")] = Path(),
     preset: Annotated[
-        str, typer.Option(help=f"What to begin with: {', '.join(config.presets())}.")
-    ] = "fedgkt",
+        str,
+        typer.Option(
+            help=f"What to begin with: {', '.join(config.presets())}. {config.WHY_DEFAULT}"
+        ),
+    ] = config.DEFAULT,
 ) -> None:
     """Write a commented configuration."""
     text = config.template(preset)
@@ -54,7 +72,7 @@ def start(
         if group and group.rank:
             group.serve()
             return
-        with _display() as show:
+        with view.Display(console) as show:
             report = launch.run(chosen, changed=show)
     console.print(view.rounds(report.entries))
     console.print()
@@ -69,7 +87,7 @@ def simulate(
     stack: Annotated[
         int, typer.Option(help="Devices trained at once; 0: one on a CPU, all on a GPU.", min=0)
     ] = 0,
-    threads: Annotated[int, typer.Option(help="Of PyTorch and numpy; 0: theirs.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Of PyTorch and numpy; 0: all cores.", min=0)] = 0,
     late: Annotated[float, typer.Option(help="Share of devices that miss a round's end.")] = 0.0,
 ) -> None:
     """Do a run with its devices simulated in this process, by PyTorch."""
@@ -79,22 +97,14 @@ def simulate(
     chosen = config.load(config_file)
     if threads:
         simulation.hold_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     with ranks.joined(chosen.server) as group:
         if group and group.rank:
             group.serve()
             return
-        report = simulation.run(chosen, shards, stack=stack, late=late, changed=_tell)
+        with view.Display(console, simulated=True) as show:
+            report = simulation.run(chosen, shards, stack=stack, late=late, told=show)
     console.print(view.rounds(report.entries))
     console.print(f"report: {chosen.folder / 'report.json'}")
-
-
-def _tell(report: Any) -> None:
-    entry = report.entries[-1]
-    accuracy = view.percent(entry.get("server_accuracy"))
-    logging.getLogger("orchestrator").info(
-        "round %d: %s, %.1f s", entry["round"], accuracy, entry["seconds"]
-    )
 
 
 @app.command()
@@ -107,7 +117,7 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
         bool, typer.Option(help="With the folders of the package stillhouse-edge-agent.")
     ] = False,
     release_key: Annotated[
-        str, typer.Option(help="That updates are signed by; default: run.toml's.")
+        str, typer.Option(help="Updates of the agent are signed by it; default: run.toml's.")
     ] = "",
 ) -> None:
     """Admit a device and write its agent.toml; a running broker of ours learns it at its start."""
@@ -151,7 +161,7 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
 @app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how far a run is."""
     path = run / "status.json"
@@ -162,7 +172,7 @@ def status(
     if as_json:
         print(json.dumps(snapshot))
         return
-    console.print(view.live(snapshot))
+    console.print(view.live(snapshot, console.width))
     console.print(f"as of {time.time() - snapshot['updated']:.0f} s ago", style="dim")
 
 
@@ -170,6 +180,7 @@ def status(
 def devices(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
     markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the fleet's devices, and what training costs on each; times are UTC."""
     from orchestrator.fleet import devices as known_devices
@@ -178,14 +189,17 @@ def devices(
     found = known_devices.known(chosen.runs, chosen.fleet)
     if markdown:
         print(known_devices.markdown(found), end="")
-        return
-    console.print(known_devices.table(found))
+    elif as_json:
+        print(json.dumps(known_devices.plain(found)))
+    else:
+        console.print(known_devices.table(found, console.width))
 
 
 @app.command()
 def measure_report(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
     out: Annotated[Path | None, typer.Option(help="Folder; default: beside the reports.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write what training costs on the fleet's devices: Markdown and pictures."""
     from orchestrator.fleet import devices as known_devices
@@ -194,8 +208,12 @@ def measure_report(
     found = known_devices.known(chosen.runs, chosen.fleet)
     folder = out or chosen.runs / f"measured-{chosen.fleet}" / "report"
     title = f"Devices of fleet {chosen.fleet}"
-    for path in known_devices.write_report(found, title, folder):
-        console.print(f"{path} written", soft_wrap=True, highlight=False)
+    paths = known_devices.write_report(found, title, folder)
+    if as_json:
+        print(json.dumps({"files": [str(path) for path in paths]}))
+        return
+    for path in paths:
+        console.print(f"{path} written")
 
 
 class _Form(enum.StrEnum):
@@ -223,7 +241,7 @@ def export(  # noqa: PLR0917 - typer makes options of them
             "pixels, uint8 (N, H, W, C).",
         ),
     ] = _Form.float32,
-    as_json: Annotated[bool, typer.Option("--json", help="What was written, as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write what a run has learnt as one ONNX graph, pixels to logits."""
     from orchestrator.deploy import export_run
@@ -232,7 +250,7 @@ def export(  # noqa: PLR0917 - typer makes options of them
     if as_json:
         print(json.dumps(done.plain))
         return
-    print(done.text)
+    console.print(done.text)
 
 
 @app.command()
@@ -240,7 +258,7 @@ def predict(
     model: Annotated[Path, typer.Argument(help="An .onnx file that `export` wrote.")],
     photos: Annotated[list[Path], typer.Argument(help="Photos, and folders of photos.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes of each photo.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is on photos; the exit code is 1 where one cannot be read."""
     from edge_agent import predict as predicting
@@ -260,29 +278,31 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Resize the images, such as 32x32.")
     ] = None,
-    devices: Annotated[int, typer.Option(min=1)] = 4,
+    devices: Annotated[int, typer.Option(min=1, help="Agents, a process each.")] = 4,
     samples: Annotated[int | None, typer.Option(help="Images a device; default all.")] = None,
-    heldout_samples: Annotated[int | None, typer.Option(help="Default all.")] = None,
+    heldout_samples: Annotated[
+        int | None, typer.Option(help="Held-out images; default all.")
+    ] = None,
     split: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet split.")] = 0.5,
-    rounds: Annotated[int, typer.Option(min=1)] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the run.")] = 6,
     model: Annotated[
         str, typer.Option(help="Of the devices: a known one, or your own, nets.py:make@features.3.")
     ] = "resnet8",
     server_model: Annotated[
         str, typer.Option(help="Of the server: a known one, or your own, nets.py:large.")
     ] = "resnet10",
-    server_epochs: Annotated[int, typer.Option(min=1, help="A round.")] = 4,
+    server_epochs: Annotated[int, typer.Option(min=1, help="Of the server, a round.")] = 4,
     server_alpha: Annotated[float, typer.Option(help="Weight of the devices' logits.")] = 0.1,
     epochs: Annotated[int, typer.Option(min=1, help="Of the devices, a round.")] = 4,
-    batch: Annotated[int, typer.Option(help="Of the devices.")] = 16,
-    lr: Annotated[float, typer.Option(help="Of the devices.")] = 0.02,
+    batch: Annotated[int, typer.Option(help="Images in a step of the devices.")] = 16,
+    lr: Annotated[float, typer.Option(help="Learning rate of the devices.")] = 0.02,
     features: Annotated[str, typer.Option(help="Codec of feature maps.")] = "identity|q=8",
     augment: Annotated[bool, typer.Option(help="Random crops and flips.")] = False,
     broker: Annotated[str, typer.Option(help="embedded or mosquitto.")] = "embedded",
-    runs: Annotated[Path, typer.Option()] = Path("runs"),
-    name: Annotated[str, typer.Option()] = "demo",
-    seed: Annotated[int, typer.Option()] = 0,
+    runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    name: Annotated[str, typer.Option(help="Of the run, and of its folder.")] = "demo",
+    seed: Annotated[int, typer.Option(help="Same seed, same split and weights.")] = 0,
     floor: Annotated[bool, typer.Option(help="Train the devices alone as well.")] = True,
 ) -> None:
     """Teach a large model on this machine: broker, orchestrator, and agents as processes."""
@@ -321,7 +341,7 @@ def demo(  # noqa: PLR0917 - typer makes options of them
         floor=floor,
         size=None if size is None else datasets.parse_size(size),
     )
-    with _display() as show:
+    with view.Display(console) as show:
         taught, alone = demonstration.play(plan, show)
     console.print(view.rounds(taught.entries))
     console.print()
@@ -333,30 +353,6 @@ def demo(  # noqa: PLR0917 - typer makes options of them
         best = view.percent(alone.entries[-1]["device_accuracy"])
         console.print(f"devices trained alone            {best}")
     console.print(f"\nreport: {runs / plan.name / 'report.json'}")
-
-
-class _display:  # noqa: N801 - used as a function
-    """A live view on a terminal; elsewhere the log alone."""
-
-    def __init__(self) -> None:
-        self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._shown = 0.0
-
-    def __enter__(self) -> Any:
-        handler = RichHandler(console=console, show_path=False, show_level=False)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-        if console.is_terminal:
-            self._live.start()
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        if console.is_terminal:
-            self._live.stop()
-
-    def _show(self, report: Any) -> None:
-        if console.is_terminal and time.monotonic() - self._shown > 0.25:
-            self._shown = time.monotonic()
-            self._live.update(view.live(report.snapshot()))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from orchestrator.report import Report
 from orchestrator.store import Store, last_checkpoint
 from orchestrator.strategies.strategy import HeldOut, Task, Variant
 from orchestrator.training import distill
-from wire.errors import RunError
+from wire.errors import DataError, RunError
 from wire.names import title
 
 log = logging.getLogger("orchestrator")
@@ -36,6 +36,12 @@ def read_heldout(config: RunConfig) -> HeldOut:
     log.info(device.pixels)
     if config.heldout is None:
         return HeldOut(torch.empty(0, *device.input), torch.empty(0, dtype=torch.int64))
+    if not config.heldout.exists():
+        raise DataError(
+            f"heldout: {config.heldout} is not there; let run.toml name images that no device has, "
+            "or cut some out of your own: python -m orchestrator.datasets --source FOLDER "
+            "--devices 2 --out data writes data/heldout.npz"
+        )
     stored = data.load(config.heldout, input_shape=device.input)
     stored.tell(log)
     settled = classes.resolve(config, stored.names)

@@ -1,34 +1,53 @@
 """What a run has done so far: for the live view, `orchestrator status` and report.json.
 
 Bytes are those of MQTT payloads as they were sent and received, framing and repetitions included.
+The time left is the mean of the newest `NEWEST` rounds times the rounds to go, less what the open
+round has taken.
 """
 
+import logging
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from orchestrator import view
 from orchestrator.config import RunConfig
 from orchestrator.fleet import classes
-from orchestrator.rounds import Phase, State
-from orchestrator.store import Attempt, Store
+from orchestrator.rounds import PAUSE_S, Phase, State
+from orchestrator.store import Attempt, Store, Verdict
 from wire import records
 from wire.messages import Birth, Telemetry
 
+log = logging.getLogger("orchestrator")
+
 WRITE_S = 0.5
+SAID_S = 5.0  # between two lines of the log on who is awaited
+NEWEST = 5  # rounds that the time left is reckoned by
+NAMED = 8  # devices that a line names
 
 
 class Report:
-    """Collects; `snapshot` is what a person sees, `closed` makes a round's entry."""
+    """Collects; `snapshot` is what a person sees, `closed` makes a round's entry.
+
+    Args:
+        config: of the run.
+        store: its folder.
+        sources: digests of the source files of each network that is not ours.
+        enrolled: devices that may take part, where only they may.
+    """
 
     def __init__(
         self,
         config: RunConfig,
         store: Store,
         sources: Mapping[str, Mapping[str, str]] | None = None,
+        enrolled: frozenset[str] | None = None,
     ) -> None:
         self._config, self._store, self._sources = config, store, sources or {}
+        self._enrolled = enrolled or frozenset()
         traffic = store.traffic()  # what an earlier orchestrator counted in the open round
         self._up = Counter({device: up for device, (up, _) in traffic.items()})
         self._down = Counter({device: down for device, (_, down) in traffic.items()})
@@ -36,6 +55,10 @@ class Report:
         self._telemetry: dict[str, Telemetry] = {}
         self._state = State(config.rounds, config.seed)
         self._work = ("", 0, 0)
+        self._faults: dict[str, str] = {}
+        self._awaited = ""
+        self._said = "", -math.inf
+        self._opened_at: float | None = None
         self._lock = threading.Lock()
         self._written = 0.0
         self.entries = store.closed_rounds()
@@ -58,14 +81,28 @@ class Report:
         """A device told how far it is."""
         self._telemetry[device] = message
 
+    def decided(self, verdict: Verdict) -> None:
+        """A device's result was accepted or refused."""
+        if verdict.accepted:
+            self._faults.pop(verdict.device, None)
+        else:
+            self._faults[verdict.device] = verdict.reason
+
     def rounds(self, state: State) -> None:
-        """The rules' state changed."""
+        """The rules' state changed; who is awaited now is logged."""
         self._state = state
+        self._awaited = self._awaits()
+        now = time.monotonic()
+        if self._awaited in ("", self._said[0]) or now - self._said[1] < SAID_S:
+            return
+        self._said = self._awaited, now
+        log.info("%s", self._awaited)
 
     def opened(self) -> None:
-        """A round began: its bytes are counted from here."""
+        """A round began: its bytes and its seconds are counted from here."""
         self._up.clear()
         self._down.clear()
+        self._opened_at = time.monotonic()
 
     def progress(self, what: str, done: int, total: int) -> None:
         """The worker thread is so far with something."""
@@ -97,20 +134,36 @@ class Report:
             "devices": devices,
         }
         self.entries.append(entry)
+        self._opened_at = None
         return entry
+
+    def last_round(self) -> str:
+        """A line on the round that was closed last, with the time left."""
+        entry, more = self.entries[-1], view.left(self.snapshot())
+        scores = [
+            f"{key.removesuffix('_accuracy')} {view.percent(value)}"
+            for key, value in entry.items()
+            if key.endswith("accuracy")
+        ]
+        told = ", ".join([*(scores or ["not evaluated"]), f"{entry['seconds']:.1f} s"])
+        return f"round {entry['round']} of {self._config.rounds}: {told}" + (more and f"; {more}")
 
     def snapshot(self) -> dict[str, Any]:
         """The run as it stands."""
         with self._lock:
             work = self._work
         state = self._state
-        names = sorted({*state.live, *state.cohort, *self._telemetry})
+        names = sorted({*state.live, *state.cohort, *self._telemetry, *self._enrolled})
+        left_s, left_by = self._left()
         return {
             "run": self._config.name,
             "strategy": self._config.strategy,
             "phase": state.phase.value,
             "round": state.round,
             "rounds": self._config.rounds,
+            "awaited": self._awaited,
+            "left_s": left_s,
+            "left_by": left_by,
             "work": work if state.phase is Phase.AGGREGATING else ("", 0, 0),
             "updated": time.time(),
             "devices": {name: self._device(name) for name in names},
@@ -134,6 +187,41 @@ class Report:
             }
             self._store.write_json("report.json", whole)
 
+    def _left(self) -> tuple[float | None, int]:
+        """About how many seconds the run takes yet, and by how many rounds that is reckoned."""
+        newest = [entry["seconds"] for entry in self.entries[-NEWEST:]]
+        if not newest:
+            return None, 0
+        each = sum(newest) / len(newest)
+        opened_at = self._opened_at
+        done = 0.0 if opened_at is None else min(time.monotonic() - opened_at, each)
+        return max((self._config.rounds - len(self.entries)) * each - done, 0.0), len(newest)
+
+    def _awaits(self) -> str:
+        """Who keeps the run waiting, in words that stay until that changes; "" for nobody."""
+        state, rules = self._state, self._config.cohort
+        if state.phase is Phase.COLLECTING:
+            open_ = state.cohort - state.returned - state.failed
+            if not open_ or open_ & state.live.keys():
+                return ""
+            return (
+                f"round {state.round}: waiting for devices that are away: {names_of(open_)}; "
+                f"it closes without them {rules.deadline_s:g} s after its start"
+            )
+        if state.phase is not Phase.FORMING:
+            return ""
+        if len(state.live) < rules.min_devices:
+            here = f" ({names_of(state.live)})" if state.live else ""
+            missing = self._enrolled - state.live.keys()
+            return (
+                f"waiting for devices: {len(state.live)} of at least {rules.min_devices} here{here}"
+            ) + (f"; enrolled and not here: {names_of(missing)}" if missing else "")
+        if state.attempt and not state.returned:
+            return f"no device returned a result; trying again in {PAUSE_S:g} s"
+        if rules.wait_s:
+            return f"{len(state.live)} devices are here; waiting {rules.wait_s:g} s for more"
+        return ""
+
     def _device(self, name: str) -> dict[str, Any]:
         state, last, birth = self._state, self._telemetry.get(name), self._births.get(name)
         if name in state.returned:
@@ -154,4 +242,12 @@ class Report:
             "bytes_down": self._down[name],
             "package": birth.package.version if birth and birth.package else "",
             "update": birth.update if birth else "",
+            "fault": self._faults.get(name, ""),
         }
+
+
+def names_of(devices: Iterable[str]) -> str:
+    """Names in their order, `NAMED` of them at most: "pi-1, pi-2 and 38 more"."""
+    names = sorted(devices)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -56,6 +56,7 @@ def run(
     stack: int = 0,
     late: float = 0.0,
     changed: Callable[[Report], None] = lambda _: None,
+    told: Callable[[Report], None] = lambda _: None,
 ) -> Report:
     """Do a run, from the start or from where it stopped.
 
@@ -65,6 +66,7 @@ def run(
         stack: devices that are trained at once; 0: one on a CPU, the whole cohort on a GPU.
         late: share of a round's devices, drawn by seed, that miss its end.
         changed: called after each round.
+        told: called whenever something was done: a device's training, a step of the server's.
 
     Raises:
         RunError: no shards are there, tiers go by memory, or all would be late.
@@ -92,10 +94,18 @@ def run(
         networks.claim(store.folder, sources)
         config = classes.settle(config, settled)
         report = Report(config, store, sources)
+
+        def tell() -> None:
+            report.save()
+            told(report)
+
+        def progress(what: str, done: int, total: int) -> None:
+            report.progress(what, done, total)
+            tell()
+
         task = prepare.task(config, store, _variants(config), heldout, report)
-        simulation = _Simulation(
-            config, store, create(config.strategy, task), images, stack=stack, late=late
-        )
+        strategy = create(config.strategy, replace(task, progress=progress))
+        simulation = _Simulation(config, store, strategy, images, stack=stack, late=late, tell=tell)
         simulation.run(report, changed)
     finally:
         store.close()
@@ -182,8 +192,9 @@ class _Simulation:
         *,
         stack: int,
         late: float,
+        tell: Callable[[], None],
     ) -> None:
-        self._config, self._store, self._strategy = config, store, strategy
+        self._config, self._store, self._strategy, self._tell = config, store, strategy, tell
         self._images, self._stack, self._late = images, stack, late
         self._births = {name: _birth(name, held) for name, held in images.items()}
         self._owed, self._own = _Kept(store.folder / "owed"), _Kept(store.folder / "own")
@@ -214,7 +225,24 @@ class _Simulation:
             attempt = store.begin(number, {**carried, **orders})
             missing = self._missing(attempt)
             done = {n: order for n, order in sorted(attempt.orders.items()) if n not in missing}
-            results = {result.device: result for result in self._perform(done, report)}
+            now = rounds.State(
+                config.rounds,
+                config.seed,
+                number,
+                rounds.Phase.COLLECTING,
+                live=dict.fromkeys(self._births, rounds.Session(1)),
+                cohort=frozenset(done),
+            )
+            log.info("round %d of %d: %d devices", number, config.rounds, len(done))
+            report.rounds(now)
+            self._tell()
+            results = {}
+            for result in self._perform(done, report):
+                results[result.device] = result
+                report.rounds(replace(now, returned=frozenset(results)))
+                self._tell()
+            report.progress("", 0, 0)
+            report.rounds(replace(now, phase=rounds.Phase.AGGREGATING, returned=frozenset(results)))
             verdicts = {n: self._decide(state, order, results[n]) for n, order in done.items()}
             accepted = [verdict.result for verdict in verdicts.values() if verdict.accepted]
             if not accepted:
@@ -225,7 +253,11 @@ class _Simulation:
             entry = report.closed(attempt, metrics, time.monotonic() - began)
             carried = self._carried(attempt)
             store.close_round(attempt, state, entry, referred(carried.values()))
+            log.info("%s", report.last_round())
             changed(report)
+        report.rounds(
+            rounds.State(config.rounds, config.seed, config.rounds, rounds.Phase.FINISHED)
+        )
         report.save(final=True)
 
     def _missing(self, attempt: Attempt) -> frozenset[str]:

@@ -163,19 +163,29 @@ def measure(
     return report
 
 
-def installed_artifact() -> Path:
+def default_artifact(state: Path | None) -> Path:
     """The folder of the artifact that is measured where none is named.
 
+    That is the installed one, or else the one that this device got last from an orchestrator.
+
+    Args:
+        state: of the agent, where its settings are known.
+
     Raises:
-        ArtifactError: it is not there; the message says how to make it.
+        ArtifactError: there is none; the message says how to come by one.
     """
-    if not INSTALLED.is_dir():
-        raise ArtifactError(
-            f"{INSTALLED}: no artifact is installed there; name one with --artifact (the agent has "
-            "those of its runs in state/artifacts), or make it in an environment with PyTorch: "
-            f"python -m tools.export --model resnet8 --classes 10 --batch 32 --out {INSTALLED}"
-        )
-    return INSTALLED
+    if INSTALLED.is_dir():
+        return INSTALLED
+    got = list(state.glob("artifacts/*/manifest.json")) if state else []
+    if got:
+        return max(got, key=lambda path: path.stat().st_mtime).parent
+    where = f", nor in {state}/artifacts" if state else ""
+    raise ArtifactError(
+        f"no training artifact is here: none in {INSTALLED}{where}. One comes with a device's "
+        "first round: run the agent, then measure with --config agent.toml. Or make one where the "
+        "orchestrator is installed (python -m tools.export --model resnet8 --classes 10 --batch 32 "
+        "--out resnet8), copy the folder here, and name it: --artifact resnet8"
+    )
 
 
 def _quartiles(times: list[float]) -> list[float]:

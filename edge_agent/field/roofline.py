@@ -112,9 +112,10 @@ def draw(path: Path, report: Measurement) -> None:
     hidden = sum(point.seconds for point in points if not point.intensity)
     made, platform = report.artifact, report.platform
     axes.set_title(
-        f"{made.model.name}, batch {made.batch}, on {platform.model} ({platform.machine}, "
-        f"{report.threads or 'all'} threads)\nnot shown: layers that multiply nothing, "
-        f"{100 * hidden / whole:.0f} % of the time, and those that take under {100 * LEAST:g} %",
+        f"{label(made.model.name, 30)}, batch {made.batch}, on {label(platform.model, 40)} "
+        f"({label(platform.machine, 10)}, {report.threads or 'all'} threads)\n"
+        f"not shown: layers that multiply nothing, {100 * hidden / whole:.0f} % of the time, and "
+        f"those that take under {100 * LEAST:g} %",
         loc="left", fontsize=10, color=INK,
     )  # fmt: skip
     figure.canvas.draw()  # the layout is settled only then
@@ -140,7 +141,7 @@ def draw_fleet(path: Path, reports: Mapping[str, Measurement]) -> None:
                 point.intensity, point.gflops, s=60, color=[colour], marker=MARKERS[point.phase],
                 edgecolors="white", linewidths=0.6, zorder=3,
             )  # fmt: skip
-        axes.plot([], [], color=colour, label=name)
+        axes.plot([], [], color=colour, label=label(name, 24))
     for phase in PHASES:
         axes.scatter([], [], s=50, color=PALE, marker=MARKERS[phase], label=phase)
     axes.legend(loc="lower right", frameon=False, fontsize=8, ncols=1 + len(found) // 16)
@@ -155,6 +156,26 @@ def canvas(height: float = 6.0) -> tuple["Figure", "Axes"]:
     figure = Figure(figsize=(9.6, height), layout="constrained", dpi=144)
     FigureCanvasAgg(figure)  # which can say how large a text will be
     return figure, figure.subplots()
+
+
+def label(text: str, most: int, otherwise: str = "?") -> str:
+    """A text from elsewhere as matplotlib draws it: in one line, as it stands, and not too long.
+
+    Args:
+        text: with `$` and backslashes as themselves, not as a formula.
+        most: characters; what is longer lacks its middle.
+        otherwise: what to draw where the font has none of the text's characters.
+    """
+    from matplotlib import font_manager
+
+    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    line = " ".join(text.split())
+    shown = "".join(c for c in line if c.isprintable() and ord(c) in known).strip() or otherwise
+    if len(shown) > most:  # names often differ at their ends
+        begin = 2 * most // 3
+        shown = f"{shown[:begin]}\N{HORIZONTAL ELLIPSIS}{shown[len(shown) - most + begin + 1 :]}"
+    # A legend leaves out what begins with an underscore.
+    return ("\N{ZERO WIDTH SPACE}" if shown[0] == "_" else "") + shown.replace("$", r"\$")
 
 
 def _point(row: LayerTime) -> Point:
@@ -250,7 +271,7 @@ def _label(
         for angle in (0, 180, 30, -30, 150, -150, 60, -60, 120, -120)
     ]
     for point in chosen:
-        words = f"{point.label} {point.phase}, {1e3 * point.seconds:.1f} ms"
+        words = f"{label(point.label, 40)} {point.phase}, {1e3 * point.seconds:.1f} ms"
         at = (point.intensity, point.gflops)
         text = axes.annotate(words, at, places[0], textcoords="offset points", fontsize=8,
                              va="center")  # fmt: skip

@@ -28,6 +28,7 @@ from amqtt.contexts import Action
 from amqtt.errors import AMQTTError
 
 from orchestrator.broker.access import matches, may
+from wire import logs
 
 _WILL = ("will_flag", "will_topic", "will_message", "will_qos", "will_retain")
 
@@ -129,7 +130,7 @@ async def serve(host: str, port: int, fleet: str, passwords: Path | None) -> Non
         fleet: whose topics the access rules open, where there are passwords.
         passwords: a file of user:hash lines (see `access.hashed`), or None to let anybody in.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logs.to_stream(level=logging.WARNING)
     broker = _Embedded(host, port, fleet, None if passwords is None else _users(passwords))
     await broker.start()
     try:

@@ -10,10 +10,12 @@ from orchestrator.config.device import (
     cosine,
 )
 from orchestrator.config.release import ReleaseConfig
-from orchestrator.config.run import RunConfig, load, presets, template
+from orchestrator.config.run import DEFAULT, WHY_DEFAULT, RunConfig, load, presets, template
 from orchestrator.config.server import ServerConfig, TransferConfig
 
 __all__ = [
+    "DEFAULT",
+    "WHY_DEFAULT",
     "BrokerConfig",
     "CohortConfig",
     "DeviceConfig",

@@ -1,12 +1,15 @@
 """`python -m orchestrator.datasets`: cut a data set into one shard for each device."""
 
 import enum
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from orchestrator import __version__
 from orchestrator.datasets import NAMED, build, parse_size
 from wire import records
 from wire.errors import StillhouseError
@@ -15,6 +18,12 @@ from wire.errors import StillhouseError
 class _Split(enum.StrEnum):
     iid = "iid"
     dirichlet = "dirichlet"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"orchestrator.datasets {__version__}")
+        raise typer.Exit
 
 
 def shards(  # noqa: PLR0917 - typer makes options of them
@@ -49,8 +58,15 @@ def shards(  # noqa: PLR0917 - typer makes options of them
     cache: Annotated[Path, typer.Option(help="Where torchvision keeps its downloads.")] = Path(
         "data"
     ),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what split.json holds, for scripts.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
 ) -> None:
     """Write DIR/device-0.npz ..., heldout.npz, split.json and split.png."""
+    del version
     try:
         made = build(
             source,
@@ -70,6 +86,9 @@ def shards(  # noqa: PLR0917 - typer makes options of them
     except StillhouseError as fault:
         print(f"error: {fault}", file=sys.stderr)
         raise typer.Exit(2) from fault
+    if as_json:
+        print(json.dumps(asdict(made)))
+        return
     sizes = [shard.samples for shard in made.devices]
     each = f"{sizes[0]:,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
     height, width, depth = made.shape

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_agent.field.roofline import label
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -48,10 +50,10 @@ def draw(counts: NDArray[np.int64], classes: tuple[str, ...], title: str, path: 
         )
         start = np.zeros(devices)
         seam = 0.7 if len(classes) <= len(PALETTE) and devices <= 40 else 0.0
-        for label, colour in enumerate(colours):
+        for number, colour in enumerate(colours):
             bars = axes.barh(
                 np.arange(devices),
-                counts[:, label],
+                counts[:, number],
                 0.76,
                 left=start,
                 color=colour,
@@ -61,16 +63,18 @@ def draw(counts: NDArray[np.int64], classes: tuple[str, ...], title: str, path: 
             if seam:
                 axes.bar_label(
                     bars,
-                    [str(n) if n >= 0.045 * total.max() else "" for n in counts[:, label]],
+                    [str(n) if n >= 0.045 * total.max() else "" for n in counts[:, number]],
                     label_type="center",
                     fontsize=7.5,
                     color=INK if np.dot(colour, LUMINANCE) > 0.5 else "white",
                 )
-            start += counts[:, label]
+            start += counts[:, number]
         _frame(axes, total, step=1 if bar > 0.15 else 10)
         _legend(figure, axes, classes, colours)
         left = LEFT / WIDTH
-        figure.text(left, 1 - 0.36 / height, title, fontsize=12.5, fontweight="bold", va="center")
+        figure.text(
+            left, 1 - 0.36 / height, label(title, 60), fontsize=12.5, fontweight="bold", va="center"
+        )
         each = f"{total.min():,}" if total.min() == total.max() else _range(total)
         figure.text(
             left,
@@ -134,10 +138,7 @@ def _legend(
         patches = [Patch(color=colour) for colour in colours]
         axes.legend(
             patches,
-            [
-                name if len(name) <= 18 else name[:17] + "\N{HORIZONTAL ELLIPSIS}"
-                for name in classes
-            ],
+            [label(name, 18, f"class {c}") for c, name in enumerate(classes)],
             loc="upper left",
             bbox_to_anchor=(1.03, 1.03),
             frameon=False,
@@ -156,7 +157,7 @@ def _legend(
     )
     marks = np.linspace(0, len(classes) - 1, 6).round().astype(int)
     scale.set_xticks([])
-    scale.set_yticks(marks, [classes[c][:17] for c in marks])
+    scale.set_yticks(marks, [label(classes[c], 18, f"class {c}") for c in marks])
     scale.yaxis.tick_right()
     scale.tick_params(length=0, labelsize=8, labelcolor=INK)
     scale.spines[:].set_visible(False)

@@ -17,14 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from edge_agent.field import roofline
 from orchestrator.fleet import enrolment
-from orchestrator.view import size
+from orchestrator.view import short, size
 from wire import measurement, records
 from wire.errors import RunError, SignatureError, WireError
 from wire.measurement import Measurement
@@ -36,6 +37,8 @@ KEEP = 32
 KEYS = "keys.json"
 COLUMNS = ("device", "model", "cores", "memory", "version", "last birth", "measured", "images/s",
            "peak memory", "J/sample")  # fmt: skip
+COSTS = COLUMNS[-4:]
+CUT = (0, 1)  # the columns whose texts are cut to fit
 _MEASURED = re.compile(r"(.+)-\d{8}T\d{12}Z\.json")
 
 
@@ -148,14 +151,55 @@ def cells(device: Device) -> tuple[str, ...]:
     )
 
 
-def table(devices: Sequence[Device]) -> Table:
-    """For the terminal."""
+def table(devices: Sequence[Device], width: int) -> Group:
+    """For a terminal of so many columns: one table, or two where one does not fit."""
+    rows = [cells(device) for device in devices]
+    widest = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    whole = tuple(range(len(COLUMNS)))
+    if sum(widest) + 2 * len(widest) <= width:
+        return Group(_columns(rows, whole, width))
+    machine = tuple(i for i in whole if COLUMNS[i] not in COSTS)
+    costs = tuple(i for i in whole if COLUMNS[i] in ("device", *COSTS))
+    measured = [row for row, device in zip(rows, devices, strict=True) if device.measured]
+    parts = [_columns(rows, machine, width)]
+    return Group(*parts, *([Text(), _columns(measured, costs, width)] if measured else ()))
+
+
+def _columns(rows: Sequence[tuple[str, ...]], chosen: Sequence[int], width: int) -> Table:
+    """A table of some of `COLUMNS`; names and models are cut where the terminal is too narrow."""
+    widths = {i: max(len(row[i]) for row in [COLUMNS, *rows]) for i in chosen}
+    room = width - 2 * (len(chosen) - 1) - sum(widths[i] for i in chosen if i not in CUT)
+    if sum(widths[i] for i in CUT if i in widths) > room:
+        name = max(room // 2, room - widths[1]) if 1 in widths else room
+        widths[0] = min(widths[0], max(name, 8))
+        if 1 in widths:
+            widths[1] = min(widths[1], max(room - widths[0], 8))
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in COLUMNS:
-        shown.add_column(title, justify="left" if title in ("device", "model") else "right")
-    for device in devices:
-        shown.add_row(*map(Text, cells(device)))
+    for i in chosen:
+        justify: Literal["left", "right"] = "left" if i in CUT else "right"
+        shown.add_column(
+            COLUMNS[i], justify=justify, no_wrap=True, overflow="ellipsis", width=widths[i]
+        )
+    for row in rows:
+        shown.add_row(*(Text(row[i] if i else short(row[0], widths[0])) for i in chosen))
     return shown
+
+
+def plain(devices: Sequence[Device]) -> list[dict[str, Any]]:
+    """For scripts: what is known of each device, null where nothing is; times are UTC."""
+    return [
+        {
+            "device": device.name,
+            "born_at": _utc(device.born_at) if device.born_at else None,
+            "birth": records.plain(device.birth) if device.birth else None,
+            "measured": records.plain(device.measured) if device.measured else None,
+        }
+        for device in devices
+    ]
+
+
+def _utc(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def markdown(devices: Sequence[Device]) -> str:
@@ -233,7 +277,7 @@ def _draw_memory(path: Path, measured: Mapping[str, Measurement]) -> None:
 
 
 def _finish(axes: Any, names: Sequence[str], unit: str) -> None:
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [roofline.label(name, 24) for name in names])
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlim(0, 1.12 * axes.get_xlim()[1])
     axes.set_xlabel(unit)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -234,7 +235,7 @@ def test_without_matplotlib_the_terminal_tells_it(artifact, monkeypatch, capsys)
         (["--artifact", "nowhere", "--submit"], "nowhere.toml is not there, or not for this user"),
         (["--artifact", "nowhere", "--json", "no/x.json"], "no/x.json: no is no folder; make it"),
         (["--artifact", "nowhere", "--roofline", "x.pdf"], "expected a name that ends in .png"),
-        ([], "no artifact is installed there; name one with --artifact"),
+        ([], "no training artifact is here: none in"),
     ],
 )
 def test_what_cannot_be_measured_is_said(arguments, text, capsys):
@@ -242,6 +243,24 @@ def test_what_cannot_be_measured_is_said(arguments, text, capsys):
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+def test_without_a_name_the_artifact_of_the_last_run_is_measured(artifact, tmp_path, capsys):
+    settings = tmp_path / "agent.toml"
+    settings.write_text(
+        f'device = "pi-3"\nfleet = "home"\ndata = "images"\nstate = "{tmp_path}/state"\n'
+        '[broker]\nurl = "mqtt://localhost:1883"\n'
+    )
+    command = ["measure", "--config", str(settings), "--threads", "1", "--steps", "1"]
+    assert main(command) == 2
+    assert f"nor in {tmp_path}/state/artifacts. One comes with a" in capsys.readouterr().err
+    older, newer = (tmp_path / "state/artifacts" / name for name in ("older", artifact.digest))
+    shutil.copytree(artifact.folder, newer)
+    older.mkdir()
+    (older / "manifest.json").write_text("{}")
+    os.utime(older / "manifest.json", (1, 1))
+    assert main([*command, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["artifact"]["digest"] == artifact.digest
 
 
 def test_a_state_folder_of_another_user_is_said(artifact, monkeypatch, capsys):

@@ -86,14 +86,14 @@ def test_an_agent_that_cannot_work_says_why(tmp_path, digits, changes, text):
         ),
         (("classes = 10", "classes = 7"), "expected the 7 classes of the artifact, got 10"),
         (("[3, 32, 32]", "[3, 28, 28]"), "expected 28x28 images"),
-        (('"heldout.npz"', '"nowhere.npz"'), "nowhere.npz"),
+        (('"data/heldout.npz"', '"nowhere.npz"'), "nowhere.npz"),
         (('"embedded"', '"external"'), "an external broker, and only that, has a url"),
         (('"127.0.0.1"', '"0.0.0.0"'), "loopback only"),
     ],
 )
 def test_a_run_that_cannot_start_says_why(tmp_path, digits, changes, text):
-    (tmp_path / "run.toml").write_text(config.template().replace(*changes))
-    (tmp_path / "heldout.npz").symlink_to(digits / "heldout.npz")
+    (tmp_path / "run.toml").write_text(config.template("fedgkt").replace(*changes))
+    (tmp_path / "data").symlink_to(digits)
     code, error = command(tmp_path, "orchestrator.main", "start", "--config", "run.toml")
     assert code == 2
     assert text in error

@@ -119,10 +119,11 @@ def test_a_preset_is_a_run_that_can_be_loaded(preset, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(template(preset))
     config = load(path)
-    assert config.strategy == ("feddropout" if preset == "dropout" else "fedgkt")
+    others = {"dropout": "feddropout", "fedavg": "fedavg"}
+    assert config.strategy == others.get(preset, "fedgkt")
     assert config.broker.host == "127.0.0.1"
     published = RunConfig("first", heldout=path).transfer
-    assert (config.transfer == published) == (preset != "frugal")
+    assert (config.transfer == published) == (preset not in ("frugal", "shared"))
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -160,7 +161,9 @@ def test_paths_of_a_run_may_begin_with_a_tilde(tmp_path, monkeypatch):
 
 
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
-    with pytest.raises(StillhouseError, match="no preset 'common'; there are dropout, fedgkt"):
+    with pytest.raises(
+        StillhouseError, match="no preset 'common'; there are dropout, fedavg, fedgkt"
+    ):
         template("common")
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edge_agent.field import roofline
 from orchestrator.datasets import build, files, partition, read, read_path
 from orchestrator.datasets.partition import stratified
+from orchestrator.datasets.picture import draw
 from wire.errors import DataError
 
 LABELS = np.arange(1000) % 10
@@ -353,6 +355,21 @@ def test_same_arguments_write_the_same_bytes(tmp_path):
         runs.append({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()})
     assert runs[0] == runs[1]
     assert len(runs[0]) == 6
+
+
+@pytest.mark.parametrize("number", [10, 200])
+def test_class_names_are_drawn_as_they_stand(tmp_path, number):
+    """No formula, no second line, no missing glyph: a warning is an error here."""
+    odd = ["$5 bill", "a$b$c", "$\\frac", "new\nline", "emoji \N{GRINNING FACE}", "\u65e5\u672c",
+           "_unknown_", "\x1b[31m", "W" * 90, "caf\u00e9"]  # fmt: skip
+    names = tuple((odd * 20)[:number])
+    draw(np.ones((3, number), np.int64), names, "$5 photos_1$ on 3 devices", tmp_path / "split.png")
+    assert (tmp_path / "split.png").read_bytes().startswith(b"\x89PNG")
+    assert [roofline.label(name, 18, "class 5") for name in odd] == [
+        r"\$5 bill", r"a\$b\$c", r"\$\frac", "new line", "emoji \N{GRINNING FACE}", "class 5",
+        "\N{ZERO WIDTH SPACE}_unknown_", "[31m", "WWWWWWWWWWWW\N{HORIZONTAL ELLIPSIS}WWWWW",
+        "caf\u00e9",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("devices", "classes"), [(1, 2), (3, 62), (120, 10), (9, 100)])

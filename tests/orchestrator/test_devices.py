@@ -104,12 +104,41 @@ def test_the_table_tells_of_enrolled_born_and_measured_devices(runs, key, tmp_pa
     assert json.loads((runs / "born-home/pi-3.json").read_text())["samples"] == 10
 
 
+def test_the_table_fits_eighty_columns_and_scripts_get_json(runs, key, tmp_path, monkeypatch):
+    model = "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
+    long = "jetson-orin-nano-devkit-in-the-mill-07"
+    enrolment.enroll(runs, "home", "new")
+    devices.born(runs, "home", Birth("pi-3", 1, "0.1.0", 10, "ab" * 32, PLATFORM))
+    devices.take(runs, "home", "pi-3", signed(key))
+    devices.take(runs, "home", long, signed(key, "platform.model", model, name=long, valid=False))
+    for columns, tables in ((80, 2), (68, 2), (260, 1)):
+        monkeypatch.setattr(main.console, "_width", columns)
+        lines = command(tmp_path, "devices").output.splitlines()
+        assert max(map(len, lines)) <= columns
+        assert sum(line.startswith("device ") for line in lines) == tables
+        assert sum(line.startswith("pi-3 ") for line in lines) == tables
+        text = "\n".join(lines)
+        for told in (
+            "4  8.6 GB    0.1.0  20",
+            "2026-11-22 05:00",
+            "320 (held back)",
+            "l-07 ",
+        ):
+            assert told in text
+    told = json.loads(command(tmp_path, "devices", "--json").output)
+    assert [each["device"] for each in told] == [long, "new", "pi-3"]
+    assert told[2]["birth"]["platform"]["model"] == PLATFORM.model
+    assert told[1] == {"device": "new", "born_at": None, "birth": None, "measured": None}
+
+
 def test_the_report_has_the_table_and_three_pictures(runs, key, tmp_path):
     with pytest.raises(RunError, match="no device of this fleet was measured yet"):
         command(tmp_path, "measure-report")
     for n in range(3):
         devices.take(runs, "home", f"pi-{n}", signed(key, value=f"pi-{n}"))
     assert command(tmp_path, "measure-report", "--out", str(tmp_path / "out")).exit_code == 0
+    told = command(tmp_path, "measure-report", "--out", str(tmp_path / "out"), "--json").output
+    assert json.loads(told)["files"][0] == str(tmp_path / "out/devices.md")
     text = (tmp_path / "out/devices.md").read_text()
     assert "| pi-2 | Raspberry Pi 5 Model B Rev 1.0 |" in text
     assert "resnet8, distill, batch 32 (artifact abababababab)" in text

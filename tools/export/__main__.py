@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import models
+from edge_agent import __version__
 from tools.export import Adam, Optimizer, Sgd, export
 from tools.export.graphs.cost import table
 from tools.export.plan import describe
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"tools.export {__version__}")
     parser.add_argument(
         "--model",
         required=True,
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="",
                         help="path of the module whose output is the feature map, like "
                         "features.3 (FedGKT)")  # fmt: skip
-    parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--classes", type=int, required=True, help="number of logits")
     parser.add_argument("--batch", type=int, required=True, help="samples a step, fixed")
     parser.add_argument("--micro-batches", type=int, default=1,
                         help="parts of a batch that are run one by one, to save memory; "
@@ -88,17 +90,19 @@ def _parser() -> argparse.ArgumentParser:
                         "has")  # fmt: skip
     parser.add_argument("--proximal", action="store_true", help="FedProx's term, weighed by mu")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    parser.add_argument("--task", choices=["distill", "classify"], default="distill")
+    parser.add_argument("--task", choices=["distill", "classify"], default="distill",
+                        help="distill takes a teacher's logits beside labels")  # fmt: skip
     parser.add_argument("--input", type=_ints, help="shape of a sample, like 3,32,32")
     parser.add_argument("--mean", type=_floats, help="by channel, on the 0..1 scale; default 0.5")
     parser.add_argument("--std", type=_floats, help="likewise; default 0.25")
-    parser.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd")
-    parser.add_argument("--momentum", type=float, default=0.9, help="sgd")
+    parser.add_argument("--optimizer", choices=["sgd", "adam"], default="sgd",
+                        help="compiled into the step")  # fmt: skip
+    parser.add_argument("--momentum", type=float, default=0.9, help="of sgd")
     parser.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=None,
-                        help="sgd; default: with momentum")  # fmt: skip
-    parser.add_argument("--beta1", type=float, default=0.9, help="adam")
-    parser.add_argument("--beta2", type=float, default=0.999, help="adam")
-    parser.add_argument("--eps", type=float, default=1e-8, help="adam")
+                        help="of sgd; default: with momentum")  # fmt: skip
+    parser.add_argument("--beta1", type=float, default=0.9, help="of adam")
+    parser.add_argument("--beta2", type=float, default=0.999, help="of adam")
+    parser.add_argument("--eps", type=float, default=1e-8, help="of adam")
     parser.add_argument("--weight-decay", type=float, help="default: sgd 0.0005, adam 0")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--costs", action="store_true", help="print what each layer costs")

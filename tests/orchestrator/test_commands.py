@@ -1,0 +1,139 @@
+"""What every command owes to those who call it: help, a version, JSON, and what to install."""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from importlib import util
+
+import pytest
+import typer.main
+import typer.testing
+
+import edge_agent
+from edge_agent import main as agent
+from orchestrator import config, main
+from orchestrator.datasets import __main__ as datasets
+from tests.conftest import ROOT
+from tools.export import __main__ as export
+from wire import extras
+from wire.errors import DataError
+
+
+def run(*arguments):
+    return typer.testing.CliRunner().invoke(main.app, arguments, catch_exceptions=False)
+
+
+def agents_parser():
+    """That of `edge-agent`, as its main makes it."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = []
+        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, _: made.append(self))
+        with contextlib.suppress(AttributeError):  # of options that were not parsed
+            agent.main([])
+    return made[0]
+
+
+def parameters():
+    """Every option and argument of the commands of both programs, with its help."""
+    group = typer.main.get_command(main.app)
+    shards = typer.Typer(add_completion=False)
+    shards.command()(datasets.shards)
+    commands = {**group.commands, "datasets": typer.main.get_command(shards), "": group}
+    for name, command in commands.items():
+        for parameter in command.params:
+            yield f"{name} {parameter.name}", getattr(parameter, "help", None)
+    parsers = {"export": export._parser(), "agent": agents_parser()}
+    for action in parsers["agent"]._actions:
+        if isinstance(action.choices, dict):
+            parsers |= action.choices
+    for name, parser in parsers.items():
+        for action in parser._actions:
+            yield f"{name} {action.dest}", action.help or getattr(action, "choices", None)
+
+
+def test_every_option_of_every_command_has_a_help():
+    without = [name for name, told in parameters() if not told]
+    assert not without
+    assert len(list(parameters())) > 80
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("orchestrator.main", "orchestrator"),
+        ("orchestrator.datasets", "orchestrator.datasets"),
+        ("tools.export", "tools.export"),
+        ("edge_agent.main", "edge-agent"),
+    ],
+)
+def test_every_program_says_its_version(module, name):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.strip() == f"{name} {edge_agent.__version__}"
+
+
+def test_a_shell_can_learn_the_commands():
+    told = run("--show-completion", "bash")
+    assert told.exit_code == 0
+    assert "=complete_bash" in told.output
+
+
+def test_without_its_extra_a_command_says_what_to_install(tmp_path):
+    """With the base install's modules alone, as a device has them."""
+    hide = (
+        "import importlib.util, runpy, sys\n"
+        "known = importlib.util.find_spec\n"
+        "def find(name, *rest):\n"
+        f"    return None if name in {extras.MODULES!r} else known(name, *rest)\n"
+        "importlib.util.find_spec = find\n"
+        "sys.argv[0] = '-m'\n"
+        "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=False)\n"
+    )
+    for module in ("orchestrator.main", "orchestrator.datasets", "tools.export"):
+        done = subprocess.run(
+            [sys.executable, "-c", hide, module, "--help"], capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.endswith("in a checkout pip install '.[orchestrator]'")
+        assert "torch" in line
+        assert "typer" in line
+
+
+def test_a_program_that_imports_it_gets_an_import_error(monkeypatch):
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(ModuleNotFoundError, match="torch is not installed here") as caught:
+        extras.check("orchestrator")
+    assert caught.value.name == "torch"
+
+
+def test_the_default_preset_is_named_and_its_reason(tmp_path):
+    told = " ".join(run("init", "--help").output.replace("│", " ").split())
+    assert f"[default: {config.DEFAULT}]" in told
+    assert " ".join(config.WHY_DEFAULT.split()) in told
+    assert run("init", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "run.toml").read_text() == config.template(config.DEFAULT)
+    assert {"dropout", "fedavg", "fedgkt", "frugal", "paper", "shared"} == set(config.presets())
+
+
+def test_missing_held_out_images_are_named_by_their_key(tmp_path):
+    (tmp_path / "run.toml").write_text(config.template())
+    with pytest.raises(DataError, match=r"heldout: .*heldout.npz is not there; .*datasets"):
+        run("start", "--config", str(tmp_path / "run.toml"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_and_datasets_speak_json(tmp_path, capsys):
+    assert agent.main(["doctor", "--config", str(tmp_path / "no.toml"), "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)
+    assert findings[-1]["level"] == "bad"
+    assert "no.toml" in findings[-1]["what"]
+    datasets.shards("digits", tmp_path / "data", 2, per_device=20, held_out=20, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads((tmp_path / "data/split.json").read_text())

@@ -1,0 +1,34 @@
+"""What the base install lacks: the orchestrator and the exporter come with an extra."""
+
+import sys
+from importlib import util
+from pathlib import Path
+
+MODULES = ("amqtt", "matplotlib", "onnx", "onnxscript", "rich", "sklearn", "torch", "torchvision",
+           "typer")  # fmt: skip
+COMMANDS = ("-m", "orchestrator")  # sys.argv[0] while a package of a command is imported
+
+
+def check(package: str) -> None:
+    """Return if all that the extra `orchestrator` brings is installed.
+
+    A command ends with one line on standard error and exit code 2.
+
+    Args:
+        package: that needs it.
+
+    Raises:
+        ModuleNotFoundError: something is missing, and no command is run; `name` is the first.
+    """
+    missing = [name for name in MODULES if util.find_spec(name) is None]
+    if not missing:
+        return
+    text = (
+        f"{package}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed "
+        "here, where the agent alone is; install the server's part: "
+        "pip install 'stillhouse[orchestrator]', in a checkout pip install '.[orchestrator]'"
+    )
+    if Path(sys.argv[0]).name in COMMANDS:
+        print(text, file=sys.stderr)
+        sys.exit(2)
+    raise ModuleNotFoundError(text, name=missing[0])
