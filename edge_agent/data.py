@@ -88,7 +88,7 @@ class ImageSet:
         if self.names and len(self.names) != count:
             raise DataError(
                 f"{self.source}: expected {count} classes, got {len(self.names)} "
-                f"({classes.listed(self.names)}): the run knows classes by number, so these must be "
+                f"({classes.listed(self.names)}): the run knows classes by number, so they must be "
                 "the same everywhere; name them all in run.toml (classes = [...]), and some may be "
                 "missing here"
             )
