@@ -93,9 +93,9 @@ class ImageSet:
         if self.names and len(self.names) != count:
             raise DataError(
                 f"{self.source}: expected {count} classes, got {len(self.names)} "
-                f"({classes.listed(self.names)}): the run knows classes by number, so all must be "
-                "here; name them in run.toml (classes = [...]), and some may be missing, or add "
-                "an empty sub-folder for each that is"
+                f"({classes.listed(self.names)}): the run knows classes by number, so they must be "
+                "the same everywhere; name them all in run.toml (classes = [...]), and some may be "
+                "missing here"
             )
         if self.y.max() >= count:
             raise DataError(

@@ -84,7 +84,7 @@ def test_an_agent_that_cannot_work_says_why(tmp_path, digits, changes, text):
             ('"fedgkt" ', '"feddropout"\nsubmodel = {tiers = [{keep_rate = 0.5}]}\n'),
             "expected a pattern of names in `devices`, or `memory_mb` over 0",
         ),
-        (("classes = 10", "classes = 7"), "expected the 7 classes of the artifact, got 10"),
+        (("classes = 10", "classes = 7"), "expected 7 classes, got 10"),
         (("[3, 32, 32]", "[3, 28, 28]"), "expected 28x28 images"),
         (('"data/heldout.npz"', '"nowhere.npz"'), "nowhere.npz"),
         (('"embedded"', '"external"'), "an external broker, and only that, has a url"),
