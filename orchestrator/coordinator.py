@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from orchestrator import admit, rounds
 from orchestrator.config import RunConfig
-from orchestrator.fleet import claim
 from orchestrator.fleet.claim import Claim, Say
 from orchestrator.fleet.roster import MAX_REASON, Roster
 from orchestrator.fleet.updates import Rollout
@@ -33,7 +32,6 @@ from wire.messages import (
     Chunk,
     Death,
     Gone,
-    Hello,
     Measured,
     Message,
     Order,
@@ -114,19 +112,18 @@ class Coordinator:
         self._rounds = self._restored(last)
         self._address = address
         self._claim = Claim(config.fleet, store.run_id, boot=str(time.time_ns()))
-        self._claim_topic = topics.topic(config.fleet, topics.ALL, claim.CHANNEL)
         self.link = Link(
             address,
             f"stillhouse-{config.fleet}-orchestrator-{store.run_id.rpartition('.')[2]}",
             subscriptions=[
-                (self._claim_topic, 1),
+                (self._claim.topic, 1),
                 *(
                     (topics.topic(config.fleet, "+", channel), 0 if channel == "up" else 1)
                     for channel in topics.FROM_DEVICE
                 ),
             ],
             emit=self._events.put,
-            will=lambda: (self._claim_topic, b""),
+            will=lambda: (self._claim.topic, b""),
             rival=f"is a copy of the run {config.name!r} at work on another machine?",
         )
 
@@ -158,7 +155,7 @@ class Coordinator:
                     self._say(self._claim.ticked(time.monotonic()))
                 changed()
         finally:
-            self.link.close((self._claim_topic, b"") if self._claim.held else None)
+            self.link.close((self._claim.topic, b"") if self._claim.held else None)
             self._worker.shutdown(wait=True, cancel_futures=True)
 
     def finished(self) -> bool:
@@ -167,8 +164,8 @@ class Coordinator:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Arrived(topic, payload) if topic == self._claim_topic:
-                self._rival(payload)
+            case Arrived(self._claim.topic, payload):
+                self._say(self._claim.arrived(payload))
             case Arrived(_, b""):  # a retained message was taken from the broker, by us
                 pass
             case Arrived() if not self._claim.held:  # devices are asked anew when it is
@@ -194,18 +191,6 @@ class Coordinator:
                 self._close(state, metrics)
             case Failed(fault):
                 raise fault
-
-    def _rival(self, payload: bytes) -> None:
-        """An orchestrator spoke of who has the fleet, perhaps this one."""
-        hello: Message | None = None
-        if payload:
-            try:
-                hello, _ = messages.decode(payload, sender=self._claim_topic)
-            except WireError as fault:
-                log.warning("message dropped: %s", fault)
-                return
-        if hello is None or isinstance(hello, Hello):
-            self._say(self._claim.heard(hello))
 
     def _say(self, all_: tuple[Say, ...]) -> None:
         for channel, hello, retain in all_:

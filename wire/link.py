@@ -219,7 +219,9 @@ class Link:
         self._closing.set()
         if last and self.connected:
             self.bytes_out += len(last[1])
-            self._client.publish(last[0], last[1], qos=1, retain=True).wait_for_publish(5.0)
+            sent = self._client.publish(last[0], last[1], qos=1, retain=True)
+            if sent.rc == paho.MQTT_ERR_SUCCESS:  # not if the connection broke just now
+                sent.wait_for_publish(5.0)
         self._client.disconnect()
         if self._thread.is_alive():
             self._thread.join(10.0)

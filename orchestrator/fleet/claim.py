@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from wire import locks
-from wire.errors import RunError
+from wire import locks, messages, topics
+from wire.errors import RunError, WireError
 from wire.messages import Hello
 
 log = logging.getLogger("orchestrator")
@@ -48,10 +48,12 @@ class Claim:
 
     Attributes:
         held: the fleet is ours; before that, devices are told nothing.
+        topic: that orchestrators say it on; an empty message takes a claim away.
     """
 
     def __init__(self, fleet: str, run: str, boot: str) -> None:
         self.held = False
+        self.topic = topics.topic(fleet, topics.ALL, CHANNEL)
         self._fleet, self._run, self._boot = fleet, run, boot
         self._until_s: float | None = None  # how long an answer is waited for
         self._rival = ""  # the run whose claim the broker kept
@@ -62,6 +64,17 @@ class Claim:
             return self._claimed()
         self._until_s, self._rival = now_s + ANSWER_S, ""
         return (Say(CHANNEL, Hello(self._boot)),)
+
+    def arrived(self, payload: bytes) -> tuple[Say, ...]:
+        """As `heard`, of what came on the topic."""
+        if not payload:
+            return self.heard(None)
+        try:
+            message, _ = messages.decode(payload, sender=self.topic)
+        except WireError as fault:
+            log.warning("message dropped: %s", fault)
+            return ()
+        return self.heard(message) if isinstance(message, Hello) else ()
 
     def heard(self, hello: Hello | None) -> tuple[Say, ...]:
         """A message on the topic; None: the broker forgot the claim that it kept.
