@@ -70,15 +70,17 @@ def weights_of(config):
 
 
 def assert_close(these, those, start, share):
-    """All moved as the others did within a share of the way, and each tensor within a quarter.
+    """All moved as the others did within a share of the way, and each tensor within 0.6 of its own.
 
-    A ReLU that flips by rounding moves a filter's gradient by a percent, Adam's by more.
+    A ReLU that flips by rounding moves a filter's gradient by a percent, Adam's by more. A filter
+    in front of a batch norm moves little, so it was 0.1 of its way apart with PyTorch's AVX-512 and
+    AVX2 kernels, and 0.41 with those that need neither. What is not trained at all is 1 apart.
     """
     apart = {name: np.linalg.norm(array - those[name]) for name, array in these.items()}
     moved = {name: np.linalg.norm(those[name] - start[name]) for name in these}
     assert np.linalg.norm([*apart.values()]) <= share * np.linalg.norm([*moved.values()])
     for name, distance in apart.items():
-        assert distance <= 0.25 * moved[name] + 1e-6, name
+        assert distance <= 0.6 * moved[name] + 1e-6, name
 
 
 def start_of(config):
