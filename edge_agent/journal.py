@@ -2,19 +2,28 @@
 
 SQLite in WAL mode with synchronous=FULL: a row that was committed is there after `kill -9` and
 after a power cut. One order is open at a time; a newer one replaces it.
+
+A damaged journal is set aside as `journal.db.damaged-1`, and a new one begun: the orchestrator
+sends an open order again, and the device's weights are found by the names of their files.
 """
 
 import logging
+import re
 import sqlite3
+import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
-from wire import messages
-from wire.errors import OrderError
+from wire import messages, storage
+from wire.errors import DamagedError, OrderError, WireError
 from wire.messages import Order, Result
 
+T = TypeVar("T")
 log = logging.getLogger("edge-agent")
 
+_WEIGHTS = re.compile(r"weights-(.+)-(\d+)\.safetensors")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS work (
@@ -26,21 +35,43 @@ CREATE TABLE IF NOT EXISTS weights (
 
 
 class Journal:
-    """The journal of one device. Use it from one thread."""
+    """The journal of one device, for any thread.
+
+    Each function raises StalledError where the disk is full or another program holds the journal,
+    and StorageError where it cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._db = _connect(path)
-        self._db.executescript(_SCHEMA)
+        self._lock = threading.Lock()
+        try:
+            self._db = _opened(path)
+        except DamagedError as fault:
+            self._db = _begun_anew(path, fault)
+
+    def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """One transaction; on a journal that turns out damaged it is done in a new one."""
+        with self._lock:
+            try:
+                with storage.at(self._path), self._db:
+                    return work(self._db)
+            except DamagedError as fault:
+                self._db.close()
+                self._db = _begun_anew(self._path, fault)
+                with storage.at(self._path), self._db:
+                    return work(self._db)
 
     def next_session(self) -> int:
-        """A session number never given out before; may be called from any thread."""
-        with closing(_connect(self._path)) as db, db:
+        """A session number never given out before."""
+
+        def count(db: sqlite3.Connection) -> int:
             db.execute("INSERT OR IGNORE INTO counters VALUES ('session', 0)")
             (session,) = db.execute(
                 "UPDATE counters SET value = value + 1 WHERE name = 'session' RETURNING value"
             ).fetchone()
-        return int(session)
+            return int(session)
+
+        return self._do(count)
 
     def latest(self) -> tuple[Order, Result | None, bool] | None:
         """The newest order, its result if it has one, and whether the result is receipted.
@@ -48,67 +79,130 @@ class Journal:
         An order that a newer agent accepted, before it was rolled back, may be beyond this one: it
         is passed over, and refused when it comes again.
         """
-        row = self._db.execute(
-            "SELECT work_order, result, receipted FROM work ORDER BY rowid DESC LIMIT 1"
-        ).fetchone()
-        if row is None:
-            return None
-        try:
-            order, _ = messages.decode(row[0], sender="journal")
-        except OrderError as fault:
-            log.warning("%s", fault)
-            return None
-        result = messages.decode(row[1], sender="journal")[0] if row[1] else None
-        assert isinstance(order, Order)  # noqa: S101 - only accept() writes this column
-        assert result is None or isinstance(result, Result)  # noqa: S101 - only finish() writes it
-        return order, result, bool(row[2])
+        return self._do(_latest)
 
     def accept(self, order: Order) -> None:
         """Make `order` the open one; older ones are dropped."""
-        with self._db:
-            self._db.execute("DELETE FROM work")
-            self._db.execute(
-                "INSERT INTO work (run, sequence, work_order) VALUES (?, ?, ?)",
-                (order.run, order.sequence, messages.encode(order)),
-            )
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM work")
+            _note(db, order)
+
+        self._do(write)
 
     def finish(self, order: Order, result: Result, weights_file: str | None) -> None:
         """The order's result, and with it the device's new weights: both or neither."""
-        with self._db:
-            self._db.execute(
+
+        def write(db: sqlite3.Connection) -> None:
+            _note(db, order)  # it may have been in a journal that was damaged
+            db.execute(
                 "UPDATE work SET result = ? WHERE run = ? AND sequence = ?",
                 (messages.encode(result), order.run, order.sequence),
             )
             if weights_file:
-                self._db.execute("DELETE FROM weights WHERE run = ?", (order.run,))
-                self._db.execute(
+                db.execute("DELETE FROM weights WHERE run = ?", (order.run,))
+                db.execute(
                     "INSERT INTO weights VALUES (?, ?, ?)",
                     (order.run, order.artifact.digest, weights_file),
                 )
 
+        self._do(write)
+
     def receipted(self, run: str, sequence: int) -> None:
         """The orchestrator has spoken on this result; it need not be offered again."""
-        with self._db:
-            self._db.execute(
+        self._do(
+            lambda db: db.execute(
                 "UPDATE work SET receipted = 1 WHERE run = ? AND sequence = ?", (run, sequence)
             )
+        )
 
     def weights_file(self, run: str) -> str | None:
         """The name of the file with the device's own weights for a run, if it has trained any."""
-        row = self._db.execute("SELECT file FROM weights WHERE run = ?", (run,)).fetchone()
+        read = "SELECT file FROM weights WHERE run = ?"
+        row = self._do(lambda db: db.execute(read, (run,)).fetchone())
         return row[0] if row else None
 
     def weights_files(self) -> set[str]:
         """Every weights file that is still referred to."""
-        return {file for (file,) in self._db.execute("SELECT file FROM weights")}
+        rows = self._do(lambda db: db.execute("SELECT file FROM weights").fetchall())
+        return {file for (file,) in rows}
 
     def close(self) -> None:
         """Close the database."""
-        self._db.close()
+        with self._lock:
+            self._db.close()
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
+def _latest(db: sqlite3.Connection) -> tuple[Order, Result | None, bool] | None:
+    row = db.execute(
+        "SELECT work_order, result, receipted FROM work ORDER BY rowid DESC LIMIT 1"
+    ).fetchone()
+    if row is None:
+        return None
+    try:
+        order, _ = messages.decode(row[0], sender="journal")
+        result = messages.decode(row[1], sender="journal")[0] if row[1] else None
+    except OrderError as fault:
+        log.warning("%s", fault)
+        return None
+    except WireError as fault:
+        raise DamagedError(f"journal.db: {fault}") from fault
+    assert isinstance(order, Order)  # noqa: S101 - only accept() writes this column
+    assert result is None or isinstance(result, Result)  # noqa: S101 - only finish() writes it
+    return order, result, bool(row[2])
+
+
+def _note(db: sqlite3.Connection, order: Order) -> None:
+    db.execute(
+        "INSERT OR IGNORE INTO work (run, sequence, work_order) VALUES (?, ?, ?)",
+        (order.run, order.sequence, messages.encode(order)),
+    )
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """The journal in a file, whole and ready to be written.
+
+    Raises:
+        DamagedError: it is not whole.
+        StorageError: it cannot be opened or written.
+    """
+    with storage.at(path):
+        # Used under a lock, so that whichever thread may use it.
+        db = sqlite3.connect(path, check_same_thread=False)
+        try:
+            storage.prepare(db)
+            fresh = not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'work'").fetchone()
+            with db:
+                db.executescript(_SCHEMA)
+            if fresh:
+                _find_weights(db, path.parent)
+        except BaseException:
+            db.close()
+            raise
     return db
+
+
+def _begun_anew(path: Path, fault: DamagedError) -> sqlite3.Connection:
+    with storage.at(path):
+        aside = storage.set_aside(path)
+    log.error(
+        "%s; set aside as %s, and a new one is begun. Nothing is lost but time: the orchestrator "
+        "sends an order that is open again, and weights are found by their files",
+        fault, aside.name,
+    )  # fmt: skip
+    return _opened(path)
+
+
+def _find_weights(db: sqlite3.Connection, folder: Path) -> None:
+    """Note the newest weights of each run that lie in the folder; a new journal knows of none."""
+    newest: dict[str, int] = {}
+    for path in folder.glob("weights-*"):
+        if named := _WEIGHTS.fullmatch(path.name):
+            newest[named[1]] = max(newest.get(named[1], 0), int(named[2]))
+    with closing(db.cursor()) as cursor, db:
+        cursor.executemany(
+            "INSERT INTO weights VALUES (?, '', ?)",
+            [(run, f"weights-{run}-{number}.safetensors") for run, number in newest.items()],
+        )
+    if newest:
+        log.warning("the journal was gone; weights are found for %s", ", ".join(sorted(newest)))

@@ -19,7 +19,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from wire.address import BrokerAddress
-from wire.errors import LinkError
+from wire.errors import LinkError, StorageError
 
 KEEPALIVE_S = 30
 BACKOFF_BASE_S = 0.5
@@ -152,6 +152,8 @@ class Link:
                 # Not loop_forever(): only loop() makes what lets publish() wake it from its wait.
                 while self._client.loop() == paho.MQTT_ERR_SUCCESS:
                     pass
+            except StorageError as fault:  # of `will`
+                self._emit(Lost(str(fault)))
             except Exception as fault:  # noqa: BLE001 - the next attempt may do better
                 self._emit(Lost(f"broker {self.address.url} cannot be reached: {fault}"))
             if self.refused is None:
