@@ -3,6 +3,8 @@
 Imports nothing but `wire`, numpy, onnxruntime, safetensors and (for image folders) Pillow.
 """
 
-import wire  # noqa: F401 - before onnxruntime, whose reports it turns off
+from wire import stopping  # with wire before onnxruntime, whose reports it turns off
+
+stopping.early("edge_agent", "edge-agent")
 
 __version__ = "0.1.0"

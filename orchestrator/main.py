@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.logging import RichHandler
 
 from orchestrator import config, view
+from wire import stopping, storage
 from wire.errors import StillhouseError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -49,6 +50,7 @@ def start(
     chosen = config.load(config_file)
     with ranks.joined(chosen.server) as group:
         if group and group.rank:
+            stopping.at_once()
             group.serve()
             return
         with _display() as show:
@@ -79,6 +81,7 @@ def simulate(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with ranks.joined(chosen.server) as group:
         if group and group.rank:
+            stopping.at_once()
             group.serve()
             return
         report = simulation.run(chosen, shards, stack=stack, late=late, changed=_tell)
@@ -312,15 +315,22 @@ class _display:  # noqa: N801 - used as a function
 
 
 def main() -> None:
-    """Run the command line; the exit code is 0, or 2 with one line on what is wrong."""
+    """Run the command line; the exit code is 0, or 2 with one line on what is wrong.
+
+    A signal that ends a command gives 128 and its number.
+    """
+    stopping.listen()
+    sys.exit(stopping.run(_main))
+
+
+def _main() -> int:
     try:
-        app()
+        with storage.at(Path.cwd()):
+            app()
     except StillhouseError as fault:
         print(f"orchestrator: {fault}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where the run stands", file=sys.stderr)
-        sys.exit(130)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.datasets import NAMED, build
+from wire import stopping, storage
 from wire.errors import DataError, StillhouseError
 
 
@@ -58,21 +59,22 @@ def shards(  # noqa: PLR0917 - typer makes options of them
 ) -> None:
     """Write DIR/device-0.npz ..., heldout.npz, split.json and split.png."""
     try:
-        made = build(
-            source,
-            out,
-            devices=devices,
-            per_device=per_device,
-            split=split.value,
-            alpha=alpha,
-            seed=seed,
-            size=None if size is None else _size(size),
-            channels=channels,
-            heldout=heldout,
-            heldout_samples=held_out,
-            min_samples=min_samples,
-            cache=cache,
-        )
+        with storage.at(out):
+            made = build(
+                source,
+                out,
+                devices=devices,
+                per_device=per_device,
+                split=split.value,
+                alpha=alpha,
+                seed=seed,
+                size=None if size is None else _size(size),
+                channels=channels,
+                heldout=heldout,
+                heldout_samples=held_out,
+                min_samples=min_samples,
+                cache=cache,
+            )
     except StillhouseError as fault:
         print(f"error: {fault}", file=sys.stderr)
         raise typer.Exit(2) from fault
@@ -86,4 +88,4 @@ def shards(  # noqa: PLR0917 - typer makes options of them
 
 
 if __name__ == "__main__":
-    typer.run(shards)
+    sys.exit(stopping.run(lambda: typer.run(shards)))

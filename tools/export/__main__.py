@@ -17,34 +17,21 @@ import models
 from tools.export import Adam, Optimizer, Sgd, export
 from tools.export.graphs.cost import table
 from tools.export.plan import describe
+from wire import stopping, storage
+from wire.artifact import Artifact
 from wire.errors import ExportError, StillhouseError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export a model; 0 when the artifact is written, 2 when the input is bad."""
+    """Export a model; 0 when the artifact is written, 2 when the input or the disk is bad."""
+    return stopping.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        torch.manual_seed(options.seed)
-        module, shape = _build(options.model, options.classes, options.input)
-        if options.keep_rate != 1:
-            parts = models.layout(module, shape)  # type: ignore[arg-type]  # it checks the shape
-            module = models.narrow(module, parts, options.keep_rate)
-        artifact = export(
-            module,
-            name=options.model,
-            classes=options.classes,
-            input_shape=shape,
-            batch=options.batch,
-            out=options.out,
-            task=options.task,
-            optimizer=_optimizer(options),
-            mean=options.mean,
-            std=options.std,
-            keep_rate=options.keep_rate,
-            micro_batches=options.micro_batches,
-            memory_mb=options.memory_mb,
-            proximal=options.proximal,
-        )
+        with storage.at(options.out):
+            artifact = _export(options)
     except StillhouseError as fault:
         print(f"export: {fault}", file=sys.stderr)
         return 2
@@ -56,6 +43,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.costs:
         print(table(train.layers, manifest.micro_batch))
     return 0
+
+
+def _export(options: argparse.Namespace) -> Artifact:
+    torch.manual_seed(options.seed)
+    module, shape = _build(options.model, options.classes, options.input)
+    if options.keep_rate != 1:
+        parts = models.layout(module, shape)  # type: ignore[arg-type]  # it checks the shape
+        module = models.narrow(module, parts, options.keep_rate)
+    return export(
+        module,
+        name=options.model,
+        classes=options.classes,
+        input_shape=shape,
+        batch=options.batch,
+        out=options.out,
+        task=options.task,
+        optimizer=_optimizer(options),
+        mean=options.mean,
+        std=options.std,
+        keep_rate=options.keep_rate,
+        micro_batches=options.micro_batches,
+        memory_mb=options.memory_mb,
+        proximal=options.proximal,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
