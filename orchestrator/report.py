@@ -3,16 +3,19 @@
 Bytes are those of MQTT payloads as they were sent and received, framing and repetitions included.
 """
 
+import contextlib
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config import RunConfig
 from orchestrator.rounds import Phase, State
 from orchestrator.store import Attempt, Store
-from wire import records
+from wire import records, stopping
+from wire.errors import StalledError
 from wire.messages import Birth, Telemetry
 
 WRITE_S = 0.5
@@ -33,6 +36,11 @@ class Report:
         self._lock = threading.Lock()
         self._written = 0.0
         self.entries = store.closed_rounds()
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self._config.folder
 
     def received(self, device: str, count: int) -> None:
         """So many bytes came from a device."""
@@ -116,14 +124,16 @@ class Report:
         now = time.monotonic()
         if final or now - self._written >= WRITE_S:
             self._written = now
-            self._store.write_json("status.json", self.snapshot())
+            with contextlib.suppress(StalledError):  # a full disk is said where it holds up more
+                self._store.write_json("status.json", self.snapshot())
         if final:
             whole = {
                 "run": self._config.name,
                 "config": {**records.plain(self._config), "broker": self._config.broker.kind},
                 "rounds": self.entries,
             }
-            self._store.write_json("report.json", whole)
+            store = self._store
+            store.patience.attempt(lambda: store.write_json("report.json", whole))
 
     def _device(self, name: str) -> dict[str, Any]:
         state, last, birth = self._state, self._telemetry.get(name), self._births.get(name)
@@ -146,3 +156,17 @@ class Report:
             "package": birth.package.version if birth and birth.package else "",
             "update": birth.update if birth else "",
         }
+
+
+def said(report: Report, more: str, again: str | None = None) -> str:
+    """The answer to Ctrl-C: what is kept of a run, and how to go on.
+
+    Args:
+        report: of the run.
+        more: of the open round.
+        again: the command to go on with; None: this one, "": there is none.
+    """
+    closed = len(report.entries)
+    kept = f"kept: {closed} closed round{'' if closed == 1 else 's'} in {report.folder}; {more}"
+    again = stopping.command() if again is None else again
+    return f"stopping; {kept}" + (f"; go on with: {again}" if again else "")

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import edge_agent
@@ -32,12 +32,12 @@ from models import SplitModel, submodel
 from orchestrator import admit, cohort, prepare, rounds
 from orchestrator.cohort import Job, Trained
 from orchestrator.config import Recipe, RunConfig
-from orchestrator.report import Report
+from orchestrator.report import Report, said
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies import create
-from orchestrator.strategies.strategy import State, Strategy, Variant
+from orchestrator.strategies.strategy import State, Strategy
 from orchestrator.training import distill
-from wire import seeds, tensors, topics
+from wire import seeds, stopping, storage, tensors, topics
 from wire.errors import RunError, StillhouseError
 from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
 
@@ -78,16 +78,17 @@ def run(
     images = read_shards(config, shards)
     held = hashlib.sha256("".join(f"{n}:{i.digest}" for n, i in images.items()).encode())
     what = f"{len(images)} simulated devices with data {held.hexdigest():.12}"
-    store = Store(config, what + (f", {late:g} of them late" if late else ""))
-    try:
+    what += f", {late:g} of them late" if late else ""
+    prepare.check(config, heldout)
+    with prepare.opened(config, heldout, what) as store:
         report = Report(config, store)
-        task = prepare.task(config, store, _variants(config), heldout, report)
+        task = prepare.task(config, store, prepare.variants(config), heldout, report)
         simulation = _Simulation(
             config, store, create(config.strategy, task), images, stack=stack, late=late
         )
-        simulation.run(report, changed)
-    finally:
-        store.close()
+        store.started()
+        with stopping.instead(lambda: said(report, "the open round is done again")):
+            simulation.run(report, changed)
     return report
 
 
@@ -125,20 +126,6 @@ def read_shards(config: RunConfig, folder: Path) -> dict[str, ImageSet]:
         file.stem: data.load(file, classes=device.classes, input_shape=device.input)
         for file in files
     }
-
-
-def _variants(config: RunConfig) -> dict[Recipe, Variant]:
-    """Nothing is compiled: a recipe is known by a digest of its own."""
-    found = {}
-    for recipe in config.recipes:
-        model, features = prepare.fresh(config, recipe), None
-        if isinstance(model, SplitModel):
-            with torch.inference_mode():
-                maps, _ = model.eval().extract(torch.zeros(1, *config.device.input))
-            features = tuple(maps.shape[1:])
-        digest = hashlib.sha256("/".join(map(str, recipe)).encode()).hexdigest()
-        found[recipe] = Variant(recipe, BlobRef(digest, 0, 1024), features)
-    return found
 
 
 class _Simulation:
@@ -345,9 +332,8 @@ class _Kept:
         """Keep it, and what the order was given, for the order may be done anew."""
         path = self._path(device, number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".new")
-        save_file(dict(tensors), partial)
-        partial.replace(path)
+        with storage.at(path):
+            storage.write(path, save(dict(tensors)))
         for old in set(path.parent.iterdir()) - {path, self._path(device, given)}:
             old.unlink()
 

@@ -59,7 +59,7 @@ def told(fault: OSError | sqlite3.Error, path: Path) -> StorageError:
     if code == sqlite3.SQLITE_FULL:
         return _full(path)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return StalledError(f"{path} is held by {_holders(path)}; end that program")
+        return StalledError(f"{path} is held by {holders(path)}; end that program")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return DamagedError(f"{path} is damaged ({fault})")
     if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and _free(path) < LITTLE:
@@ -107,7 +107,7 @@ def claim(path: Path, who: str) -> IO[str]:
         except BlockingIOError as fault:
             file.close()
             raise StorageError(
-                f"{path.parent} is in use by {_holders(path)}; stop that, or name another folder: "
+                f"{path.parent} is in use by {holders(path)}; stop that, or name another folder: "
                 f"each {who} has one of its own"
             ) from fault
     return file
@@ -235,8 +235,8 @@ def _free(path: Path) -> int:
     return LITTLE if found is None else found.f_bavail * found.f_frsize
 
 
-def _holders(path: Path) -> str:
-    """Which other processes have a file open, as far as this user may see."""
+def holders(path: Path) -> str:
+    """Which other processes have a file open, as far as this user may see, for a message."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         if process.name == str(os.getpid()):

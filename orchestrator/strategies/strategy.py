@@ -51,11 +51,12 @@ class State:
 class HeldOut:
     """Images that no device has: x float32 (N, C, H, W) normalized, y int64 (N,).
 
-    There may be none, where devices hold out some of theirs.
+    There may be none, where devices hold out some of theirs. `digest` is that of the images.
     """
 
     x: torch.Tensor
     y: torch.Tensor
+    digest: str = ""
 
 
 @dataclass(frozen=True)
