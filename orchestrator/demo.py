@@ -5,7 +5,9 @@ of local epochs, each device alone (`local`): the floor that both models have to
 """
 
 import contextlib
+import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator import datasets, launch
+from orchestrator import datasets, launch, prepare
 from orchestrator.config import (
     BrokerConfig,
     CohortConfig,
@@ -25,6 +27,7 @@ from orchestrator.config import (
 )
 from orchestrator.fleet import enrolment
 from orchestrator.report import Report
+from wire import stopping
 from wire.address import BrokerAddress
 from wire.errors import RunError
 
@@ -83,6 +86,41 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
     folder = plan.runs / plan.name
     if folder.exists():
         raise RunError(f"{folder} is there already; choose another --name")
+    with _nothing_left(plan.runs, plan.name):
+        return _play(plan, folder, changed)
+
+
+@contextlib.contextmanager
+def _nothing_left(runs: Path, name: str) -> Iterator[None]:
+    """If the demonstration fails before its first round, what it made goes again."""
+    fleet, folder = enrolment.path(runs, name), runs / name
+    made = [path for path in (fleet, runs / f"broker-{name}", folder) if not path.exists()]
+    fresh = not runs.exists()
+    try:
+        yield
+    except BaseException:
+        if not _began(folder / "status.json"):
+            for path in made:
+                if path == fleet:
+                    path.unlink(missing_ok=True)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+            if fresh:
+                with contextlib.suppress(OSError):
+                    runs.rmdir()
+        raise
+
+
+def _began(status: Path) -> bool:
+    try:
+        return bool(json.loads(status.read_text())["round"])
+    except (OSError, ValueError):
+        return False
+
+
+def _play(
+    plan: Plan, folder: Path, changed: Callable[[Report], None]
+) -> tuple[Report, Report | None]:
     cut = datasets.build(
         plan.source,
         folder / "data",
@@ -113,16 +151,20 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
     )
     names = [f"device-{number}" for number in range(plan.devices)]
     passwords = {name: enrolment.enroll(plan.runs, config.fleet, name) for name in names}
+    prepare.check(config, prepare.read_heldout(config))
     with launch.serve(config) as address, contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(_agent(config, address, name, passwords[name]))
-        taught = launch.run(config, address=address, changed=changed)
+        agents = [
+            stack.enter_context(_agent(config, address, name, passwords[name])) for name in names
+        ]
+        for agent in agents:  # all are told to end, then each is waited for
+            stack.callback(agent.terminate)
+        taught = launch.run(config, address=address, changed=changed, again="")
         if not plan.floor:
             return taught, None
         alone = replace(
             config, name=f"{plan.name}-alone", strategy="local", transfer=TransferConfig()
         )
-        return taught, launch.run(alone, address=address, changed=changed)
+        return taught, launch.run(alone, address=address, changed=changed, again="")
 
 
 def _normalized(device: DeviceConfig, shard: Path) -> DeviceConfig:
@@ -138,7 +180,9 @@ def _normalized(device: DeviceConfig, shard: Path) -> DeviceConfig:
 
 
 @contextlib.contextmanager
-def _agent(config: RunConfig, address: BrokerAddress, name: str, password: str) -> Iterator[None]:
+def _agent(
+    config: RunConfig, address: BrokerAddress, name: str, password: str
+) -> Iterator["subprocess.Popen[bytes]"]:
     """One agent process; its log stands beside its state."""
     folder = (config.folder / "agents" / name).resolve()
     folder.mkdir(parents=True)
@@ -162,7 +206,8 @@ def _agent(config: RunConfig, address: BrokerAddress, name: str, password: str) 
             start_new_session=True,
         )
         try:
-            yield
+            with stopping.ends_with_us(process):
+                yield process
         finally:
             process.terminate()
             try:
