@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import subprocess
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ANSWER_S = 1.0
+ANSWER_S = 5.0  # at most, that the end waits for the answer
 _SHOW_CURSOR = b"\x1b[?25h"  # a live view hides it
 
 asked = threading.Event()  # a first signal came
@@ -99,6 +99,8 @@ def instead(say: Callable[[], str], stop: Callable[[], None] | None = None) -> I
     try:
         yield
     finally:
+        if asked.is_set():
+            _answered.wait(ANSWER_S)  # with what this block has to say
         _instead.pop()
 
 

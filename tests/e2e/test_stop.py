@@ -93,7 +93,7 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
     assert processes.running["run"].wait(SOON_S) == 130
     assert processes.running["agent-0"].wait(SOON_S) == 0
     said = processes.log("run")
-    assert "stopping; kept: 1 closed round in runs/run" in said
+    assert f"stopping; kept: 1 closed round in {fleet.folder}/runs/run" in said
     assert "go on with: python -m orchestrator.main start --config run.toml" in said
     assert "an order that is open is kept" in processes.log("agent-0")
     fleet.orchestrator()
@@ -119,10 +119,7 @@ def test_an_aggregation_is_finished_by_the_first_and_left_by_the_second(
     if times == 2:
         process.send_signal(signal.SIGINT)
     assert process.wait(180) == 130
-    closed = len(fleet.status()["history"])
     assert ("round 1 is closed" in processes.log("run")) == (times == 1)
-    assert closed == 0  # as the last status was written while it aggregated
-    path.write_text(path.read_text().replace("epochs = 30", "epochs = 30"))
     assert (fleet.folder / "runs/run/checkpoints/0001").exists() == (times == 1)
 
 
