@@ -153,6 +153,10 @@ def status(
         snapshot: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as fault:
         raise StillhouseError(f"{run} holds no run; look for it under the `runs` folder") from fault
+    except ValueError as fault:
+        raise StillhouseError(
+            f"{path} is damaged ({fault}); remove it, a run that goes on writes it anew"
+        ) from fault
     if as_json:
         print(json.dumps(snapshot))
         return
