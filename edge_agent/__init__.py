@@ -10,6 +10,8 @@ from pathlib import Path
 # Ours lie side by side, and are looked for there first.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import wire  # noqa: F401 - before onnxruntime, whose reports it turns off
+from wire import stopping  # with wire before onnxruntime, whose reports it turns off
+
+stopping.early("edge_agent", "edge-agent")
 
 __version__ = "0.1.0"

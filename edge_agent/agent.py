@@ -7,26 +7,24 @@ import contextlib
 import gc
 import itertools
 import logging
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from edge_agent import __version__, data, meter, rounds
 from edge_agent.config import AgentConfig
-from edge_agent.journal import Journal
-from edge_agent.kept import Kept
+from edge_agent.folder import Folder
 from edge_agent.notify import Notifier
 from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
-from edge_agent.supply import Shelf, Supply
+from edge_agent.supply import Supply
 from edge_agent.update.staging import Updates
-from edge_agent.work import Desk, Outcome, perform
-from wire import classes, locks, messages, topics
-from wire.blobs import BlobStore
-from wire.errors import OrderError, SettingsError, StillhouseError, WireError
+from edge_agent.work import Outcome
+from edge_agent.worker import Advanced, Ended, Worker
+from wire import classes, messages, storage, topics
+from wire.errors import OrderError, StalledError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
@@ -42,27 +40,13 @@ from wire.messages import (
     Update,
     Want,
 )  # fmt: skip
+from wire.storage import Patience
 
 log = logging.getLogger("edge-agent")
 
-LOCK = "lock"  # in the state folder: held while an agent works there
 TICK_S = 0.5
+STOP_S = 5.0  # that a step of training has to end
 MAX_FAULT = 2000  # characters of a fault that are sent; it may repeat what an order said
-
-
-class Advanced(NamedTuple):
-    """The worker is so far."""
-
-    phase: str
-    done: int
-    total: int
-
-
-class Ended(NamedTuple):
-    """The worker is done with an order."""
-
-    order: Order
-    outcome: Outcome | StillhouseError
 
 
 Event = LinkEvent | Advanced | Ended
@@ -73,38 +57,23 @@ class Agent:
 
     Raises:
         DataError: the images cannot be used.
-        SettingsError: the state folder cannot be made.
+        SettingsError, StorageError: as of `Folder`.
     """
 
     def __init__(self, config: AgentConfig) -> None:
         self.config = config
-        try:
-            config.state.mkdir(parents=True, exist_ok=True)
-            lock = locks.hold(config.state / LOCK, f"process {os.getpid()}")
-        except OSError as fault:
-            raise SettingsError(
-                f"state: {config.state} cannot be made or locked ({fault.strerror}); name a folder "
-                "that this user may write to, /var/lib/stillhouse/state for the packaged service"
-            ) from fault
-        if lock is None:
-            raise SettingsError(
-                f"state: another agent works in {config.state} "
-                f"({locks.holder(config.state / LOCK)}); stop it, or name another folder, one for "
-                "each device"
-            )
-        self._lock = lock
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._worker = Worker(self._events.put, config.threads)
+        self._patience = Patience(self._say_disk, self._worker.pause)
+        self._folder = Folder(config.state, config.chunk_bytes, self._patience)
+        self.blobs, self.journal = self._folder.blobs, self._folder.journal
         self.images = data.load(config.data, input_shape=config.image, bad_share=config.bad_share)
         self.images.tell(log)
-        self.blobs = BlobStore(config.state / "blobs", config.chunk_bytes)
-        self.journal = Journal(config.state / "journal.db")
-        self._kept = Kept(config.state, self.journal)
-        self._shelf = Shelf(config.state / "artifacts")
         self._updates = Updates(config)
         self._state = rounds.State()
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._supply: Supply | None = None
-        self._cancel = threading.Event()
-        self._worker: threading.Thread | None = None
+        self._put_off: list[Event] = []  # for which the disk has no room yet
+        self._again_s = 0.0  # when these are handled again, and chunks asked for
         self._stopping = threading.Event()
         self._reported = 0.0
         self._platform = meter.this_platform()
@@ -136,30 +105,42 @@ class Agent:
         if latest := self.journal.latest():
             order, result, receipted = latest
             self._apply(rounds.restored(order, result, receipted=receipted))
-        names = classes.listed(self.images.names) or "by number"
-        log.info("%s: %d images, classes: %s", self.images.source, len(self.images.y), names)
         self._systemd.ready(f"{len(self.images.y)} images; looking for {self.config.broker.url}")
         self.link.start()
         try:
             while not self._stopping.is_set() and self.link.refused is None:
                 with contextlib.suppress(queue.Empty):
-                    self._handle(self._events.get(timeout=TICK_S))
+                    self._take(self._events.get(timeout=TICK_S))
                 self._tick()
                 self._systemd.alive()
         finally:
             self._systemd.stopping()
-            self._cancel.set()
-            if self._worker:
-                self._worker.join()
+            self._worker.end(STOP_S)
             self.link.close(self._death())
-            self.journal.close()
-            self._lock.close()
+            self._folder.close()
         if self.link.refused:
             raise self.link.refused
 
     def stop(self) -> None:
         """End `run` soon; open work goes on after the next start."""
         self._stopping.set()
+
+    def _take(self, event: Event) -> None:
+        """Handle an event; one that the disk has no room for is handled again later."""
+        before = self._state
+        try:
+            self._handle(event)
+        except StalledError as fault:
+            self._state = before
+            self._put_off.append(event)
+            self._stalled(fault, "events")
+
+    def _stalled(self, fault: StalledError, what: str) -> None:
+        self._again_s = time.monotonic() + storage.RETRY_S
+        self._patience.met(fault, what)
+
+    def _say_disk(self, text: str) -> None:
+        self._systemd.status(text or f"connected to {self.config.broker.url}")
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -187,10 +168,7 @@ class Agent:
             case Advanced(phase, done, total):
                 self._report(phase, done, total)
             case Ended(order, outcome):
-                try:
-                    self._ended(order, outcome)
-                except OSError as fault:  # the disk is full, say
-                    self._fail(order, fault)
+                self._ended(order, outcome)
 
     def _received(self, message: messages.Message, body: memoryview) -> None:
         now = time.monotonic()
@@ -214,10 +192,7 @@ class Agent:
                     self._be_born()
             case Chunk() | Gone():
                 if not self._updates.take(message, body) and self._supply:
-                    try:
-                        self._supply.take(message, body)
-                    except (StillhouseError, OSError) as fault:
-                        self._fail(self._supply.order, fault)
+                    self._supplied(lambda supply: supply.take(message, body))
             case _:
                 pass
 
@@ -231,22 +206,44 @@ class Agent:
     def _tick(self) -> None:
         now = time.monotonic()
         self._updates.turns(now)
-        if self._supply and self.link.connected:
-            try:
-                if self._supply.ready:
-                    self._apply(rounds.fetched(self._state))
-                else:
-                    for want in self._supply.wants(now):
-                        self._send_up(want, b"")
-                    self._report("fetch", *self._supply.progress)
-            except (StillhouseError, OSError) as fault:
-                self._fail(self._supply.order, fault)
+        if self._put_off and now >= self._again_s:
+            events, self._put_off = self._put_off, []
+            for event in events:
+                self._take(event)
+            if not self._put_off:
+                self._patience.over("events")
+        if self._supply and self.link.connected and now >= self._again_s:
+            self._supplied(lambda supply: self._pull(supply, now))
         if self.link.connected:
             self._updates.lives(now)
             if self._state.phase is Phase.IDLE:
                 for want in self._updates.wants(now):
                     self._send_up(want, b"")
             self._apply(rounds.ticked(self._state, now, self.config.resend_s))
+
+    def _pull(self, supply: Supply, now: float) -> None:
+        if supply.ready:
+            self._apply(rounds.fetched(self._state))
+            return
+        for want in supply.wants(now):
+            self._send_up(want, b"")
+        self._report("fetch", *supply.progress)
+
+    def _supplied(self, work: Callable[[Supply], None]) -> None:
+        """Do something for the order's supply; what a full disk does not take is asked again."""
+        supply, before = self._supply, self._state
+        if supply is None:
+            return
+        try:
+            work(supply)
+        except StalledError as fault:
+            self._state = before
+            self._stalled(fault, "supply")
+        except (StillhouseError, OSError) as fault:
+            self._patience.over("supply")
+            self._take(Ended(supply.order, StillhouseError(str(fault))))
+        else:
+            self._patience.over("supply")
 
     def _apply(self, step: rounds.Step) -> None:
         self._state, actions = step
@@ -256,21 +253,21 @@ class Agent:
     def _do(self, action: Action) -> None:
         match action:
             case Accept(order):
-                self._cancel.set()
                 self.journal.accept(order)
+                self._worker.cancel()
                 log.info("round %d: order %d of %s", order.round, order.sequence, order.run)
             case Fetch(order):
                 try:
                     self._supply = Supply(
                         order,
                         self.blobs,
-                        self._shelf,
+                        self._folder.shelf,
                         window=self.config.window,
                         retry_s=self.config.retry_s,
                         max_bytes=self.config.max_download_bytes,
                     )
                 except (StillhouseError, OSError) as fault:
-                    self._fail(order, fault)
+                    self._take(Ended(order, StillhouseError(str(fault))))
             case Work(order):
                 self._work(order)
             case Offer(result):
@@ -279,50 +276,28 @@ class Agent:
                 self._settle(receipt)
 
     def _work(self, order: Order) -> None:
-        if self._worker:  # the cancelled one ends within a step; its Ended event comes first
-            self._worker.join()
         assert self._supply is not None  # noqa: S101 - Work follows a complete Supply
+        own = self._folder.kept.of(order)
         supply, self._supply = self._supply, None
-        own = self._kept.of(order)
-        self._cancel = threading.Event()
-        desk = Desk(
-            self.images,
-            self.blobs,
-            self.config.threads,
-            lambda phase, done, total: self._events.put(Advanced(phase, done, total)),
-            self._cancel,
+        self._worker.start(
+            order, supply, own, images=self.images, blobs=self.blobs, patience=self._patience
         )
-
-        def work() -> None:
-            outcome: Outcome | StillhouseError
-            try:
-                outcome = perform(order, supply.artifact(), own, desk)
-            except StillhouseError as fault:
-                outcome = fault
-            except Exception as fault:
-                log.exception("order %d of %s failed", order.sequence, order.run)
-                outcome = StillhouseError(f"{type(fault).__name__}: {fault}")
-            self._events.put(Ended(order, outcome))
-
-        self._worker = threading.Thread(target=work, name="work")
-        self._worker.start()
 
     def _ended(self, order: Order, outcome: Outcome | StillhouseError) -> None:
         if self._state.order != order:  # replaced meanwhile
             return
-        self._worker = None
         if isinstance(outcome, StillhouseError):
             self._fail(order, outcome)
             return
-        weights_file = None if outcome.own is None else self._kept.put(order, outcome.own)
+        weights_file = None if outcome.own is None else self._folder.kept.put(order, outcome.own)
         log.info("round %d: done", order.round)
         self._finish(order, weights_file, blobs=outcome.blobs, metrics=outcome.metrics)
         self._tidy(outcome.blobs.values())
 
-    def _fail(self, order: Order, fault: StillhouseError | OSError) -> None:
+    def _fail(self, order: Order, fault: StillhouseError) -> None:
+        self._finish(order, None, fault=str(fault))
         log.error("round %d: %s", order.round, fault)
         self._supply = None
-        self._finish(order, None, fault=str(fault))
 
     def _finish(
         self, order: Order, weights_file: str | None, fault: str = "", **outcome: Any
@@ -358,7 +333,7 @@ class Agent:
     def _tidy(self, keep: Iterable[BlobRef]) -> None:
         """Let go of the blobs and weights that nothing refers to any more."""
         self.blobs.keep_only({ref.digest for ref in keep})
-        self._kept.tidy()
+        self._folder.kept.tidy()
 
     def _be_born(self) -> None:
         names, digest = classes.told(self.images.names)
@@ -422,7 +397,17 @@ class Agent:
 
 def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None]) -> None:
     """Run an agent; `install_stop` is given what to call to end it."""
-    agent = Agent(config)
+    stopped, systemd = threading.Event(), Notifier()
+    install_stop(stopped.set)
+
+    def pause(seconds: float) -> bool:
+        systemd.alive()
+        return stopped.wait(seconds)
+
+    # Without room for the journal there is no agent, and the service is up all the same.
+    agent = Patience(systemd.ready, pause).attempt(lambda: Agent(config))
     install_stop(agent.stop)
+    if stopped.is_set():
+        agent.stop()
     gc.freeze()  # what is here stays: later collections pass it over
     agent.run()

@@ -2,22 +2,31 @@
 
 SQLite in WAL mode with synchronous=FULL: a row that was committed is there after `kill -9` and
 after a power cut. One order is open at a time; a newer one replaces it.
+
+A damaged journal is set aside as `journal.db.damaged-1`, and a new one begun: the orchestrator
+sends an open order again, and the device's weights are found by the names of their files.
 """
 
 import logging
+import re
 import secrets
 import sqlite3
+import threading
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
-from wire import messages
-from wire.errors import OrderError, StillhouseError
+from wire import messages, storage
+from wire.errors import DamagedError, OrderError, StillhouseError, WireError
 from wire.messages import Order, Result
 
+T = TypeVar("T")
 log = logging.getLogger("edge-agent")
 
 SESSIONS = 1 << 24  # of one start; 500 million starts fit into a message's number
 
+_WEIGHTS = re.compile(r"weights-(.+)-(\d+)\.safetensors")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS work (
@@ -29,12 +38,31 @@ CREATE TABLE IF NOT EXISTS weights (
 
 
 class Journal:
-    """The journal of one device. Use it from one thread."""
+    """The journal of one device, for any thread.
+
+    Each function raises StalledError where the disk is full or another program holds the journal,
+    and StorageError where it cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._db = _connect(path)
-        self._db.executescript(_SCHEMA)
+        self._lock = threading.Lock()
+        try:
+            self._db = _opened(path)
+        except DamagedError as fault:
+            self._db = _begun_anew(path, fault)
+
+    def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """One transaction; on a journal that turns out damaged it is done in a new one."""
+        with self._lock:
+            try:
+                with storage.at(self._path), self._db:
+                    return work(self._db)
+            except DamagedError as fault:
+                self._db.close()
+                self._db = _begun_anew(self._path, fault)
+                with storage.at(self._path), self._db:
+                    return work(self._db)
 
     def begin_sessions(self) -> tuple[str, int]:
         """The id of this state folder, and a number: the `SESSIONS` from it on are the caller's.
@@ -42,14 +70,15 @@ class Journal:
         No number is ever given out twice. One write gives an agent's connections all of theirs, so
         that none waits for the disk.
         """
-        with self._db:
+
+        def begin(db: sqlite3.Connection) -> dict[str, int]:
             for name, value in (("session", 0), ("state", secrets.randbits(63))):
-                self._db.execute("INSERT OR IGNORE INTO counters VALUES (?, ?)", (name, value))
-            self._db.execute(
-                "UPDATE counters SET value = value + ? WHERE name = 'session'", (SESSIONS,)
-            )
-        found = dict(self._db.execute("SELECT name, value FROM counters"))
-        return f"{found['state']:016x}", int(found["session"]) - SESSIONS + 1
+                db.execute("INSERT OR IGNORE INTO counters VALUES (?, ?)", (name, value))
+            db.execute("UPDATE counters SET value = value + ? WHERE name = 'session'", (SESSIONS,))
+            return dict(db.execute("SELECT name, value FROM counters"))
+
+        found = self._do(begin)
+        return f"{found['state']:016x}", found["session"] - SESSIONS + 1
 
     def latest(self) -> tuple[Order, Result | None, bool] | None:
         """The newest order, its result if it has one, and whether the result is receipted.
@@ -57,63 +86,58 @@ class Journal:
         An order that a newer agent accepted, before it was rolled back, may be beyond this one: it
         is passed over, and refused when it comes again.
         """
-        row = self._db.execute(
-            "SELECT work_order, result, receipted FROM work ORDER BY rowid DESC LIMIT 1"
-        ).fetchone()
-        if row is None:
-            return None
-        try:
-            order, _ = messages.decode(row[0], sender="journal")
-        except OrderError as fault:
-            log.warning("%s", fault)
-            return None
-        result = messages.decode(row[1], sender="journal")[0] if row[1] else None
-        assert isinstance(order, Order)  # noqa: S101 - only accept() writes this column
-        assert result is None or isinstance(result, Result)  # noqa: S101 - only finish() writes it
-        return order, result, bool(row[2])
+        return self._do(_latest)
 
     def accept(self, order: Order) -> None:
         """Make `order` the open one; older ones are dropped."""
-        with self._db:
-            self._db.execute("DELETE FROM work")
-            self._db.execute(
-                "INSERT INTO work (run, sequence, work_order) VALUES (?, ?, ?)",
-                (order.run, order.sequence, messages.encode(order)),
-            )
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM work")
+            _note(db, order)
+
+        self._do(write)
 
     def finish(self, order: Order, result: Result, weights_file: str | None) -> None:
         """The order's result, and with it the device's new weights: both or neither."""
-        with self._db:
-            self._db.execute(
+
+        def write(db: sqlite3.Connection) -> None:
+            _note(db, order)  # it may have been in a journal that was damaged
+            db.execute(
                 "UPDATE work SET result = ? WHERE run = ? AND sequence = ?",
                 (messages.encode(result), order.run, order.sequence),
             )
             if weights_file:
-                self._db.execute("DELETE FROM weights WHERE run = ?", (order.run,))
-                self._db.execute(
+                db.execute("DELETE FROM weights WHERE run = ?", (order.run,))
+                db.execute(
                     "INSERT INTO weights VALUES (?, ?, ?)",
                     (order.run, order.artifact.digest, weights_file),
                 )
 
+        self._do(write)
+
     def receipted(self, run: str, sequence: int) -> None:
         """The orchestrator has spoken on this result; it need not be offered again."""
-        with self._db:
-            self._db.execute(
+        self._do(
+            lambda db: db.execute(
                 "UPDATE work SET receipted = 1 WHERE run = ? AND sequence = ?", (run, sequence)
             )
+        )
 
     def weights_file(self, run: str) -> str | None:
         """The name of the file with the device's own weights for a run, if it has trained any."""
-        row = self._db.execute("SELECT file FROM weights WHERE run = ?", (run,)).fetchone()
+        read = "SELECT file FROM weights WHERE run = ?"
+        row = self._do(lambda db: db.execute(read, (run,)).fetchone())
         return row[0] if row else None
 
     def weights_files(self) -> set[str]:
         """Every weights file that is still referred to."""
-        return {file for (file,) in self._db.execute("SELECT file FROM weights")}
+        rows = self._do(lambda db: db.execute("SELECT file FROM weights").fetchall())
+        return {file for (file,) in rows}
 
     def close(self) -> None:
         """Close the database."""
-        self._db.close()
+        with self._lock:
+            self._db.close()
 
 
 def newest_weights(path: Path) -> tuple[str, str, str] | None:
@@ -129,15 +153,84 @@ def newest_weights(path: Path) -> tuple[str, str, str] | None:
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             row: tuple[str, str, str] | None = db.execute(
-                "SELECT run, artifact, file FROM weights ORDER BY rowid DESC LIMIT 1"
+                "SELECT run, artifact, file FROM weights WHERE artifact != '' "
+                "ORDER BY rowid DESC LIMIT 1"
             ).fetchone()
     except sqlite3.Error as fault:
         raise StillhouseError(f"{path}: the journal cannot be read ({fault})") from fault
     return row
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path)
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
+def _latest(db: sqlite3.Connection) -> tuple[Order, Result | None, bool] | None:
+    row = db.execute(
+        "SELECT work_order, result, receipted FROM work ORDER BY rowid DESC LIMIT 1"
+    ).fetchone()
+    if row is None:
+        return None
+    try:
+        order, _ = messages.decode(row[0], sender="journal")
+        result = messages.decode(row[1], sender="journal")[0] if row[1] else None
+    except OrderError as fault:
+        log.warning("%s", fault)
+        return None
+    except WireError as fault:
+        raise DamagedError(f"journal.db: {fault}") from fault
+    assert isinstance(order, Order)  # noqa: S101 - only accept() writes this column
+    assert result is None or isinstance(result, Result)  # noqa: S101 - only finish() writes it
+    return order, result, bool(row[2])
+
+
+def _note(db: sqlite3.Connection, order: Order) -> None:
+    db.execute(
+        "INSERT OR IGNORE INTO work (run, sequence, work_order) VALUES (?, ?, ?)",
+        (order.run, order.sequence, messages.encode(order)),
+    )
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """The journal in a file, whole and ready to be written.
+
+    Raises:
+        DamagedError: it is not whole.
+        StorageError: it cannot be opened or written.
+    """
+    with storage.at(path):
+        # Used under a lock, so that whichever thread may use it.
+        db = sqlite3.connect(path, check_same_thread=False)
+        try:
+            storage.prepare(db)
+            fresh = not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'work'").fetchone()
+            with db:
+                db.executescript(_SCHEMA)
+            if fresh:
+                _find_weights(db, path.parent)
+        except BaseException:
+            db.close()
+            raise
     return db
+
+
+def _begun_anew(path: Path, fault: DamagedError) -> sqlite3.Connection:
+    with storage.at(path):
+        aside = storage.set_aside(path)
+    log.error(
+        "%s; set aside as %s, and a new one is begun. Nothing is lost but time: the orchestrator "
+        "sends an order that is open again, and weights are found by their files",
+        fault, aside.name,
+    )  # fmt: skip
+    return _opened(path)
+
+
+def _find_weights(db: sqlite3.Connection, folder: Path) -> None:
+    """Note the newest weights of each run that lie in the folder; a new journal knows of none."""
+    newest: dict[str, int] = {}
+    for path in folder.glob("weights-*"):
+        if named := _WEIGHTS.fullmatch(path.name):
+            newest[named[1]] = max(newest.get(named[1], 0), int(named[2]))
+    with closing(db.cursor()) as cursor, db:
+        cursor.executemany(
+            "INSERT INTO weights VALUES (?, '', ?)",
+            [(run, f"weights-{run}-{number}.safetensors") for run, number in newest.items()],
+        )
+    if newest:
+        log.warning("the journal was gone; weights are found for %s", ", ".join(sorted(newest)))

@@ -7,7 +7,6 @@ The journal says which weights count; of what is owed, the two that the last ord
 as its result may be accepted or not.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from edge_agent.journal import Journal
-from wire import blobs
+from wire import storage
 from wire.messages import Order
 
 
@@ -58,13 +57,8 @@ class Kept:
 
     def _write(self, name: str, content: bytes) -> None:
         """Write a file so that it is whole or absent, after a power cut too."""
-        partial = self._folder / f"{name}.new"
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._folder / name)
-        blobs.sync_folder(self._folder)
+        with storage.at(self._folder):
+            storage.write(self._folder / name, content)
 
 
 def _owed(run: str, sequence: int) -> str:

@@ -3,14 +3,16 @@
 import argparse
 import json
 import logging
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_agent import __version__, config
-from wire import logs, records
+from wire import logs, records, stopping, storage
 from wire.errors import DataError, SettingsError, StillhouseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NO_IMAGES = 3  # exit code
 TEMPLATE = """\
@@ -35,7 +37,16 @@ password = ""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or with one line on what is wrong 2, or 3 for the images."""
+    """Run the command line; 0, or with one line on what is wrong 2, or 3 for the images.
+
+    A signal that ends a command gives 128 and its number; `run` ends well by the first, with 0.
+    """
+    if arguments is None:
+        stopping.listen()
+    return stopping.run(lambda: _main(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="edge-agent", description=__doc__)
     parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -51,6 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"),
                       help="where to; default: agent.toml")  # fmt: skip
+    return parser
+
+
+def _main(arguments: list[str] | None) -> int:
+    parser = _parser()
     try:
         given = sys.argv[1:] if arguments is None else arguments
         chosen, more = parser.parse_known_args(records.expanded(given))
@@ -59,21 +75,26 @@ def main(arguments: list[str] | None = None) -> int:
             more = [text for text in more if text.startswith("-")]
         if more:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
-        if chosen.command == "init":
-            return _init(chosen.file)
-        if chosen.command == "measure":
-            return _measure(chosen)
-        if chosen.command == "predict":
-            return _predict(chosen)
-        if chosen.command == "doctor":
-            from edge_agent import doctor as doctoring
-
-            return doctoring.report(chosen.config, as_json=chosen.json)
-        return _run(chosen.config, verbose=chosen.verbose)
+        with storage.at(Path.cwd()):
+            return _do(chosen)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)
         # Images may come yet, so that systemd tries again; settings want a person.
         return NO_IMAGES if isinstance(fault, DataError) else 2
+
+
+def _do(chosen: argparse.Namespace) -> int:
+    if chosen.command == "init":
+        return _init(chosen.file)
+    if chosen.command == "measure":
+        return _measure(chosen)
+    if chosen.command == "predict":
+        return _predict(chosen)
+    if chosen.command == "doctor":
+        from edge_agent import doctor as doctoring
+
+        return doctoring.report(chosen.config, as_json=chosen.json)
+    return _run(chosen.config, verbose=chosen.verbose)
 
 
 def _init(path: Path) -> int:
@@ -196,13 +217,18 @@ def _run(path: Path, *, verbose: bool) -> int:
 
     logs.to_stream(level=logging.DEBUG if verbose else logging.INFO)
 
-    def install(stop: Callable[[], None]) -> None:
-        signal.signal(signal.SIGTERM, lambda _number, _frame: stop())
-        signal.signal(signal.SIGINT, lambda _number, _frame: stop())
-
     chosen = config.load(path)
     _hold_threads(chosen.threads)
-    serve(chosen, install)
+    ends: list[Callable[[], None]] = []
+
+    def say() -> str:
+        return (
+            "stopping; an order that is open is kept, and begun again at the next start; go on "
+            f"with: {stopping.command()}"
+        )
+
+    with stopping.instead(say, lambda: ends[-1]() if ends else None):
+        serve(chosen, ends.append)
     return 0
 
 

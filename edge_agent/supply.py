@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from wire import storage
 from wire.artifact import Artifact, open_artifact
 from wire.blobs import BlobStore, Fetch
 from wire.errors import ArtifactError, TransferError
@@ -190,7 +191,8 @@ class Supply:
             self._queue = [r for r in self._queue if r.digest != self.order.artifact.digest]
             self._queue[:0] = files
         if all(self._blobs.has(f.sha256) for f in self._manifest.files.values()):
-            self._assemble(self._manifest)
+            with storage.at(self._shelf.folder):
+                self._assemble(self._manifest)
 
     def _assemble(self, manifest: Manifest) -> None:
         folder = self._shelf.path(self.order.artifact.digest)

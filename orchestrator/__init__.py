@@ -7,8 +7,9 @@ from pathlib import Path
 # installed, are others. Ours lie side by side, and are looked for there first.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wire import extras
+from wire import extras, stopping
 
+stopping.early("orchestrator", "orchestrator")
 extras.check("orchestrator")
 
 __version__ = "0.1.0"

@@ -6,12 +6,12 @@ heavy part (looking payloads over, aggregation) and puts its outcome there too.
 
 import contextlib
 import logging
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from orchestrator import admit, rounds
 from orchestrator.config import RunConfig
@@ -19,13 +19,21 @@ from orchestrator.fleet.claim import Claim, Say
 from orchestrator.fleet.roster import MAX_REASON, Roster
 from orchestrator.fleet.updates import Rollout
 from orchestrator.intake import Intake
-from orchestrator.report import Report
+from orchestrator.report import Report, said
 from orchestrator.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind, Session
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies.strategy import Metrics, State, Strategy
-from wire import messages, topics
+from orchestrator.worker import Admitted, Aggregated, Failed, Outcome, Worker
+from wire import messages, stopping, topics
 from wire.address import BrokerAddress
-from wire.errors import AdmissionError, RunError, StillhouseError, WireError
+from wire.errors import (
+    AdmissionError,
+    RunError,
+    StalledError,
+    StillhouseError,
+    StorageError,
+    WireError,
+)
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import (
     Birth,
@@ -40,34 +48,20 @@ from wire.messages import (
     Telemetry,
     Want,
 )  # fmt: skip
+from wire.stopping import Interrupted
 
 log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
 CONNECT_S = 30.0
+STALLED_S = 60.0  # devices offer a result again within half of it
 
 
-class Admitted(NamedTuple):
-    """A result was looked over; `fault` says why it is refused."""
-
-    result: Result
-    fault: StillhouseError | None
+class Stop(NamedTuple):
+    """A person or the system asks us to end."""
 
 
-class Aggregated(NamedTuple):
-    """A round is in the model."""
-
-    state: State
-    metrics: Metrics
-
-
-class Failed(NamedTuple):
-    """The worker met an error that is ours, not a device's."""
-
-    fault: BaseException
-
-
-Event = LinkEvent | Admitted | Aggregated | Failed
+Event = LinkEvent | Outcome | Stop
 
 
 class Coordinator:
@@ -81,6 +75,7 @@ class Coordinator:
         address: the broker.
         report: is told what happens.
         rollout: packages that devices are told of.
+        again: the command that goes on with the run; None: this process's.
     """
 
     def __init__(
@@ -93,6 +88,7 @@ class Coordinator:
         address: BrokerAddress,
         report: Report,
         rollout: Rollout,
+        again: str | None = None,
     ) -> None:
         self.config, self.store, self.strategy = config, store, strategy
         self.report = report
@@ -100,7 +96,7 @@ class Coordinator:
             config, enrolled, rollout, lambda device, order: self._send(device, "order", order)
         )
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="work")
+        self._worker = Worker(strategy, store.patience, self._events.put)
         self._intake = Intake(store.blobs, config.transfer_chunks)
         self._checking: set[str] = set()
         self._began = time.monotonic()
@@ -110,8 +106,11 @@ class Coordinator:
         self._attempt = None if last is None or last.closed else last
         self._carried: dict[str, Order] = {}
         self._rounds = self._restored(last)
-        self._address = address
+        self._address, self._again = address, again
         self._claim = Claim(config.fleet, store.run_id, boot=str(time.time_ns()))
+        self._stopped = False
+        self._stalled_s = -math.inf  # when the disk was last found full
+        self._ticked_s = time.monotonic()
         self.link = Link(
             address,
             f"stillhouse-{config.fleet}-orchestrator-{store.run_id.rpartition('.')[2]}",
@@ -135,28 +134,49 @@ class Coordinator:
             RunError: another run has the fleet, or every device failed, `rounds.ATTEMPTS` times in
                 a row.
             StillhouseError: the strategy failed.
+            Interrupted: `stop` was called.
         """
         if self.finished():
             return
-        self.link.start()
-        try:
-            if not self.link.wait_connected(CONNECT_S):
-                log.warning("%s is not there yet; still trying", self._address.url)
-            if self._rounds.phase is Phase.COLLECTING:
-                self._apply(rounds.ticked(self._rounds, self.config.cohort, time.monotonic()))
-            while not self.finished():
-                with contextlib.suppress(queue.Empty):
-                    self._handle(self._events.get(timeout=TICK_S))
-                if self.link.refused:
-                    raise self.link.refused
-                if self._claim.held:
-                    self._tick()
-                else:
-                    self._say(self._claim.ticked(time.monotonic()))
-                changed()
-        finally:
-            self.link.close((self._claim.topic, b"") if self._claim.held else None)
-            self._worker.shutdown(wait=True, cancel_futures=True)
+        began, connected = time.monotonic(), False
+        with stopping.instead(self._farewell, self.stop):
+            self.link.start()
+            try:
+                if self._rounds.phase is Phase.COLLECTING:
+                    self._apply(rounds.ticked(self._rounds, self.config.cohort, time.monotonic()))
+                while not self.finished():
+                    if self._stopped and self._rounds.phase is not Phase.AGGREGATING:
+                        raise Interrupted
+                    with contextlib.suppress(queue.Empty):
+                        self._handle(self._events.get(timeout=TICK_S))
+                    if self.link.refused:
+                        raise self.link.refused
+                    connected = connected or self.link.connected
+                    if not connected and time.monotonic() - began > CONNECT_S:
+                        log.warning("%s is not there yet; still trying", self._address.url)
+                        connected = True  # said once
+                    if self._claim.held:
+                        self._tick()
+                    else:
+                        self._say(self._claim.ticked(time.monotonic()))
+                    changed()
+            finally:
+                self.link.close((self._claim.topic, b"") if self._claim.held else None)
+                self._worker.end(wait=not self._stopped)
+
+    def stop(self) -> None:
+        """End `run` soon, and with `Interrupted`; an aggregation under way is finished and kept."""
+        self._stopped = True
+        self._events.put(Stop())
+
+    def _farewell(self) -> str:
+        """The answer to Ctrl-C."""
+        state, attempt = self._rounds, self._attempt
+        done = len(attempt.verdicts) if attempt else 0
+        more = f"{done} results of round {state.round}" if done else "no result of the next"
+        if state.phase is Phase.AGGREGATING:
+            more += ", which is aggregated first. Ended before that, it is aggregated again"
+        return said(self.report, more, self._again)
 
     def finished(self) -> bool:
         """Whether all rounds are done."""
@@ -164,21 +184,8 @@ class Coordinator:
 
     def _handle(self, event: Event) -> None:
         match event:
-            case Arrived(self._claim.topic, payload):
-                self._say(self._claim.arrived(payload))
-            case Arrived(_, b""):  # a retained message was taken from the broker, by us
-                pass
-            case Arrived() if not self._claim.held:  # devices are asked anew when it is
-                pass
             case Arrived(topic, payload):
-                try:
-                    address = topics.parse(topic)
-                    message, body = messages.decode(payload, sender=topic)
-                except WireError as fault:
-                    log.warning("message dropped: %s", fault)
-                    return
-                self.report.received(address.device, len(payload))
-                self._received(address.device, message, body)
+                self._arrived(topic, payload)
             case Connected():
                 log.info("connected to %s", self._address.url)
                 self._say(self._claim.connected(time.monotonic()))
@@ -190,7 +197,28 @@ class Coordinator:
             case Aggregated(state, metrics):
                 self._close(state, metrics)
             case Failed(fault):
+                if self._stopped:
+                    raise Interrupted from fault
                 raise fault
+            case Stop():
+                pass
+
+    def _arrived(self, topic: str, payload: bytes) -> None:
+        if topic == self._claim.topic:
+            self._say(self._claim.arrived(payload))
+            return
+        # Without payload: a retained message was taken from the broker, by us. Before the fleet is
+        # ours devices are not heard; they are asked anew then.
+        if not payload or not self._claim.held:
+            return
+        try:
+            address = topics.parse(topic)
+            message, body = messages.decode(payload, sender=topic)
+        except WireError as fault:
+            log.warning("message dropped: %s", fault)
+            return
+        self.report.received(address.device, len(payload))
+        self._received(address.device, message, body)
 
     def _say(self, all_: tuple[Say, ...]) -> None:
         for channel, hello, retain in all_:
@@ -228,6 +256,7 @@ class Coordinator:
             case Chunk() | Gone():
                 with self._giving_up(device):
                     self._intake.take(device, message, body)
+                    self.store.patience.over("intake")
             case _:
                 pass
 
@@ -267,30 +296,38 @@ class Coordinator:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        if now - self._stalled_s < STALLED_S:  # devices offer again: the round waits for them
+            late_s = self._rounds.deadline_s + now - self._ticked_s
+            self._rounds = replace(self._rounds, deadline_s=late_s)
+        self._ticked_s = now
         for result in self._intake.complete():
             self._checking.add(result.device)
             assert self._attempt is not None  # noqa: S101 - results are pulled in open rounds
-            self._submit(self._look_over, self._attempt.orders[result.device], result)
-        for device, want in self._intake.wants(now, frozenset(self._rounds.live)):
-            self._send(device, "down", want)
+            order = self._attempt.orders[result.device]
+            self._worker.look_over(self._state, order, result)
+        with self._stalling():
+            for device, want in self._intake.wants(now, frozenset(self._rounds.live)):
+                self._send(device, "down", want)
         self._roster.ticked(now)
         self._apply(rounds.ticked(self._rounds, self.config.cohort, now))
 
-    def _look_over(self, order: Order, result: Result) -> Event:
+    @contextlib.contextmanager
+    def _stalling(self) -> Iterator[None]:
+        """What a full disk does not take is left: it is asked for, or offered, again."""
         try:
-            self.strategy.admit(self._state, order, result)
-        except StillhouseError as fault:
-            return Admitted(result, fault)
-        except Exception as fault:  # whatever a payload provokes, it ends that result, not the run
-            log.exception("%s: its result cannot be looked over", result.device)
-            return Admitted(result, AdmissionError(f"it cannot be read: {fault!r}"))
-        return Admitted(result, None)
+            yield
+        except StalledError as fault:
+            self._stalled_s = time.monotonic()
+            self.store.patience.met(fault, "intake")
 
     @contextlib.contextmanager
     def _giving_up(self, device: str) -> Iterator[None]:
         """If a device's blobs cannot be had, its result is refused and the round goes on."""
         try:
-            yield
+            with self._stalling():
+                yield
+        except StorageError:
+            raise
         except (StillhouseError, OSError) as fault:
             self._intake.drop(device)
             attempt = self._attempt
@@ -301,7 +338,7 @@ class Coordinator:
 
     def _decide(self, result: Result, fault: StillhouseError | None) -> None:
         """Note the verdict, then tell the device, then let the rules go on."""
-        attempt, now = self._attempt, time.monotonic()
+        attempt = self._attempt
         open_ = self._rounds.phase is Phase.COLLECTING
         order = attempt.orders.get(result.device) if attempt else None
         if not attempt or not order or result.sequence != order.sequence or not open_:
@@ -311,8 +348,14 @@ class Coordinator:
             return
         reason = str(fault)[:MAX_REASON] if fault else ""
         verdict = Verdict(result.device, fault is None, reason, result)
-        self.store.decide(attempt.sequence, verdict)
+        with self._stalling():
+            self.store.decide(attempt.sequence, verdict)
+            self._decided(attempt, verdict, fault)
+
+    def _decided(self, attempt: Attempt, verdict: Verdict, fault: StillhouseError | None) -> None:
+        self.store.patience.over("intake")
         self.report.decided(verdict)
+        result, now = verdict.result, time.monotonic()
         self._attempt = replace(attempt, verdicts={**attempt.verdicts, result.device: verdict})
         self._receipt(verdict, result)
         if fault:
@@ -346,7 +389,7 @@ class Coordinator:
                 self._late = begun if self._carried else frozenset()
                 verdicts = self._attempt.verdicts
                 results = [verdicts[device].result for device in sorted(returned)]
-                self._submit(self._aggregate, self._attempt, results)
+                self._worker.aggregate(self._state, self._attempt, results)
             case GiveUp(number):
                 raise RunError(self._hopeless(number))
             case Finish():
@@ -377,11 +420,6 @@ class Coordinator:
         for device, order in orders.items():
             self._send(device, "order", order)
 
-    def _aggregate(self, attempt: Attempt, results: list[Result]) -> Event:
-        return Aggregated(
-            *self.strategy.aggregate(self._state, attempt.round, attempt.orders, results)
-        )
-
     def _close(self, state: State, metrics: Metrics) -> None:
         assert self._attempt is not None  # noqa: S101 - a round was open
         seconds = time.monotonic() - self._began
@@ -390,6 +428,8 @@ class Coordinator:
         self.store.close_round(self._attempt, state, entry, needed)
         self._state, self._attempt = state, None
         log.info("%s", self.report.last_round())
+        if self._stopped:
+            raise Interrupted
         self._apply(rounds.aggregated(self._rounds, self.config.cohort, time.monotonic()))
 
     def _restored(self, attempt: Attempt | None) -> rounds.State:
@@ -416,15 +456,6 @@ class Coordinator:
             failed=frozenset(v.device for v in verdicts if not v.accepted),
             deadline_s=time.monotonic() + self.config.cohort.deadline_s,
         )
-
-    def _submit(self, work: Callable[..., Event], *arguments: Any) -> None:
-        def done(future: Future[Event]) -> None:
-            if future.cancelled():
-                return
-            fault = future.exception()
-            self._events.put(Failed(fault) if fault else future.result())
-
-        self._worker.submit(work, *arguments).add_done_callback(done)
 
     def _send(self, device: str, channel: str, message: Message, body: bytes = b"") -> None:
         payload = messages.encode(message, body)

@@ -5,6 +5,7 @@ of local epochs, each device alone (`local`): the floor that both models have to
 """
 
 import contextlib
+import json
 import logging
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import models
-from orchestrator import datasets, launch, networks
+from orchestrator import datasets, launch, networks, prepare
 from orchestrator.config import (
     BrokerConfig,
     CohortConfig,
@@ -25,10 +26,11 @@ from orchestrator.config import (
     ServerConfig,
     TransferConfig,
 )
-from orchestrator.fleet import enrolment
+from orchestrator.fleet import claim, enrolment
 from orchestrator.report import Report
+from wire import stopping
 from wire.address import BrokerAddress
-from wire.errors import RunError, StillhouseError
+from wire.errors import RunError
 from wire.names import anchored
 
 STOP_S = 20.0
@@ -91,6 +93,42 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
     server = replace(plan.server, model=anchored(plan.server.model, Path()))
     for name in (device.network, server.model):
         models.input_shape(name)  # there is such a network
+    with _nothing_left(plan.runs, plan.name):
+        return _play(replace(plan, device=device, server=server), folder, changed)
+
+
+@contextlib.contextmanager
+def _nothing_left(runs: Path, name: str) -> Iterator[None]:
+    """If the demonstration fails before its first round, what it made goes again."""
+    fleet, folder = enrolment.path(runs, name), runs / name
+    lock = claim.lock_file(runs, name)
+    made = [path for path in (fleet, lock, runs / f"broker-{name}", folder) if not path.exists()]
+    fresh = not runs.exists()
+    try:
+        yield
+    except BaseException:
+        if not _began(folder / "status.json"):
+            for path in made:
+                if path in (fleet, lock):
+                    path.unlink(missing_ok=True)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+            if fresh:
+                with contextlib.suppress(OSError):
+                    runs.rmdir()
+        raise
+
+
+def _began(status: Path) -> bool:
+    try:
+        return bool(json.loads(status.read_text())["round"])
+    except (OSError, ValueError):
+        return False
+
+
+def _play(
+    plan: Plan, folder: Path, changed: Callable[[Report], None]
+) -> tuple[Report, Report | None]:
     cut = datasets.build(
         plan.source,
         folder / "data",
@@ -106,7 +144,7 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
     height, width, channels = cut.shape
     mean, std = _pixels(folder / "data" / cut.devices[0].file)
     shape = (channels, height, width)
-    device = replace(device, classes=cut.classes, input=shape, mean=mean, std=std)
+    device = replace(plan.device, classes=cut.classes, input=shape, mean=mean, std=std)
     config = RunConfig(
         name=plan.name,
         heldout=folder / "data" / "heldout.npz",
@@ -118,26 +156,26 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
         broker=plan.broker,
         cohort=CohortConfig(min_devices=plan.devices, wait_s=0.0, deadline_s=3600.0),
         device=device,
-        server=server,
+        server=plan.server,
         transfer=TransferConfig(extractor="shared", network="shared"),
     )
-    try:
-        networks.check(config)
-    except StillhouseError:
-        shutil.rmtree(folder)
-        raise
+    networks.check(config)
     names = [f"device-{number}" for number in range(plan.devices)]
     passwords = {name: enrolment.enroll(plan.runs, config.fleet, name) for name in names}
+    prepare.check(config, prepare.read_heldout(config))
     with launch.serve(config) as address, contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(_agent(config, address, name, passwords[name]))
-        taught = launch.run(config, address=address, changed=changed)
+        agents = [
+            stack.enter_context(_agent(config, address, name, passwords[name])) for name in names
+        ]
+        for agent in agents:  # all are told to end, then each is waited for
+            stack.callback(agent.terminate)
+        taught = launch.run(config, address=address, changed=changed, again="")
         if not plan.floor:
             return taught, None
         alone = replace(
             config, name=f"{plan.name}-alone", strategy="local", transfer=TransferConfig()
         )
-        return taught, launch.run(alone, address=address, changed=changed)
+        return taught, launch.run(alone, address=address, changed=changed, again="")
 
 
 def _pixels(shard: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -152,7 +190,9 @@ def _pixels(shard: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @contextlib.contextmanager
-def _agent(config: RunConfig, address: BrokerAddress, name: str, password: str) -> Iterator[None]:
+def _agent(
+    config: RunConfig, address: BrokerAddress, name: str, password: str
+) -> Iterator["subprocess.Popen[bytes]"]:
     """One agent process; its log stands beside its state."""
     folder = (config.folder / "agents" / name).resolve()
     folder.mkdir(parents=True)
@@ -176,7 +216,8 @@ def _agent(config: RunConfig, address: BrokerAddress, name: str, password: str) 
             start_new_session=True,
         )
         try:
-            yield
+            with stopping.ends_with_us(process):
+                yield process
         finally:
             process.terminate()
             try:

@@ -9,13 +9,14 @@ from models import submodel
 from orchestrator import broker, networks
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.coordinator import Coordinator
-from orchestrator.fleet import claim, classes, enrolment, updates
-from orchestrator.prepare import fresh, read_heldout, task
+from orchestrator.fleet import classes, enrolment, updates
+from orchestrator.prepare import broker_folder, check, fresh, opened, read_heldout, task
 from orchestrator.report import Report
 from orchestrator.store import Store
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import Variant
 from tools.export import Adam, Optimizer, Sgd, export
+from wire import stopping
 from wire.address import BrokerAddress
 from wire.artifact import Artifact, open_artifact
 from wire.errors import RunError
@@ -29,6 +30,7 @@ def run(
     *,
     address: BrokerAddress | None = None,
     changed: Callable[[Report], None] = lambda _: None,
+    again: str | None = None,
 ) -> Report:
     """Do a run, from the start or from where it stopped.
 
@@ -36,17 +38,18 @@ def run(
         config: of the run.
         address: a broker that is there already; None follows `config.broker`.
         changed: called after each event, in this thread.
+        again: the command that goes on with the run, for whoever stops it; None: this process's.
 
     Raises:
-        StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
+        StillhouseError: what is wrong and what to do; the run's folder keeps what was reached. If
+            no round was opened, nothing is left that this start made.
     """
-    # First: what is cheap to find wrong is found before a broker runs.
+    # First: what is cheap to find wrong is found before a folder is made or a broker runs.
     sources = networks.check(config)
     heldout = read_heldout(config)
+    check(config, heldout)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(claim.locked(config.runs, config.fleet, config.name))
-        store = Store(config)
-        stack.callback(store.close)
+        store = stack.enter_context(opened(config, heldout))
         networks.claim(store.folder, sources)
         config = classes.settle(config, classes.resolve(config, heldout.names))
         enrolled = None
@@ -67,13 +70,19 @@ def run(
             address=address,
             report=report,
             rollout=rollout,
+            again=again,
         )
+        store.started()
 
         def notify() -> None:
             report.save()
             changed(report)
 
-        coordinator.run(notify)
+        try:
+            coordinator.run(notify)
+        except stopping.Interrupted:
+            store.made = False  # what is ready is kept, though no round was opened
+            raise
         report.save(final=True)
         changed(report)
     return report
@@ -93,7 +102,7 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
     users = enrolment.users(config.runs, config.fleet) if config.admission == "enrolled" else None
     with broker.start(
         chosen.kind,
-        folder=config.runs / f"broker-{config.fleet}",
+        folder=broker_folder(config),
         fleet=config.fleet,
         host=chosen.host,
         port=chosen.port,

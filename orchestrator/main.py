@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import __version__, config, view
-from wire import records
+from wire import records, stopping, storage
 from wire.errors import StillhouseError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -70,6 +70,7 @@ def start(
     chosen = config.load(config_file)
     with ranks.joined(chosen.server) as group:
         if group and group.rank:
+            stopping.at_once()
             group.serve()
             return
         with view.Display(console) as show:
@@ -99,6 +100,7 @@ def simulate(
         simulation.hold_threads(threads)
     with ranks.joined(chosen.server) as group:
         if group and group.rank:
+            stopping.at_once()
             group.serve()
             return
         with view.Display(console, simulated=True) as show:
@@ -169,6 +171,10 @@ def status(
         snapshot: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as fault:
         raise StillhouseError(f"{run} holds no run; look for it under the `runs` folder") from fault
+    except ValueError as fault:
+        raise StillhouseError(
+            f"{path} is damaged ({fault}); remove it, a run that goes on writes it anew"
+        ) from fault
     if as_json:
         print(json.dumps(snapshot))
         return
@@ -356,15 +362,22 @@ def demo(  # noqa: PLR0917 - typer makes options of them
 
 
 def main() -> None:
-    """Run the command line; the exit code is 0, or 2 with one line on what is wrong."""
+    """Run the command line; the exit code is 0, or 2 with one line on what is wrong.
+
+    A signal that ends a command gives 128 and its number.
+    """
+    stopping.listen()
+    sys.exit(stopping.run(_main))
+
+
+def _main() -> int:
     try:
-        app(records.expanded(sys.argv[1:]))
+        with storage.at(Path.cwd()):
+            app(records.expanded(sys.argv[1:]))
     except StillhouseError as fault:
         print(f"orchestrator: {fault}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where the run stands", file=sys.stderr)
-        sys.exit(130)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from models import split
 from orchestrator.config import RunConfig
 from orchestrator.strategies import extractors
 from orchestrator.training import distill
+from wire import storage
 from wire.errors import RunError, StillhouseError
 from wire.names import parse, title, written
 
@@ -66,9 +67,8 @@ def claim(folder: Path, sources: Sources) -> None:
     if path.exists():
         _compare(path, sources)
     elif sources:
-        partial = path.with_suffix(".new")
-        partial.write_text(json.dumps(sources, indent=1))
-        partial.replace(path)
+        with storage.at(path):
+            storage.write(path, json.dumps(sources, indent=1).encode())
 
 
 def unchanged(folder: Path, config: RunConfig) -> None:

@@ -5,12 +5,14 @@ The time left is the mean of the newest `NEWEST` rounds times the rounds to go, 
 round has taken.
 """
 
+import contextlib
 import logging
 import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from orchestrator import view
@@ -18,7 +20,8 @@ from orchestrator.config import RunConfig
 from orchestrator.fleet import classes
 from orchestrator.rounds import PAUSE_S, Phase, State
 from orchestrator.store import Attempt, Store, Verdict
-from wire import records
+from wire import records, stopping
+from wire.errors import StalledError
 from wire.messages import Birth, Telemetry
 
 log = logging.getLogger("orchestrator")
@@ -62,6 +65,11 @@ class Report:
         self._lock = threading.Lock()
         self._written = 0.0
         self.entries = store.closed_rounds()
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self._config.folder
 
     def received(self, device: str, count: int) -> None:
         """So many bytes came from a device."""
@@ -175,7 +183,8 @@ class Report:
         now = time.monotonic()
         if final or now - self._written >= WRITE_S:
             self._written = now
-            self._store.write_json("status.json", self.snapshot())
+            with contextlib.suppress(StalledError):  # a full disk is said where it holds up more
+                self._store.write_json("status.json", self.snapshot())
         if final:
             settled = classes.read(self._config.folder)
             whole = {
@@ -185,7 +194,8 @@ class Report:
                 "sources": self._sources,
                 "rounds": self.entries,
             }
-            self._store.write_json("report.json", whole)
+            store = self._store
+            store.patience.attempt(lambda: store.write_json("report.json", whole))
 
     def _left(self) -> tuple[float | None, int]:
         """About how many seconds the run takes yet, and by how many rounds that is reckoned."""
@@ -251,3 +261,17 @@ def names_of(devices: Iterable[str]) -> str:
     names = sorted(devices)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def said(report: Report, more: str, again: str | None = None) -> str:
+    """The answer to Ctrl-C: what is kept of a run, and how to go on.
+
+    Args:
+        report: of the run.
+        more: of the open round.
+        again: the command to go on with; None: this one, "": there is none.
+    """
+    closed = len(report.entries)
+    kept = f"kept: {closed} closed round{'' if closed == 1 else 's'} in {report.folder}; {more}"
+    again = stopping.command() if again is None else again
+    return f"stopping; {kept}" + (f"; go on with: {again}" if again else "")

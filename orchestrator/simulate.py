@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import edge_agent
@@ -34,15 +34,14 @@ from orchestrator.cohort import Job, Trained
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.fleet import classes
 from orchestrator.fleet.classes import Classes
-from orchestrator.report import Report
+from orchestrator.report import Report, said
 from orchestrator.store import Attempt, Store, Verdict, referred
 from orchestrator.strategies import create
-from orchestrator.strategies.strategy import State, Strategy, Variant
+from orchestrator.strategies.strategy import State, Strategy
 from orchestrator.training import distill
-from wire import seeds, tensors, topics
+from wire import seeds, stopping, storage, tensors, topics
 from wire.errors import RunError, StillhouseError
 from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
-from wire.names import written
 
 log = logging.getLogger("orchestrator")
 
@@ -89,8 +88,9 @@ def run(
     digests = {name: data.digest(held.x, held.y) for name, held in images.items()}
     whole = hashlib.sha256("".join(f"{n}:{d}" for n, d in digests.items()).encode())
     what = f"{len(images)} simulated devices with data {whole.hexdigest():.12}"
-    store = Store(config, what + (f", {late:g} of them late" if late else ""))
-    try:
+    what += f", {late:g} of them late" if late else ""
+    prepare.check(config, heldout)
+    with prepare.opened(config, heldout, what) as store:
         networks.claim(store.folder, sources)
         config = classes.settle(config, settled)
         report = Report(config, store, sources)
@@ -103,12 +103,12 @@ def run(
             report.progress(what, done, total)
             tell()
 
-        task = prepare.task(config, store, _variants(config), heldout, report)
+        task = prepare.task(config, store, prepare.variants(config), heldout, report)
         strategy = create(config.strategy, replace(task, progress=progress))
         simulation = _Simulation(config, store, strategy, images, stack=stack, late=late, tell=tell)
-        simulation.run(report, changed)
-    finally:
-        store.close()
+        store.started()
+        with stopping.instead(lambda: said(report, "the open round is done again")):
+            simulation.run(report, changed)
     return report
 
 
@@ -164,21 +164,6 @@ def read_shards(
             f"{folder}: expected {least} or more devices with the run's classes, got {len(found)} "
             f"of {len(files)}; the warnings above name the others and the remedy"
         )
-    return found
-
-
-def _variants(config: RunConfig) -> dict[Recipe, Variant]:
-    """Nothing is compiled: a recipe is known by a digest of its own."""
-    found = {}
-    for recipe in config.recipes:
-        model, features = prepare.fresh(config, recipe), None
-        if isinstance(model, SplitModel):
-            with torch.inference_mode():
-                maps, _ = model.eval().extract(torch.zeros(1, *config.device.input))
-            features = tuple(maps.shape[1:])
-        plain = recipe._replace(model=written(recipe.model))
-        digest = hashlib.sha256("/".join(map(str, plain)).encode()).hexdigest()
-        found[recipe] = Variant(recipe, BlobRef(digest, 0, 1024), features)
     return found
 
 
@@ -408,9 +393,8 @@ class _Kept:
         """Keep it, and what the order was given, for the order may be done anew."""
         path = self._path(device, number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".new")
-        save_file(dict(tensors), partial)
-        partial.replace(path)
+        with storage.at(path):
+            storage.write(path, save(dict(tensors)))
         for old in set(path.parent.iterdir()) - {path, self._path(device, given)}:
             old.unlink()
 

@@ -2,86 +2,42 @@
 
     runs/NAME/
         run.json            the configuration it was started with
-        journal.db          rounds, orders, results, bytes (SQLite, WAL, synchronous=FULL)
+        journal.db          rounds, orders, results, bytes
         artifact/           the training artifact
-        checkpoints/0003/   state.safetensors and state.json after round 3
+        checkpoints/0003/   what is learnt after round 3
         blobs/, shards/     payloads by digest; decoded feature maps
         status.json, report.json
 
-An accepted result is in the journal before the device is told so. A checkpoint is written whole
-under another name and renamed, then the journal says that its round is closed: whatever the moment
-of a `kill -9`, a restart finds the last closed round, and of the open one the accepted results.
+A checkpoint is written, then the journal says that its round is closed: whatever the moment of a
+`kill -9`, a restart finds the last closed round, and of the open one the accepted results.
+
+Where the disk is full, rounds are neither opened nor closed until there is room, and no result is
+acknowledged.
 """
 
-import copy
-import fcntl
+import contextlib
 import json
 import os
-import secrets
 import shutil
-import sqlite3
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
-
-from orchestrator.config import RunConfig
+from orchestrator import checkpoints
+from orchestrator.checkpoints import last as last_checkpoint
+from orchestrator.checkpoints import read as read_checkpoint
+from orchestrator.config import RunConfig, changes
+from orchestrator.journal import Attempt, Journal, Verdict
 from orchestrator.strategies.strategy import State
-from wire import messages, records
-from wire.blobs import BlobStore, sync_folder
-from wire.errors import RunError
-from wire.messages import Order, Result
+from wire import locks, records, stopping, storage
+from wire.blobs import BlobStore
+from wire.errors import RunError, StorageError
+from wire.messages import Order
 from wire.names import written
+from wire.storage import Patience
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS identity (run TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS devices (what TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS attempts (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL,
-    closed INTEGER NOT NULL DEFAULT 0, report TEXT);
-CREATE TABLE IF NOT EXISTS orders (
-    sequence INTEGER NOT NULL, device TEXT NOT NULL, work_order BLOB NOT NULL,
-    PRIMARY KEY (sequence, device));
-CREATE TABLE IF NOT EXISTS verdicts (
-    sequence INTEGER NOT NULL, device TEXT NOT NULL, accepted INTEGER NOT NULL,
-    reason TEXT NOT NULL, result BLOB NOT NULL, PRIMARY KEY (sequence, device));
-CREATE TABLE IF NOT EXISTS traffic (
-    device TEXT PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL);
-"""
-_COUNT = """
-INSERT INTO traffic VALUES (?, ?, ?)
-ON CONFLICT DO UPDATE SET up = up + excluded.up, down = down + excluded.down
-"""
+AGENTS = "agents"  # what does a run's orders, where it is not simulated devices
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one device's result."""
-
-    device: str
-    accepted: bool
-    reason: str
-    result: Result
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A round that was opened: its orders, those carried over included, and verdicts so far."""
-
-    sequence: int
-    round: int
-    orders: Mapping[str, Order]
-    verdicts: Mapping[str, Verdict]
-    closed: bool = False
-
-    def carried(self, rounds: int) -> dict[str, Order]:
-        """Orders that are open still once the round is closed: not answered, nor too old."""
-        unanswered = {n: o for n, o in self.orders.items() if n not in self.verdicts}
-        return {n: o for n, o in unanswered.items() if self.round - o.round < rounds}
+__all__ = ["Attempt", "Store", "Verdict", "last_checkpoint", "read_checkpoint", "referred"]
 
 
 def referred(orders: Iterable[Order]) -> set[str]:
@@ -90,119 +46,62 @@ def referred(orders: Iterable[Order]) -> set[str]:
     return {ref.digest for ref in refs if ref}
 
 
-class Store:
-    """One run's folder, locked against a second orchestrator.
+class Store(Journal):
+    """One run's folder, with its journal; locked against a second orchestrator.
 
     Args:
         config: of the run.
         devices: what does its orders: agents, or devices simulated with certain data.
 
+    Attributes:
+        made: whether the folder was not there before.
+
     Raises:
-        RunError: the folder belongs to another configuration or to other devices, or is in use.
+        RunError: the folder belongs to another configuration or to other devices, is in use, or is
+            damaged before a round was finished.
+        StorageError: the disk cannot be written; StalledError: it is full.
     """
 
-    def __init__(self, config: RunConfig, devices: str = "agents") -> None:
+    def __init__(self, config: RunConfig, devices: str = AGENTS) -> None:
         self.folder = config.folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as fault:
-            self._lock.close()
-            raise RunError(f"{self.folder}: another orchestrator is running this run") from fault
-        self._claim(config)
-        self.blobs = BlobStore(self.folder / "blobs", config.chunk_bytes)
-        self._db = sqlite3.connect(self.folder / "journal.db")
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.executescript(_SCHEMA)
-        # Bytes are counted with every message: what a power cut takes of them is not worth a sync.
-        self._counts = sqlite3.connect(self.folder / "journal.db", isolation_level=None)
-        self._counts.execute("PRAGMA synchronous=NORMAL")
+        self.patience = Patience(stopped=stopping.asked.wait)
         self._kept: frozenset[str] = frozenset()
-        self._claim_devices(devices)
-        self.run_id = self._identify(config.name)
+        self._config = json.loads(json.dumps(records.plain(config)))
+        self._config["broker"]["password"] = ""  # the run's folder is for others to read
+        with storage.at(self.folder):
+            self.made = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(config)
+        try:
+            before = self._begun_with()
+            self.blobs = BlobStore(self.folder / "blobs", config.chunk_bytes, self.patience)
+            super().__init__(self.folder, begun=before is not None)
+        except BaseException:
+            self._let_go()
+            raise
+        try:
+            self._check(before)
+            self.claim(devices)
+            self.run_id = self.identify(config.name)
+            if before is None:
+                self.started()
+        except BaseException:
+            super().close()
+            self._let_go()
+            raise
+
+    def started(self) -> None:
+        """All is ready: this start's configuration is the run's from now on."""
+        with storage.at(self.folder):
+            self.write_json("run.json", self._config)
 
     def keep(self, digests: frozenset[str]) -> None:
         """Never drop these blobs either: the artifact's, packages."""
         self._kept |= digests
 
-    def _identify(self, name: str) -> str:
-        """The run's name for devices: another run of the same name must not be taken for it."""
-        with self._db:
-            row = self._db.execute("SELECT run FROM identity").fetchone()
-            if row is None:
-                row = (f"{name}.{secrets.token_hex(4)}",)
-                self._db.execute("INSERT INTO identity VALUES (?)", row)
-        return str(row[0])
-
-    def closed_rounds(self) -> list[dict[str, Any]]:
-        """The reports of all closed rounds, in order."""
-        rows = self._db.execute("SELECT report FROM attempts WHERE closed = 1 ORDER BY round")
-        return [json.loads(report) for (report,) in rows]
-
-    def last_attempt(self, *, closed: bool = False) -> Attempt | None:
-        """The round that was last opened, or the last of those that are closed."""
-        row = self._db.execute(
-            "SELECT sequence, round, closed FROM attempts WHERE closed >= ? "
-            "ORDER BY sequence DESC LIMIT 1",
-            (closed,),
-        ).fetchone()
-        if row is None:
-            return None
-        orders = {}
-        for device, data in self._db.execute(
-            "SELECT device, work_order FROM orders WHERE sequence = ?", (row[0],)
-        ):
-            order, _ = messages.decode(data, sender="journal")
-            assert isinstance(order, Order)  # noqa: S101 - only begin() writes this column
-            orders[device] = order
-        return Attempt(row[0], row[1], orders, self._verdicts(row[0]), bool(row[2]))
-
-    def next_sequence(self) -> int:
-        """The sequence number that `begin` will give next."""
-        (last,) = self._db.execute("SELECT COALESCE(MAX(sequence), 0) FROM attempts").fetchone()
-        return int(last) + 1
-
     def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
-        """Note a round's orders before they are sent; bytes are counted from here."""
-        with self._db:
-            self._db.execute("DELETE FROM traffic")
-            cursor = self._db.execute("INSERT INTO attempts (round) VALUES (?)", (round_,))
-            sequence = int(cursor.lastrowid or 0)
-            self._db.executemany(
-                "INSERT INTO orders VALUES (?, ?, ?)",
-                [(sequence, device, messages.encode(order)) for device, order in orders.items()],
-            )
-        return Attempt(sequence, round_, dict(orders), {})
-
-    def count(self, device: str, *, up: int = 0, down: int = 0) -> None:
-        """Note bytes that came from a device or went to it."""
-        self._counts.execute(_COUNT, (device, up, down))
-
-    def traffic(self) -> dict[str, tuple[int, int]]:
-        """Bytes up and down of each device since the last round began, whoever counted them."""
-        rows = self._db.execute("SELECT device, up, down FROM traffic")
-        return {device: (up, down) for device, up, down in rows}
-
-    def decide(self, sequence: int, verdict: Verdict) -> None:
-        """Note what became of a result, before the device is told. The first word stands.
-
-        A result of an order that was carried over is noted under its own sequence as well, by which
-        the device offers it.
-        """
-        rest = (
-            verdict.device, verdict.accepted, verdict.reason, messages.encode(verdict.result)
-        )  # fmt: skip
-        with self._db:
-            self._db.executemany(
-                "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?)",
-                [(number, *rest) for number in sorted({sequence, verdict.result.sequence})],
-            )
-
-    def verdict(self, sequence: int, device: str) -> Verdict | None:
-        """What became of a device's result, if it is decided."""
-        return self._verdicts(sequence).get(device)
+        """Note a round's orders before they are sent; waits while the disk is full."""
+        return self.patience.attempt(lambda: super(Store, self).begin(round_, orders))
 
     def close_round(
         self,
@@ -213,30 +112,23 @@ class Store:
     ) -> None:
         """Write the checkpoint, note the round as closed, then drop what neither refers to.
 
+        Waits while the disk is full.
+
         Args:
             attempt: the round.
             state: after it.
             report: its entry.
             needed: digests of further blobs to keep, which carried orders refer to.
         """
-        final = self.folder / "checkpoints" / f"{attempt.round:04d}"
-        building = final.with_suffix(".new")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        # safetensors writes memory as it lies: a channels-last view would be saved scrambled.
-        tensors = {name: np.asarray(array, order="C") for name, array in state.tensors.items()}
-        _write(building / "state.safetensors", save(tensors))
-        _write(building / "state.json", json.dumps(records.plain(state.notes), indent=1).encode())
-        shutil.rmtree(final, ignore_errors=True)
-        building.rename(final)
-        sync_folder(final.parent)
-        with self._db:
-            self._db.execute(
-                "UPDATE attempts SET closed = 1, report = ? WHERE sequence = ?",
-                (json.dumps(report), attempt.sequence),
-            )
-        for old in sorted(final.parent.iterdir(), key=lambda path: int(path.name))[:-2]:
-            shutil.rmtree(old)
+
+        def write() -> None:
+            journal = self._resumption(attempt, report)
+            with storage.at(self.folder):
+                checkpoints.write(self.folder, attempt.round, state, journal)
+            self._close_attempt(attempt.sequence, report)
+
+        self.patience.attempt(write)
+        checkpoints.drop_old(self.folder)
         self.blobs.keep_only(state.blobs() | self._kept | set(needed))
 
     def checkpoint(self) -> State | None:
@@ -245,107 +137,99 @@ class Store:
         Raises:
             RunError: its files are damaged.
         """
-        (last,) = self._db.execute("SELECT MAX(round) FROM attempts WHERE closed = 1").fetchone()
+        read = "SELECT MAX(round) FROM attempts WHERE closed = 1"
+        (last,) = self._do(lambda db: db.execute(read).fetchone())
         return read_checkpoint(self.folder, int(last)) if last else None
 
     def write_json(self, name: str, content: object) -> None:
-        """Replace a JSON file of the run folder, whole or not at all."""
+        """Replace a JSON file of the run folder, whole or not at all.
+
+        Raises:
+            StorageError: the disk takes it not; StalledError: it is full.
+        """
         partial = self.folder / f"{name}.new"
-        partial.write_text(json.dumps(content, indent=1))
-        partial.replace(self.folder / name)
+        with storage.at(self.folder):
+            try:
+                partial.write_text(json.dumps(content, indent=1))
+                partial.replace(self.folder / name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                raise
 
     def close(self) -> None:
         """Let go of the run."""
-        self._counts.close()
-        self._db.close()
+        super().close()
         self._lock.close()
 
-    def _claim(self, config: RunConfig) -> None:
-        """A run goes on only with what decides its numbers unchanged.
+    def discard(self) -> bool:
+        """Let go of the run; if this start made it and no round began, leave nothing of it."""
+        with contextlib.suppress(StorageError):
+            self.made = self.made and self.last_attempt() is None
+        super().close()
+        self._let_go()
+        return self.made
 
-        What it began with as `pretrained` lies in its folder; where that came from may be gone.
-        More rounds are welcome, unless they decide the learning rate.
+    def _let_go(self) -> None:
+        """Leave as it was what could not be opened."""
+        if self.made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        """The configuration that the run was begun with; None if it was not.
+
+        Raises:
+            RunError: it cannot be read.
         """
         path = self.folder / "run.json"
-        current = json.loads(json.dumps(records.plain(config)))
-        current["broker"]["password"] = ""  # the run's folder is for others to read
-        if path.exists():
+        try:
             table = json.loads(path.read_text())
             table.pop("broker", None)  # decides no numbers, and rules for it have become stricter
-            before = records.plain(records.build(RunConfig, table, where=str(path), error=RunError))
-            before = json.loads(json.dumps(before))
-            keys = ["fleet", "strategy", "seed", "device", "submodel", "transfer", "server"]
-            for table in (before, kept := copy.deepcopy(current)):
-                for key in ("eval_batch", "torch_device", "compile"):
-                    del table["server"][key]
-                device = table["device"]
-                for owner in (table["server"], device, *device["others"]):
-                    owner["model"] = written(owner["model"])  # the run's folder may have moved
-            if bool(before["pretrained"]) != bool(kept["pretrained"]):
-                keys.append("pretrained")
-            if "cosine" in (config.device.schedule, config.server.schedule):
-                keys.append("rounds")
-            for key in keys:
-                if before[key] != kept[key]:
-                    self._lock.close()
-                    raise RunError(
-                        f"{self.folder} was started with {key} = {before[key]}, the configuration "
-                        f"says {kept[key]}; choose another name, or restore it"
-                    )
-        self.write_json("run.json", current)
-
-    def _claim_devices(self, devices: str) -> None:
-        """A run goes on only with the devices it was begun with: agents, or a simulation's data."""
-        with self._db:
-            row = self._db.execute("SELECT what FROM devices").fetchone()
-            if row is None:
-                self._db.execute("INSERT INTO devices VALUES (?)", (devices,))
-        if row is not None and row[0] != devices:
-            self.close()
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError) as fault:
             raise RunError(
-                f"{self.folder} was begun with {row[0]}, now it is {devices}; choose another name"
+                f"{path} is damaged ({fault}); restore it. If run.toml is what the run was begun "
+                "with, remove it: it is written anew"
+            ) from fault
+        before = records.build(RunConfig, table, where=str(path), error=RunError)
+        plain: dict[str, Any] = json.loads(json.dumps(records.plain(before)))
+        return plain
+
+    def _check(self, before: Mapping[str, Any] | None) -> None:
+        """A run goes on only with what decides its numbers unchanged."""
+        if before is None:
+            return
+        last = self.last_attempt()
+        now = _as_written(self._config)
+        if found := changes.refused(_as_written(before), now, last.round if last else 0):
+            raise RunError(
+                f"{self.folder} was begun with other settings. {'; '.join(map(str, found))}. "
+                "Restore that, or begin another run: choose another name. docs/fleet.md says what "
+                "may change"
             )
 
-    def _verdicts(self, sequence: int) -> dict[str, Verdict]:
-        found = {}
-        for device, accepted, reason, data in self._db.execute(
-            "SELECT device, accepted, reason, result FROM verdicts WHERE sequence = ?", (sequence,)
-        ):
-            result, _ = messages.decode(data, sender="journal")
-            assert isinstance(result, Result)  # noqa: S101 - only decide() writes this column
-            found[device] = Verdict(device, bool(accepted), reason, result)
-        return found
+
+def _as_written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the networks' names as run.toml has them: a run's folder may move."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    device = plain["device"]
+    for owner in (plain["server"], device, *device["others"]):
+        owner["model"] = written(owner["model"])
+    return plain
 
 
-def read_checkpoint(folder: Path, round_: int) -> State:
-    """The state after a round.
-
-    Raises:
-        RunError: there is no such checkpoint, or its files are damaged.
-    """
-    path = folder / "checkpoints" / f"{round_:04d}"
-    try:
-        tensors = load_file(path / "state.safetensors")
-        notes = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError, SafetensorError) as fault:
-        raise RunError(f"checkpoint {path} cannot be read: {fault}") from fault
-    return State({name: np.asarray(array) for name, array in tensors.items()}, notes)
-
-
-def last_checkpoint(folder: Path) -> tuple[int, State]:
-    """The newest checkpoint of a run folder, for commands that only read.
+def _locked(config: RunConfig) -> IO[str]:
+    """The lock of a run's folder.
 
     Raises:
-        RunError: there is none.
+        RunError: another orchestrator has it.
     """
-    numbers = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
-    if not numbers:
-        raise RunError(f"{folder}: no round is finished yet; look with: orchestrator status")
-    return max(numbers), read_checkpoint(folder, max(numbers))
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path = config.folder / "lock"
+    with storage.at(path):
+        lock = locks.hold(path, f"process {os.getpid()}")
+    if lock is None:
+        who = storage.holders(path)
+        raise RunError(f"{config.folder}: another orchestrator is running this run: {who}")
+    return lock

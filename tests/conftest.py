@@ -122,3 +122,41 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     datasets.build("digits", folder, devices=3, per_device=64, heldout_samples=100)
     return folder
+
+
+class Disk:
+    """A small file system of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fill(self) -> None:
+        """Leave no room."""
+        with (self.path / "fill").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            for size in (1 << 16, 1 << 10, 1):
+                with contextlib.suppress(OSError):
+                    while file.write(bytes(size)):
+                        pass
+
+    def make_room(self) -> None:
+        (self.path / "fill").unlink()
+
+    def read_only(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", self.path], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A file system of 8 MiB; skipped where none can be mounted."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True, check=False)
+        fault = done.stderr if done.returncode else ""
+    except OSError as missing:
+        fault = str(missing)
+    if fault:
+        pytest.skip(f"no file system can be mounted here: {fault.strip()}")
+    yield Disk(path)
+    subprocess.run(["umount", "--lazy", path], check=True)

@@ -16,34 +16,40 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeVar
 
-from wire import messages
+from wire import messages, storage
 from wire.errors import TransferError
 from wire.messages import BlobRef, Chunk, Gone, Want
+from wire.storage import Patience, sync_folder
 
 TRIES = 3  # so often a chunk is asked for, and none comes, before it is asked for a small piece
 PROBE_BYTES = 1024
 
+T = TypeVar("T")
 Send = Callable[[Want | Chunk | Gone, bytes], None]
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class BlobStore:
-    """Blobs in a folder; `chunk_bytes` is the chunk size of the refs it makes."""
+    """Blobs in a folder.
 
-    def __init__(self, folder: Path, chunk_bytes: int = 128 * 1024) -> None:
+    Args:
+        folder: is made where it is not there.
+        chunk_bytes: the chunk size of the refs it makes.
+        patience: waits where `put` and `create` find the disk full; without it they raise.
+
+    Raises:
+        StorageError: the folder cannot be made.
+    """
+
+    def __init__(
+        self, folder: Path, chunk_bytes: int = 128 * 1024, patience: Patience | None = None
+    ) -> None:
         self.folder = folder
         self.chunk_bytes = chunk_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        self._patience = patience
+        with storage.at(folder):
+            folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
         """Where a blob lies, if it is here."""
@@ -65,20 +71,33 @@ class BlobStore:
 
     @contextmanager
     def create(self) -> Iterator["Sink"]:
-        """Write a blob piece by piece; `ref` is set when the block ends without an exception."""
+        """Write a blob piece by piece; `ref` is set when the block ends without an exception.
+
+        Raises:
+            StorageError: the disk takes no more.
+        """
         partial = self.folder / f"new-{os.getpid()}-{id(self):x}-{os.urandom(4).hex()}"
         try:
-            with partial.open("wb") as file:
-                sink = Sink(file)
+            handle = self._patiently(lambda: os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666))
+            try:
+                sink = Sink(lambda data: self._patiently(lambda: os.write(handle, data)))
                 yield sink
-                file.flush()
-                os.fsync(file.fileno())
+                self._patiently(lambda: os.fsync(handle))
+            finally:
+                os.close(handle)
             digest = sink.digest.hexdigest()
-            partial.replace(self.path(digest))
+            self._patiently(lambda: partial.replace(self.path(digest)))
             sync_folder(self.folder)
             sink.ref = self.ref(digest)
         finally:
             partial.unlink(missing_ok=True)
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        def told() -> T:
+            with storage.at(self.folder):
+                return work()
+
+        return self._patience.attempt(told) if self._patience else told()
 
     def keep_only(self, digests: set[str]) -> None:
         """Delete every other blob, and transfers that were given up."""
@@ -98,16 +117,18 @@ class BlobStore:
 
 
 class Sink:
-    """A blob being written."""
+    """A blob being written; `write` takes a part of some bytes, and says how many."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, write: Callable[[memoryview], int]) -> None:
+        self._write = write
         self.digest = hashlib.sha256()
         self.ref: BlobRef
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
-        self.file.write(data)
+        left = memoryview(data)
+        while left:
+            left = left[self._write(left) :]
         self.digest.update(data)
 
 
@@ -151,6 +172,12 @@ class Fetch:
         self._have = bytearray()
         if self.done:
             return
+        with storage.at(store.folder):
+            self._resume()
+
+    def _resume(self) -> None:
+        """Take what came before; else begin."""
+        ref = self.ref
         resumable = self._have_path.exists() and self._part.exists()
         if resumable and self._part.stat().st_size == ref.size:
             self._have = bytearray(self._have_path.read_bytes())
@@ -198,6 +225,9 @@ class Fetch:
                 missing.append(index)
             index = self._have.find(0, index + 1)
         if not missing:
+            if not self._asked:  # all is here, and the disk did not take its end
+                with storage.at(self.store.folder):
+                    self._finish()
             return None
         self._asked |= dict.fromkeys(missing, now)
         self._tried.update(missing)
@@ -221,6 +251,7 @@ class Fetch:
         Raises:
             TransferError: wrong number or length, the whole failed its digest twice, or chunks are
                 too large for the broker.
+            StorageError: the disk takes it not; a full one may take it later.
         """
         self._look_around()
         if self.done:
@@ -243,13 +274,14 @@ class Fetch:
         self._arrived |= expected == self._largest
         if self._have[message.index]:
             return
-        _write_at(self._part, at, body)
-        _write_at(self._have_path, message.index, b"\1")
-        self._have[message.index] = 1
-        if message.index == self._digested:
-            self._digest.update(body)
-            self._digested += 1
-        self._finish()
+        with storage.at(self.store.folder):
+            _write_at(self._part, at, body)
+            _write_at(self._have_path, message.index, b"\1")
+            self._have[message.index] = 1
+            if message.index == self._digested:
+                self._digest.update(body)
+                self._digested += 1
+            self._finish()
 
     def gone(self) -> None:
         """The sender does not have the blob.
@@ -304,13 +336,14 @@ class Fetch:
     def _finish(self) -> None:
         if self._have.count(0):
             return
+        whole = self._digest.copy()  # if the disk is full at the end, this is done again
         with self._part.open("rb") as file:
             # What came in order is in the digest; what did not, or came before a restart, is read.
             file.seek(self._digested * self.ref.chunk_bytes)
             while piece := file.read(self.ref.chunk_bytes):
-                self._digest.update(piece)
+                whole.update(piece)
             os.fsync(file.fileno())
-        digest = self._digest.hexdigest()
+        digest = whole.hexdigest()
         if digest != self.ref.digest:
             # A power cut may have kept the marks and lost the bytes: once, all is pulled again.
             self._restart()

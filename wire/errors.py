@@ -15,6 +15,9 @@ StillhouseError            bad input or a broken promise; command lines print it
 ├── BrokerError            a broker that the orchestrator runs itself
 ├── ExportError            a module that cannot be compiled to a training step
 ├── AdmissionError         a result that must not enter the aggregate; its text goes to the device
+├── StorageError           a disk: read-only, not ours to write, failing
+│   ├── StalledError       no room, or another program holds a file: it is tried again
+│   └── DamagedError       a journal that is not what was written
 └── RunError               a run directory: missing, taken, damaged, or of another configuration
 
 A message says what was expected, what came, from where, and what to do.
@@ -83,6 +86,18 @@ class ExportError(StillhouseError):
 
 class AdmissionError(StillhouseError):
     """A result must not enter the aggregate."""
+
+
+class StorageError(StillhouseError):
+    """A disk cannot be read or written."""
+
+
+class StalledError(StorageError):
+    """A disk has no room, or another program holds a file: what was tried may be tried again."""
+
+
+class DamagedError(StorageError):
+    """A journal is not what was written."""
 
 
 class RunError(StillhouseError):

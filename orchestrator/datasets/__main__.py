@@ -11,7 +11,7 @@ import typer
 
 from orchestrator import __version__
 from orchestrator.datasets import NAMED, build, parse_size
-from wire import records
+from wire import records, stopping, storage
 from wire.errors import StillhouseError
 
 
@@ -68,21 +68,22 @@ def shards(  # noqa: PLR0917 - typer makes options of them
     """Write DIR/device-0.npz ..., heldout.npz, split.json and split.png."""
     del version
     try:
-        made = build(
-            source,
-            out,
-            devices=devices,
-            per_device=per_device,
-            split=split.value,
-            alpha=alpha,
-            seed=seed,
-            size=None if size is None else parse_size(size),
-            channels=channels,
-            heldout=heldout,
-            heldout_samples=held_out,
-            min_samples=min_samples,
-            cache=cache,
-        )
+        with storage.at(out):
+            made = build(
+                source,
+                out,
+                devices=devices,
+                per_device=per_device,
+                split=split.value,
+                alpha=alpha,
+                seed=seed,
+                size=None if size is None else parse_size(size),
+                channels=channels,
+                heldout=heldout,
+                heldout_samples=held_out,
+                min_samples=min_samples,
+                cache=cache,
+            )
     except StillhouseError as fault:
         print(f"error: {fault}", file=sys.stderr)
         raise typer.Exit(2) from fault
@@ -98,15 +99,16 @@ def shards(  # noqa: PLR0917 - typer makes options of them
     )
 
 
-def main() -> None:
+def main() -> int:
     """Run the command line."""
     try:
         sys.argv[1:] = records.expanded(sys.argv[1:])  # typer.run takes no others
     except StillhouseError as fault:
         print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     typer.run(shards)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(stopping.run(main))

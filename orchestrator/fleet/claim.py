@@ -124,6 +124,11 @@ def in_use(fleet: str, run: str) -> str:
     )
 
 
+def lock_file(runs: Path, fleet: str) -> Path:
+    """The file by which a run holds a fleet; it stays when the run ends."""
+    return runs / f"fleet-{fleet}.lock"
+
+
 @contextlib.contextmanager
 def locked(runs: Path, fleet: str, run: str) -> Iterator[None]:
     """Hold a fleet against other runs of the same folder `runs`.
@@ -131,7 +136,7 @@ def locked(runs: Path, fleet: str, run: str) -> Iterator[None]:
     Raises:
         RunError: another run has the fleet, or this one is running already.
     """
-    path = runs / f"fleet-{fleet}.lock"
+    path = lock_file(runs, fleet)
     try:
         runs.mkdir(parents=True, exist_ok=True)
         lock = locks.hold(path, run)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.config import RunConfig
-from wire import classes, records
+from wire import classes, records, storage
 from wire.errors import RunError
 
 log = logging.getLogger("orchestrator")
@@ -118,9 +118,9 @@ def read(folder: Path) -> Classes | None:
 
 def write(folder: Path, settled: Classes) -> None:
     """Settle it for the run of a folder, whole or not at all."""
-    partial = folder / f"{FILE}.new"
-    partial.write_text(json.dumps(records.plain(settled), indent=1, ensure_ascii=False) + "\n")
-    partial.replace(folder / FILE)
+    text = json.dumps(records.plain(settled), indent=1, ensure_ascii=False) + "\n"
+    with storage.at(folder):
+        storage.write(folder / FILE, text.encode())
 
 
 def resolve(config: RunConfig, heldout: Sequence[str] = ()) -> Classes:

@@ -23,22 +23,22 @@ def users(runs: Path, fleet: str) -> dict[str, str]:
     Raises:
         RunError: the file is damaged.
     """
-    path = _path(runs, fleet)
+    file = path(runs, fleet)
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(file.read_text())
     except FileNotFoundError:
         known = {}
     except ValueError as fault:
         raise RunError(
-            f"{path}: not JSON: {fault}; restore it, or enroll the fleet anew"
+            f"{file}: not JSON: {fault}; restore it, or enroll the fleet anew"
         ) from fault
     if not isinstance(known, dict):
         raise RunError(
-            f"{path}: expected names and passwords; restore it, or enroll the fleet anew"
+            f"{file}: expected names and passwords; restore it, or enroll the fleet anew"
         )
     if ORCHESTRATOR not in known:
         known[ORCHESTRATOR] = secrets.token_urlsafe(32)
-        _write(path, known)
+        _write(file, known)
     return {str(name): str(password) for name, password in known.items()}
 
 
@@ -48,7 +48,7 @@ def enrolled(runs: Path, fleet: str) -> frozenset[str]:
     Raises:
         RunError: the file is damaged.
     """
-    if not _path(runs, fleet).exists():  # `users` would make it
+    if not path(runs, fleet).exists():  # `users` would make it
         return frozenset()
     return frozenset(users(runs, fleet)) - {ORCHESTRATOR}
 
@@ -66,7 +66,7 @@ def enroll(runs: Path, fleet: str, device: str) -> str:
     known = users(runs, fleet)
     if device not in known:
         known[device] = secrets.token_urlsafe(32)
-        _write(_path(runs, fleet), known)
+        _write(path(runs, fleet), known)
     return known[device]
 
 
@@ -120,7 +120,13 @@ def _example(broker: BrokerConfig) -> str:
     return f"mqtt://{host}:{broker.port or 1883}"
 
 
-def _path(runs: Path, fleet: str) -> Path:
+def is_empty(path: Path) -> bool:
+    """Whether a fleet's file has no device."""
+    return set(json.loads(path.read_text())) <= {ORCHESTRATOR}
+
+
+def path(runs: Path, fleet: str) -> Path:
+    """The file of a fleet."""
     return runs / f"fleet-{fleet}.json"
 
 

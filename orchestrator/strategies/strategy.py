@@ -52,12 +52,14 @@ class HeldOut:
     """Images that no device has: x float32 (N, C, H, W) normalized, y int64 (N,).
 
     There may be none, where devices hold out some of theirs. `names` are those of the classes as
-    they are stored, in their order there; () where labels are numbers alone.
+    they are stored, in their order there; () where labels are numbers alone. `digest` is that of
+    the images.
     """
 
     x: torch.Tensor
     y: torch.Tensor
     names: tuple[str, ...] = ()
+    digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Mapped files keep the server's memory that of a batch, whatever the fleet's size
 """
 
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from orchestrator import admit
-from wire import frames, tensors
+from wire import frames, storage, tensors
 from wire.errors import AdmissionError
 from wire.tensors import Part
 
@@ -74,6 +75,7 @@ def shelve(
 
     Raises:
         AdmissionError, WireError: the payload is not `samples` proper samples.
+        StorageError: the shard cannot be written; StalledError: the disk is full.
     """
     if folder.exists():
         shard = open_shard(folder)
@@ -81,28 +83,29 @@ def shelve(
         return shard
     admit.plausible(samples, classes, payload.stat().st_size)
     building = folder.with_suffix(".new")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    arrays: Room = {}
-    done, values = 0, math.prod(shape) + classes + 1
     agreed = None if spec is None else {"features": spec}
-    try:
-        with payload.open("rb") as file:
-            for frame in frames.read(file, max_bytes=RECORD_LIMIT):
-                where = f"features record at sample {done}"
-                most = min(2 * samples * values, RECORD_LIMIT // 4)
-                parts = tensors.parts(frame, where=where, most=most, spec=agreed)
-                record = _record(parts)
-                admit.features(record, shape, classes, samples - done)
-                arrays = arrays or _room(building, record, samples)
-                done = _append(record, arrays, done)
-        admit.complete(done, samples)
-    except Exception:
-        shutil.rmtree(building)
-        raise
-    for array in arrays.values():
-        array.flush()
-    building.rename(folder)
+    with storage.at(folder):
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        arrays: Room = {}
+        done, values = 0, math.prod(shape) + classes + 1
+        try:
+            with payload.open("rb") as file:
+                for frame in frames.read(file, max_bytes=RECORD_LIMIT):
+                    where = f"features record at sample {done}"
+                    most = min(2 * samples * values, RECORD_LIMIT // 4)
+                    parts = tensors.parts(frame, where=where, most=most, spec=agreed)
+                    record = _record(parts)
+                    admit.features(record, shape, classes, samples - done)
+                    arrays = arrays or _room(building, record, samples)
+                    done = _append(record, arrays, done)
+            admit.complete(done, samples)
+        except Exception:
+            shutil.rmtree(building)
+            raise
+        for array in arrays.values():
+            array.flush()
+        building.rename(folder)
     return open_shard(folder)
 
 
@@ -148,12 +151,12 @@ def _append(record: Mapping[str, Array], arrays: Room, done: int) -> int:
 
 def _room(folder: Path, record: Mapping[str, Array], samples: int) -> Room:
     """A mapped file for each array of a record, with room for all samples."""
-    return {
-        name: open_memmap(
-            folder / f"{name}.npy",
-            mode="w+",
-            dtype=np.int64 if name == "labels" else array.dtype,
-            shape=(samples, *array.shape[1:]),
-        )
-        for name, array in record.items()
-    }
+    rooms = {}
+    for name, array in record.items():
+        path, dtype = folder / f"{name}.npy", np.int64 if name == "labels" else array.dtype
+        shape = (samples, *array.shape[1:])
+        rooms[name] = open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        # Without room a mapped write would end the process by SIGBUS; this raises instead.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return rooms

@@ -1,7 +1,5 @@
 """What every command owes to those who call it: help, a version, JSON, and what to install."""
 
-import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -26,16 +24,6 @@ def run(*arguments):
     return typer.testing.CliRunner().invoke(main.app, arguments, catch_exceptions=False)
 
 
-def agents_parser():
-    """That of `edge-agent`, as its main makes it."""
-    with pytest.MonkeyPatch.context() as patch:
-        made = []
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, _: made.append(self))
-        with contextlib.suppress(AttributeError):  # of options that were not parsed
-            agent.main([])
-    return made[0]
-
-
 def parameters():
     """Every option and argument of the commands of both programs, with its help."""
     group = typer.main.get_command(main.app)
@@ -45,7 +33,7 @@ def parameters():
     for name, command in commands.items():
         for parameter in command.params:
             yield f"{name} {parameter.name}", getattr(parameter, "help", None)
-    parsers = {"export": export._parser(), "agent": agents_parser()}
+    parsers = {"export": export._parser(), "agent": agent._parser()}
     for action in parsers["agent"]._actions:
         if isinstance(action.choices, dict):
             parsers |= action.choices

@@ -52,7 +52,7 @@ def made(config, digits, request):
         store = Store(chosen)
         request.addfinalizer(store.close)
         task = prepare.task(
-            chosen, store, simulate._variants(chosen), prepare.read_heldout(chosen),
+            chosen, store, prepare.variants(chosen), prepare.read_heldout(chosen),
             Report(chosen, store),
         )  # fmt: skip
         images = simulate.read_shards(chosen, digits)

@@ -157,7 +157,7 @@ def test_two_orchestrators_cannot_share_a_run(config, opened):
 def test_a_run_does_not_go_on_under_another_configuration(config, opened):
     opened(config).close()
     opened(replace(config, rounds=config.rounds + 5)).close()
-    with pytest.raises(RunError, match="was started with seed = 0, the configuration says 1"):
+    with pytest.raises(RunError, match=r"seed: the run began with 0, run\.toml says 1"):
         opened(replace(config, seed=1))
 
 

@@ -27,6 +27,7 @@ def test_a_text_from_elsewhere_is_one_printable_line(text, line):
 @pytest.fixture
 def stream(monkeypatch):
     root = logging.getLogger()
+    logging.captureWarnings(capture=False)  # another test's
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", logging.WARNING)
     out = io.StringIO()

@@ -16,37 +16,22 @@ from edge_agent import __version__
 from tools.export import Adam, Optimizer, Sgd, export
 from tools.export.graphs.cost import table
 from tools.export.plan import describe
+from wire import stopping, storage
+from wire.artifact import Artifact
 from wire.errors import ExportError, StillhouseError
 from wire.names import cut, title
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export a model; 0 when the artifact is written, 2 when the input is bad."""
+    """Export a model; 0 when the artifact is written, 2 when the input or the disk is bad."""
+    return stopping.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        torch.manual_seed(options.seed)
-        name = cut(options.model, options.split)
-        shape = models.input_shape(name) if options.input is None else options.input
-        module = models.build(name, classes=options.classes, input_shape=shape)
-        if options.keep_rate != 1:
-            parts = models.layout(module, shape)
-            module = models.narrow(module, parts, options.keep_rate)
-        artifact = export(
-            module,
-            name=title(name),
-            classes=options.classes,
-            input_shape=shape,
-            batch=options.batch,
-            out=options.out,
-            task=options.task,
-            optimizer=_optimizer(options),
-            mean=options.mean,
-            std=options.std,
-            keep_rate=options.keep_rate,
-            micro_batches=options.micro_batches,
-            memory_mb=options.memory_mb,
-            proximal=options.proximal,
-        )
+        with storage.at(options.out):
+            artifact = _export(options)
     except StillhouseError as fault:
         print(f"export: {fault}", file=sys.stderr)
         return 2
@@ -58,6 +43,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.costs:
         print(table(train.layers, manifest.micro_batch))
     return 0
+
+
+def _export(options: argparse.Namespace) -> Artifact:
+    torch.manual_seed(options.seed)
+    name = cut(options.model, options.split)
+    shape = models.input_shape(name) if options.input is None else options.input
+    module = models.build(name, classes=options.classes, input_shape=shape)
+    if options.keep_rate != 1:
+        parts = models.layout(module, shape)
+        module = models.narrow(module, parts, options.keep_rate)
+    return export(
+        module,
+        name=title(name),
+        classes=options.classes,
+        input_shape=shape,
+        batch=options.batch,
+        out=options.out,
+        task=options.task,
+        optimizer=_optimizer(options),
+        mean=options.mean,
+        std=options.std,
+        keep_rate=options.keep_rate,
+        micro_batches=options.micro_batches,
+        memory_mb=options.memory_mb,
+        proximal=options.proximal,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,59 @@
+"""The state folder of an agent, held against a second one.
+
+lock            held while an agent runs
+journal.db      the open order, its result, whose weights count
+blobs/          payloads by digest
+artifacts/      training artifacts by digest
+weights-*, owed-*   what the device keeps of its runs
+"""
+
+from pathlib import Path
+
+from edge_agent.journal import Journal
+from edge_agent.kept import Kept
+from edge_agent.supply import Shelf
+from wire import storage
+from wire.blobs import BlobStore
+from wire.errors import SettingsError, StalledError
+from wire.storage import Patience
+
+
+class Folder:
+    """What lies in a state folder.
+
+    Args:
+        path: is made where it is not there.
+        chunk_bytes: size of the pieces that results are pulled in.
+        patience: waits where a result's blobs find the disk full.
+
+    Raises:
+        SettingsError: the folder cannot be made.
+        StalledError: the disk is full.
+        StorageError: it cannot be written, or another agent uses it.
+    """
+
+    def __init__(self, path: Path, chunk_bytes: int, patience: Patience) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            told = storage.told(fault, path)
+            if isinstance(told, StalledError):
+                raise told from fault
+            raise SettingsError(
+                f"state: {path} cannot be made ({fault.strerror}); name a folder that this user "
+                "may write to, /var/lib/stillhouse/state for the packaged service"
+            ) from fault
+        self._lock = storage.claim(path / "lock", "edge-agent")
+        try:
+            self.blobs = BlobStore(path / "blobs", chunk_bytes, patience)
+            self.journal = Journal(path / "journal.db")
+        except BaseException:
+            self._lock.close()
+            raise
+        self.kept = Kept(path, self.journal)
+        self.shelf = Shelf(path / "artifacts")
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.journal.close()
+        self._lock.close()

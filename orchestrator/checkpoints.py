@@ -1,0 +1,113 @@
+"""What a strategy has learnt after each round, on disk.
+
+    checkpoints/0003/   state.safetensors and state.json after round 3,
+                        journal.json: what a new journal goes on with, if that is damaged
+
+A checkpoint is written whole under another name and renamed. The last `KEPT` stay.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from orchestrator.strategies.strategy import State
+from wire import records, storage
+from wire.errors import RunError
+
+KEPT = 2
+
+
+class Resumption(NamedTuple):
+    """What a journal that begins anew must know.
+
+    Attributes:
+        run: its name for devices.
+        sequence: of the round's orders; those of later ones are higher.
+        devices: what does the orders.
+        facts: what the run holds to.
+        rounds: the reports of all closed rounds.
+    """
+
+    run: str
+    sequence: int
+    devices: str
+    facts: dict[str, str]
+    rounds: list[dict[str, Any]]
+
+
+def write(folder: Path, round_: int, state: State, journal: Resumption) -> None:
+    """Write the checkpoint after a round; one that is there is replaced."""
+    final = folder / "checkpoints" / f"{round_:04d}"
+    building = final.with_suffix(".new")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    # safetensors writes memory as it lies: a channels-last view would be saved scrambled.
+    tensors = {name: np.asarray(array, order="C") for name, array in state.tensors.items()}
+    storage.write(building / "state.safetensors", save(tensors))
+    storage.write(building / "state.json", _json(state.notes))
+    storage.write(building / "journal.json", _json(journal._asdict()))
+    shutil.rmtree(final, ignore_errors=True)
+    building.rename(final)
+    storage.sync_folder(final.parent)
+
+
+def drop_old(folder: Path) -> None:
+    """Remove all but the last ones."""
+    for number in _numbers(folder)[:-KEPT]:
+        shutil.rmtree(folder / "checkpoints" / f"{number:04d}")
+
+
+def read(folder: Path, round_: int) -> State:
+    """The state after a round.
+
+    Raises:
+        RunError: there is no such checkpoint, or its files are damaged.
+    """
+    path = folder / "checkpoints" / f"{round_:04d}"
+    try:
+        tensors = load_file(path / "state.safetensors")
+        notes = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, SafetensorError) as fault:
+        raise RunError(
+            f"checkpoint {path} cannot be read: {fault}; restore it. To go back by a round, move "
+            f"it and {folder / 'journal.db'} elsewhere, and start again"
+        ) from fault
+    return State({name: np.asarray(array) for name, array in tensors.items()}, notes)
+
+
+def last(folder: Path) -> tuple[int, State]:
+    """The newest checkpoint of a run folder, for commands that only read.
+
+    Raises:
+        RunError: there is none.
+    """
+    numbers = _numbers(folder)
+    if not numbers:
+        raise RunError(f"{folder}: no round is finished yet; look with: orchestrator status")
+    return numbers[-1], read(folder, numbers[-1])
+
+
+def resumption(folder: Path) -> Resumption | None:
+    """What the journal of a run folder can begin anew with; None if no round is there."""
+    for number in reversed(_numbers(folder)):
+        try:
+            read(folder, number)
+            content = json.loads((folder / f"checkpoints/{number:04d}/journal.json").read_text())
+            return Resumption(**content)
+        except (OSError, ValueError, TypeError, RunError):
+            continue  # of an older version, or damaged as well
+    return None
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit())
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(records.plain(content), indent=1).encode()

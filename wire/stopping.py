@@ -1,0 +1,167 @@
+"""Ctrl-C and SIGTERM: the first is answered at once and ends in good order; the second ends all.
+
+A thread of its own hears signals, so that the answer comes while the main thread is in the midst of
+a computation. What the first one does:
+
+    while a program is imported, or ends   it ends at once
+    as a rule                              `Interrupted` is raised in the main thread
+    within `instead`                       a function is called, and the program ends when it can
+
+Nothing is installed in a process that was not started as a program of ours.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    import subprocess
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ANSWER_S = 5.0  # at most, that the end waits for the answer
+_SHOW_CURSOR = b"\x1b[?25h"  # a live view hides it
+
+asked = threading.Event()  # a first signal came
+_answered = threading.Event()
+_children: set["subprocess.Popen[bytes]"] = set()
+_instead: list["_Instead"] = []
+_raises = False
+_listening = False
+
+
+class Interrupted(BaseException):
+    """The first signal; the exit code is 128 and its number."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(number)
+        self.code = 128 + number
+
+
+class _Instead(NamedTuple):
+    say: Callable[[], str]
+    stop: Callable[[], None] | None
+
+
+def early(package: str, script: str = "") -> None:
+    """Listen from here on, if this process was started as a program of a package.
+
+    Args:
+        package: as in `python -m PACKAGE...`; to be called first in its __init__.py.
+        script: the name of its command, if it has one.
+    """
+    command = sys.orig_argv
+    module = command[command.index("-m") + 1] if "-m" in command[:-1] else ""
+    if module.split(".")[0] == package or (script and sys.argv[0].rpartition("/")[2] == script):
+        listen()
+
+
+def listen() -> None:
+    """Hear both signals from here on; each ends the process at once, until `run`."""
+    global _listening  # noqa: PLW0603
+    if _listening or threading.current_thread() is not threading.main_thread():
+        return
+    _listening = True
+    far, near = os.pipe()
+    os.set_blocking(near, False)
+    signal.set_wakeup_fd(near, warn_on_full_buffer=False)
+    threading.Thread(target=_hear, args=(far,), name="signals", daemon=True).start()
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(number, _handle)
+
+
+def run(work: Callable[[], int | None]) -> int:
+    """Do the work of a program's `main`; its exit code, also after a signal that is heard."""
+    global _raises  # noqa: PLW0603
+    _raises = True
+    try:
+        return work() or 0
+    except Interrupted as stop:
+        _answered.wait(ANSWER_S)
+        _leave(stop.code)  # threads at work are not waited for
+    finally:
+        _raises = False
+
+
+@contextmanager
+def instead(say: Callable[[], str], stop: Callable[[], None] | None = None) -> Iterator[None]:
+    """Within the block, what the first signal says, and does in place of raising.
+
+    Args:
+        say: what is kept and how to go on; called in another thread.
+        stop: called in the main thread, in the midst of anything. None: `Interrupted` is raised.
+    """
+    _instead.append(_Instead(say, stop))
+    try:
+        yield
+    finally:
+        if asked.is_set():
+            _answered.wait(ANSWER_S)  # with what this block has to say
+        _instead.pop()
+
+
+def at_once() -> None:
+    """From here on the first signal ends the process as well."""
+    global _raises  # noqa: PLW0603
+    _raises = False
+
+
+@contextmanager
+def ends_with_us(child: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Within the block, a child process that ends when this one ends at once."""
+    _children.add(child)
+    try:
+        yield
+    finally:
+        _children.discard(child)
+
+
+def command() -> str:
+    """The command line that this process was started by, to be typed again."""
+    import shlex
+
+    program, command = sys.argv[0].rpartition("/")[2], sys.orig_argv
+    if program in ("main.py", "__main__.py") and "-m" in command[:-1]:
+        return shlex.join(["python", *command[command.index("-m") :]])
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def _handle(number: int, _frame: object) -> None:
+    """In the main thread."""
+    if asked.is_set() or not _raises:
+        return  # `_hear` ends the process
+    asked.set()
+    if _instead and _instead[-1].stop:
+        _instead[-1].stop()
+        return
+    raise Interrupted(number)
+
+
+def _hear(signals: int) -> None:
+    """In the thread of its own: the answer to each signal."""
+    heard = 0
+    while number := os.read(signals, 1)[0]:
+        if number not in SIGNALS:
+            continue
+        heard += 1
+        if heard > 1 or not _raises:
+            _leave(128 + number)
+        say = _instead[-1].say if _instead else lambda: "stopping"
+        with suppress(Exception):  # the answer must not keep the second signal from being heard
+            print(f"{say()} (Ctrl-C again ends at once)", file=sys.stderr, flush=True)
+        _answered.set()
+
+
+def _leave(code: int) -> NoReturn:
+    for child in tuple(_children):
+        child.kill()
+    with suppress(Exception):
+        sys.stdout.flush()
+    with suppress(OSError):
+        if os.isatty(1):
+            os.write(1, _SHOW_CURSOR)
+    os._exit(code)
