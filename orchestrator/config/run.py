@@ -15,8 +15,8 @@ from wire.names import anchored
 
 DEFAULT = "shared"  # the preset of `orchestrator init`
 WHY_DEFAULT = (
-    "The default, shared, is FedGKT in which devices share what they learn: it has worked for the "
-    "large and the small network on all that was tried, digits and photos alike."
+    "The default, shared, is FedGKT in which devices share what they learn: of these it trains "
+    "both the large and the small network well on digits as on photos."
 )
 
 
