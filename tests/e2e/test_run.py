@@ -283,9 +283,9 @@ def test_a_device_that_dies_delays_no_longer_than_the_deadline(processes, digits
 def test_a_late_device_counts_in_a_later_round_though_the_orchestrator_is_killed(
     processes, digits, any_broker
 ):
-    fleet = Fleet(processes, digits, any_broker.url, rounds=6)
+    fleet = Fleet(processes, digits, any_broker.url, rounds=5)
     text = (fleet.folder / "run.toml").read_text()
-    text = text.replace("[device]", "quorum = 0.6\ncarry_rounds = 6\n[device]").replace(
+    text = text.replace("[device]", "quorum = 0.6\ncarry_rounds = 5\n[device]").replace(
         "min_devices = 3\nwait_s = 0.0", "min_devices = 2\nmax_devices = 3\nwait_s = 300.0"
     )
     (fleet.folder / "run.toml").write_text(text)

@@ -115,7 +115,8 @@ def test_input_with_a_mean_of_a_few_deviations_costs_no_digits():
 def test_large_mean_keeps_the_variance():
     # Second moments less the squared mean would be off by 3 % here.
     (y, mean, variance), (true_y, true_mean, true_variance) = forwarded(Widening(shift=300.0))
-    np.testing.assert_allclose(mean, true_mean, rtol=1e-6, atol=1e-5)
+    # Sums of four products of some 300, in float32's 24 bits: 5e-5 off with 25 seeds.
+    np.testing.assert_allclose(mean, true_mean, rtol=0, atol=1.5e-4)
     np.testing.assert_allclose(variance, true_variance, rtol=1e-5)
     np.testing.assert_allclose(y, true_y, atol=2e-4)
 
