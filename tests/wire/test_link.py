@@ -148,6 +148,26 @@ def test_a_port_that_answers_no_mqtt_is_told_so():
         assert "ended without an answer" in lost(f"mqtt://127.0.0.1:{port}")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as below
+def test_a_password_for_a_tls_url_in_capitals_never_crosses_the_network_in_the_clear():
+    heard = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def listen() -> None:
+            connection, _ = server.accept()
+            with connection:
+                heard.append(connection.recv(4096))
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        url = f"MQTTS://127.0.0.1:{server.getsockname()[1]}"
+        lost(url, username="pi", password="tops3cret")
+        listener.join(20)
+    (first,) = heard
+    assert first[:1] == b"\x16"  # a TLS handshake
+    assert b"tops3cret" not in first
+
+
 # paho leaves the socket of a failed handshake to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_tls_on_a_port_without_it_is_told_so(any_broker):
