@@ -78,9 +78,7 @@ def test_a_journal_that_is_damaged_on_the_device_costs_it_no_round(
 def test_a_full_disk_of_the_orchestrator_is_waited_for_and_loses_no_result(
     processes: Processes, digits, any_broker, disk
 ):
-    fleet = Fleet(
-        processes, digits, any_broker.url, strategy="fedavg", model="caldas_cnn", rounds=3
-    )
+    fleet = Fleet(processes, digits, any_broker.url, strategy="fedavg", model="resnet8", rounds=3)
     path = fleet.folder / "run.toml"
     path.write_text(path.read_text().replace('name = "run"', f'name = "run"\nruns = "{disk.path}"'))
     (fleet.folder / "runs").symlink_to(disk.path)
