@@ -110,7 +110,7 @@ class Journal:
 
         return self._do(look)
 
-    def claim(self, devices: str) -> None:
+    def _claim_devices(self, devices: str) -> None:
         """A run goes on only with the devices it was begun with: agents, or a simulation's data.
 
         Raises:

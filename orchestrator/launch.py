@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from models import submodel
@@ -16,7 +17,7 @@ from orchestrator.store import Store
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import Variant
 from tools.export import Adam, Optimizer, Sgd, export
-from wire import stopping
+from wire import stopping, storage
 from wire.address import BrokerAddress
 from wire.artifact import Artifact, open_artifact
 from wire.errors import RunError
@@ -122,7 +123,7 @@ def prepare_variants(config: RunConfig, store: Store) -> dict[Recipe, Variant]:
     """
     variants, digests = {}, set()
     for recipe in config.recipes:
-        artifact = _artifact(config, store.folder, recipe)
+        artifact = store.patience.attempt(partial(_artifact, config, store.folder, recipe))
         files = {"manifest.json": artifact.digest}
         files |= {name: ref.sha256 for name, ref in artifact.manifest.files.items()}
         for name, digest in files.items():
@@ -143,34 +144,40 @@ def _artifact(config: RunConfig, folder: Path, recipe: Recipe) -> Artifact:
     ]
     parts += [repr(rate) if rate != 1 else "", "frozen" if recipe.frozen else ""]
     folder /= "-".join(filter(None, parts))
-    if not folder.exists():
-        model = fresh(config, recipe)
-        what = f"keep rate {rate:g}" + (", the extractor frozen" if recipe.frozen else "")
-        log.info("compiling the training step of %s, %s", title(recipe.model), what)
-        if rate != 1:
-            model = submodel.narrow(model, submodel.layout(model, device.input), rate)
-        export(
-            model,
-            name=title(recipe.model),
-            classes=device.class_count,
-            class_names=device.class_names,
-            input_shape=device.input,
-            batch=device.batch,
-            task="distill" if config.strategy == "fedgkt" else "classify",
-            optimizer=_optimizer(device),
-            mean=device.mean,
-            std=device.std,
-            keep_rate=rate,
-            proximal=device.mu > 0,
-            out=folder,
-        )
-    artifact = open_artifact(folder)
+    with storage.at(folder):
+        if not folder.exists():
+            _compile(config, recipe, folder)
+        artifact = open_artifact(folder)
     if artifact.manifest.model.keep_rate != rate:
         raise RunError(
             f"{folder}: expected an artifact of keep rate {rate!r}, got one of "
             f"{artifact.manifest.model.keep_rate!r}; remove it"
         )
     return artifact
+
+
+def _compile(config: RunConfig, recipe: Recipe, folder: Path) -> None:
+    device, rate = config.device, recipe.keep_rate
+    model = fresh(config, recipe)
+    what = f"keep rate {rate:g}" + (", the extractor frozen" if recipe.frozen else "")
+    log.info("compiling the training step of %s, %s", title(recipe.model), what)
+    if rate != 1:
+        model = submodel.narrow(model, submodel.layout(model, device.input), rate)
+    export(
+        model,
+        name=title(recipe.model),
+        classes=device.class_count,
+        class_names=device.class_names,
+        input_shape=device.input,
+        batch=device.batch,
+        task="distill" if config.strategy == "fedgkt" else "classify",
+        optimizer=_optimizer(device),
+        mean=device.mean,
+        std=device.std,
+        keep_rate=rate,
+        proximal=device.mu > 0,
+        out=folder,
+    )
 
 
 def _optimizer(device: DeviceConfig) -> Optimizer:

@@ -81,7 +81,7 @@ class Store(Journal):
             raise
         try:
             self._check(before)
-            self.claim(devices)
+            self._claim_devices(devices)
             self.run_id = self.identify(config.name)
             if before is None:
                 self.started()

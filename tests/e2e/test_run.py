@@ -473,13 +473,13 @@ def test_a_device_whose_class_is_renamed_in_a_round_is_waited_for_no_longer(
 ):
     fleet = Fleet(processes, digits, any_broker.url, rounds=1, epochs=20)
     path = fleet.folder / "run.toml"
-    path.write_text(path.read_text().replace("deadline_s = 100.0", "deadline_s = 3600.0"))
+    path.write_text(path.read_text().replace("deadline_s = 1000.0", "deadline_s = 3600.0"))
     agent = fleet.folder / "agent-2.toml"
     agent.write_text(agent.read_text().replace(f"{digits}/", ""))
     same = dict(zip("0123456789", "0123456789", strict=True))
     renamed(digits / "device-2.npz", fleet.folder / "device-2.npz", same)
     fleet.start()
-    processes.wait_for("training", lambda: fleet.stands("train", 1))
+    processes.wait_for("training", lambda: fleet.reached("train", 1))
     processes.kill("agent-2")
     renamed(digits / "device-2.npz", fleet.folder / "device-2.npz", same | {"7": "seven"})
     fleet.agent(2)

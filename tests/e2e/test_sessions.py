@@ -20,7 +20,7 @@ def test_a_device_that_loses_its_card_in_mid_round_does_the_round_anew(
     processes.wait_for("a first session", lambda: "connected to" in processes.log("agent-0"))
     processes.kill("agent-0")
     fleet.start()  # agent 0 with its second session
-    processes.wait_for("training", lambda: fleet.stands("train", 1))
+    processes.wait_for("training", lambda: fleet.reached("train", 1))
     former = processes.running["agent-0"]
     former.send_signal(signal.SIGSTOP)
     try:

@@ -87,7 +87,7 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(
 ):
     fleet = Fleet(processes, digits, any_broker.url, rounds=2, epochs=6)
     fleet.start()
-    processes.wait_for("training in round 2", lambda: fleet.stands("train", 2))
+    processes.wait_for("training in round 2", lambda: fleet.reached("train", 2))
     for name in ("run", "agent-0"):
         processes.running[name].send_signal(signal.SIGINT)
     assert processes.running["run"].wait(SOON_S) == 130

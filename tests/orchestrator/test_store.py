@@ -12,6 +12,7 @@ from orchestrator.config import RunConfig
 from orchestrator.report import Report
 from orchestrator.store import Store, Verdict, last_checkpoint
 from orchestrator.strategies.strategy import State
+from tests.agent.test_disk import DAMAGE
 from wire.errors import RunError
 from wire.messages import BlobRef, Order, Result
 
@@ -188,3 +189,46 @@ def test_json_files_are_replaced_whole(config, opened):
     store.write_json("status.json", {"a": 1})
     assert json.loads((config.folder / "status.json").read_text()) == {"a": 1}
     assert not (config.folder / "status.json.new").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_journal_goes_on_after_the_last_checkpoint(config, opened, damage, caplog):
+    store = opened(config)
+    run = store.run_id
+    for round_ in (1, 2):
+        state = State({"w": np.full(1, round_, np.float32)}, {})
+        store.close_round(store.begin(round_, {"a": order(round_)}), state, {"round": round_})
+    attempt = store.begin(3, {"a": order(3), "b": order(3)})
+    store.decide(attempt.sequence, verdict("a", attempt.sequence, accepted=True))
+    store.close()
+    DAMAGE[damage](config.folder / "journal.db")
+    again = opened(config)
+    assert again.run_id == run
+    assert [entry["round"] for entry in again.closed_rounds()] == [1, 2]
+    assert again.checkpoint().tensors["w"] == 2
+    assert (again.last_attempt().round, again.last_attempt().closed) == (2, True)
+    assert again.next_sequence() > attempt.sequence + 1000  # what devices have is older
+    assert "Lost is what devices had sent in round 3" in caplog.text
+    again.close()
+    assert opened(config).run_id == run
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_journal_without_a_checkpoint_is_told_and_left(config, opened, damage):
+    store = opened(config)
+    store.begin(1, {"a": order(1), "b": order(1)})
+    store.decide(1, verdict("a", 1, accepted=True))
+    store.close()
+    path = config.folder / "journal.db"
+    DAMAGE[damage](path)
+    left = path.read_bytes() if path.exists() else b""
+    with pytest.raises(RunError, match=r"what devices sent is lost.*choose another name"):
+        opened(config)
+    assert path.read_bytes()[: len(left)] == left or damage in ("no bytes", "gone")
+
+
+def test_a_damaged_configuration_of_a_run_is_named(config, opened):
+    opened(config).close()
+    (config.folder / "run.json").write_text('{"name": ')
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        opened(config)
