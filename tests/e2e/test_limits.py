@@ -49,7 +49,7 @@ def test_a_broker_that_takes_no_chunk_is_told_of_and_smaller_chunks_mend_it(
     )
     path = fleet.folder / "run.toml"
     path.write_text(path.read_text().replace("min_devices = 3", "min_devices = 1"))
-    path.write_text(path.read_text().replace("deadline_s = 100.0", "deadline_s = 1e6"))
+    path.write_text(path.read_text().replace("deadline_s = 1000.0", "deadline_s = 1e6"))
     settings(processes, "run.toml", 128 * 1024)
     settings(processes, "agent-0.toml", 128 * 1024)
     fleet.orchestrator()
