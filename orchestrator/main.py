@@ -273,6 +273,21 @@ def predict(
     raise typer.Exit(predicting.report(network, photos, top=top, as_json=as_json))
 
 
+@app.command(
+    "compile",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def compile_step(context: typer.Context) -> None:
+    """Compile a network's training step for devices; the options of `python -m tools.export`."""
+    from tools.export import __main__ as exporter
+
+    raise typer.Exit(exporter.main(context.args))
+
+
 @app.command()
 def demo(  # noqa: PLR0917 - typer makes options of them
     data: Annotated[

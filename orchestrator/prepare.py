@@ -55,8 +55,10 @@ def read_heldout(config: RunConfig) -> HeldOut:
     stored.tell(log)
     settled = classes.resolve(config, stored.names)
     images = stored.labelled(settled.count, settled.artifact_names)
-    most = config.heldout_limit or len(images.y)
-    pixels, y = images.x[:most], images.y[:most].copy()
+    total = len(images.y)
+    most = min(config.heldout_limit or total, total)
+    chosen = np.arange(most) * total // most  # a folder's images lie class by class
+    pixels, y = images.x[chosen], images.y[chosen]
     x = np.empty((len(y), *device.input), np.float32)
     Preprocess(device.mean, device.std)(pixels, out=x)
     return HeldOut(
@@ -133,9 +135,9 @@ def _hold(store: Store, config: RunConfig, heldout: HeldOut) -> None:
     """A run goes on only with the held-out images it was begun with, wherever they lie."""
     if not store.hold("heldout", heldout.digest):
         raise RunError(
-            f"heldout: the run began with other images than those of {config.heldout} (the first "
-            f"{len(heldout.y)}), and accuracies of its rounds could not be compared; restore them, "
-            "or choose another name"
+            f"heldout: the run began with other images than those of {config.heldout} "
+            f"({len(heldout.y)} of them), and accuracies of its rounds could not be compared; "
+            "restore them, or choose another name"
         )
 
 

@@ -31,7 +31,7 @@ class RunConfig:
         rounds: how many.
         heldout: images that the server evaluates on (.npz or folder). None: feature maps and logits
             of images that devices hold out (`device.holdout`; fedgkt).
-        heldout_limit: use at most so many of them; 0 takes all.
+        heldout_limit: use at most so many of them, evenly spread; 0 takes all.
         pretrained: the folder of a run whose global model (fedavg, feddropout) all models begin
             with, as far as they have the same layers (`models.inherit`). None: random weights.
         runs: folder of all runs.
