@@ -1,6 +1,7 @@
 """What the base install lacks: the orchestrator and the exporter come with an extra."""
 
 import sys
+from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 
@@ -9,18 +10,19 @@ MODULES = ("amqtt", "matplotlib", "onnx", "onnxscript", "rich", "sklearn", "torc
 COMMANDS = ("-m", "orchestrator")  # sys.argv[0] while a package of a command is imported
 
 
-def check(package: str) -> None:
-    """Return if all that the extra `orchestrator` brings is installed.
+def check(package: str, modules: Sequence[str] = MODULES) -> None:
+    """Return if what a package needs of the extra `orchestrator` is installed.
 
     A command ends with one line on standard error and exit code 2.
 
     Args:
         package: that needs it.
+        modules: what it needs; all that the extra brings, if nothing is named.
 
     Raises:
         ModuleNotFoundError: something is missing, and no command is run; `name` is the first.
     """
-    missing = [name for name in MODULES if util.find_spec(name) is None]
+    missing = [name for name in modules if util.find_spec(name) is None]
     if not missing:
         return
     text = (
