@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from orchestrator.report import Report
 
 # What a device does, in the order in which a person should look at it.
-STANDS = ("failed", "ordered", "fetch", "train", "extract", "away", "waiting", "returned", "idle")
+STANDS = ("failed", "ordered", "fetch", "train", "extract", "send", "away", "waiting", "returned",
+          "idle")  # fmt: skip
 NEWEST = 5  # rounds that a live view shows
 LOG_LINES = 4  # of the terminal, that a live view leaves to the log
 ROOMY = 18  # lines of a view in which texts may take two
-WORKING = ("fetch", "train", "extract")
+WORKING = ("fetch", "train", "extract", "send")
 REFRESH_S, LOGGED_S = 0.25, 30.0
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 

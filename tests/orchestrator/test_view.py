@@ -4,6 +4,7 @@ import io
 import logging
 import re
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 from rich.console import Console
@@ -32,7 +33,7 @@ def config(tmp_path):
 @pytest.fixture
 def report(config):
     store = Store(config)
-    yield Report(config, store, frozenset(NAMES))
+    yield Report(config, store, enrolled=frozenset(NAMES))
     store.close()
 
 
@@ -79,6 +80,16 @@ def test_forty_devices_fit_the_terminal(report, size):
         assert "its images are 1x28x28,\\nand the run's" in text
         assert "40 devices: 1 failed, 37 train, 1 away, 1 returned" in text
         assert re.search(r"(?m)^ +17 +90.0 % +50.0 % ", text)  # the newest round
+
+
+@pytest.mark.parametrize("phase", get_args(get_type_hints(Telemetry)["phase"]))
+def test_whatever_phase_a_device_is_in_is_shown(report, phase):
+    busy(report)
+    told = {"device": "pi-02", "run": "r", "round": 18, "phase": phase, "done": 0, "total": 9,
+            "memory_bytes": 0}  # fmt: skip
+    report.telemetry("pi-02", records.build(Telemetry, told, where="x", error=WireError))
+    text = "\n".join(lines(report.snapshot(), 80, 20))
+    assert re.search(rf"40 devices: .*\b1 {phase}|37 {phase}", text)
 
 
 def test_few_devices_are_all_shown_by_name(report):
