@@ -19,7 +19,7 @@ from orchestrator import view
 from orchestrator.config import RunConfig
 from orchestrator.fleet import classes
 from orchestrator.rounds import PAUSE_S, Phase, State
-from orchestrator.store import Attempt, Store, Verdict
+from orchestrator.store import Attempt, Store, Verdict, as_written
 from wire import records, stopping
 from wire.errors import StalledError
 from wire.messages import Birth, Telemetry
@@ -186,11 +186,12 @@ class Report:
             with contextlib.suppress(StalledError):  # a full disk is said where it holds up more
                 self._store.write_json("status.json", self.snapshot())
         if final:
-            settled = classes.read(self._config.folder)
+            config = self._config
+            settled = classes.read(config.folder)
             whole = {
-                "run": self._config.name,
+                "run": config.name,
                 "classes": list(settled.names) if settled else [],
-                "config": {**records.plain(self._config), "broker": self._config.broker.kind},
+                "config": {**as_written(records.plain(config)), "broker": config.broker.kind},
                 "sources": self._sources,
                 "rounds": self.entries,
             }
