@@ -42,7 +42,7 @@ def normalized(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def printable(name: str) -> bool:
-    """Whether a name may be shown as it is; joiners, which shape letters and emoji, may be in it."""
+    """Whether a name may be shown as it is. Joiners, which shape letters and emoji, may."""
     return name.translate(_JOINERS).isprintable()
 
 

@@ -4,7 +4,8 @@ from wire import extras
 
 extras.check("tools.export", ("onnx", "onnxscript", "torch"))
 
-from tools.export.build import export
-from tools.export.tracing.optimizers import Adam, Optimizer, Sgd
+# Not above: what is missing is told before it is imported.
+from tools.export.build import export  # noqa: E402
+from tools.export.tracing.optimizers import Adam, Optimizer, Sgd  # noqa: E402
 
 __all__ = ["Adam", "Optimizer", "Sgd", "export"]
