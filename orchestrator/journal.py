@@ -271,7 +271,7 @@ class Journal:
 
     def _connected(self, **settings: Any) -> sqlite3.Connection:
         """A connection that `close` closes."""
-        db = sqlite3.connect(self._path, **settings)
+        db: sqlite3.Connection = sqlite3.connect(self._path, **settings)
         return self._opened.enter_context(contextlib.closing(db))
 
     def _look_over(self, *, begun: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from orchestrator import __version__, config, view
+from orchestrator import __version__, config, view, words
 from wire import records, stopping, storage
 from wire.errors import StillhouseError
 
@@ -370,10 +370,10 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     console.print()
     console.print(view.agents(taught.entries))
     last = taught.entries[-1]
-    console.print(f"\nlarge model on held-out images   {view.percent(last['server_accuracy'])}")
-    console.print(f"small model that devices share   {view.percent(last['device_accuracy'])}")
+    console.print(f"\nlarge model on held-out images   {words.percent(last['server_accuracy'])}")
+    console.print(f"small model that devices share   {words.percent(last['device_accuracy'])}")
     if alone:
-        best = view.percent(alone.entries[-1]["device_accuracy"])
+        best = words.percent(alone.entries[-1]["device_accuracy"])
         console.print(f"devices trained alone            {best}")
     console.print(f"\nreport: {runs / plan.name / 'report.json'}")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator import view
+from orchestrator import words
 from orchestrator.config import RunConfig
 from orchestrator.fleet import classes
 from orchestrator.rounds import PAUSE_S, Phase, State
@@ -147,9 +147,9 @@ class Report:
 
     def last_round(self) -> str:
         """A line on the round that was closed last, with the time left."""
-        entry, more = self.entries[-1], view.left(self.snapshot())
+        entry, more = self.entries[-1], words.left(self.snapshot())
         scores = [
-            f"{key.removesuffix('_accuracy')} {view.percent(value)}"
+            f"{key.removesuffix('_accuracy')} {words.percent(value)}"
             for key, value in entry.items()
             if key.endswith("accuracy")
         ]
