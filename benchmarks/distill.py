@@ -90,6 +90,7 @@ def _measure(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     codecs.parse(options.features)
+    models.input_shape(options.model)  # there is such a network
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if options.device == "auto" else options.device)
     machine = command.machine()

@@ -20,7 +20,6 @@ from typing import Any
 
 from wire.errors import StillhouseError
 
-# The same packages whatever the folder this is started in.
 # These packages whatever the folder this is started in; a network of one's own behind them.
 _PLACES = (str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", ""))
 PATHS = {"PYTHONPATH": os.pathsep.join(filter(None, _PLACES)), "PYTHONSAFEPATH": "1"}

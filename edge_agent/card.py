@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from wire import records
+from wire import classes, records
 from wire.errors import ArtifactError
 
 PREFIX = "stillhouse."
@@ -75,9 +75,8 @@ class ModelCard:
                 f"expected channels, a size and classes, got {self.channels} channels, "
                 f"{list(self.size)} and {len(self.classes)} classes"
             )
-
         for name in self.classes:
-            if not name or not name.isprintable():
+            if not name or not classes.printable(name):
                 raise ValueError(f"expected a printable name of each class, got {name!r:.80}")
 
     @property

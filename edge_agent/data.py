@@ -24,14 +24,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from edge_agent import photos
-from edge_agent.photos import Remark
+from edge_agent.photos import RENAME, Remark
 from wire import classes, seeds
 from wire.errors import DataError
 
 PAD = 4  # pixels on each side of the image that a crop may reach into
 # Streams of a seed; the payload codecs draw from low numbers of the same seed.
 _HOLDOUT, _SHUFFLE, _VIEW, _AUGMENT = 1 << 61, 1 << 62, 3 << 61, 1 << 63
-_RENAME = "rename it (a class is a sub-folder, or a name in `classes` of an .npz)"
 PLAIN, MIRRORED = 0, 1  # the two views that are not drawn
 
 Pixels = NDArray[np.uint8]
@@ -85,7 +84,7 @@ class ImageSet:
                 places = classes.places(self.names, names)
             except ValueError as fault:
                 raise DataError(
-                    f"{self.source}: {fault}; {_RENAME}, or begin a run whose `classes` names it"
+                    f"{self.source}: {fault}; {RENAME}, or begin a run whose `classes` names it"
                 ) from fault
             y = np.array(places, np.int64)[self.y]
             y.setflags(write=False)

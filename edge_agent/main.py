@@ -75,7 +75,7 @@ def _main(arguments: list[str] | None) -> int:
             more = [text for text in more if text.startswith("-")]
         if more:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
-        with storage.at(Path.cwd()):
+        with storage.at(Path()):
             return _do(chosen)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)

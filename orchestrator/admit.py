@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wire import logs
 from wire.errors import AdmissionError
 from wire.messages import Order, Result
 
@@ -42,7 +43,7 @@ def header(
         raise AdmissionError(f"{device} has no order in the open round; wait for the next one")
     _same_order(result, order)
     if result.fault:
-        raise AdmissionError(f"the device could not do it: {result.fault}")
+        raise AdmissionError(f"the device could not do it: {logs.clean(result.fault)}")
     if result.submodel != order.submodel:
         raise AdmissionError(
             f"expected an update of sub-model {order.submodel[:12] or 'whole'}, got one of "

@@ -4,6 +4,7 @@ An accepted result is in it before the device is told so. One that turns out dam
 set aside as `journal.db.damaged-1`, and a new one goes on after the last checkpoint.
 """
 
+import contextlib
 import json
 import logging
 import secrets
@@ -89,6 +90,7 @@ class Journal:
     def __init__(self, folder: Path, *, begun: bool) -> None:
         self._folder, self._path = folder, folder / "journal.db"
         self._uncounted: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        self._opened = contextlib.ExitStack()
         try:
             self._open()
             self._look_over(begun=begun)
@@ -228,8 +230,7 @@ class Journal:
 
     def close(self) -> None:
         """Close the database."""
-        for db in (self._counts, self._db):
-            db.close()
+        self._opened.close()
 
     def _close_attempt(self, sequence: int, report: Mapping[str, Any]) -> None:
         self._do(
@@ -261,12 +262,17 @@ class Journal:
 
     def _open(self) -> None:
         with storage.at(self._path):
-            self._db = sqlite3.connect(self._path)
+            self._db = self._connected()
             # Bytes are counted with every message: what a power cut takes is not worth a sync.
-            self._counts = sqlite3.connect(self._path, isolation_level=None)
+            self._counts = self._connected(isolation_level=None)
             storage.prepare(self._db)
             self._db.executescript(_SCHEMA)
             self._counts.execute("PRAGMA synchronous=NORMAL")
+
+    def _connected(self, **settings: Any) -> sqlite3.Connection:
+        """A connection that `close` closes."""
+        db: sqlite3.Connection = sqlite3.connect(self._path, **settings)
+        return self._opened.enter_context(contextlib.closing(db))
 
     def _look_over(self, *, begun: bool) -> None:
         """Read what a start reads.

@@ -1,7 +1,6 @@
 """The command `orchestrator`."""
 
 import enum
-import functools
 import json
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from orchestrator import __version__, config, view
+from orchestrator import __version__, config, view, words
 from wire import records, stopping, storage
 from wire.errors import StillhouseError
 
@@ -49,13 +48,15 @@ def init(
 ) -> None:
     """Write a commented configuration."""
     text = config.template(preset)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.toml"
+    if path.exists():
+        raise StillhouseError(f"{path} is there already; nothing was written")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with path.open("x") as file:
             file.write(text)
-    except FileExistsError as fault:
-        raise StillhouseError(f"{path} is there already; nothing was written") from fault
+    except (FileExistsError, NotADirectoryError) as fault:
+        raise StillhouseError(f"{folder} is no folder; name another") from fault
     console.print(f"{path} written; edit it, then: orchestrator start --config {path}")
 
 
@@ -154,10 +155,11 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
     except OSError as fault:
         raise StillhouseError(f"{path}: cannot be written: {fault.strerror}; name another with "
                               "--out") from fault  # fmt: skip
-    say = functools.partial(console.print, soft_wrap=True, highlight=False, markup=False)
-    say(f"{path} written, for the broker {url}; on the device: edge-agent run --config {path.name}")
+    console.print(
+        f"{path} written, for the broker {url}; on the device: edge-agent run --config {path.name}"
+    )
     for note in notes:
-        say(f"note: {note}")
+        console.print(f"note: {note}")
 
 
 @app.command()
@@ -169,7 +171,7 @@ def status(
     path = run / "status.json"
     try:
         snapshot: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as fault:
+    except (FileNotFoundError, NotADirectoryError) as fault:
         raise StillhouseError(f"{run} holds no run; look for it under the `runs` folder") from fault
     except ValueError as fault:
         raise StillhouseError(
@@ -368,10 +370,10 @@ def demo(  # noqa: PLR0917 - typer makes options of them
     console.print()
     console.print(view.agents(taught.entries))
     last = taught.entries[-1]
-    console.print(f"\nlarge model on held-out images   {view.percent(last['server_accuracy'])}")
-    console.print(f"small model that devices share   {view.percent(last['device_accuracy'])}")
+    console.print(f"\nlarge model on held-out images   {words.percent(last['server_accuracy'])}")
+    console.print(f"small model that devices share   {words.percent(last['device_accuracy'])}")
     if alone:
-        best = view.percent(alone.entries[-1]["device_accuracy"])
+        best = words.percent(alone.entries[-1]["device_accuracy"])
         console.print(f"devices trained alone            {best}")
     console.print(f"\nreport: {runs / plan.name / 'report.json'}")
 
@@ -387,7 +389,7 @@ def main() -> None:
 
 def _main() -> int:
     try:
-        with storage.at(Path.cwd()):
+        with storage.at(Path()):
             app(records.expanded(sys.argv[1:]))
     except StillhouseError as fault:
         print(f"orchestrator: {fault}", file=sys.stderr)

@@ -114,14 +114,14 @@ def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterat
         try:
             store = patience.attempt(lambda: Store(config, devices))
         except BaseException:
-            _remove(made, fleet)
+            _remove(made, config)
             raise
         try:
             _hold(store, config, heldout)
             yield store
         except BaseException as fault:
             if store.discard():
-                _remove(made, fleet)
+                _remove(made, config)
             if isinstance(fault, DamagedError):
                 raise RunError(
                     f"{fault}; start again: the journal is set aside then, and the run goes on "
@@ -141,13 +141,14 @@ def _hold(store: Store, config: RunConfig, heldout: HeldOut) -> None:
         )
 
 
-def _remove(made: Sequence[Path], fleet: Path) -> None:
+def _remove(made: Sequence[Path], config: RunConfig) -> None:
     """Remove what a failed start made, the last first; a folder that others use by now stays."""
+    fleet = enrolment.path(config.runs, config.fleet)
     for path in reversed(made):
         with contextlib.suppress(OSError):
             if path.is_file() and (path != fleet or enrolment.is_empty(path)):
                 path.unlink()
-            elif path.is_dir() and path == made[0]:
+            elif path.is_dir() and path == config.runs:
                 path.rmdir()
             elif path.is_dir():
                 shutil.rmtree(path)

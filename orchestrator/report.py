@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator import view
+from orchestrator import words
 from orchestrator.config import RunConfig
 from orchestrator.fleet import classes
 from orchestrator.rounds import PAUSE_S, Phase, State
-from orchestrator.store import Attempt, Store, Verdict
+from orchestrator.store import Attempt, Store, Verdict, as_written
 from wire import records, stopping
 from wire.errors import StalledError
 from wire.messages import Birth, Telemetry
@@ -147,9 +147,9 @@ class Report:
 
     def last_round(self) -> str:
         """A line on the round that was closed last, with the time left."""
-        entry, more = self.entries[-1], view.left(self.snapshot())
+        entry, more = self.entries[-1], words.left(self.snapshot())
         scores = [
-            f"{key.removesuffix('_accuracy')} {view.percent(value)}"
+            f"{key.removesuffix('_accuracy')} {words.percent(value)}"
             for key, value in entry.items()
             if key.endswith("accuracy")
         ]
@@ -186,11 +186,12 @@ class Report:
             with contextlib.suppress(StalledError):  # a full disk is said where it holds up more
                 self._store.write_json("status.json", self.snapshot())
         if final:
-            settled = classes.read(self._config.folder)
+            config = self._config
+            settled = classes.read(config.folder)
             whole = {
-                "run": self._config.name,
+                "run": config.name,
                 "classes": list(settled.names) if settled else [],
-                "config": {**records.plain(self._config), "broker": self._config.broker.kind},
+                "config": {**as_written(records.plain(config)), "broker": config.broker.kind},
                 "sources": self._sources,
                 "rounds": self.entries,
             }

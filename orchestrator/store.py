@@ -37,7 +37,9 @@ from wire.storage import Patience
 
 AGENTS = "agents"  # what does a run's orders, where it is not simulated devices
 
-__all__ = ["Attempt", "Store", "Verdict", "last_checkpoint", "read_checkpoint", "referred"]
+__all__ = [
+    "Attempt", "Store", "Verdict", "as_written", "last_checkpoint", "read_checkpoint", "referred",
+]  # fmt: skip
 
 
 def referred(orders: Iterable[Order]) -> set[str]:
@@ -202,8 +204,8 @@ class Store(Journal):
         if before is None:
             return
         last = self.last_attempt()
-        now = _as_written(self._config)
-        if found := changes.refused(_as_written(before), now, last.round if last else 0):
+        now = as_written(self._config)
+        if found := changes.refused(as_written(before), now, last.round if last else 0):
             raise RunError(
                 f"{self.folder} was begun with other settings. {'; '.join(map(str, found))}. "
                 "Restore that, or begin another run: choose another name. docs/fleet.md says what "
@@ -211,7 +213,7 @@ class Store(Journal):
             )
 
 
-def _as_written(config: Mapping[str, Any]) -> dict[str, Any]:
+def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with the networks' names as run.toml has them: a run's folder may move."""
     plain: dict[str, Any] = json.loads(json.dumps(config))
     device = plain["device"]

@@ -6,7 +6,6 @@ from pathlib import Path
 # `models` and `wire` are ours, see `orchestrator`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from wire import extras, stopping
+from wire import stopping
 
 stopping.early("tools")
-extras.check("tools")

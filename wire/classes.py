@@ -26,8 +26,7 @@ def normalized(names: Iterable[str]) -> tuple[str, ...]:
     found: dict[str, str] = {}
     for name in names:
         plain = unicodedata.normalize("NFC", name)
-        printable = plain.translate(_JOINERS).isprintable()
-        if not plain.strip() or len(plain) > MAX_NAME or not printable:
+        if not plain.strip() or len(plain) > MAX_NAME or not printable(plain):
             raise ValueError(
                 f"class names: expected 1 to {MAX_NAME} printable characters, got {name!r:.80}"
             )
@@ -40,6 +39,11 @@ def normalized(names: Iterable[str]) -> tuple[str, ...]:
     if len(found) > MAX_CLASSES:
         raise ValueError(f"class names: expected at most {MAX_CLASSES}, got {len(found)}")
     return tuple(found)
+
+
+def printable(name: str) -> bool:
+    """Whether a name may be shown as it is. Joiners, which shape letters and emoji, may."""
+    return name.translate(_JOINERS).isprintable()
 
 
 def places(names: Sequence[str], known: Sequence[str]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from wire.address import BrokerAddress
-from wire.errors import LinkError, StorageError
+from wire.errors import LinkError
 
 KEEPALIVE_S = 30
 BACKOFF_BASE_S = 0.5
@@ -236,8 +236,6 @@ class Link:
                 # Not loop_forever(): only loop() makes what lets publish() wake it from its wait.
                 while self._client.loop() == paho.MQTT_ERR_SUCCESS:
                     pass
-            except StorageError as fault:  # of `will`
-                self._emit(Lost(str(fault)))
             except Exception as fault:  # noqa: BLE001 - the next attempt may do better
                 self._backoff.unreachable()
                 why = _told(fault, secure=self.address.secure)

@@ -201,7 +201,7 @@ def _full(path: Path, *, quota: bool = False) -> StalledError:
         what = "this user's quota is used up"
     elif found is not None and found.f_files and not found.f_favail:
         what = "it takes no more files: all inodes are in use"
-    return StalledError(f"the disk is full at {path} ({what}); make room")
+    return StalledError(f"the disk is full at {path.absolute()} ({what}); make room")
 
 
 def _unwritable(path: Path, why: str) -> StorageError:

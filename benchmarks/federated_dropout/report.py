@@ -21,7 +21,7 @@ ORDER = tuple(setting.name for group in GROUPS.values() for setting in group)
 def keep(config: RunConfig, setting: Setting, folder: Path) -> None:
     """Write a finished run's record: accuracy, bytes and FLOPs."""
     device = config.device
-    model = models.build(device.model, classes=device.class_count, input_shape=device.input)
+    model = models.build(device.network, classes=device.class_count, input_shape=device.input)
     whole = 4 * sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
     rounds = json.loads((config.folder / "report.json").read_text())["rounds"]
     joined = [d for entry in rounds for d in entry["devices"].values() if d["accepted"]]

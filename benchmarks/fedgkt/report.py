@@ -79,7 +79,7 @@ def _feature_bytes(config: RunConfig, joined: Sequence[Mapping[str, Any]]) -> fl
     if config.strategy != "fedgkt":
         return None
     device = config.device
-    model = models.build(device.model, classes=device.class_count, input_shape=device.input)
+    model = models.build(device.network, classes=device.class_count, input_shape=device.input)
     weights = {n: t.numpy() for n, t in model.state_dict().items() if t.is_floating_point()}
     packed = len(tensors.pack(tensors.weights(weights, "float32"), seed=0))
     sent = sum(d["bytes_up"] for d in joined) - packed * len(joined)

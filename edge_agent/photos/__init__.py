@@ -13,11 +13,12 @@ from edge_agent.config import BAD_SHARE
 from edge_agent.photos import archive, folder
 from edge_agent.photos.folder import Sizes, sizes
 from edge_agent.photos.picture import decode, fit, open_image
-from edge_agent.photos.record import Photos, Remark, tell
+from edge_agent.photos.record import RENAME, Photos, Remark, tell
 from wire.errors import DataError
 
 __all__ = [
     "BAD_SHARE",
+    "RENAME",
     "Photos",
     "Remark",
     "Sizes",

@@ -32,6 +32,7 @@ ELSEWHERE = (
     ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl",
     ".nef", ".orf", ".pgm", ".ppm", ".psd", ".raf", ".rw2", ".svg", ".tga", ".webp",
 )  # fmt: skip
+RENAME = "rename it (a class is a sub-folder, or a name in `classes` of an .npz)"
 FEW = 10  # images of a class; fewer are remarked on
 NAMED = 20  # pictures, classes or folders that one remark names
 
@@ -168,10 +169,7 @@ def class_names(names: Iterable[str], path: Path) -> tuple[str, ...]:
     try:
         return classes.normalized(names)
     except ValueError as fault:
-        raise DataError(
-            f"{shown(str(path))}: {fault}; rename it (a class is a sub-folder, or a name in "
-            "`classes` of an .npz)"
-        ) from fault
+        raise DataError(f"{shown(str(path))}: {fault}; {RENAME}") from fault
 
 
 def reason(fault: Exception) -> str:

@@ -25,7 +25,8 @@ from rich.text import Text
 
 from edge_agent.field import roofline
 from orchestrator.fleet import enrolment
-from orchestrator.view import short, size
+from orchestrator.view import short
+from orchestrator.words import size
 from wire import measurement, records
 from wire.errors import RunError, SignatureError, WireError
 from wire.measurement import Measurement

@@ -215,6 +215,12 @@ def test_a_file_that_does_not_say_how_it_is_asked_is_refused(tmp_path, photos, m
         predict.report(Exported(path), [photos], top=1, as_json=False)
 
 
+def test_names_may_hold_what_joins_letters_and_emoji(tmp_path):
+    names = ("\N{WOMAN}\u200d\N{PERSONAL COMPUTER}", *CARD.classes[1:])
+    about = replace(CARD, classes=names)
+    assert predict.Exported(write(tmp_path / "model.onnx", about.metadata)).classes == names
+
+
 def test_a_key_that_a_later_version_adds_is_passed_over(tmp_path, photos):
     path = write(tmp_path / "model.onnx", changed(energy="7"))
     assert predict.report(Exported(path), [photos], top=1, as_json=False) == 0

@@ -36,7 +36,7 @@ BAD = {
     "benchmarks.distill": [
         (["--images=0"], "--images: expected a whole number from 1 on, got '0'"),
         (["--features=huffman"], "unknown codec 'huffman'; did you mean"),
-        (["--model=resnet8"], "invalid choice: 'resnet8'"),
+        (["--model=resnet9"], "no model is named 'resnet9'; did you mean 'resnet"),
     ],
     "benchmarks.federated_dropout.__main__": [
         (["--rounds=0"], "--rounds: expected a whole number from 1 on, got '0'"),

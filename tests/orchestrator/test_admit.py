@@ -32,6 +32,7 @@ def test_a_proper_result_is_admitted():
         ({"run": "old"}, "its round is closed"),
         ({"round": 9}, "is of round 1, the result says 9"),
         ({"fault": "no memory"}, "could not do it: no memory"),
+        ({"fault": "a\nb\x1b[2J"}, r"could not do it: a\\nb\\x1b\[2J$"),
         ({"submodel": "12" * 32}, "expected an update of sub-model whole, got one of 121212121212"),
         ({"blobs": {}}, r"expected payloads \['features'\], got \[\]"),
         ({"blobs": {"features": replace(REF, size=1001)}}, "1001 bytes, limit 1000"),

@@ -17,7 +17,7 @@ from orchestrator.datasets import __main__ as datasets
 from tests.conftest import ROOT
 from tools.export import __main__ as export
 from wire import extras
-from wire.errors import DataError
+from wire.errors import DataError, StillhouseError
 
 
 def run(*arguments):
@@ -91,7 +91,37 @@ def test_without_its_extra_a_command_says_what_to_install(tmp_path):
         (line,) = done.stderr.splitlines()
         assert line.endswith("in a checkout pip install '.[orchestrator]'")
         assert "torch" in line
-        assert "typer" in line
+        assert ("typer" in line) == (module != "tools.export")  # which compiles without
+
+
+def test_workers_of_measurements_need_none_of_the_extra():
+    """PyTorch beside an agent wants torch alone, that of onnxruntime-training not even that."""
+    refused = [*extras.MODULES, "edge_agent", "models"]
+    code = f"import sys; sys.modules |= dict.fromkeys({refused!r}); import tools.worker"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_are_told_by_one_line_that_a_folder_is_none(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(StillhouseError, match="holds no run"):
+        run("status", str(file))
+    with pytest.raises(StillhouseError, match="is no folder"):
+        run("init", str(file))
+
+
+@pytest.mark.parametrize("module", ["orchestrator.main", "edge_agent.main"])
+def test_a_command_runs_in_a_folder_that_is_gone(tmp_path, module):
+    there = tmp_path / "there"
+    there.mkdir()
+    command = ["sh", "-c", 'rmdir "$1" && exec "$2" -m "$3" init "$4"', "sh", there, sys.executable,
+               module, tmp_path / "new"]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=there, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_program_that_imports_it_gets_an_import_error(monkeypatch):

@@ -50,7 +50,17 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, few):
+def named(tmp_path_factory, few):
+    """The same, with names of classes."""
+    folder = tmp_path_factory.mktemp("named")
+    for file in few.glob("*.npz"):
+        with np.load(file) as arrays:
+            np.savez(folder / file.name, **{**arrays, "classes": np.array(NAMES)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, few, named):
     """The folder of one run of each strategy, each of one round."""
     device = DeviceConfig(
         model="resnet8", classes=NAMES, batch=16, lr=0.02, mean=(0.3, 0.2, 0.1), std=(0.4, 0.3, 0.5)
@@ -59,22 +69,25 @@ def runs(tmp_path_factory, few):
         name="gkt",
         strategy="fedgkt",
         rounds=1,
-        heldout=few / "heldout.npz",
+        heldout=named / "heldout.npz",
         runs=tmp_path_factory.mktemp("runs"),
         cohort=CohortConfig(min_devices=2),
         device=device,
         server=ServerConfig(model="resnet10", epochs=1, batch=32, torch_device="cpu"),
     )
-    plain = replace(device, model="caldas_cnn", classes=10)
-    for one in (
+    for one in (config, replace(config, name="local", strategy="local")):
+        simulate.run(one, named)
+    numbered = replace(
         config,
-        replace(config, name="local", strategy="local"),
-        replace(config, name="avg", strategy="fedavg", device=plain),
+        heldout=few / "heldout.npz",
+        device=replace(device, model="caldas_cnn", classes=10),
+    )
+    for one in (
+        replace(numbered, name="avg", strategy="fedavg"),
         replace(
-            config,
+            numbered,
             name="dropout",
             strategy="feddropout",
-            device=plain,
             submodel=SubmodelConfig(keep_rate=0.5),
         ),
     ):

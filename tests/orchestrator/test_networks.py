@@ -117,8 +117,13 @@ def test_every_strategy_trains_a_users_network_and_exports_it(run, digits, strat
     out = config.folder / "model.onnx"
     done = deploy.export_run(config.folder, out, small=strategy == "local")
     assert done.difference < 1e-3
+    assert whole["config"]["device"]["model"] == "nets.py:Small"  # without this machine's folders
     if strategy == "fedgkt":
-        assert deploy.export_run(config.folder, out, "device-1", small=True).device == "device-1"
+        assert done.card.model == "nets:large on the extractor of nets:Small@stem"
+        small = deploy.export_run(config.folder, out, "device-1", small=True)
+        assert (small.device, small.card.model) == ("device-1", "nets:Other@stem.2")
+    else:
+        assert done.card.model == f"nets:Small{'@stem' if split else ''}"
 
 
 def test_devices_that_share_their_network_go_on_where_the_folder_was_moved(run, digits, tmp_path):

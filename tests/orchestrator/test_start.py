@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from models import registry
-from orchestrator import broker, launch, simulate
+from orchestrator import broker, launch, prepare, simulate
 from orchestrator.config import BrokerConfig, DeviceConfig, RunConfig, ServerConfig, changes
-from orchestrator.fleet import enrolment
+from orchestrator.fleet import claim, enrolment
 from orchestrator.store import Store
 from wire import records
 from wire.address import BrokerAddress
@@ -94,6 +94,23 @@ def test_a_port_that_is_taken_leaves_nothing_and_what_was_there_stays(config, tm
     after = everything(tmp_path)
     assert after.pop(str(config.runs / f"fleet-{config.fleet}.json"))
     assert after == before
+
+
+def test_a_broker_that_was_started_goes_where_the_fleet_was_there_before(
+    config, tmp_path, monkeypatch
+):
+    enrolment.enroll(config.runs, config.fleet, "pi")
+    claim.lock_file(config.runs, config.fleet).touch()
+    before = everything(tmp_path).keys()
+
+    def fails(*_: object) -> None:
+        assert prepare.broker_folder(config).is_dir()
+        raise ExportError("it cannot be compiled")
+
+    monkeypatch.setattr(launch, "prepare_variants", fails)
+    with pytest.raises(ExportError):
+        launch.run(config)
+    assert everything(tmp_path).keys() == before
 
 
 def test_a_broker_that_refuses_the_orchestrator_leaves_nothing(config, tmp_path):

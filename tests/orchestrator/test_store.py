@@ -13,7 +13,7 @@ from orchestrator.report import Report
 from orchestrator.store import Store, Verdict, last_checkpoint
 from orchestrator.strategies.strategy import State
 from tests.agent.test_disk import DAMAGE
-from wire.errors import RunError
+from wire.errors import RunError, StorageError
 from wire.messages import BlobRef, Order, Result
 
 REF = BlobRef("ab" * 32, 1000, 1024)
@@ -145,6 +145,12 @@ def test_a_crash_between_checkpoint_and_journal_repeats_the_round(config, opened
     attempt = again.last_attempt()
     again.close_round(attempt, State({"w": np.ones(1, np.float32)}, {}), {"round": 1})
     assert again.checkpoint().tensors["w"] == 1
+
+
+def test_a_journal_that_cannot_be_opened_is_named(config):
+    (config.folder / "journal.db").mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"journal\.db: expected a journal, got a folder"):
+        Store(config)
 
 
 def test_two_orchestrators_cannot_share_a_run(config, opened):

@@ -4,11 +4,12 @@ import io
 import logging
 import re
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 from rich.console import Console
 
-from orchestrator import view
+from orchestrator import view, words
 from orchestrator.config import CohortConfig, RunConfig
 from orchestrator.report import Report, names_of
 from orchestrator.rounds import Phase, State
@@ -32,7 +33,7 @@ def config(tmp_path):
 @pytest.fixture
 def report(config):
     store = Store(config)
-    yield Report(config, store, frozenset(NAMES))
+    yield Report(config, store, enrolled=frozenset(NAMES))
     store.close()
 
 
@@ -81,6 +82,16 @@ def test_forty_devices_fit_the_terminal(report, size):
         assert re.search(r"(?m)^ +17 +90.0 % +50.0 % ", text)  # the newest round
 
 
+@pytest.mark.parametrize("phase", get_args(get_type_hints(Telemetry)["phase"]))
+def test_whatever_phase_a_device_is_in_is_shown(report, phase):
+    busy(report)
+    told = {"device": "pi-02", "run": "r", "round": 18, "phase": phase, "done": 0, "total": 9,
+            "memory_bytes": 0}  # fmt: skip
+    report.telemetry("pi-02", records.build(Telemetry, told, where="x", error=WireError))
+    text = "\n".join(lines(report.snapshot(), 80, 20))
+    assert re.search(rf"40 devices: .*\b1 {phase}|37 {phase}", text)
+
+
 def test_few_devices_are_all_shown_by_name(report):
     snapshot = busy(report)
     snapshot["devices"] = {name: snapshot["devices"][name] for name in NAMES[:4]}
@@ -95,15 +106,15 @@ def test_without_a_terminal_every_device_and_round_is_there(report):
 
 
 def test_time_left_is_that_of_the_newest_rounds(report):
-    assert view.left(report.snapshot()) == ""
+    assert words.left(report.snapshot()) == ""
     seconds = (999, 10, 10, 20, 30, 30)
     report.entries.extend(entry(n, each) for n, each in enumerate(seconds, 1))
     assert report.snapshot()["left_s"] == 94 * 20.0
-    assert view.left(report.snapshot()) == "about 31 min left, by the last 5 rounds"
+    assert words.left(report.snapshot()) == "about 31 min left, by the last 5 rounds"
     report.opened()
     assert 93 * 20 <= report.snapshot()["left_s"] < 94 * 20
     report.entries.extend(entry(n) for n in range(7, 101))
-    assert view.left(report.snapshot()) == ""
+    assert words.left(report.snapshot()) == ""
 
 
 @pytest.mark.parametrize(
@@ -119,7 +130,7 @@ def test_time_left_is_that_of_the_newest_rounds(report):
     ],
 )
 def test_times_are_said_in_two_units_at_most(seconds, text):
-    assert view.duration(seconds) == text
+    assert words.duration(seconds) == text
 
 
 def test_who_is_awaited_is_logged_and_shown(report, caplog):
@@ -166,10 +177,10 @@ def test_a_simulated_run_says_what_it_does(report):
     live = dict.fromkeys(NAMES, 1)
     now = State(10, 0, 3, Phase.COLLECTING, live=live, cohort=frozenset(NAMES[:4]))
     report.rounds(replace(now, returned=frozenset(NAMES[:1])))
-    assert view.progress(report.snapshot()) == "round 3 of 100, 1 of 4 devices done"
+    assert words.progress(report.snapshot()) == "round 3 of 100, 1 of 4 devices done"
     report.rounds(replace(now, phase=Phase.AGGREGATING))
     report.progress("distil", 3, 20)
     report.entries.extend([entry(1), entry(2)])
-    assert view.progress(report.snapshot()) == (
+    assert words.progress(report.snapshot()) == (
         "round 3 of 100, server: distil 3/20, about 33 min left, by the last 2 rounds"
     )

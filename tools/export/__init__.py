@@ -1,6 +1,11 @@
 """The training compiler: PyTorch module in, artifact for plain ONNX Runtime out."""
 
-from tools.export.build import export
-from tools.export.tracing.optimizers import Adam, Optimizer, Sgd
+from wire import extras
+
+extras.check("tools.export", ("onnx", "onnxscript", "torch"))
+
+# Not above: what is missing is told before it is imported.
+from tools.export.build import export  # noqa: E402
+from tools.export.tracing.optimizers import Adam, Optimizer, Sgd  # noqa: E402
 
 __all__ = ["Adam", "Optimizer", "Sgd", "export"]
