@@ -108,19 +108,14 @@ class Coordinator:
         self._rounds = self._restored(last)
         self._address, self._again = address, again
         self._claim = Claim(config.fleet, store.run_id, boot=str(time.time_ns()))
+        self._hearing = False  # devices
         self._stopped = False
         self._stalled_s = -math.inf  # when the disk was last found full
         self._ticked_s = time.monotonic()
         self.link = Link(
             address,
             f"stillhouse-{config.fleet}-orchestrator-{store.run_id.rpartition('.')[2]}",
-            subscriptions=[
-                (self._claim.topic, 1),
-                *(
-                    (topics.topic(config.fleet, "+", channel), 0 if channel == "up" else 1)
-                    for channel in topics.FROM_DEVICE
-                ),
-            ],
+            subscriptions=[(self._claim.topic, 1)],
             emit=self._events.put,
             will=lambda: (self._claim.topic, b""),
             rival=f"is a copy of the run {config.name!r} at work on another machine?",
@@ -207,9 +202,7 @@ class Coordinator:
         if topic == self._claim.topic:
             self._say(self._claim.arrived(payload))
             return
-        # Without payload: a retained message was taken from the broker, by us. Before the fleet is
-        # ours devices are not heard; they are asked anew then.
-        if not payload or not self._claim.held:
+        if not payload:  # a retained message was taken from the broker, by us
             return
         try:
             address = topics.parse(topic)
@@ -221,6 +214,14 @@ class Coordinator:
         self._received(address.device, message, body)
 
     def _say(self, all_: tuple[Say, ...]) -> None:
+        if self._claim.held and not self._hearing:
+            # Only now: what the broker keeps of devices comes once, to whom the fleet is.
+            self._hearing = True
+            qos = {"up": 0}
+            self.link.subscribe([
+                (topics.topic(self.config.fleet, "+", channel), qos.get(channel, 1))
+                for channel in topics.FROM_DEVICE
+            ])  # fmt: skip
         for channel, hello, retain in all_:
             topic = topics.topic(self.config.fleet, topics.ALL, channel)
             self.link.publish(topic, messages.encode(hello), retain=retain)

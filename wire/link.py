@@ -206,6 +206,12 @@ class Link:
         """Whether the connection stands now."""
         return self._client.is_connected()
 
+    def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        """Subscribe to more (topic filter, QoS), now and at each later connection."""
+        self._subscriptions += subscriptions
+        if self.connected:
+            self._client.subscribe(list(subscriptions))
+
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
         """Publish. QoS 1 waits for a connection in memory; QoS 0 is dropped without one."""
         if qos == 0 and not self.connected:
