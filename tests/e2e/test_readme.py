@@ -129,7 +129,7 @@ def test_use_it_server_devices_and_what_it_costs(processes):
     newcomer.wait_for_rounds(1)
     told = newcomer.type(after)
     assert "first  fedgkt  round" in told
-    assert "model.onnx: round" in told
+    assert "model.onnx written: round" in told
     assert (newcomer.folder / "model.onnx").exists()
     on_device, on_server = blocks("3. In the field: what it costs")
     assert "submitted as pi-3" in newcomer.type(on_device)

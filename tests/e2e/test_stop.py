@@ -119,7 +119,7 @@ def test_an_aggregation_is_finished_by_the_first_and_left_by_the_second(
     if times == 2:
         process.send_signal(signal.SIGINT)
     assert process.wait(180) == 130
-    assert ("round 1 is closed" in processes.log("run")) == (times == 1)
+    assert ("round 1 of 2: server" in processes.log("run")) == (times == 1)
     assert (fleet.folder / "runs/run/checkpoints/0001").exists() == (times == 1)
 
 
