@@ -31,6 +31,7 @@ from orchestrator.training import distill
 from wire import records
 from wire.errors import RunError
 from wire.manifest import MANIFEST, Manifest
+from wire.names import title
 
 Form = Literal["float32", "uint8"]
 
@@ -173,9 +174,9 @@ def _parts(
     name = config.device.model_of(device)
     model = models.build(name, classes=config.device.class_count, input_shape=config.device.input)
     if not device:
-        return [distill.load(model, state.under("global"))], name
+        return [distill.load(model, state.under("global"))], title(name)
     if small:
-        return [distill.load(model, extractors.network(state, config.device, device))], name
+        return [distill.load(model, extractors.network(state, config.device, device))], title(name)
     weights = state.under(f"extractor/{device}")
     extractor = distill.load(model.get_submodule("extractor"), weights)
     server = models.build(
@@ -185,7 +186,7 @@ def _parts(
     )
     clip = [models.Clip(config.device.clip)] if config.device.clip else []
     parts = [extractor, *clip, distill.load(server, state.under("server"))]
-    return parts, f"{config.server.model} on the extractor of {name}"
+    return parts, f"{title(config.server.model)} on the extractor of {title(name)}"
 
 
 def _check_out(out: Path) -> bool:
