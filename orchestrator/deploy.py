@@ -31,7 +31,6 @@ from orchestrator.training import distill
 from wire import records
 from wire.errors import RunError
 from wire.manifest import MANIFEST, Manifest
-from wire.names import title
 
 Form = Literal["float32", "uint8"]
 
@@ -96,6 +95,8 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "run.json"
     try:
         table = json.loads(path.read_text())
+    except FileNotFoundError as fault:
+        raise RunError(f"{folder} holds no run; look for it under the `runs` folder") from fault
     except (OSError, ValueError) as fault:
         raise RunError(f"{folder} holds no run: {path.name} cannot be read ({fault})") from fault
     table.pop("broker", None)  # decides no numbers, and rules for it have become stricter
@@ -174,9 +175,9 @@ def _parts(
     name = config.device.model_of(device)
     model = models.build(name, classes=config.device.class_count, input_shape=config.device.input)
     if not device:
-        return [distill.load(model, state.under("global"))], title(name)
+        return [distill.load(model, state.under("global"))], name
     if small:
-        return [distill.load(model, extractors.network(state, config.device, device))], title(name)
+        return [distill.load(model, extractors.network(state, config.device, device))], name
     weights = state.under(f"extractor/{device}")
     extractor = distill.load(model.get_submodule("extractor"), weights)
     server = models.build(
@@ -186,7 +187,7 @@ def _parts(
     )
     clip = [models.Clip(config.device.clip)] if config.device.clip else []
     parts = [extractor, *clip, distill.load(server, state.under("server"))]
-    return parts, f"{title(config.server.model)} on the extractor of {title(name)}"
+    return parts, f"{config.server.model} on the extractor of {name}"
 
 
 def _check_out(out: Path) -> bool:

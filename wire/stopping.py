@@ -85,7 +85,6 @@ def run(work: Callable[[], int | None]) -> int:
     try:
         code = work() or 0
         sys.stdout.flush()
-        return code
     except BrokenPipeError:
         if not _unread():
             raise
@@ -94,6 +93,8 @@ def run(work: Callable[[], int | None]) -> int:
     except Interrupted as stop:
         _answered.wait(ANSWER_S)
         _leave(stop.code)  # threads at work are not waited for
+    else:
+        return code
     finally:
         _raises = False
 

@@ -343,7 +343,7 @@ def test_what_is_installed_is_imported_once_and_as_ever(folder):
 
 
 def test_what_a_module_draws_at_import_does_not_change_its_networks(folder):
-    text = "import torch, numpy as np\nmade, drawn = Net(3), (torch.rand(1).item(), np.random.rand())\n"
+    text = "import torch, numpy\nmade, one, two = Net(3), torch.rand(1), numpy.random.rand()\n"
     write(folder, nets=NET + text)
     before = torch.initial_seed()
     first, second = build("nets.py:Net"), build("nets.py:Net")
