@@ -1,4 +1,4 @@
-"""The command `edge-agent`."""
+"""The agent of one device: trains on its images, in the rounds of a fleet."""
 
 import argparse
 import json

@@ -13,11 +13,9 @@ import difflib
 import hashlib
 import inspect
 import logging
-import random
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -25,12 +23,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from models.imports import Scope, plain
+from models.imports import Scope, plain, seeded
 from models.submodel import run
 from wire.errors import StillhouseError
 from wire.names import MARK
@@ -62,7 +59,7 @@ class Foreign:
         Raises:
             StillhouseError: it takes something else, raises, or returns no new network.
         """
-        with _seeded():
+        with seeded(torch.initial_seed() % (1 << 32)):
             made = self._call(classes, shape)
         if not isinstance(made, nn.Module):
             raise StillhouseError(
@@ -175,7 +172,6 @@ def _file(name: str, place: str, folders: list[Path]) -> Path:
 
 def _resolved(name: str, place: str, factory: str, folders: list[Path]) -> Foreign:
     scope = Scope([folder for folder in dict.fromkeys(folders) if folder.is_dir()], place)
-    dtype = torch.get_default_dtype()
     try:
         module = scope.load(place)
     except (Exception, SystemExit) as fault:
@@ -187,8 +183,6 @@ def _resolved(name: str, place: str, factory: str, folders: list[Path]) -> Forei
                 f"nor installed{_nearest(place, near) or '; ' + _FORMS}"
             ) from fault
         raise StillhouseError(f"{name}: importing it fails {_at(fault, scope)}") from fault
-    finally:
-        torch.set_default_dtype(dtype)
     found: Any = module
     for part in factory.split("."):
         if not hasattr(found, part):
@@ -233,8 +227,9 @@ def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:
     if any(key in asked for key in _CLASSES):
         return [tuple(dict.fromkeys((*asked, "input_shape"))), asked]
     shaped = tuple(dict.fromkeys((*asked, "input_shape")))
+    # Both names first: what is passed on may swallow the wrong one, as torchvision's MobileNetV3.
     return [(*key, *rest) for rest in dict.fromkeys((shaped, asked))
-            for key in (("classes",), ("num_classes",), ())]  # fmt: skip
+            for key in (_CLASSES, ("classes",), ("num_classes",), ())]  # fmt: skip
 
 
 def _bound(factory: Callable[..., Any], values: Mapping[str, object]) -> object:
@@ -253,21 +248,6 @@ def _refuses(fault: Exception, asked: tuple[str, ...]) -> bool:
     return isinstance(fault, TypeError) and any(
         f"unexpected keyword argument '{key}'" in str(fault) for key in asked
     )
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    kept = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's code may use it
-    dtype = torch.get_default_dtype()
-    seed = torch.initial_seed() % (1 << 32)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])  # noqa: NPY002
-        torch.set_default_dtype(dtype)
 
 
 def _at(fault: BaseException, scope: Scope) -> str:

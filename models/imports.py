@@ -6,6 +6,9 @@ Our packages have plain names (`models`, `tools`, `wire`), and a user's may have
 statement in a user's module finds the user's own modules first, whenever it runs: each has an
 `__import__` of its own. What is installed (torch, timm) is imported as ever.
 
+torchvision is imported also beside a torch of another build (`_vision`). Random numbers that a
+module draws while it is imported are the same each time, and leave those that follow alone.
+
 Not followed is `importlib.import_module("blocks")`, a call with an absolute name; write an import
 statement, or `import_module(".blocks", __package__)`.
 """
@@ -14,9 +17,11 @@ import builtins
 import hashlib
 import importlib
 import itertools
+import random
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -24,11 +29,15 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+import numpy as np
+import torch
+
 OURS = ("benchmarks", "edge_agent", "hardware", "models", "orchestrator", "tools", "wire")
 _MARKS = ("edge_agent", "orchestrator", "wire")  # a folder with all of them holds Stillhouse
 _PREFIX = "stillhouse_own_"
 _numbers = itertools.count(1)
 _scopes: dict[str, "Scope"] = {}
+_schemas: list[Any] = []  # torch forgets a schema when its Library object dies
 
 
 class Scope:
@@ -64,9 +73,10 @@ class Scope:
         """
         before = list(sys.path)
         try:
-            if self.holds(self._wanted):
-                return importlib.import_module(f"{self.package}.{place}")
-            return importlib.import_module(place)
+            with _apart():
+                if self.holds(self._wanted):
+                    return importlib.import_module(f"{self.package}.{place}")
+                return importlib.import_module(place)
         finally:  # what a module puts before ours goes behind
             sys.path[:] = [*before, *(entry for entry in sys.path if entry not in before)]
 
@@ -140,7 +150,34 @@ class _Loader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__builtins__"] = self._scope.builtins
-        super().exec_module(module)
+        with _apart():
+            super().exec_module(module)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Within the block, random numbers are the same each time; behind it they go on as before."""
+    with torch.random.fork_rng(devices=[]), seeded(0):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block, Python's and numpy's global random numbers follow a seed.
+
+    Behind it they go on as they were, and torch's default type is what it was.
+    """
+    kept = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's code may use it
+    dtype = torch.get_default_dtype()
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
+        torch.set_default_dtype(dtype)
 
 
 class _Finder(MetaPathFinder):
@@ -149,6 +186,8 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        if fullname == "torchvision":
+            _vision(PathFinder.find_spec(fullname, path, target))
         package, _, name = fullname.partition(".")
         scope = _scopes.get(package)
         if scope is None or not name:
@@ -160,6 +199,26 @@ class _Finder(MetaPathFinder):
 
 
 sys.meta_path.insert(0, _Finder())
+
+
+def _vision(spec: ModuleSpec | None) -> None:
+    """Let torchvision be imported beside a torch that cannot load its compiled operators.
+
+    A torchvision wheel of another build than torch's (a CUDA one beside a CPU-only torch) fails at
+    import with "operator torchvision::nms does not exist": it registers Python rules for two
+    operators of a library that did not load. Data sets and classifiers need neither, so their
+    names suffice.
+    """
+    if _schemas or spec is None or spec.origin is None:
+        return
+    with suppress(OSError):
+        for library in Path(spec.origin).parent.glob("_C*.so"):
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+            return
+    define: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+    define.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    define.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _schemas.append(define)
 
 
 def _outside(entry: str) -> bool:

@@ -191,7 +191,12 @@ def _known(name: str) -> foreign.Foreign | None:
         return None
     found = foreign.find(name)
     if found is None:
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.7 if "." in name else 0.4)
+        place, dot, last = name.rpartition(".")
+        if dot and last == "py":
+            near = [f"{name}:factory"]
+        elif dot and not near:
+            near = [f"{place}:{last}"]
         hint = f"did you mean {near[0]!r}? " if near else ""
         own = "your own: path/to/file.py:factory or package.module:factory"
         raise StillhouseError(

@@ -145,7 +145,7 @@ def _find(model: nn.Module, path: str, shape: tuple[int, ...]) -> Cut:
     known = [key for key, _ in model.named_modules(remove_duplicate=False) if key]
     if path not in known:
         near = difflib.get_close_matches(path, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise _NoCutError(f"there is no module {path!r}{hint}")
     extractor, rest = {}, {}
     for training in (True, False):

@@ -96,6 +96,8 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "run.json"
     try:
         table = json.loads(path.read_text())
+    except FileNotFoundError as fault:
+        raise RunError(f"{folder} holds no run; look for it under the `runs` folder") from fault
     except (OSError, ValueError) as fault:
         raise RunError(f"{folder} holds no run: {path.name} cannot be read ({fault})") from fault
     table.pop("broker", None)  # decides no numbers, and rules for it have become stricter

@@ -284,10 +284,10 @@ def predict(
     },
 )
 def compile_step(context: typer.Context) -> None:
-    """Compile a network's training step for devices; the options of `python -m tools.export`."""
+    """Compile a network's training step for devices; as `python -m tools.export` does."""
     from tools.export import __main__ as exporter
 
-    raise typer.Exit(exporter.main(context.args))
+    raise typer.Exit(exporter.main(context.args, "orchestrator compile"))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from orchestrator.strategies import extractors
 from orchestrator.training import distill
 from wire import storage
 from wire.errors import RunError, StillhouseError
-from wire.names import parse, title, written
+from wire.names import cut, parse, title, written
 
 Sources = Mapping[str, Mapping[str, str]]
 FILE = "sources.json"
@@ -132,7 +132,8 @@ def _tried(
 def _without_extractor(model: nn.Module, name: str, shape: tuple[int, int, int]) -> str:
     places = split.places(model, shape)
     remedy = (
-        f'set split = "{places[0]}" beside the model, or another of {split.listed(places)}'
+        f'set split = "{places[0]}" beside the model (on a command line '
+        f"{cut(written(name), places[0])}), or another of {split.listed(places)}"
         if places
         else "it can be cut nowhere: use a network that is a chain, with feature maps (N, C, H, W)"
     )

@@ -139,7 +139,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _value(hint: Any, value: object, where: str, error: type[StillhouseError], strict: bool) -> Any:
-    hint = _member(hint, value)
+    wanted, hint = hint, _member(hint, value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
@@ -166,8 +166,17 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
         return float(value)
     if hint in (bool, int, float, str, bytes, types.NoneType) and type(value) is hint:
         return value
-    expected = getattr(hint, "__name__", str(hint))
-    raise error(f"{where}: expected {expected}, got {type(value).__name__} {value!r:.60}")
+    raise error(f"{where}: expected {_named(wanted)}, got {type(value).__name__} {value!r:.60}")
+
+
+def _named(hint: Any) -> str:
+    """A type in a message, of a union all members that a file can hold."""
+    if typing.get_origin(hint) is types.UnionType:
+        members = (m for m in typing.get_args(hint) if m is not types.NoneType)
+        return " or ".join(map(_named, members))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_named(typing.get_args(hint)[0])}"
+    return getattr(hint, "__name__", str(hint))
 
 
 def _member(hint: Any, value: object) -> Any:

@@ -11,6 +11,7 @@ Nothing is installed in a process that was not started as a program of ours.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -75,14 +76,25 @@ def listen() -> None:
 
 
 def run(work: Callable[[], int | None]) -> int:
-    """Do the work of a program's `main`; its exit code, also after a signal that is heard."""
+    """Do the work of a program's `main`; its exit code, also after a signal that is heard.
+
+    Where nobody reads what it prints any more (`| head`), it ends without a word.
+    """
     global _raises  # noqa: PLW0603
     _raises = True
     try:
-        return work() or 0
+        code = work() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is in the buffer
+        return 128 + signal.SIGPIPE
     except Interrupted as stop:
         _answered.wait(ANSWER_S)
         _leave(stop.code)  # threads at work are not waited for
+    else:
+        return code
     finally:
         _raises = False
 
@@ -128,6 +140,13 @@ def command() -> str:
     if program in ("main.py", "__main__.py") and "-m" in command[:-1]:
         return shlex.join(["python", *command[command.index("-m") :]])
     return shlex.join([program, *sys.argv[1:]])
+
+
+def _unread() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
+    pipe = select.poll()
+    pipe.register(1, 0)
+    return any(event & select.POLLERR for _, event in pipe.poll(0))
 
 
 def _handle(number: int, _frame: object) -> None:

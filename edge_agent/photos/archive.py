@@ -73,6 +73,11 @@ def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
                 found = sorted(arrays)
                 return {name: np.asarray(arrays[name]) for name in KNOWN if name in found}, found
     except DAMAGED as fault:  # foreign, cut off and pickled files, a bare .npy, any damage
+        if path.suffix.lower() not in (".npz", ".npy"):
+            raise DataError(
+                f"{path}: expected a folder with one sub-folder of pictures for each class, or an "
+                ".npz file; got a file of another kind"
+            ) from fault
         raise DataError(
             f"{path}: expected an .npz file without pickled objects, got one that does not read "
             f"({reason(fault)}); {WRITE}"

@@ -188,11 +188,16 @@ def _class_name(folder: Path) -> str:
 
 def _nothing(path: Path, classes: int, skipped: Skipped) -> DataError:
     """Why a folder has no picture where one is looked for."""
+    if archives := sorted(path.glob("*.npz")):
+        return DataError(
+            f"{path}: expected one sub-folder of pictures for each class, got .npz files; name one "
+            f"of them, such as {archives[-1]}"
+        )
     if skipped.loose:
         return DataError(
-            f"{path}: expected one sub-folder of pictures for each class, got "
-            f"{skipped.loose:,} pictures in the folder itself; make sub-folders with the classes' "
-            f"names and move the pictures into them"
+            f"{path}: expected one sub-folder of pictures for each class, got pictures in the "
+            f"folder itself ({skipped.loose:,} of them); make sub-folders with the classes' names "
+            f"and move the pictures into them"
         )
     for place, inner, files in os.walk(path):
         inner[:] = sorted(n for n in inner if n[0] != "." and not SYSTEM_FOLDERS.fullmatch(n))

@@ -96,7 +96,7 @@ def build(
     if heldout_samples is not None and heldout_samples < 1:
         raise DataError(f"expected at least 1 held-out sample, got {heldout_samples}")
     if channels not in (None, 1, 3):
-        raise DataError(f"expected 1 (grey) or 3 (RGB) channels, got {channels}")
+        raise DataError(f"--channels: expected 1 (grey) or 3 (RGB), got {channels}")
     stale = [f for f in out.glob("device-*.npz") if f.name not in map(_file, range(devices))]
     if stale:
         raise DataError(

@@ -18,7 +18,7 @@ Randomness is `numpy.random.RandomState`: NEP 19 froze its stream, the distribut
 that a seed gives the same split under every numpy.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,9 +69,15 @@ def partition(
     wanted = devices * (1 if per_device is None else per_device)
     if wanted > len(y):
         raise DataError(
-            f"{devices} devices need {wanted} samples, the training set has {len(y)}; "
-            f"ask for fewer devices, or at most {len(y) // devices} samples each"
+            f"{devices} devices need {wanted} samples, the training set has {len(y)}; ask for "
+            + (
+                f"at most {len(y)} devices"
+                if devices > len(y)
+                else f"fewer devices, or at most {len(y) // devices} samples each"
+            )
         )
+    if split not in get_args(Split):
+        raise DataError(f"split: expected 'iid' or 'dirichlet', got {split!r}")
     if not 0 <= seed < 1 << 32:
         raise DataError(f"expected a seed from 0 to {(1 << 32) - 1}, got {seed}")
     rng = np.random.RandomState(seed)

@@ -96,7 +96,13 @@ def _digits(_cache: Path, seed: int) -> tuple[Images, Images]:
 
 def _torchvision(name: str, cache: Path, **options: Any) -> tuple[Images, Images]:
     """A data set class of torchvision, downloaded into `cache` unless it is there already."""
-    _define_vision_schemas()
+    import models  # noqa: F401 - lets torchvision be imported beside a torch of another build
+
+    if find_spec("torchvision") is None:
+        raise DataError(
+            "this data set needs torchvision, which is not installed; "
+            "pip install 'stillhouse[orchestrator]'"
+        )
     from torchvision import datasets
 
     try:
@@ -139,36 +145,6 @@ def _fashion(cache: Path, _seed: int) -> tuple[Images, Images]:
             raw.mkdir(parents=True, exist_ok=True)
             file.write_bytes(gzip.decompress(packed.read_bytes()))
     return _torchvision("FashionMNIST", cache)
-
-
-_vision_schemas: list[Any] = []  # torch forgets a schema when its Library object dies
-
-
-def _define_vision_schemas() -> None:
-    """Let torchvision be imported beside a torch that cannot load its compiled operators.
-
-    A torchvision wheel of another build than torch's (a CUDA one beside a CPU-only torch) fails at
-    import with "operator torchvision::nms does not exist": it registers Python rules for two
-    operators of a library that did not load. Data sets need neither, so their names suffice.
-    """
-    import torch
-
-    spec = find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        raise DataError(
-            "this data set needs torchvision, which is not installed; "
-            "pip install 'stillhouse[orchestrator]'"
-        )
-    if _vision_schemas:
-        return
-    with contextlib.suppress(OSError):
-        for library in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-            return
-    define: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-    define.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    define.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _vision_schemas.append(define)
 
 
 NAMED: Mapping[str, Callable[[Path, int], tuple[Images, Images]]] = {

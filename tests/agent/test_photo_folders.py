@@ -79,7 +79,8 @@ def test_file_names_that_cannot_be_shown_are_escaped(tmp_path):
 
 
 WRONG = {
-    "pictures without sub-folders": (["a.jpg", "b.jpg"], "2 pictures in the folder itself; make"),
+    "pictures without sub-folders": (["a.jpg", "b.jpg"], r"itself \(2 of them\); make"),
+    "archives": (["split.jpg", "heldout.npz"], r"got \.npz files; name .*heldout\.npz"),
     "one level more": (["train/bolt/a.jpg", "train/nut/b.jpg"], r"in .*bolt; name .*train "),
     "two levels more": (["x/train/bolt/a.jpg"], r"deeper, in .*bolt; name .*/x/train "),
     "others": (["a/x.heic", "b/y.heic"], "got 2 sub-folders and no picture in them, 2 .heic;"),

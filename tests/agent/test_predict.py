@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +106,17 @@ def test_options_may_stand_anywhere(model, photos, capsys):
         main.main(["predict", str(model), "--tip", "1", str(blue)])
     assert ended.value.code == 2
     assert "unrecognized arguments: --tip" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_fault(model, photos):
+    far, near = os.pipe()
+    os.close(far)
+    try:
+        command = [sys.executable, "-m", "edge_agent.main", "predict", str(model), str(photos)]
+        ended = subprocess.run(command, stdout=near, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(near)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_a_photo_that_cannot_be_read_is_named_and_the_others_are_answered(

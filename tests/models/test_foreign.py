@@ -340,3 +340,30 @@ def test_what_is_installed_is_imported_once_and_as_ever(folder):
     write(folder, nets=NET)
     assert isinstance(build("torch.nn:Identity", classes=2), nn.Identity)
     assert foreign.find("torch.nn:Identity").factory is nn.Identity
+
+
+def test_what_a_module_draws_at_import_does_not_change_its_networks(folder):
+    text = "import torch, numpy\nmade, one, two = Net(3), torch.rand(1), numpy.random.rand()\n"
+    write(folder, nets=NET + text)
+    before = torch.initial_seed()
+    first, second = build("nets.py:Net"), build("nets.py:Net")
+    assert torch.equal(first.conv.weight, second.conv.weight)
+    write(folder, late=NET + "def make():\n    import other\n    return Net(5)", other=NET + text)
+    first, second = build("late.py:make"), build("late.py:make")
+    assert torch.equal(first.conv.weight, second.conv.weight)
+    torch.manual_seed(before)
+
+
+def test_a_network_of_torchvision_is_made(folder):
+    write(folder, nets="import torchvision\nmake = torchvision.models.mobilenet_v3_small")
+    model = build("nets.py:make", classes=3, shape=(3, 32, 32))
+    models.try_out(model, "mobilenet", classes=3, shape=(3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("nets.Net", "'nets:Net'"), ("nets.py", "'nets.py:factory'")]
+)
+def test_a_name_without_a_colon_is_answered_with_the_right_one(folder, name, hint):
+    write(folder, nets=NET)
+    with pytest.raises(StillhouseError, match=f"did you mean {hint}"):
+        build(name)

@@ -130,7 +130,7 @@ def test_both_parts_together_are_the_network(kind, path):
         ("parameter", "second", "goes past it"),
         ("", "fc", r"its output is \(2, 4\), expected a feature map \(N, C, H, W\)"),
         ("", "idle", "called nowhere in the forward pass"),
-        ("", "frist", "there is no module 'frist'; did you mean 'first'"),
+        ("", "frist", "there is no module 'frist' .did you mean 'first'"),
         ("", "", "there is no module ''"),
         ("values", "stem", "the forward pass of the network, or one .* cannot be followed"),
     ],

@@ -176,7 +176,8 @@ for go_on in (
         ({"device": {"model": "nets.py:Smal"}}, "device.model: nets.py:Smal: .*mean 'Small'"),
         ({"device": {"model": "nest.py:Small"}}, "device.model: nest.py:Small: no file"),
         ({"device": {"split": ""}}, ('nets:Small has no feature extractor, which fedgkt needs; set '
-         'split = "stem.0" beside the model, or another of .*\'stem\', .*Or use strategy fedavg')),
+         r'split = "stem\.0" .*command line nets\.py:Small@stem\.0\), or another of '
+         r".*'stem', .*Or use strategy fedavg")),
         ({"device": {"split": "fc"}}, 'device.model: nets:Small: split = "fc": its output is'),
         ({"device": {"others": (Other("nets.py:Other", "*-1", "body"),)}},
          "feature maps of the device models differ"),

@@ -21,14 +21,16 @@ from wire.artifact import Artifact
 from wire.errors import ExportError, StillhouseError
 from wire.names import cut, title
 
+_PROGRAM = "python -m tools.export"
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(arguments: Sequence[str] | None = None, program: str = _PROGRAM) -> int:
     """Export a model; 0 when the artifact is written, 2 when the input or the disk is bad."""
-    return stopping.run(lambda: _main(arguments))
+    return stopping.run(lambda: _main(arguments, program))
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+def _main(arguments: Sequence[str] | None, program: str) -> int:
+    options = _parser(program).parse_args(arguments)
     try:
         with storage.at(options.out):
             artifact = _export(options)
@@ -71,10 +73,10 @@ def _export(options: argparse.Namespace) -> Artifact:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.export",
-        description=__doc__,
+        prog=program,
+        description=__doc__.replace(_PROGRAM, program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tools.export {__version__}")
