@@ -79,7 +79,7 @@ def test_a_second_agent_in_one_state_folder_is_refused(processes, digits):
     (fleet.folder / "agent-1.toml").write_text(text)
     fleet.agent(1)
     assert processes.running["agent-1"].wait(240) == 2
-    assert "state: another agent works in" in processes.log("agent-1")
+    assert f"{fleet.folder}/state-0 is in use by process" in processes.log("agent-1")
     assert f"process {processes.running['agent-0'].pid}" in processes.log("agent-1")
 
 

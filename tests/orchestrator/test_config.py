@@ -152,7 +152,7 @@ def test_pixels_are_normalized_by_a_named_default_or_by_what_is_set():
 def test_paths_of_a_run_may_begin_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "run.toml"
-    text = template("fedgkt").replace('"heldout.npz"', '"~/heldout"')
+    text = template("fedgkt").replace('"data/heldout.npz"', '"~/heldout"')
     path.write_text(f'pretrained = "~/runs/first"\nruns = "~/runs"\n{text}')
     config = load(path)
     assert config.heldout == tmp_path / "heldout"
