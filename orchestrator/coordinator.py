@@ -97,7 +97,7 @@ class Coordinator:
         )
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._worker = Worker(strategy, store.patience, self._events.put)
-        self._intake = Intake(store.blobs, config.transfer_chunks)
+        self._intake = Intake(store.blobs, config.transfer_chunks, config.retry_s)
         self._checking: set[str] = set()
         self._began = time.monotonic()
         self._late: frozenset[str] = frozenset()
