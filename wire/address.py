@@ -6,6 +6,7 @@ not from the text. A secret that somebody wrote into a URL is in no message.
 
 import ipaddress
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -18,7 +19,8 @@ _URL = re.compile(r"([^:/?#@\[\]]+)://(\[[^\[\]]*\]|[^/?#\[\]]*?)(?::([^:/?#\[\]
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _ZONE = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # of an IPv6 address: an interface's name or number
 _AT = "(?:[@\uff20\ufe6b]|%40)"
-_NO_PORT = r":(?!//)(?![\d+_. -]{0,8}(?:[/?#\s]|$))"  # then it may be a password, the host forgotten
+# What may be a password: the host was forgotten.
+_NO_PORT = r":(?!//)(?![\d+_. -]{0,8}(?:[/?#\s]|$))"
 _TLS_SCHEMES = ("ssl", "tls", "mqtt+ssl", "mqtt+tls", "mqtts+ssl", "secure-mqtt")
 _PLAIN_SCHEMES = ("tcp", "mqtt+tcp")
 _WEB_SCHEMES = ("ws", "wss", "http", "https")
@@ -111,12 +113,10 @@ def check_host(host: str) -> str:
         ValueError: it can be neither.
     """
     plain, percent, zone = host.partition("%")
-    try:
-        if percent and not _ZONE.fullmatch(zone):
-            raise ValueError(zone)
-        return str(ipaddress.ip_address(plain)) + percent + zone
-    except ValueError:
-        labels = host.removesuffix(".").split(".")  # certificates are for names without the dot
+    if not percent or _ZONE.fullmatch(zone):
+        with suppress(ValueError):
+            return str(ipaddress.ip_address(plain)) + percent + zone
+    labels = host.removesuffix(".").split(".")  # certificates are for names without the dot
     named = all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdecimal()
     if not named or len(host) > 253:
         raise ValueError(
@@ -151,8 +151,8 @@ def _host(text: str) -> str:
             raise ValueError(f"host {text}: expected an IPv6 address in the brackets") from fault
     elif ":" in text:
         raise ValueError(
-            f"host {redacted(text)}: an IPv6 address stands in brackets, mqtt://[::1]:1883; elsewhere "
-            "there is one ':', before the port"
+            f"host {redacted(text)}: an IPv6 address stands in brackets, mqtt://[::1]:1883; "
+            "elsewhere there is one ':', before the port"
         )
     else:
         address = check_host(text)
