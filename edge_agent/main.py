@@ -102,12 +102,10 @@ def _do(chosen: argparse.Namespace) -> int:
 
 def _init(path: Path) -> int:
     try:
-        with path.open("x") as file:
-            file.write(TEMPLATE)
+        storage.create(path, TEMPLATE, 0o600)  # it will hold a password
     except OSError as fault:
         print(f"edge-agent: {path}: {fault.strerror}; nothing was written", file=sys.stderr)
         return 2
-    path.chmod(0o600)  # it will hold a password
     print(f"{path} written; edit it, then: edge-agent run --config {path}")
     return 0
 

@@ -117,7 +117,7 @@ def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterat
             _remove(made, fleet)
             raise
         try:
-            _hold(store, config, heldout)
+            patience.attempt(lambda: _hold(store, config, heldout))
             yield store
         except BaseException as fault:
             if store.discard():
