@@ -67,8 +67,16 @@ class Agent:
         self._patience = Patience(self._say_disk, self._worker.pause)
         self._folder = Folder(config.state, config.chunk_bytes, self._patience)
         self.blobs, self.journal = self._folder.blobs, self._folder.journal
-        self.images = data.load(config.data, input_shape=config.image, bad_share=config.bad_share)
-        self.images.tell(log)
+        self._systemd = Notifier()
+        try:
+            with self._systemd.busy():
+                self.images = data.load(
+                    config.data, input_shape=config.image, bad_share=config.bad_share
+                )
+            self.images.tell(log)
+        except BaseException:
+            self._folder.close()
+            raise
         self._updates = Updates(config)
         self._state = rounds.State()
         self._supply: Supply | None = None
@@ -77,10 +85,8 @@ class Agent:
         self._stopping = threading.Event()
         self._reported = 0.0
         self._platform = meter.this_platform()
-        self._systemd = Notifier()
-        self._state_id, first = self.journal.begin_sessions()
-        self._sessions = itertools.count(first)
-        self._session = first
+        self._sessions = itertools.count(self._folder.first_session)
+        self._session = self._folder.first_session
         self._refused = ""  # why the orchestrator refuses this device, "" where it does not
         self.link = Link(
             config.broker,
@@ -201,7 +207,7 @@ class Agent:
         if reason != self._refused:
             self._refused = reason
             log.error("the orchestrator refuses this device: %s", reason)
-            self._systemd.status(" ".join(f"refused: {reason}".split()))
+            self._systemd.status(f"refused: {reason}")
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -348,7 +354,7 @@ class Agent:
             update=self._updates.word,
             classes=names,
             classes_digest=digest,
-            state_id=self._state_id,
+            state_id=self._folder.state_id,
         )
         self._publish("birth", birth, retain=True)
         if self._supply:
@@ -362,7 +368,7 @@ class Agent:
         return self._death()
 
     def _death(self) -> tuple[str, bytes]:
-        death = Death(self.config.device, self._session, self._state_id)
+        death = Death(self.config.device, self._session, self._folder.state_id)
         return self._topic("death"), messages.encode(death)
 
     def _report(self, phase: str, done: int, total: int) -> None:

@@ -7,6 +7,7 @@ artifacts/      training artifacts by digest
 weights-*, owed-*   what the device keeps of its runs
 """
 
+import errno
 from pathlib import Path
 
 from edge_agent.journal import Journal
@@ -26,6 +27,9 @@ class Folder:
         chunk_bytes: size of the pieces that results are pulled in.
         patience: waits where a result's blobs find the disk full.
 
+    Attributes:
+        state_id, first_session: as of `Journal.begin_sessions`.
+
     Raises:
         SettingsError: the folder cannot be made.
         StalledError: the disk is full.
@@ -37,7 +41,7 @@ class Folder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
             told = storage.told(fault, path)
-            if isinstance(told, StalledError):
+            if isinstance(told, StalledError) or fault.errno == errno.EROFS:
                 raise told from fault
             raise SettingsError(
                 f"state: {path} cannot be made ({fault.strerror}); name a folder that this user "
@@ -49,6 +53,11 @@ class Folder:
             self.journal = Journal(path / "journal.db")
         except BaseException:
             self._lock.close()
+            raise
+        try:
+            self.state_id, self.first_session = self.journal.begin_sessions()
+        except BaseException:
+            self.close()
             raise
         self.kept = Kept(path, self.journal)
         self.shelf = Shelf(path / "artifacts")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from edge_agent import __version__, config
 from wire import logs, records, stopping, storage
-from wire.errors import DataError, SettingsError, StillhouseError
+from wire.errors import DataError, SettingsError, StillhouseError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NO_IMAGES = 3  # exit code
+NO_IMAGES, NO_DISK = 3, 4  # exit codes
 TEMPLATE = """\
 # Configuration of one Stillhouse edge agent. Start it with: edge-agent run --config agent.toml
 
@@ -37,7 +37,7 @@ password = ""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or with one line on what is wrong 2, or 3 for the images.
+    """Run the command line; 0, or with one line on what is wrong 2, 3 for the images, 4 for a disk.
 
     A signal that ends a command gives 128 and its number; `run` ends well by the first, with 0.
     """
@@ -79,7 +79,10 @@ def _main(arguments: list[str] | None) -> int:
             return _do(chosen)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)
-        # Images may come yet, so that systemd tries again; settings want a person.
+        # Images may come yet, and a disk be mended or let go by another program, so that systemd
+        # tries again; settings want a person.
+        if isinstance(fault, StorageError):
+            return NO_DISK
         return NO_IMAGES if isinstance(fault, DataError) else 2
 
 
@@ -99,12 +102,10 @@ def _do(chosen: argparse.Namespace) -> int:
 
 def _init(path: Path) -> int:
     try:
-        with path.open("x") as file:
-            file.write(TEMPLATE)
+        storage.create(path, TEMPLATE, 0o600)  # it will hold a password
     except OSError as fault:
         print(f"edge-agent: {path}: {fault.strerror}; nothing was written", file=sys.stderr)
         return 2
-    path.chmod(0o600)  # it will hold a password
     print(f"{path} written; edit it, then: edge-agent run --config {path}")
     return 0
 

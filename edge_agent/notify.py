@@ -4,8 +4,12 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger("edge-agent")
+
+BUSY_S = 1800  # that a folder of many images may take, as TimeoutStartSec of the unit
 
 
 class Notifier:
@@ -21,16 +25,17 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         usec, pid = environment.get("WATCHDOG_USEC", ""), environment.get("WATCHDOG_PID", "")
         ours = usec.isdigit() and pid in ("", str(os.getpid()))
-        self._every = int(usec) / 2e6 if ours else 0.0
+        self._usec = int(usec) if ours else 0
+        self._every = self._usec / 2e6
         self._alive = 0.0
 
     def ready(self, status: str) -> None:
         """The service is up; `systemctl status` shows the text."""
-        self._say(f"READY=1\nSTATUS={status}")
+        self._say(f"READY=1\nSTATUS={_line(status)}")
 
     def status(self, text: str) -> None:
         """What `systemctl status` shows from now on."""
-        self._say(f"STATUS={text}")
+        self._say(f"STATUS={_line(text)}")
 
     def alive(self) -> None:
         """Feed the watchdog, twice in its time; to be called from the loop that it watches."""
@@ -38,6 +43,18 @@ class Notifier:
         if self._every and now - self._alive >= self._every:
             self._alive = now
             self._say("WATCHDOG=1")
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Within the block nothing feeds the watchdog: it waits for `BUSY_S`."""
+        if not self._every:
+            yield
+            return
+        self._say(f"WATCHDOG_USEC={BUSY_S * 1_000_000}\nWATCHDOG=1")
+        try:
+            yield
+        finally:
+            self._say(f"WATCHDOG_USEC={self._usec}\nWATCHDOG=1")
 
     def stopping(self) -> None:
         """The service ends by itself."""
@@ -51,3 +68,8 @@ class Notifier:
                 end.sendto(text.encode(), self._address)
         except OSError as fault:
             log.debug("systemd cannot be told: %s", fault)
+
+
+def _line(text: str) -> str:
+    """One line: what follows a line break would be read as a word of its own."""
+    return " ".join(text.split())

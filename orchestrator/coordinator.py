@@ -97,7 +97,7 @@ class Coordinator:
         )
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._worker = Worker(strategy, store.patience, self._events.put)
-        self._intake = Intake(store.blobs, config.transfer_chunks)
+        self._intake = Intake(store.blobs, config.transfer_chunks, config.retry_s)
         self._checking: set[str] = set()
         self._began = time.monotonic()
         self._late: frozenset[str] = frozenset()
@@ -155,6 +155,10 @@ class Coordinator:
                     else:
                         self._say(self._claim.ticked(time.monotonic()))
                     changed()
+            except StalledError as fault:
+                if self._stopped:  # while it was waited for
+                    raise Interrupted from fault
+                raise
             finally:
                 self.link.close((self._claim.topic, b"") if self._claim.held else None)
                 self._worker.end(wait=not self._stopped)
@@ -407,7 +411,7 @@ class Coordinator:
         )
 
     def _open(self, number: int, cohort: frozenset[str]) -> None:
-        self._roster.opened()
+        self.store.patience.attempt(self._roster.opened)
         carried = {device: self._carried[device] for device in self._rounds.carried}
         births = {device: self._roster.births[device] for device in sorted(cohort - carried.keys())}
         sequence = self.store.next_sequence()

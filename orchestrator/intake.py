@@ -10,14 +10,19 @@ from wire.blobs import BlobStore, Fetch
 from wire.messages import Chunk, Gone, Result, Want
 
 WINDOW = 8
-RETRY_S = 15.0
 
 
 class Intake:
-    """Pulls in progress, one a device."""
+    """Pulls in progress, one a device.
 
-    def __init__(self, blobs: BlobStore, budget: int) -> None:
-        self._blobs, self._budget = blobs, budget
+    Args:
+        blobs: where they go.
+        budget: chunks on their way at once, all devices together.
+        retry_s: a chunk that has not come after so long is asked for again.
+    """
+
+    def __init__(self, blobs: BlobStore, budget: int, retry_s: float = 15.0) -> None:
+        self._blobs, self._budget, self._retry_s = blobs, budget, retry_s
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
         self._silent: set[str] = set()
 
@@ -31,7 +36,7 @@ class Intake:
                 self._blobs,
                 ref,
                 window=WINDOW,
-                retry_s=RETRY_S,
+                retry_s=self._retry_s,
                 owner=result.device,
                 settings=f"agent.toml of {result.device}",
             )

@@ -20,7 +20,7 @@ from tools.export import Adam, Optimizer, Sgd, export
 from wire import stopping, storage
 from wire.address import BrokerAddress
 from wire.artifact import Artifact, open_artifact
-from wire.errors import RunError
+from wire.errors import BrokerError, RunError
 from wire.names import title
 
 log = logging.getLogger("orchestrator")
@@ -51,15 +51,17 @@ def run(
     check(config, heldout)
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(opened(config, heldout))
-        networks.claim(store.folder, sources)
-        config = classes.settle(config, classes.resolve(config, heldout.names))
+        patiently = store.patience.attempt
+        patiently(lambda: networks.claim(store.folder, sources))
+        settled = classes.resolve(config, heldout.names)
+        config = patiently(partial(classes.settle, config, settled))
         enrolled = None
         if config.admission == "enrolled":
-            enrolled = enrolment.enrolled(config.runs, config.fleet)
+            enrolled = patiently(lambda: enrolment.enrolled(config.runs, config.fleet))
         rollout = updates.read(config.release, store.blobs, enrolled=enrolled)
         store.keep(frozenset(update.blob.digest for update in rollout.updates))
         if address is None:
-            address = stack.enter_context(serve(config))
+            address = patiently(lambda: stack.enter_context(serve(config)))
         report = Report(config, store, sources, enrolled)
         variants = prepare_variants(config, store)
         strategy = create(config.strategy, task(config, store, variants, heldout, report))
@@ -73,7 +75,7 @@ def run(
             rollout=rollout,
             again=again,
         )
-        store.started()
+        patiently(store.started)
 
         def notify() -> None:
             report.save()
@@ -95,20 +97,27 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
 
     Raises:
         BrokerError: ours does not run.
+        StalledError: its disk is full.
     """
     chosen = config.broker
     if chosen.kind == "external":
         yield chosen.address()
         return
     users = enrolment.users(config.runs, config.fleet) if config.admission == "enrolled" else None
-    with broker.start(
-        chosen.kind,
-        folder=broker_folder(config),
-        fleet=config.fleet,
-        host=chosen.host,
-        port=chosen.port,
-        users=users,
-    ) as running:
+    folder = broker_folder(config)
+    try:
+        with storage.at(folder):
+            ours = broker.start(
+                chosen.kind,
+                folder=folder,
+                fleet=config.fleet,
+                host=chosen.host,
+                port=chosen.port,
+                users=users,
+            )
+    except BrokerError as fault:
+        raise storage.full(folder) or fault from fault
+    with ours as running:
         log.info("%s broker at %s", running.kind, running.url)
         password = users[enrolment.ORCHESTRATOR] if users else ""
         yield BrokerAddress(running.url, enrolment.ORCHESTRATOR if users else "", password)

@@ -52,9 +52,9 @@ def init(
     if path.exists():
         raise StillhouseError(f"{path} is there already; nothing was written")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("x") as file:
-            file.write(text)
+        with storage.at(path):
+            folder.mkdir(parents=True, exist_ok=True)
+        storage.create(path, text)
     except (FileExistsError, NotADirectoryError) as fault:
         raise StillhouseError(f"{folder} is no folder; name another") from fault
     console.print(f"{path} written; edit it, then: orchestrator start --config {path}")
@@ -150,8 +150,7 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
         text = text.replace('"images"', '"/srv/stillhouse/images"')
         text = text.replace('"state"', '"/var/lib/stillhouse/state"')
     try:
-        path.touch(0o600, exist_ok=False)
-        path.write_text(text)
+        storage.create(path, text, 0o600)
     except OSError as fault:
         raise StillhouseError(f"{path}: cannot be written: {fault.strerror}; name another with "
                               "--out") from fault  # fmt: skip

@@ -84,7 +84,15 @@ def unchanged(folder: Path, config: RunConfig) -> None:
 
 
 def _compare(path: Path, sources: Sources) -> None:
-    before: Sources = json.loads(path.read_text())
+    try:
+        before: Sources = json.loads(path.read_text())
+        if not all(isinstance(files, dict) for files in before.values()):
+            raise ValueError("expected a table of tables")
+    except (ValueError, AttributeError) as fault:
+        raise RunError(
+            f"{path} is damaged ({fault}); restore it. If the networks are those that the run was "
+            "begun with, remove it"
+        ) from fault
     for name, files in sources.items():
         known = before.get(name, {})
         changed = sorted(file for file in files if known.get(file, files[file]) != files[file])

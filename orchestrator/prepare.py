@@ -110,14 +110,14 @@ def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterat
     with contextlib.ExitStack() as held:
         patience = Patience(stopped=stopping.asked.wait)
         if devices == AGENTS:
-            held.enter_context(claim.locked(config.runs, config.fleet, config.name))
+            held.enter_context(claim.locked(config.runs, config.fleet, config.name, patience))
         try:
             store = patience.attempt(lambda: Store(config, devices))
         except BaseException:
             _remove(made, config)
             raise
         try:
-            _hold(store, config, heldout)
+            patience.attempt(lambda: _hold(store, config, heldout))
             yield store
         except BaseException as fault:
             if store.discard():

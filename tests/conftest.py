@@ -130,13 +130,14 @@ class Disk:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def fill(self) -> None:
-        """Leave no room."""
+    def fill(self, leave: int = 0) -> None:
+        """Leave no room, or so many bytes."""
         with (self.path / "fill").open("ab", buffering=0) as file, contextlib.suppress(OSError):
             for size in (1 << 16, 1 << 10, 1):
                 with contextlib.suppress(OSError):
                     while file.write(bytes(size)):
                         pass
+            file.truncate(max(file.tell() - leave, 0))
 
     def make_room(self) -> None:
         (self.path / "fill").unlink()

@@ -6,6 +6,7 @@ not from the text. A secret that somebody wrote into a URL is in no message.
 
 import ipaddress
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -16,6 +17,10 @@ MAX_SECRET_BYTES = 65535  # MQTT 3.1.1, section 1.5.3
 EXPECTED = "expected mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS"
 _URL = re.compile(r"([^:/?#@\[\]]+)://(\[[^\[\]]*\]|[^/?#\[\]]*?)(?::([^:/?#\[\]]*))?([/?#].*)?")
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
+_ZONE = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # of an IPv6 address: an interface's name or number
+_AT = "(?:[@\uff20\ufe6b]|%40)"
+# What may be a password: the host was forgotten.
+_NO_PORT = r":(?!//)(?![\d+_. -]{0,8}(?:[/?#\s]|$))"
 _TLS_SCHEMES = ("ssl", "tls", "mqtt+ssl", "mqtt+tls", "mqtts+ssl", "secure-mqtt")
 _PLAIN_SCHEMES = ("tcp", "mqtt+tcp")
 _WEB_SCHEMES = ("ws", "wss", "http", "https")
@@ -40,13 +45,19 @@ def bracketed(host: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """A URL without what may be a secret: user info, query and fragment; what is odd is escaped."""
+    """A URL without what may be a secret; what is odd is escaped.
+
+    That is user info, query, fragment, and what stands in a port's place and looks like none.
+    """
     text = re.sub(
-        r"^(\s*[^:/?#@\s]*:/*)?.*[@\uff20\ufe6b]",
+        rf"^(\s*[^:/?#@\s]*:/*)?.*{_AT}",
         lambda m: f"{m[1] or ''}***@",
         text,
         flags=re.DOTALL,
     )
+    if "***@" not in text:
+        before = r"^(\s*(?:[^:/?#]*:/+)?(?:\[[^\[\]/]*\]|[^:/?#]*))"
+        text = re.sub(before + _NO_PORT + ".*", r"\1:***", text, flags=re.DOTALL)
     text = re.sub(r"[?#].*", "?***", text, flags=re.DOTALL)
     return ascii(text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}...")
 
@@ -60,7 +71,7 @@ def parse(url: str) -> Endpoint:
     shown = redacted(url)
     if url != url.strip():
         raise ValueError(f"url {shown}: spaces stand before or after it; take them out")
-    if "@" in url:
+    if "@" in url or "%40" in url:
         raise ValueError(
             f"url {shown}: a user name or password does not belong in a URL; write them as "
             "`username` and `password` under [broker]"
@@ -90,26 +101,29 @@ def parse_port(text: str) -> int:
         ValueError: not a number from 1 to 65535.
     """
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
-        raise ValueError(f"port {text!r}: expected a number from 1 to 65535")
+        shown = "" if re.match(_NO_PORT, f":{text}") else f" {text!r}"
+        raise ValueError(f"port{shown}: expected a number from 1 to 65535")
     return int(text)
 
 
 def check_host(host: str) -> str:
-    """A host's name or address (IPv6 without brackets), in lower case.
+    """A host's name or address (IPv6 without brackets), in lower case, without a dot at its end.
 
     Raises:
         ValueError: it can be neither.
     """
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        labels = host.removesuffix(".").split(".")
+    plain, percent, zone = host.partition("%")
+    if not percent or _ZONE.fullmatch(zone):
+        with suppress(ValueError):
+            return str(ipaddress.ip_address(plain)) + percent + zone
+    labels = host.removesuffix(".").split(".")  # certificates are for names without the dot
     named = all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdecimal()
     if not named or len(host) > 253:
         raise ValueError(
-            f"host {host!a:.80}: expected a name (letters, digits, '-', '_', '.') or an address"
+            f"host {redacted(host):.80}: expected a name (letters, digits, '-', '_', '.') or an "
+            "address"
         )
-    return host.lower()
+    return ".".join(labels).lower()
 
 
 def is_local(host: str) -> bool:
@@ -128,13 +142,17 @@ def _host(text: str) -> str:
         raise ValueError("the host is missing")
     if text.startswith("["):
         try:
-            address = str(ipaddress.IPv6Address(text[1:-1]))
+            plain, percent, zone = text[1:-1].partition("%")
+            ipaddress.IPv6Address(plain)
+            if zone.startswith("25") and len(zone) > len("25"):  # "%" in a URL, RFC 6874
+                zone = zone.removeprefix("25")
+            address = check_host(plain + percent + zone)
         except ValueError as fault:
             raise ValueError(f"host {text}: expected an IPv6 address in the brackets") from fault
     elif ":" in text:
         raise ValueError(
-            f"host {text!r}: an IPv6 address stands in brackets, mqtt://[::1]:1883; elsewhere "
-            "there is one ':', before the port"
+            f"host {redacted(text)}: an IPv6 address stands in brackets, mqtt://[::1]:1883; "
+            "elsewhere there is one ':', before the port"
         )
     else:
         address = check_host(text)

@@ -1,6 +1,7 @@
 """A lock file that one process holds at a time; the system lets go of it when the process ends."""
 
 import fcntl
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -9,12 +10,13 @@ def hold(path: Path, who: str) -> TextIO | None:
     """Take a lock, until the file returned is closed; None where another process has it.
 
     Args:
-        path: of the lock file; it is made, and stays.
+        path: of the lock file; it is made, and stays where it could be taken.
         who: what `holder` tells others.
 
     Raises:
         OSError: the file cannot be made or locked.
     """
+    made = not path.exists()
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -25,7 +27,10 @@ def hold(path: Path, who: str) -> TextIO | None:
         file.close()
         return None
     except OSError:
-        file.close()
+        if made:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # what was to be written is tried once more
+            file.close()
         raise
     return file
 

@@ -13,6 +13,7 @@ what is `repr=False` is a secret: text that no message repeats.
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import types
 import typing
@@ -146,7 +147,7 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
             near = difflib.get_close_matches(str(value), arguments, n=1)
             hint_text = f"; did you mean {near[0]!r}?" if near else ""
             choices = ", ".join(map(repr, arguments))
-            raise error(f"{where}: expected one of {choices}, got {value!r}{hint_text}")
+            raise error(f"{where}: expected one of {choices}, got {_shown(value)}{hint_text}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
@@ -166,7 +167,7 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
         return float(value)
     if hint in (bool, int, float, str, bytes, types.NoneType) and type(value) is hint:
         return value
-    raise error(f"{where}: expected {_named(wanted)}, got {type(value).__name__} {value!r:.60}")
+    raise error(f"{where}: expected {_named(wanted)}, got {type(value).__name__} {_shown(value)}")
 
 
 def _named(hint: Any) -> str:
@@ -177,6 +178,11 @@ def _named(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list of {_named(typing.get_args(hint)[0])}"
     return getattr(hint, "__name__", str(hint))
+
+
+def _shown(value: object) -> str:
+    """A value in a message; what stands before an @ in a URL may be a password."""
+    return re.sub(r"//.*(@|%40)", r"//***\1", repr(value), flags=re.DOTALL)[:60]
 
 
 def _member(hint: Any, value: object) -> Any:

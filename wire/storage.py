@@ -51,9 +51,9 @@ def at(path: Path) -> Iterator[None]:
 def told(fault: OSError | sqlite3.Error, path: Path) -> StorageError:
     """The error to raise in place of a fault that was met at `path`."""
     if isinstance(fault, OSError):
-        if fault.errno in _FULL:
-            return _full(path, quota=fault.errno == errno.EDQUOT)
         place = Path(os.fsdecode(fault.filename)) if fault.filename else path
+        if fault.errno in _FULL:
+            return _full(place, quota=fault.errno == errno.EDQUOT)
         return _unwritable(place, fault.strerror or str(fault))
     code = getattr(fault, "sqlite_errorcode", 0) & _CODES
     if code == sqlite3.SQLITE_FULL:
@@ -69,11 +69,30 @@ def told(fault: OSError | sqlite3.Error, path: Path) -> StorageError:
     return _unwritable(path, str(fault))
 
 
-def write(path: Path, content: bytes) -> None:
+def create(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a new file, whole or not at all.
+
+    Raises:
+        FileExistsError: it is there already.
+        StalledError: the disk is full.
+        StorageError: it cannot be written there.
+    """
+    with at(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def write(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a file so that it is whole or as it was before, after a power cut too."""
     partial = path.with_name(f"{path.name}.new")
     try:
-        with partial.open("wb") as file:
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -192,6 +211,11 @@ class Patience:
         if last:
             log.info("the disk takes what was waiting; going on")
             self._say("")
+
+
+def full(path: Path) -> StalledError | None:
+    """The error to raise if the disk that a path lies on has next to no room."""
+    return _full(path) if _free(path) < LITTLE else None
 
 
 def _full(path: Path, *, quota: bool = False) -> StalledError:

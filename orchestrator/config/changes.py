@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 # A table stands for all its keys. Held-out images may move: `prepare` looks at what they are.
 FREE = (
     "name", "runs", "heldout", "heldout_limit", "admission", "chunk_bytes", "transfer_chunks",
-    "max_upload_bytes", "broker", "cohort", "release",
+    "retry_s", "max_upload_bytes", "broker", "cohort", "release",
     "server.torch_device", "server.compile", "server.eval_batch",
 )  # fmt: skip
 

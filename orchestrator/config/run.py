@@ -1,5 +1,6 @@
 """A whole run."""
 
+import math
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunConfig:
         seed: of initial weights, shuffling, augmentation and stochastic rounding.
         chunk_bytes: size of the pieces that devices pull.
         transfer_chunks: chunks on their way up at once, all devices together.
+        retry_s: a chunk that has not come up after so long is asked for again.
         max_upload_bytes: a payload above this is refused.
     """
 
@@ -55,6 +57,7 @@ class RunConfig:
     seed: int = 0
     chunk_bytes: int = 128 * 1024
     transfer_chunks: int = 32
+    retry_s: float = 15.0
     max_upload_bytes: int = 1 << 34
     broker: BrokerConfig = field(default_factory=BrokerConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
@@ -76,6 +79,8 @@ class RunConfig:
             )
         if not 1024 <= self.chunk_bytes <= 1 << 19:
             raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
+        if not 0 < self.retry_s < math.inf:
+            raise ValueError(f"retry_s: expected over 0, got {self.retry_s}")
         self._check_heldout()
         self._check_strategy()
 

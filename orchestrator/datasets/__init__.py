@@ -159,6 +159,10 @@ def _file(device: int) -> str:
 
 def _write(path: Path, images: Images) -> Shard:
     # numpy dates every member of the archive 1980-01-01: the bytes depend on the arrays alone.
-    np.savez_compressed(path, x=images.x, y=images.y, classes=np.array(images.classes))
+    try:
+        np.savez_compressed(path, x=images.x, y=images.y, classes=np.array(images.classes))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
     return Shard(path.name, len(images.y), images.counts(), sha)

@@ -18,11 +18,12 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
-from wire import locks, messages, topics
+from wire import locks, messages, storage, topics
 from wire.errors import RunError, WireError
 from wire.messages import Hello
+from wire.storage import Patience
 
 log = logging.getLogger("orchestrator")
 
@@ -130,18 +131,27 @@ def lock_file(runs: Path, fleet: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(runs: Path, fleet: str, run: str) -> Iterator[None]:
-    """Hold a fleet against other runs of the same folder `runs`.
+def locked(runs: Path, fleet: str, run: str, patience: Patience) -> Iterator[None]:
+    """Hold a fleet against other runs of the same folder `runs`; a full disk is waited for.
 
     Raises:
         RunError: another run has the fleet, or this one is running already.
+        StorageError: the folder cannot be written.
     """
-    path = lock_file(runs, fleet)
+    path, made = lock_file(runs, fleet), not runs.exists()
+
+    def hold() -> TextIO | None:
+        with storage.at(path):
+            runs.mkdir(parents=True, exist_ok=True)
+            return locks.hold(path, run)
+
     try:
-        runs.mkdir(parents=True, exist_ok=True)
-        lock = locks.hold(path, run)
-    except OSError as fault:
-        raise RunError(f"{path}: cannot be locked: {fault.strerror}") from fault
+        lock = patience.attempt(hold)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                runs.rmdir()
+        raise
     if lock is None:
         holder = locks.holder(path)
         if holder == run:

@@ -9,6 +9,7 @@ A device is believed by the key of its first measurement (trust on first use): t
 speaks, the key that it is still the one who spoke first. Of each device the last `KEEP` are kept.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -324,5 +325,10 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 def _replace(path: Path, content: bytes) -> None:
     """Replace a file, whole or not at all."""
     partial = path.with_name(f"{path.name}.new")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise

@@ -5,13 +5,12 @@ the broker asks for. Passwords are 32 random bytes, never chosen by people.
 """
 
 import json
-import os
 import secrets
 import socket
 from pathlib import Path
 
 from orchestrator.config import BrokerConfig
-from wire import address, topics
+from wire import address, storage, topics
 from wire.errors import RunError, SettingsError
 
 ORCHESTRATOR = "orchestrator"
@@ -131,11 +130,6 @@ def path(runs: Path, fleet: str) -> Path:
 
 
 def _write(path: Path, known: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".new")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "w") as file:
-        json.dump(known, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with storage.at(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.write(path, json.dumps(known, indent=1).encode(), 0o600)

@@ -2,14 +2,18 @@
 
 import contextlib
 import os
+import shutil
 import sqlite3
 from dataclasses import replace
 
 import pytest
 
+from edge_agent.agent import Agent
+from edge_agent.config import AgentConfig
 from edge_agent.journal import Journal
 from tests.conftest import Disk
 from wire import storage
+from wire.address import BrokerAddress
 from wire.blobs import BlobStore, Fetch
 from wire.errors import StalledError, StorageError
 from wire.messages import BlobRef, Order, Result
@@ -73,6 +77,26 @@ def test_a_journal_that_is_damaged_while_it_is_open_goes_on_with_what_is_asked(t
         path.write_text("not a journal at all\n" * 1000)
         journal.finish(ORDER, RESULT, None)
         assert journal.latest() == (ORDER, RESULT, False)
+
+
+@pytest.mark.parametrize("journal", ["new", "old"])
+def test_an_agent_that_finds_the_disk_full_anywhere_lets_go_of_its_folder(disk, digits, journal):
+    """Room for the lock, for the journal's files, for its schema, ...: each time a page more."""
+    address = BrokerAddress("mqtt://127.0.0.1:9")
+    config = AgentConfig("pi", "fleet", digits / "device-0.npz", disk.path / "state", address)
+    Agent(config)._folder.close()
+    met = []
+    for pages in range(32):
+        if journal == "new":
+            shutil.rmtree(config.state)
+        disk.fill(leave=4096 * pages)
+        try:
+            Agent(config)._folder.close()
+        except StalledError as fault:
+            met.append(fault)  # with its traceback: nothing is left to the collector
+        disk.make_room()
+        Agent(config)._folder.close()
+    assert met
 
 
 def test_no_more_than_some_damaged_journals_are_kept(tmp_path):

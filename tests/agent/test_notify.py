@@ -54,6 +54,20 @@ def test_the_watchdog_is_fed_twice_in_its_time(systemd, monkeypatch):
     assert fed == ["WATCHDOG=1", "WATCHDOG=1"]
 
 
+def test_the_watchdog_waits_while_images_are_read(systemd):
+    path, heard = systemd
+    notifier = Notifier({"NOTIFY_SOCKET": path, "WATCHDOG_USEC": "10000000"})
+    with notifier.busy():
+        assert heard() == "WATCHDOG_USEC=1800000000\nWATCHDOG=1"
+    assert heard() == "WATCHDOG_USEC=10000000\nWATCHDOG=1"
+
+
+def test_a_text_of_several_lines_is_one_status(systemd):
+    path, heard = systemd
+    Notifier({"NOTIFY_SOCKET": path}).status("the disk at /a\nMAINPID=1 is full")
+    assert heard() == "STATUS=the disk at /a MAINPID=1 is full"
+
+
 @pytest.mark.parametrize(
     "environment", [{}, {"WATCHDOG_USEC": "10"}, {"NOTIFY_SOCKET": "/nowhere/notify"}]
 )

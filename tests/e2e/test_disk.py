@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.main import NO_DISK
 from tests.conftest import Disk, Processes
 from tests.e2e.test_bad_input import command
 from tests.e2e.test_run import Fleet, check_every_round_counts_each_device_once
@@ -123,12 +124,13 @@ def test_a_read_only_or_shared_place_ends_with_one_line(
     processes.wait_for("agent-0", lambda: "connected" in processes.log("agent-0"))
     agent = ("edge_agent.main", "run", "--config", "agent-0.toml")
     code, error = command(fleet.folder, *agent)
-    assert (code, error.count("\n")) == (2, 1)
+    assert (code, error.count("\n")) == (NO_DISK, 1)
     assert f"in use by process {processes.running['agent-0'].pid} " in error
     processes.running["agent-0"].terminate()
     assert processes.running["agent-0"].wait(20) == 0
     disk.read_only()
-    for arguments in (agent, ("orchestrator.main", "start", "--config", "run.toml")):
+    start = ("orchestrator.main", "start", "--config", "run.toml")
+    for arguments, expected in ((agent, NO_DISK), (start, 2)):
         code, error = command(fleet.folder, *arguments)
-        assert code == 2
+        assert code == expected
         assert error.splitlines()[-1].count("the file system is read-only; mount it") == 1

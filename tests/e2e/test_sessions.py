@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from edge_agent.main import NO_DISK
 from tests.e2e.test_run import Fleet, check_every_round_counts_each_device_once
 
 
@@ -78,8 +79,8 @@ def test_a_second_agent_in_one_state_folder_is_refused(processes, digits):
     text = (fleet.folder / "agent-1.toml").read_text().replace("state-1", "state-0")
     (fleet.folder / "agent-1.toml").write_text(text)
     fleet.agent(1)
-    assert processes.running["agent-1"].wait(240) == 2
-    assert "state-0 is in use by process" in processes.log("agent-1")
+    assert processes.running["agent-1"].wait(240) == NO_DISK
+    assert f"{fleet.folder}/state-0 is in use by process" in processes.log("agent-1")
     assert f"process {processes.running['agent-0'].pid}" in processes.log("agent-1")
 
 

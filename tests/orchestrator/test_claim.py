@@ -6,6 +6,7 @@ from orchestrator.fleet import claim
 from orchestrator.fleet.claim import ANSWER_S, CHANNEL, Claim, Say
 from wire.errors import RunError
 from wire.messages import Hello
+from wire.storage import Patience
 
 FIRST, SECOND = Hello("100", "first.0a"), Hello("200", "second.0b")
 
@@ -93,15 +94,15 @@ def test_of_two_that_have_it_after_an_outage_the_later_one_ends(order):
 
 def test_a_lock_says_on_one_machine_who_has_the_fleet(tmp_path):
     runs = tmp_path / "runs"
-    with claim.locked(runs, "home", "first"):
+    with claim.locked(runs, "home", "first", Patience()):
         with (
             pytest.raises(RunError, match="in use by run 'first'"),
-            claim.locked(runs, "home", "second"),
+            claim.locked(runs, "home", "second", Patience()),
         ):
             pass
         with pytest.raises(RunError, match="run 'first' of fleet 'home' is running already"):
-            claim.locked(runs, "home", "first").__enter__()
-        with claim.locked(runs, "barn", "second"):
+            claim.locked(runs, "home", "first", Patience()).__enter__()
+        with claim.locked(runs, "barn", "second", Patience()):
             pass
-    with claim.locked(runs, "home", "second"):
+    with claim.locked(runs, "home", "second", Patience()):
         pass

@@ -9,7 +9,8 @@ import pytest
 from orchestrator import config, main
 from orchestrator.config import BrokerConfig
 from orchestrator.fleet import enrolment
-from wire.errors import RunError, SettingsError, StillhouseError
+from tests.conftest import Disk
+from wire.errors import RunError, SettingsError, StalledError, StillhouseError
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - it is not bound
 LOOPBACK = "listens on 127.0.0.1, for this machine only"
@@ -140,3 +141,20 @@ def test_a_damaged_list_of_a_fleet_is_told_with_its_file(tmp_path, text):
     (tmp_path / "fleet-home.json").write_text(text)
     with pytest.raises(RunError, match="fleet-home"):
         enrolment.users(tmp_path, "home")
+
+
+@pytest.mark.parametrize("pages", [0, 1])
+def test_on_a_full_disk_nothing_is_left_in_the_way_of_the_next_try(disk: Disk, capsys, pages):
+    path = disk.path / "run.toml"
+    commands = [
+        ["init", str(disk.path)],
+        ["enroll", "pi", "--config", str(path), "--out", str(disk.path / "pi.toml")],
+    ]
+    for arguments in commands:
+        disk.fill(leave=0 if arguments[0] == "init" else 4096 * pages)
+        with pytest.raises(StalledError, match=f"the disk is full at {disk.path}/"):
+            main.app(arguments, standalone_mode=False)
+        disk.make_room()
+        assert not list(disk.path.rglob("*.new"))
+        main.app(arguments, standalone_mode=False)
+    assert "pi.toml written" in capsys.readouterr().out

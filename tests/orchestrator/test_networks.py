@@ -292,3 +292,10 @@ def test_ranks_build_the_server_by_its_name(run):
     config = run()
     assert Path(config.server.model.partition("/./")[0]) == config.folder.parents[1]
     assert models.build(config.server.model, classes=3, input_shape=(6, 8, 8))[3].out_features == 3
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"nets.py:Small": 1}'])
+def test_a_damaged_list_of_sources_is_named(tmp_path, content):
+    (tmp_path / networks.FILE).write_text(content)
+    with pytest.raises(RunError, match=r"sources.json is damaged .* restore it"):
+        networks.claim(tmp_path, {"nets.py:Small": {"nets.py": "ab"}})

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from orchestrator import broker, launch, prepare, simulate
 from orchestrator.config import BrokerConfig, DeviceConfig, RunConfig, ServerConfig, changes
 from orchestrator.fleet import claim, enrolment
 from orchestrator.store import Store
-from wire import records
+from tests.conftest import Disk
+from wire import records, stopping
 from wire.address import BrokerAddress
 from wire.errors import ExportError, RunError, StillhouseError
 
@@ -111,6 +113,45 @@ def test_a_broker_that_was_started_goes_where_the_fleet_was_there_before(
     with pytest.raises(ExportError):
         launch.run(config)
     assert everything(tmp_path).keys() == before
+
+
+class Room(threading.Event):
+    """In place of the wait for a signal: there is room when it is waited for."""
+
+    def __init__(self, disk: Disk) -> None:
+        super().__init__()
+        self.disk, self.waits = disk, 0
+
+    def wait(self, _timeout: float | None = None) -> bool:
+        self.disk.make_room()
+        self.waits += 1
+        return False
+
+
+class ReadyError(StillhouseError):
+    """All is there for the first network to be compiled."""
+
+
+@pytest.mark.parametrize("pages", [0, 8, 12, *range(16, 44, 2)])
+def test_a_disk_that_is_full_at_any_moment_of_a_start_is_waited_for(
+    config, disk, monkeypatch, pages
+):
+    if broker.find() is None:
+        pytest.skip("mosquitto is not installed: sudo apt install mosquitto")
+
+    def ready(*_: object) -> None:
+        raise ReadyError
+
+    room = Room(disk)
+    monkeypatch.setattr(stopping, "asked", room)
+    monkeypatch.setattr(launch, "prepare_variants", ready)
+    disk.fill(leave=4096 * pages)
+    with pytest.raises(ReadyError):
+        launch.run(
+            replace(config, runs=disk.path / "runs", broker=BrokerConfig("mosquitto", port=0))
+        )
+    assert room.waits or pages > 36
+    assert not (disk.path / "runs").exists()
 
 
 def test_a_broker_that_refuses_the_orchestrator_leaves_nothing(config, tmp_path):

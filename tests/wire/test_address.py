@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.config import BrokerConfig
 from wire import address, records
 from wire.address import BrokerAddress, Endpoint
 from wire.errors import SettingsError
@@ -18,10 +19,11 @@ from wire.errors import SettingsError
         ("mqtt://broker", Endpoint("mqtt", "broker", 1883)),
         ("mqtts://broker", Endpoint("mqtts", "broker", 8883)),
         ("MQTTS://Broker.Example:8884", Endpoint("mqtts", "broker.example", 8884)),
-        ("Mqtt://broker.local./", Endpoint("mqtt", "broker.local.", 1883)),
+        ("Mqtt://broker.local./", Endpoint("mqtt", "broker.local", 1883)),
         ("mqtt://my_broker:01883", Endpoint("mqtt", "my_broker", 1883)),
         ("mqtt://192.168.0.7:65535", Endpoint("mqtt", "192.168.0.7", 65535)),
         ("mqtts://[FE80::0001%eth0]", Endpoint("mqtts", "fe80::1%eth0", 8883)),
+        ("mqtts://[fe80::1%25eth0]:1", Endpoint("mqtts", "fe80::1%eth0", 1)),
         ("mqtt://[::1]:1", Endpoint("mqtt", "::1", 1)),
     ],
 )
@@ -81,7 +83,9 @@ def test_a_url_is_read_once_into_scheme_host_and_port(url, expected):
         ("mqtt://broker:+1883", "port '+1883'"),
         ("mqtt://broker:1_883", "port '1_883'"),
         ("mqtt://broker:" + "9" * 5000, "expected a number"),
-        ("mqtt://broker:port", "port 'port'"),
+        ("mqtt://broker:port", "port: expected a number"),
+        ("mqtt://[fe80::1%a:b]", "expected an IPv6 address in the brackets"),
+        ("mqtt://[fe80::1%]", "expected an IPv6 address in the brackets"),
         ("mqtt://broker:18:83", "there is one ':', before the port"),
         ("mqtt://broker/fleet", "nothing after the host and port"),
         ("mqtt://broker//", "nothing after the host and port"),
@@ -109,6 +113,12 @@ def test_a_url_that_is_none_is_refused_with_what_to_write(url, text):
         "user:tops3cret@broker",
         "mqtt://user:\ntops3cret@broker",
         "http://user:tops3cret@broker",
+        "mqtt://user:tops3cret%40broker",
+        "mqtt://user:tops3cret\uff20broker",
+        "mqtt://user:tops3cret",
+        "mqtts://user:1883:tops3cret",
+        "mqtt://[::1]:tops3cret",
+        "user:tops3cret",
         "mqtt://broker?password=tops3cret",
         "mqtt://broker/#tops3cret",
     ],
@@ -128,6 +138,20 @@ def test_a_password_is_in_no_repr_and_no_error():
             records.build(BrokerAddress, table, where="agent.toml", error=SettingsError)
         assert "tops3cret" not in str(caught.value)
         assert "734837" not in str(caught.value)
+
+
+def test_a_url_in_the_wrong_place_shows_no_password():
+    url = "mqtt://user:tops3cret@broker"
+    for cls, table in (
+        (BrokerAddress, {"url": [url]}),
+        (BrokerConfig, {"kind": url}),
+        (BrokerConfig, {"host": url}),
+        (BrokerConfig, {"port": url}),
+        (BrokerConfig, {"host": "user:tops3cret"}),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            records.build(cls, table, where="x.toml", error=SettingsError)
+        assert "tops3cret" not in str(caught.value)
 
 
 def test_what_is_read_from_the_url_is_no_setting():
