@@ -106,7 +106,13 @@ def instead(say: Callable[[], str], stop: Callable[[], None] | None = None) -> I
     Args:
         say: what is kept and how to go on; called in another thread.
         stop: called in the main thread, in the midst of anything. None: `Interrupted` is raised.
+
+    Raises:
+        Interrupted: a first signal came before, and the work went on: a library swallowed what was
+            raised, or another block ended as its work was done.
     """
+    if asked.is_set():
+        raise Interrupted
     _instead.append(_Instead(say, stop))
     try:
         yield

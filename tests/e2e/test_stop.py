@@ -39,6 +39,33 @@ def interrupted(folder: Path, when: str, *arguments: str, times: int = 1) -> tup
     return process.returncode, said + rest
 
 
+SWALLOWED = """
+import signal, sys
+from wire import stopping
+
+def work():
+    try:
+        signal.raise_signal(signal.SIGINT)
+        while True:
+            pass
+    except BaseException:
+        print("swallowed", flush=True)
+    with stopping.instead(lambda: "", lambda: None):
+        print("went on", flush=True)
+
+stopping.listen()
+sys.exit(stopping.run(work))
+"""
+
+
+def test_a_ctrl_c_that_a_library_swallows_is_not_lost(tmp_path):
+    (tmp_path / "swallows.py").write_text(SWALLOWED)
+    code, said = interrupted(tmp_path, "swallowed", "swallows", times=0)
+    assert code == 130
+    assert "stopping" in said
+    assert "went on" not in said
+
+
 def test_a_program_that_is_being_imported_ends_at_once(tmp_path):
     for module in ("orchestrator.main", "edge_agent.main", "tools.export", "orchestrator.datasets"):
         # -v says what is imported: the first of ours after the signals are heard.
