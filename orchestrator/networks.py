@@ -85,14 +85,14 @@ def unchanged(folder: Path, config: RunConfig) -> None:
 
 def _compare(path: Path, sources: Sources) -> None:
     try:
-        before: Sources = json.loads(path.read_text())
-        if not all(isinstance(files, dict) for files in before.values()):
-            raise ValueError("expected a table of tables")
-    except (ValueError, AttributeError) as fault:
+        before = json.loads(path.read_text())
+    except ValueError:
+        before = None
+    if not isinstance(before, dict) or not all(isinstance(f, dict) for f in before.values()):
         raise RunError(
-            f"{path} is damaged ({fault}); restore it. If the networks are those that the run was "
-            "begun with, remove it"
-        ) from fault
+            f"{path} is damaged: expected a table of digests for each network; restore it. If the "
+            "networks are those that the run was begun with, remove it"
+        )
     for name, files in sources.items():
         known = before.get(name, {})
         changed = sorted(file for file in files if known.get(file, files[file]) != files[file])
