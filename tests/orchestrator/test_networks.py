@@ -297,5 +297,5 @@ def test_ranks_build_the_server_by_its_name(run):
 @pytest.mark.parametrize("content", ["", "[]", '{"nets.py:Small": 1}'])
 def test_a_damaged_list_of_sources_is_named(tmp_path, content):
     (tmp_path / networks.FILE).write_text(content)
-    with pytest.raises(RunError, match=r"sources.json is damaged .* restore it"):
+    with pytest.raises(RunError, match=r"sources.json is damaged.* restore it"):
         networks.claim(tmp_path, {"nets.py:Small": {"nets.py": "ab"}})
