@@ -267,6 +267,7 @@ class Coordinator:
 
     def _turn_away(self, device: str) -> None:
         """A device whose birth is refused gets no order, and the one that it has counts no more."""
+        self.report.turned_away(device, self._roster.refused[device])
         if session := self._rounds.live.get(device):
             self._apply(rounds.died(self._rounds, device, session))
         with self._giving_up(device):

@@ -30,6 +30,7 @@ WRITE_S = 0.5
 SAID_S = 5.0  # between two lines of the log on who is awaited
 NEWEST = 5  # rounds that the time left is reckoned by
 NAMED = 8  # devices that a line names
+REFUSED = 100  # devices that may not take part and are shown; a stranger can have any name
 
 
 class Report:
@@ -59,6 +60,7 @@ class Report:
         self._state = State(config.rounds, config.seed)
         self._work = ("", 0, 0)
         self._faults: dict[str, str] = {}
+        self._refused: dict[str, str] = {}  # devices that may not take part, and why
         self._awaited = ""
         self._said = "", -math.inf
         self._opened_at: float | None = None
@@ -84,6 +86,12 @@ class Report:
     def born(self, device: str, birth: Birth) -> None:
         """A device is there."""
         self._births[device] = birth
+        self._refused.pop(device, None)
+
+    def turned_away(self, device: str, reason: str) -> None:
+        """A device is there and may not take part."""
+        if device in self._refused or len(self._refused) < REFUSED:
+            self._refused[device] = reason
 
     def telemetry(self, device: str, message: Telemetry) -> None:
         """A device told how far it is."""
@@ -161,7 +169,9 @@ class Report:
         with self._lock:
             work = self._work
         state = self._state
-        names = sorted({*state.live, *state.cohort, *self._telemetry, *self._enrolled})
+        names = sorted(
+            {*state.live, *state.cohort, *self._telemetry, *self._enrolled, *self._refused}
+        )
         left_s, left_by = self._left()
         return {
             "run": self._config.name,
@@ -235,7 +245,9 @@ class Report:
 
     def _device(self, name: str) -> dict[str, Any]:
         state, last, birth = self._state, self._telemetry.get(name), self._births.get(name)
-        if name in state.returned:
+        if name in self._refused:
+            stand = "refused"
+        elif name in state.returned:
             stand = "returned"
         elif name in state.failed:
             stand = "failed"
@@ -244,7 +256,7 @@ class Report:
         else:
             stand = "waiting"
         return {
-            "live": name in state.live,
+            "live": name in state.live or name in self._refused,
             "stand": stand,
             "done": last.done if last else 0,
             "total": last.total if last else 0,
@@ -253,7 +265,7 @@ class Report:
             "bytes_down": self._down[name],
             "package": birth.package.version if birth and birth.package else "",
             "update": birth.update if birth else "",
-            "fault": self._faults.get(name, ""),
+            "fault": self._refused.get(name) or self._faults.get(name, ""),
         }
 
 

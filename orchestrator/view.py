@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from orchestrator.report import Report
 
 # What a device does, in the order in which a person should look at it.
-STANDS = ("failed", "ordered", "fetch", "train", "extract", "send", "away", "waiting", "returned",
-          "idle")  # fmt: skip
+STANDS = ("failed", "refused", "ordered", "fetch", "train", "extract", "send", "away", "waiting",
+          "returned", "idle")  # fmt: skip
 NEWEST = 5  # rounds that a live view shows
 LOG_LINES = 4  # of the terminal, that a live view leaves to the log
 ROOMY = 18  # lines of a view in which texts may take two
@@ -109,7 +109,8 @@ def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None
     lines += _wrapped(summary(devices) if devices else "", width, deep)
     faults = {name: device["fault"] for name, device in devices.items() if device.get("fault")}
     for name in sorted(faults)[: None if height is None else deep]:
-        lines += _wrapped(logs.clean(f"{name} failed: {faults[name]}"), width, deep, "red")
+        what = "refused" if devices[name]["stand"] == "refused" else "failed"
+        lines += _wrapped(logs.clean(f"{name} {what}: {faults[name]}"), width, deep, "red")
     shown = sorted(devices)
     if height is not None:
         # Each table has a blank line and a header; devices take what rounds leave.
@@ -184,7 +185,7 @@ def _table(title: str, devices: Mapping[str, Mapping[str, Any]], width: int) -> 
         working = device["live"] and device["stand"] in WORKING
         table.add_row(
             Text(short(name, most), style="" if device["live"] else "dim"),
-            Text(stand(device), style="red" if stand(device) == "failed" else ""),
+            Text(stand(device), style="red" if stand(device) in ("failed", "refused") else ""),
             ProgressBar(device["total"] or 1, device["done"]) if working else "",
             *(size(device[key]) for _, key in sizes),
         )

@@ -449,6 +449,9 @@ def test_a_device_with_a_misspelt_class_is_refused_until_mended_and_one_may_lack
     said = "refused: device 'device-2': a class"
     processes.wait_for("the second", lambda: processes.log("run").count(said) == 2)
     assert processes.log("agent-2").count("refuses this device") == 1, "the log says it once"
+    processes.wait_for("it is shown", lambda: "device-2" in fleet.status()["devices"])
+    assert fleet.status()["devices"]["device-2"]["stand"] == "refused"
+    assert "'Five'" in fleet.status()["devices"]["device-2"]["fault"]
     assert fleet.status()["round"] == 0
 
     processes.kill("agent-2")

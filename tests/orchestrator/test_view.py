@@ -16,7 +16,7 @@ from orchestrator.rounds import Phase, State
 from orchestrator.store import Store, Verdict
 from wire import records
 from wire.errors import WireError
-from wire.messages import Result, Telemetry
+from wire.messages import Birth, Platform, Result, Telemetry
 
 NAMES = [f"pi-{n:02}" for n in range(40)]
 LONG = "its images are 1x28x28,\nand the run's 3x32x32; " + "name a folder of such images. " * 9
@@ -184,3 +184,14 @@ def test_a_simulated_run_says_what_it_does(report):
     assert words.progress(report.snapshot()) == (
         "round 3 of 100, server: distil 3/20, about 33 min left, by the last 2 rounds"
     )
+
+
+def test_a_device_that_is_refused_is_shown_with_the_reason_until_it_is_not(report):
+    reason = "device 'odd': a class is not known: 'Pin'"
+    report.turned_away("odd", reason)
+    shown = report.snapshot()["devices"]["odd"]
+    assert (shown["live"], shown["stand"], shown["fault"]) == (True, "refused", reason)
+    assert "1 refused" in view.summary(report.snapshot()["devices"])
+    machine = Platform("board", "aarch64", 4, 1 << 30, "3.11", "1.31")
+    report.born("odd", Birth("odd", 1, "0.1.0", 10, "ab" * 32, machine))
+    assert "odd" not in report.snapshot()["devices"]
