@@ -107,6 +107,7 @@ class Agent:
 
         Raises:
             LinkError: the broker refuses this device for good.
+        StorageError: the state folder cannot be written, or is gone.
         """
         if latest := self.journal.latest():
             order, result, receipted = latest
@@ -119,6 +120,10 @@ class Agent:
                     self._take(self._events.get(timeout=TICK_S))
                 self._tick()
                 self._systemd.alive()
+        except FileNotFoundError as fault:
+            if self._folder.here:
+                raise
+            raise storage.gone(self.config.state) from fault
         finally:
             self._systemd.stopping()
             self._worker.end(STOP_S)
@@ -210,6 +215,8 @@ class Agent:
             self._systemd.status(f"refused: {reason}")
 
     def _tick(self) -> None:
+        if not self._folder.here:  # SQLite writes on into a file that has no name any more
+            raise storage.gone(self.config.state)
         now = time.monotonic()
         self._updates.turns(now)
         if self._put_off and now >= self._again_s:

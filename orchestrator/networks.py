@@ -85,10 +85,8 @@ def unchanged(folder: Path, config: RunConfig) -> None:
 
 def _compare(path: Path, sources: Sources) -> None:
     try:
-        before: Sources = json.loads(path.read_text())
-        if not all(isinstance(files, dict) for files in before.values()):
-            raise ValueError("expected a table of tables")
-    except (ValueError, AttributeError) as fault:
+        before = {name: dict(files) for name, files in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError, TypeError) as fault:
         raise RunError(
             f"{path} is damaged ({fault}); restore it. If the networks are those that the run was "
             "begun with, remove it"
