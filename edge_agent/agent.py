@@ -40,6 +40,7 @@ from wire.messages import (
     Update,
     Want,
 )  # fmt: skip
+from wire.stopping import Interrupted
 from wire.storage import Patience
 
 log = logging.getLogger("edge-agent")
@@ -409,18 +410,22 @@ class Agent:
 
 
 def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None]) -> None:
-    """Run an agent; `install_stop` is given what to call to end it."""
-    stopped, systemd = threading.Event(), Notifier()
-    install_stop(stopped.set)
+    """Run an agent; `install_stop` is given what to call, in this thread, to end it."""
+    systemd, wait = Notifier(), threading.Event().wait
+
+    def end() -> None:
+        raise Interrupted  # images may take minutes to read, and nothing is begun
 
     def pause(seconds: float) -> bool:
         systemd.alive()
-        return stopped.wait(seconds)
+        return wait(seconds)
 
-    # Without room for the journal there is no agent, and the service is up all the same.
-    agent = Patience(systemd.ready, pause).attempt(lambda: Agent(config))
-    install_stop(agent.stop)
-    if stopped.is_set():
-        agent.stop()
+    install_stop(end)
+    try:
+        # Without room for the journal there is no agent, and the service is up all the same.
+        agent = Patience(systemd.ready, pause).attempt(lambda: Agent(config))
+        install_stop(agent.stop)
+    except Interrupted:
+        return
     gc.freeze()  # what is here stays: later collections pass it over
     agent.run()
