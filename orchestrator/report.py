@@ -120,7 +120,7 @@ class Report:
     def closed(
         self, attempt: Attempt, metrics: Mapping[str, Any], seconds: float
     ) -> dict[str, Any]:
-        """The entry of a round that was aggregated."""
+        """The entry of a round that was aggregated; `kept` counts it."""
         devices = {
             device: {
                 **(verdict.result.metrics if verdict.accepted else {}),
@@ -141,9 +141,12 @@ class Report:
             **{key: value for key, value in metrics.items() if key != "devices"},
             "devices": devices,
         }
+        return entry
+
+    def kept(self, entry: dict[str, Any]) -> None:
+        """A round's entry is in the journal."""
         self.entries.append(entry)
         self._opened_at = None
-        return entry
 
     def last_round(self) -> str:
         """A line on the round that was closed last, with the time left."""

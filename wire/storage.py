@@ -175,6 +175,11 @@ class Patience:
         self._lock = threading.Lock()
         self._stalled: set[object] = set()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something is waited for now."""
+        return bool(self._stalled)
+
     def attempt(self, work: Callable[[], T]) -> T:
         """Do `work`, as often as it takes.
 

@@ -507,7 +507,7 @@ def test_error_feedback_survives_a_simulation_that_is_stopped(config, digits, tm
 
 def test_what_cannot_be_simulated_is_refused(config, digits, tmp_path):
     plain = replace(config, name="plain", strategy="fedgkt", submodel=SubmodelConfig())
-    with pytest.raises(RunError, match="'caldas_cnn' has no feature extractor"):
+    with pytest.raises(RunError, match="caldas_cnn has no feature extractor"):
         simulate.run(plain, digits)
     with pytest.raises(RunError, match=r"expected 2 or more files device-\*.npz, found 0"):
         simulate.run(config, tmp_path)
