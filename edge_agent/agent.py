@@ -40,6 +40,7 @@ from wire.messages import (
     Update,
     Want,
 )  # fmt: skip
+from wire.stopping import Interrupted
 from wire.storage import Patience
 
 log = logging.getLogger("edge-agent")
@@ -107,6 +108,7 @@ class Agent:
 
         Raises:
             LinkError: the broker refuses this device for good.
+        StorageError: the state folder cannot be written, or is gone.
         """
         if latest := self.journal.latest():
             order, result, receipted = latest
@@ -119,6 +121,10 @@ class Agent:
                     self._take(self._events.get(timeout=TICK_S))
                 self._tick()
                 self._systemd.alive()
+        except FileNotFoundError as fault:
+            if self._folder.here:
+                raise
+            raise storage.gone(self.config.state) from fault
         finally:
             self._systemd.stopping()
             self._worker.end(STOP_S)
@@ -210,6 +216,8 @@ class Agent:
             self._systemd.status(f"refused: {reason}")
 
     def _tick(self) -> None:
+        if not self._folder.here:  # SQLite writes on into a file that has no name any more
+            raise storage.gone(self.config.state)
         now = time.monotonic()
         self._updates.turns(now)
         if self._put_off and now >= self._again_s:
@@ -402,18 +410,22 @@ class Agent:
 
 
 def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None]) -> None:
-    """Run an agent; `install_stop` is given what to call to end it."""
-    stopped, systemd = threading.Event(), Notifier()
-    install_stop(stopped.set)
+    """Run an agent; `install_stop` is given what to call, in this thread, to end it."""
+    systemd, wait = Notifier(), threading.Event().wait
+
+    def end() -> None:
+        raise Interrupted  # images may take minutes to read, and nothing is begun
 
     def pause(seconds: float) -> bool:
         systemd.alive()
-        return stopped.wait(seconds)
+        return wait(seconds)
 
-    # Without room for the journal there is no agent, and the service is up all the same.
-    agent = Patience(systemd.ready, pause).attempt(lambda: Agent(config))
-    install_stop(agent.stop)
-    if stopped.is_set():
-        agent.stop()
+    install_stop(end)
+    try:
+        # Without room for the journal there is no agent, and the service is up all the same.
+        agent = Patience(systemd.ready, pause).attempt(lambda: Agent(config))
+        install_stop(agent.stop)
+    except Interrupted:
+        return
     gc.freeze()  # what is here stays: later collections pass it over
     agent.run()

@@ -8,6 +8,7 @@ weights-*, owed-*   what the device keeps of its runs
 """
 
 import errno
+import os
 from pathlib import Path
 
 from edge_agent.journal import Journal
@@ -47,7 +48,8 @@ class Folder:
                 f"state: {path} cannot be made ({fault.strerror}); name a folder that this user "
                 "may write to, /var/lib/stillhouse/state for the packaged service"
             ) from fault
-        self._lock = storage.claim(path / "lock", "edge-agent")
+        self._lock_file = path / "lock"
+        self._lock = storage.claim(self._lock_file, "edge-agent")
         try:
             self.blobs = BlobStore(path / "blobs", chunk_bytes, patience)
             self.journal = Journal(path / "journal.db")
@@ -61,6 +63,14 @@ class Folder:
             raise
         self.kept = Kept(path, self.journal)
         self.shelf = Shelf(path / "artifacts")
+
+    @property
+    def here(self) -> bool:
+        """Whether the folder is the one that was locked: nobody has removed or replaced it."""
+        try:
+            return os.path.samestat(os.fstat(self._lock.fileno()), self._lock_file.stat())
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -84,6 +84,11 @@ def _main(arguments: list[str] | None) -> int:
         if isinstance(fault, StorageError):
             return NO_DISK
         return NO_IMAGES if isinstance(fault, DataError) else 2
+    except OSError as fault:
+        if fault.filename is None:
+            raise
+        print(f"edge-agent: {fault.filename}: {fault.strerror}", file=sys.stderr)
+        return NO_DISK
 
 
 def _do(chosen: argparse.Namespace) -> int:

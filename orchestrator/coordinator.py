@@ -173,7 +173,9 @@ class Coordinator:
         state, attempt = self._rounds, self._attempt
         done = len(attempt.verdicts) if attempt else 0
         more = f"{done} results of round {state.round}" if done else "no result of the next"
-        if state.phase is Phase.AGGREGATING:
+        if self.store.patience.waiting:
+            more += "; what the disk had no room for is done again"
+        elif state.phase is Phase.AGGREGATING:
             more += ", which is aggregated first. Ended before that, it is aggregated again"
         return said(self.report, more, self._again)
 
@@ -432,6 +434,7 @@ class Coordinator:
         entry = self.report.closed(self._attempt, metrics, seconds)
         needed = self._late | referred(self._carried.values())
         self.store.close_round(self._attempt, state, entry, needed)
+        self.report.kept(entry)
         self._state, self._attempt = state, None
         log.info("%s", self.report.last_round())
         if self._stopped:

@@ -393,6 +393,11 @@ def _main() -> int:
     except StillhouseError as fault:
         print(f"orchestrator: {fault}", file=sys.stderr)
         return 2
+    except OSError as fault:
+        if fault.filename is None:
+            raise
+        print(f"orchestrator: {fault.filename}: {fault.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -122,6 +122,8 @@ def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterat
         except BaseException as fault:
             if store.discard():
                 _remove(made, config)
+            if isinstance(fault, FileNotFoundError) and not config.folder.exists():
+                raise storage.gone(config.folder) from fault
             if isinstance(fault, DamagedError):
                 raise RunError(
                     f"{fault}; start again: the journal is set aside then, and the run goes on "

@@ -128,7 +128,7 @@ class Report:
     def closed(
         self, attempt: Attempt, metrics: Mapping[str, Any], seconds: float
     ) -> dict[str, Any]:
-        """The entry of a round that was aggregated."""
+        """The entry of a round that was aggregated; `kept` counts it."""
         devices = {
             device: {
                 **(verdict.result.metrics if verdict.accepted else {}),
@@ -142,16 +142,18 @@ class Report:
         }
         for device, more in metrics.get("devices", {}).items():
             devices.setdefault(device, {}).update(more)
-        entry = {
+        return {
             "round": attempt.round,
             "seconds": seconds,
             "cohort": sorted(attempt.orders),
             **{key: value for key, value in metrics.items() if key != "devices"},
             "devices": devices,
         }
+
+    def kept(self, entry: dict[str, Any]) -> None:
+        """A round's entry is in the journal."""
         self.entries.append(entry)
         self._opened_at = None
-        return entry
 
     def last_round(self) -> str:
         """A line on the round that was closed last, with the time left."""

@@ -238,6 +238,7 @@ class _Simulation:
             entry = report.closed(attempt, metrics, time.monotonic() - began)
             carried = self._carried(attempt)
             store.close_round(attempt, state, entry, referred(carried.values()))
+            report.kept(entry)
             log.info("%s", report.last_round())
             changed(report)
         report.rounds(

@@ -30,7 +30,7 @@ from orchestrator.journal import Attempt, Journal, Verdict
 from orchestrator.strategies.strategy import State
 from wire import locks, records, stopping, storage
 from wire.blobs import BlobStore
-from wire.errors import RunError, StorageError
+from wire.errors import RunError
 from wire.messages import Order
 from wire.names import written
 from wire.storage import Patience
@@ -56,7 +56,7 @@ class Store(Journal):
         devices: what does its orders: agents, or devices simulated with certain data.
 
     Attributes:
-        made: whether the folder was not there before.
+        made: whether the folder was not there before, and no round was opened yet.
 
     Raises:
         RunError: the folder belongs to another configuration or to other devices, is in use, or is
@@ -103,7 +103,9 @@ class Store(Journal):
 
     def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
         """Note a round's orders before they are sent; waits while the disk is full."""
-        return self.patience.attempt(lambda: super(Store, self).begin(round_, orders))
+        attempt = self.patience.attempt(lambda: super(Store, self).begin(round_, orders))
+        self.made = False
+        return attempt
 
     def close_round(
         self,
@@ -166,8 +168,6 @@ class Store(Journal):
 
     def discard(self) -> bool:
         """Let go of the run; if this start made it and no round began, leave nothing of it."""
-        with contextlib.suppress(StorageError):
-            self.made = self.made and self.last_attempt() is None
         super().close()
         self._let_go()
         return self.made

@@ -24,6 +24,8 @@ RETRY_S = 5.0
 LITTLE = 64 * 1024  # bytes; SQLite tells some full disks as an I/O error
 SET_ASIDE = 3  # damaged journals that are kept; a card that fails again and again fills no disk
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_DISK = {*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO, errno.ENODEV,
+         errno.ESTALE}  # fmt: skip
 _CODES = 0xFF  # SQLite's extended codes keep the kind in their lowest byte
 
 
@@ -43,7 +45,7 @@ def at(path: Path) -> Iterator[None]:
     except sqlite3.Error as fault:
         raise told(fault, path) from fault
     except OSError as fault:
-        if fault.errno not in {*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}:
+        if fault.errno not in _DISK:
             raise
         raise told(fault, path) from fault
 
@@ -173,6 +175,11 @@ class Patience:
         self._lock = threading.Lock()
         self._stalled: set[object] = set()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something is waited for now."""
+        return bool(self._stalled)
+
     def attempt(self, work: Callable[[], T]) -> T:
         """Do `work`, as often as it takes.
 
@@ -235,12 +242,22 @@ def _unwritable(path: Path, why: str) -> StorageError:
             f"{path}: the file system is read-only; mount it for writing, or name another folder. "
             "A card that became so by itself is failing: look at dmesg"
         )
+    if not path.parent.exists():
+        return gone(path.parent)
     place = path if path.exists() else path.parent
     if not os.access(place, os.R_OK | os.W_OK):
         return StorageError(
             f"{path}: this user may not write there; give it the right, or name another folder"
         )
     return StorageError(f"{path}: {why}; look at the disk (dmesg), or name another folder")
+
+
+def gone(folder: Path) -> StorageError:
+    """The error to raise where a folder is not there any more."""
+    return StorageError(
+        f"{folder} is gone: it was removed while it was in use, or its disk was taken out; start "
+        "again when that is mended"
+    )
 
 
 def _stat(path: Path) -> os.statvfs_result | None:

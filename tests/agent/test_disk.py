@@ -99,6 +99,18 @@ def test_an_agent_that_finds_the_disk_full_anywhere_lets_go_of_its_folder(disk, 
     assert met
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_state_folder_that_is_removed_under_the_agent_ends_it_with_a_word(tmp_path, digits, anew):
+    address = BrokerAddress("mqtt://127.0.0.1:9")
+    config = AgentConfig("pi", "fleet", digits / "device-0.npz", tmp_path / "state", address)
+    agent = Agent(config)
+    shutil.rmtree(config.state)
+    if anew:
+        config.state.mkdir()
+    with pytest.raises(StorageError, match=f"{config.state} is gone: it was removed while"):
+        agent.run()
+
+
 def test_no_more_than_some_damaged_journals_are_kept(tmp_path):
     path = tmp_path / "journal.db"
     for _ in range(storage.SET_ASIDE + 2):

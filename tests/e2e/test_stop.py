@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT, Processes
 from tests.e2e.test_run import Fleet, check_every_round_counts_each_device_once
@@ -108,6 +109,26 @@ def test_an_agent_that_waits_for_its_broker_ends_well(tmp_path, digits):
     code, said = interrupted(tmp_path, "cannot be reached", *run)
     assert code == 0
     assert "go on with: python -m edge_agent.main run --config agent.toml" in said
+
+
+def test_an_agent_does_not_read_all_its_photos_first(processes: Processes):
+    for name in ("bolt", "nut"):
+        folder = processes.folder / "images" / name
+        folder.mkdir(parents=True)
+        Image.effect_noise((1500, 1500), 50).save(folder / "0.jpg")
+        for n in range(1, 300):
+            os.link(folder / "0.jpg", folder / f"{n}.jpg")
+    (processes.folder / "agent.toml").write_text(
+        'device = "pi"\nfleet = "fleet"\ndata = "images"\nstate = "state"\n'
+        '[broker]\nurl = "mqtt://127.0.0.1:9"\n'
+    )
+    agent = processes.start("pi", "edge_agent.main", "run", "--config", "agent.toml")
+    lock = processes.folder / "state/lock"
+    processes.wait_for("the agent's start", lambda: lock.exists() and bool(lock.read_text()))
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(SOON_S) == 0
+    assert "stopping" in processes.log("pi")
+    assert "600 images" not in processes.log("pi")
 
 
 @pytest.mark.e2e

@@ -233,6 +233,18 @@ def test_a_damaged_journal_without_a_checkpoint_is_told_and_left(config, opened,
     assert path.read_bytes()[: len(left)] == left or damage in ("no bytes", "gone")
 
 
+def test_a_run_is_discarded_before_its_first_round_and_never_after(config):
+    store = Store(config)
+    assert store.discard()
+    assert not config.folder.exists()
+    store = Store(config)
+    store.begin(1, {"pi": order(1)})
+    for path in config.folder.glob("journal.db*"):  # its own process finds it damaged
+        path.write_bytes(b"no journal\n" * 1000)
+    assert not store.discard()
+    assert (config.folder / "run.json").exists()
+
+
 def test_a_damaged_configuration_of_a_run_is_named(config, opened):
     opened(config).close()
     (config.folder / "run.json").write_text('{"name": ')
