@@ -134,14 +134,13 @@ class Report:
         }
         for device, more in metrics.get("devices", {}).items():
             devices.setdefault(device, {}).update(more)
-        entry = {
+        return {
             "round": attempt.round,
             "seconds": seconds,
             "cohort": sorted(attempt.orders),
             **{key: value for key, value in metrics.items() if key != "devices"},
             "devices": devices,
         }
-        return entry
 
     def kept(self, entry: dict[str, Any]) -> None:
         """A round's entry is in the journal."""

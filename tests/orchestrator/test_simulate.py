@@ -770,7 +770,9 @@ def test_heldout_images_of_a_class_that_the_run_does_not_know_are_refused(config
         simulate.run(replace(config, device=device, heldout=shards / "heldout.npz"), shards)
     assert not config.folder.exists()
     few = relabelled(digits, tmp_path / "few", {"heldout": {"7": None}})
-    with pytest.raises(DataError, match=r"expected 10 classes, got 9 .* name them in run\.toml"):
+    with pytest.raises(
+        DataError, match=r"expected 10 classes, got 9 .* name them all in run\.toml"
+    ):
         simulate.run(replace(config, heldout=few / "heldout.npz"), digits)
 
 
