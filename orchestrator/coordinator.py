@@ -108,6 +108,7 @@ class Coordinator:
         self._rounds = self._restored(last)
         self._address, self._again = address, again
         self._claim = Claim(config.fleet, store.run_id, boot=str(time.time_ns()))
+        self._early: dict[str, bytes] = {}  # what came before the fleet was ours, by topic
         self._stopped = False
         self._stalled_s = -math.inf  # when the disk was last found full
         self._ticked_s = time.monotonic()
@@ -214,8 +215,11 @@ class Coordinator:
             self._say(self._claim.arrived(payload))
             return
         # Without payload: a retained message was taken from the broker, by us. Before the fleet is
-        # ours devices are not heard; they are asked anew then.
+        # ours devices are not heard; they are asked anew then, but for the measurements that the
+        # broker keeps.
         if not payload or not self._claim.held:
+            if payload and topic.endswith("/telemetry"):
+                self._early[topic] = payload
             return
         try:
             address = topics.parse(topic)
@@ -230,6 +234,10 @@ class Coordinator:
         for channel, hello, retain in all_:
             topic = topics.topic(self.config.fleet, topics.ALL, channel)
             self.link.publish(topic, messages.encode(hello), retain=retain)
+        if self._claim.held:
+            early, self._early = self._early, {}
+            for topic, payload in early.items():
+                self._arrived(topic, payload)
 
     def _received(self, device: str, message: Message, body: memoryview) -> None:
         now = time.monotonic()
