@@ -13,6 +13,7 @@ what is `repr=False` is a secret: text that no message repeats.
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -25,6 +26,7 @@ from typing import Any, Literal, TypeVar
 from wire.errors import SettingsError, StillhouseError
 
 T = TypeVar("T")
+MAX_NAME = 255  # bytes of a file's name, on nearly every file system
 
 
 def build(
@@ -91,7 +93,19 @@ def load(cls: type[T], path: Path) -> T:
         raise SettingsError(f"{path}: cannot be read: {fault.strerror}") from fault
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise SettingsError(f"{path}: not TOML: {fault}") from fault
+    if key := _nan(table):
+        raise SettingsError(f"{path}: {key}: expected a number, got nan")
     return build(cls, table, where=str(path), error=SettingsError)
+
+
+def _nan(value: object, at: str = "") -> str:
+    """The key of a value that TOML calls a number and is none: every comparison lets it pass."""
+    if isinstance(value, float) and math.isnan(value):
+        return at
+    inner = dict(enumerate(value)) if isinstance(value, list) else value
+    items = inner.items() if isinstance(inner, dict) else ()
+    found = (_nan(item, f"{at}.{key}" if at else str(key)) for key, item in items)
+    return next(filter(None, found), "")
 
 
 def plain(record: object) -> Any:
@@ -125,6 +139,12 @@ def expanded(arguments: Sequence[str]) -> list[str]:
 
 
 def _path(text: str, where: str, error: type[StillhouseError]) -> Path:
+    longest = max(len(part.encode()) for part in text.split("/"))
+    if "\0" in text or longest > MAX_NAME:
+        raise error(
+            f"{where}: expected a path of names of up to {MAX_NAME} bytes, without NUL, got "
+            f"{text!r:.60}"
+        )
     try:
         return Path(text).expanduser()
     except RuntimeError:

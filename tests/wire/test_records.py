@@ -51,3 +51,17 @@ def test_arguments_are_expanded_where_shells_leave_them(home):
     given = ["run", "--config=~/agent.toml", "~/x", "--size", "a~b", "--", "-v", "--name=a=~/b"]
     expected = ["run", f"--config={home}/agent.toml", f"{home}/x", *given[3:]]
     assert records.expanded(given) == expected
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 256, "images/" + "\u00e9" * 128])
+def test_a_path_that_no_file_system_takes_is_refused(path):
+    with pytest.raises(SettingsError, match=r"agent\.toml: data: expected a path of names of up"):
+        read({"data": path})
+
+
+@pytest.mark.parametrize("text", ["retry_s = nan", "inner.x = [1, -nan]", "[[a]]\nb = nan"])
+def test_a_number_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "agent.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=r"agent\.toml: [a-z_0.1x]+: expected a number, got n"):
+        records.load(Settings, path)
