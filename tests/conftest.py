@@ -17,6 +17,9 @@ from orchestrator.broker import Broker
 
 ROOT = Path(__file__).parent.parent
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job, and inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
