@@ -6,8 +6,8 @@ Imports nothing but `wire`, numpy, onnxruntime, safetensors and (for image folde
 import sys
 from pathlib import Path
 
-# `wire` is ours: a user's package of that name, in the current folder or installed, is another.
-# Ours lie side by side, and are looked for there first.
+# Import our own `wire`, which lies beside this package, and not a user's package of that name, in
+# the current folder or installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from wire import stopping  # with wire before onnxruntime, whose reports it turns off

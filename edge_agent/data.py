@@ -108,7 +108,7 @@ class ImageSet:
         """Make sure that a model with input (C, H, W) can take these.
 
         Raises:
-            DataError: size or channels are others.
+            DataError: the images have another size or another number of channels.
         """
         height, width, channels = self.x.shape[1:]
         if (channels, height, width) != tuple(input_shape):

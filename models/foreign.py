@@ -265,7 +265,7 @@ def _at(fault: BaseException, scope: Scope) -> str:
 
 
 def _installed(factory: Callable[..., Any]) -> dict[str, str]:
-    """Of what is installed, the file that the factory stands in."""
+    """SHA-256 of the file that an installed factory stands in, by its name."""
     try:
         path = Path(inspect.getsourcefile(inspect.unwrap(factory)) or "")
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -102,7 +102,7 @@ class DeviceResNet(nn.Module):
         return self.extract(x)[1]
 
     def origins(self) -> dict[str, str]:
-        """Of each tensor that a whole ResNet has, too, its name there; it has no basic blocks."""
+        """The names in a whole ResNet of the tensors that it has too; it has no basic blocks."""
         stem = len(_stem(1))
         own = [f"extractor.{i}" for i in range(len(self.extractor))]
         own += [f"blocks.{i}" for i in range(len(self.blocks))]
@@ -136,7 +136,7 @@ class ServerResNet(nn.Module):
         return logits
 
     def origins(self) -> dict[str, str]:
-        """Of each tensor its name in the whole ResNet."""
+        """The name that each tensor has in the whole ResNet."""
         return {name: f"rest.{name}" for name in self.state_dict()}
 
 

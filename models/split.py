@@ -60,7 +60,7 @@ class SplitAt(nn.Module):
         return self.extract(x)[1]
 
     def origins(self) -> dict[str, str]:
-        """Of each tensor its name in the network that was cut."""
+        """The name that each tensor has in the network that was cut."""
         return {name: name.partition(".")[2] for name in self.state_dict()}
 
 
@@ -248,7 +248,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Shape(tuple[int, ...]):
-    """Of a tensor."""
+    """The shape of a tensor."""
 
     __slots__ = ()
 

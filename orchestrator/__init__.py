@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# `models`, `tools` and `wire` are ours: a user's packages of these names, in the current folder or
-# installed, are others. Ours lie side by side, and are looked for there first.
+# Import our own `models`, `tools` and `wire`, which lie beside this package, and not a user's
+# packages of these names, in the current folder or installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from wire import extras, stopping

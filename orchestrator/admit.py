@@ -47,7 +47,7 @@ def header(
     if result.submodel != order.submodel:
         raise AdmissionError(
             f"expected an update of sub-model {order.submodel[:12] or 'whole'}, got one of "
-            f"{result.submodel[:12] or 'whole'}; its kept units are others"
+            f"{result.submodel[:12] or 'whole'}; it keeps other units"
         )
     if set(result.blobs) != set(order.returns):
         raise AdmissionError(

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# `models` and `wire` are ours, see `orchestrator`.
+# Import our own `models` and `wire`, see `orchestrator`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from wire import stopping

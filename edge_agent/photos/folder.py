@@ -29,7 +29,7 @@ SYSTEM_FILES = ("desktop.ini", "ehthumbs.db", "thumbs.db")
 
 
 class Sizes(NamedTuple):
-    """Of a folder's pictures: how many have each (height, width); 3 channels where any has."""
+    """How many pictures of a folder have each (height, width); 3 channels if any has colour."""
 
     sizes: Counter[tuple[int, int]]
     channels: int

@@ -57,7 +57,7 @@ class Identity:
 
     @property
     def hostname(self) -> str:
-        """Of the device, as RFC 1123 has it."""
+        """The device's host name, as RFC 1123 has it."""
         return re.sub(r"[^A-Za-z0-9-]+", "-", self.device)[:63].strip("-").lower()
 
 
