@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Of `make deb`: arm64 or amd64; 3.11 is Bookworm's Python, 3.13 Trixie's.
 ARCH ?= arm64
 TARGET_PYTHON ?= 3.11
-PACKAGES := benchmarks edge_agent hardware models orchestrator tools wire tests
+PACKAGES := benchmarks edge_agent hardware models ondevice orchestrator tools wire tests
 
 .PHONY: demo test test-hardware boot-test deb lint format programs clean
 

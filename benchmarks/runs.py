@@ -1,4 +1,4 @@
-"""Many runs of `orchestrator.simulate`, settings times seeds, and what became of them.
+"""Many runs of `orchestrator.simulation.simulate`, settings times seeds, and what became of them.
 
     OUT/data-DATA-SEED/          images, dealt out once for all settings of a seed
     OUT/DATA-SETTING-SEED/       a run's folder; what was stopped goes on from it
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from orchestrator.config import RunConfig
     from orchestrator.datasets import Split
-    from orchestrator.report import Report
+    from orchestrator.display.report import Report
 
 Record = dict[str, Any]
 UNFINISHED = 3
@@ -151,12 +151,12 @@ def simulate(
         config: of the run.
         shards: the folder that the images were dealt out to.
         seconds: the round in which so many have passed is the last; None sets no limit.
-        more: for `orchestrator.simulate.run`.
+        more: for `orchestrator.simulation.simulate.run`.
 
     Raises:
         TimeIsUp: rounds are left.
     """
-    from orchestrator import simulate
+    from orchestrator.simulation import simulate
 
     began = time.monotonic()
 

@@ -13,5 +13,3 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from wire import stopping  # with wire before onnxruntime, whose reports it turns off
 
 stopping.early("edge_agent", "edge-agent")
-
-__version__ = "0.1.0"

@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from edge_agent import __version__, data, meter, rounds
-from edge_agent.config import AgentConfig
+from edge_agent import rounds
 from edge_agent.folder import Folder
 from edge_agent.notify import Notifier
 from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Supply
 from edge_agent.update.staging import Updates
-from edge_agent.work import Outcome
 from edge_agent.worker import Advanced, Ended, Worker
-from wire import classes, messages, storage, topics
+from ondevice import data, meter
+from ondevice.config import AgentConfig
+from ondevice.work import Outcome
+from wire import __version__, classes, messages, storage, topics
 from wire.errors import OrderError, StalledError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import (

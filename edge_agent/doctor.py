@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from edge_agent import config, meter
-from edge_agent.config import AgentConfig
+from ondevice import config, meter
+from ondevice.config import AgentConfig
 from wire.errors import LinkError, StillhouseError
 
 WHEELS = ("numpy", "onnxruntime", "zstandard", "safetensors", "msgpack", "paho.mqtt.client", "PIL",
@@ -190,7 +190,7 @@ def _disk(state: Path) -> Finding:
 
 
 def _images(chosen: AgentConfig) -> Iterator[Finding]:
-    from edge_agent import data
+    from ondevice import data
 
     try:
         images = data.load(chosen.data, input_shape=chosen.image, bad_share=chosen.bad_share)

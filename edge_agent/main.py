@@ -7,33 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_agent import __version__, config
-from wire import logs, records, stopping, storage
+from ondevice import config
+from wire import __version__, logs, records, stopping, storage
 from wire.errors import DataError, SettingsError, StillhouseError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 NO_IMAGES, NO_DISK = 3, 4  # exit codes
-TEMPLATE = """\
-# Configuration of one Stillhouse edge agent. Start it with: edge-agent run --config agent.toml
-
-device = "device-0"     # the name it is enrolled under (orchestrator enroll)
-fleet = "fleet"         # the fleet it belongs to
-data = "images"         # an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class
-state = "state"         # artifacts, weights and the journal; survives power cuts
-image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
-bad_share = 0.05        # damaged pictures are left out; more than this share are an error
-threads = 0             # of ONNX Runtime and numpy; 0 takes all cores
-chunk_bytes = 131072    # of the pieces that results travel in; less where the broker takes less
-release_key = ""        # updates of the package are signed by it; "" takes none
-update_minutes = 5      # that an update has until it runs, or it is rolled back
-
-[broker]
-url = "mqtt://localhost:1883"   # mqtts:// with ca_file, and cert_file and key_file for mutual TLS
-username = ""                   # with a password where the broker asks for one
-password = ""
-"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,7 +88,7 @@ def _do(chosen: argparse.Namespace) -> int:
 
 def _init(path: Path) -> int:
     try:
-        storage.create(path, TEMPLATE, 0o600)  # it will hold a password
+        storage.create(path, config.TEMPLATE, 0o600)  # it will hold a password
     except OSError as fault:
         print(f"edge-agent: {path}: {fault.strerror}; nothing was written", file=sys.stderr)
         return 2
@@ -127,7 +108,7 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
 
 
 def _predict(chosen: argparse.Namespace) -> int:
-    from edge_agent import predict
+    from ondevice import predict
 
     if chosen.config is None and len(chosen.paths) < 2:
         raise SettingsError(
@@ -136,8 +117,10 @@ def _predict(chosen: argparse.Namespace) -> int:
         )
     network: predict.Network
     if chosen.config is not None:
+        from edge_agent.own_network import OwnNetwork
+
         settings, files = config.load(chosen.config), chosen.paths
-        network = predict.Own(settings.state, threads=settings.threads)
+        network = OwnNetwork(settings.state, threads=settings.threads)
     else:
         network, files = predict.Exported(chosen.paths[0]), chosen.paths[1:]
     return predict.report(network, files, top=chosen.top, as_json=chosen.json)
@@ -160,8 +143,9 @@ def _add_measure(command: argparse.ArgumentParser) -> None:
 
 
 def _measure(chosen: argparse.Namespace) -> int:
-    from edge_agent.field import identity, roofline
+    from edge_agent.field import identity
     from edge_agent.field import measure as measuring
+    from ondevice import roofline
     from wire import measurement, signing
     from wire.artifact import open_artifact
 

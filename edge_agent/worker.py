@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from edge_agent.data import ImageSet
 from edge_agent.supply import Supply
-from edge_agent.work import Desk, Outcome, perform
+from ondevice.data import ImageSet
+from ondevice.work import Desk, Outcome, perform
 from wire.blobs import BlobStore
 from wire.errors import StillhouseError
 from wire.messages import Order

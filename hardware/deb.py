@@ -23,8 +23,7 @@ from email.utils import formatdate
 from importlib import metadata
 from pathlib import Path
 
-from edge_agent import __version__
-from wire import records, release
+from wire import __version__, records, release
 from wire.errors import StillhouseError
 from wire.release import Build
 
@@ -33,7 +32,7 @@ FILES = Path(__file__).parent / "package"
 NAME = release.NAME
 UNITS = (f"{NAME}.service", "stillhouse-update.path", "stillhouse-update.service")
 MAINTAINER = "Stillhouse <maintainers@stillhouse.example>"
-OURS = ("edge_agent", "wire")
+OURS = ("edge_agent", "ondevice", "wire")
 MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
 PYTHONS = ("3.11", "3.12", "3.13")
 # What the agent imports, and no more: ONNX Runtime asks for sympy and others for tools of its own.

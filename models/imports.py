@@ -32,7 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 
-OURS = ("benchmarks", "edge_agent", "hardware", "models", "orchestrator", "tools", "wire")
+OURS = (
+    "benchmarks", "edge_agent", "hardware", "models", "ondevice", "orchestrator", "tools", "wire",
+)  # fmt: skip
 _MARKS = ("edge_agent", "orchestrator", "wire")  # a folder with all of them holds Stillhouse
 _PREFIX = "stillhouse_own_"
 _numbers = itertools.count(1)

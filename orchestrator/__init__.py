@@ -11,5 +11,3 @@ from wire import extras, stopping
 
 stopping.early("orchestrator", "orchestrator")
 extras.check("orchestrator")
-
-__version__ = "0.1.0"

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import models
-from orchestrator import datasets, launch, networks, prepare
+from orchestrator import datasets
 from orchestrator.config import (
     BrokerConfig,
     CohortConfig,
@@ -26,8 +26,9 @@ from orchestrator.config import (
     ServerConfig,
     TransferConfig,
 )
+from orchestrator.display.report import Report
 from orchestrator.fleet import claim, enrolment
-from orchestrator.report import Report
+from orchestrator.launch import networks, prepare, start
 from wire import stopping
 from wire.address import BrokerAddress
 from wire.errors import RunError
@@ -163,19 +164,19 @@ def _play(
     names = [f"device-{number}" for number in range(plan.devices)]
     passwords = {name: enrolment.enroll(plan.runs, config.fleet, name) for name in names}
     prepare.check(config, prepare.read_heldout(config))
-    with launch.serve(config) as address, contextlib.ExitStack() as stack:
+    with start.serve(config) as address, contextlib.ExitStack() as stack:
         agents = [
             stack.enter_context(_agent(config, address, name, passwords[name])) for name in names
         ]
         for agent in agents:  # all are told to end, then each is waited for
             stack.callback(agent.terminate)
-        taught = launch.run(config, address=address, changed=changed, again="")
+        taught = start.run(config, address=address, changed=changed, again="")
         if not plan.floor:
             return taught, None
         alone = replace(
             config, name=f"{plan.name}-alone", strategy="local", transfer=TransferConfig()
         )
-        return taught, launch.run(alone, address=address, changed=changed, again="")
+        return taught, start.run(alone, address=address, changed=changed, again="")
 
 
 def _pixels(shard: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from orchestrator import __version__, config, view, words
-from wire import records, stopping, storage
+from orchestrator import config
+from orchestrator.display import view, words
+from wire import __version__, records, stopping, storage
 from wire.errors import StillhouseError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -65,7 +66,7 @@ def start(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
 ) -> None:
     """Do a run, or go on with one that was stopped."""
-    from orchestrator import launch
+    from orchestrator.launch import start
     from orchestrator.training import ranks
 
     chosen = config.load(config_file)
@@ -75,7 +76,7 @@ def start(
             group.serve()
             return
         with view.Display(console) as show:
-            report = launch.run(chosen, changed=show)
+            report = start.run(chosen, changed=show)
     console.print(view.rounds(report.entries))
     console.print()
     console.print(view.agents(report.entries))
@@ -93,7 +94,7 @@ def simulate(
     late: Annotated[float, typer.Option(help="Share of devices that miss a round's end.")] = 0.0,
 ) -> None:
     """Do a run with its devices simulated in this process, by PyTorch."""
-    from orchestrator import simulate as simulation
+    from orchestrator.simulation import simulate as simulation
     from orchestrator.training import ranks
 
     chosen = config.load(config_file)
@@ -124,7 +125,7 @@ def enroll(  # noqa: PLR0917 - typer makes options of them
     ] = "",
 ) -> None:
     """Admit a device and write its agent.toml; a running broker of ours learns it at its start."""
-    from edge_agent.main import TEMPLATE
+    from ondevice.config import TEMPLATE
     from orchestrator.fleet import enrolment
     from wire import signing
 
@@ -190,16 +191,17 @@ def devices(
     as_json: AsJson = False,
 ) -> None:
     """Show the fleet's devices, and what training costs on each; times are UTC."""
-    from orchestrator.fleet import devices as known_devices
+    from orchestrator.display import devices as display
+    from orchestrator.fleet import devices
 
     chosen = config.load(config_file)
-    found = known_devices.known(chosen.runs, chosen.fleet)
+    found = devices.known(chosen.runs, chosen.fleet)
     if markdown:
-        print(known_devices.markdown(found), end="")
+        print(display.markdown(found), end="")
     elif as_json:
-        print(json.dumps(known_devices.plain(found)))
+        print(json.dumps(display.plain(found)))
     else:
-        console.print(known_devices.table(found, console.width))
+        console.print(display.table(found, console.width))
 
 
 @app.command()
@@ -209,13 +211,14 @@ def measure_report(
     as_json: AsJson = False,
 ) -> None:
     """Write what training costs on the fleet's devices: Markdown and pictures."""
-    from orchestrator.fleet import devices as known_devices
+    from orchestrator.display import devices as display
+    from orchestrator.fleet import devices
 
     chosen = config.load(config_file)
-    found = known_devices.known(chosen.runs, chosen.fleet)
+    found = devices.known(chosen.runs, chosen.fleet)
     folder = out or chosen.runs / f"measured-{chosen.fleet}" / "report"
     title = f"Devices of fleet {chosen.fleet}"
-    paths = known_devices.write_report(found, title, folder)
+    paths = display.write_report(found, title, folder)
     if as_json:
         print(json.dumps({"files": [str(path) for path in paths]}))
         return
@@ -251,7 +254,7 @@ def export(  # noqa: PLR0917 - typer makes options of them
     as_json: AsJson = False,
 ) -> None:
     """Write what a run has learnt as one ONNX graph, pixels to logits."""
-    from orchestrator.deploy import export_run
+    from orchestrator.deploy.export import export_run
 
     done = export_run(run, out, device, small=small, form=form.value)
     if as_json:
@@ -268,7 +271,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Say what is on photos; the exit code is 1 where one cannot be read."""
-    from edge_agent import predict as predicting
+    from ondevice import predict as predicting
 
     network = predicting.Exported(model)
     raise typer.Exit(predicting.report(network, photos, top=top, as_json=as_json))

@@ -1,7 +1,7 @@
 """PyTorch at an artifact's training step: `python -m tools.pytorch_step FOLDER THREADS [MODEL]`.
 
 Eager, NCHW, its own fused optimizer, denormals taken for zero: the network that the manifest names,
-from the artifact's weights, on the batch of `edge_agent.field.peer`, which asks for turns through
+from the artifact's weights, on the batch of `ondevice.peer`, which asks for turns through
 the pipe. The loss of the first step is told, so that the other side can see that both do the same.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import models
-from edge_agent.field import peer
+from ondevice import peer
 from tools import worker
 from wire.artifact import open_artifact
 from wire.errors import ArtifactError, StillhouseError

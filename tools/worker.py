@@ -1,6 +1,6 @@
 """A contender's side of the pipe: prepare, then run whenever asked, and sleep in between.
 
-`benchmarks.race` and `edge_agent.field.peer` are at its other end.
+`benchmarks.race` and `ondevice.peer` are at its other end.
 
 One line each way. After its preparation the contender writes {"loss": L}, the loss of its very
 first step (null where there is none). For every number of seconds that it reads it runs that long

@@ -7,6 +7,8 @@ nothing else of Stillhouse.
 
 import os
 
+__version__ = "0.1.0"
+
 # From 1.29 on ONNX Runtime's wheels for Linux report to their maker what is run, unless this is set
 # before they are imported; whatever process of ours imports them has imported this before.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -5,8 +5,8 @@
 
 100 devices with equal shares of the training set (IID), 10 drawn for each round, one local epoch
 with batch 10 and the paper's learning rate; accuracy of the global model on the whole test set.
-Devices are simulated (`orchestrator.simulate`): every payload is encoded and decoded by the codecs
-of the wire, and bytes are those of the payloads.
+Devices are simulated (`orchestrator.simulation`): every payload is encoded and decoded by the
+codecs of the wire, and bytes are those of the payloads.
 
     down, up    float32 bytes of the whole model over the bytes sent, mean over devices and rounds
     compute     FLOPs of a local epoch of the whole model over those of the sub-model

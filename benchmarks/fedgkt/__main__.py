@@ -3,9 +3,9 @@
     python -m benchmarks.fedgkt --data cifar10 --settings transfer --preset cpu --seeds 3 --out gkt
 
 Devices train ResNet-8 and send feature maps; the server trains the rest of a large network on them.
-Devices are simulated (`orchestrator.simulate`): every payload is encoded and decoded by the codecs
-of the wire, and bytes are those of the payloads. `settings.py` says which runs there are; "two-way"
-is the one that all are compared with, and comes with each.
+Devices are simulated (`orchestrator.simulation`): every payload is encoded and decoded by the
+codecs of the wire, and bytes are those of the payloads. `settings.py` says which runs there are;
+"two-way" is the one that all are compared with, and comes with each.
 
     --preset paper   16 devices with all images, 200 rounds, resnet55, 20 epochs of server training
                      a round (10 with --split dirichlet)

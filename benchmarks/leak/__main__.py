@@ -54,7 +54,8 @@ from benchmarks import command
 from benchmarks.leak import report, sending
 from benchmarks.leak.likeness import psnr, ssim
 from benchmarks.leak.sending import DELTA, RELEASES, SETTINGS, Setting
-from orchestrator import datasets, simulate
+from orchestrator import datasets
+from orchestrator.simulation import simulate
 from wire.errors import SettingsError
 
 VICTIMS, SHOWN = 500, 8

@@ -17,8 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
-from orchestrator import config, launch
-from orchestrator.report import Report
+from orchestrator import config
+from orchestrator.display.report import Report
+from orchestrator.launch import start
 from orchestrator.strategies.fedavg import FedAvg
 from orchestrator.strategies.strategy import State
 from wire.messages import Birth, Order
@@ -44,8 +45,8 @@ def main(path: Path) -> None:
             ends.append(time.perf_counter())
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    with mock.patch.object(launch, "create", lambda _, task: NoTraining(task)):
-        report = launch.run(config.load(path), changed=changed)
+    with mock.patch.object(start, "create", lambda _, task: NoTraining(task)):
+        report = start.run(config.load(path), changed=changed)
     devices = [entry["devices"].values() for entry in report.entries[1:]]
     figures = {
         "seconds": [end - begin for begin, end in pairwise(ends)],

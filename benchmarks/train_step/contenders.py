@@ -36,7 +36,7 @@ def stillhouse(folder: Path, threads: int) -> Prepared:
     """The artifact under plain ONNX Runtime, as the agent runs it."""
     from safetensors.numpy import load_file
 
-    from edge_agent.trainer import TrainStep
+    from ondevice.trainer import TrainStep
     from wire.artifact import open_artifact
 
     artifact = open_artifact(folder / "artifact")
@@ -61,8 +61,8 @@ def agent(folder: Path, threads: int) -> Prepared:
     """
     from edge_agent import main as _main  # noqa: F401 - what the command imports takes memory too
     from edge_agent.agent import Agent
-    from edge_agent.config import AgentConfig
-    from edge_agent.work import Desk, perform
+    from ondevice.config import AgentConfig
+    from ondevice.work import Desk, perform
     from wire import tensors
     from wire.address import BrokerAddress
     from wire.artifact import open_artifact

@@ -10,8 +10,8 @@ came from, no more.
 import os
 from pathlib import Path
 
-from edge_agent import config
-from edge_agent.config import AgentConfig
+from ondevice import config
+from ondevice.config import AgentConfig
 from wire.errors import SettingsError, SignatureError
 
 INSTALLED = Path("/etc/stillhouse/agent.toml")

@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from edge_agent import __version__, meter
-from edge_agent.field import peer, roofline, sensors
-from wire import records
+from edge_agent.field import sensors
+from ondevice import meter, peer, roofline
+from wire import __version__, records
 from wire.artifact import Artifact
 from wire.costs import PHASES, Phase
 from wire.errors import ArtifactError
@@ -204,7 +204,7 @@ def _largest_batch(manifest: Manifest, budget: int) -> int:
 def _step(
     artifact: Artifact, state: Mapping[str, NDArray[Any]], threads: int, profile: Path | None = None
 ) -> Any:
-    from edge_agent.trainer import TrainStep
+    from ondevice.trainer import TrainStep
 
     step = TrainStep(artifact, state, threads=threads, profile=profile)
     for name, value in {**peer.batch(artifact.manifest), **peer.SETTINGS}.items():
@@ -227,7 +227,7 @@ def _beside(
 
 
 def _passes(artifact: Artifact, kind: str, state: Mapping[str, NDArray[Any]], threads: int) -> None:
-    from edge_agent.trainer import Inference
+    from ondevice.trainer import Inference
 
     run = Inference(artifact, kind, state, threads=threads)
     run.x[...] = np.random.default_rng(0).standard_normal(run.x.shape, np.float32)

@@ -10,7 +10,7 @@ import os
 import queue
 import time
 
-from edge_agent.config import AgentConfig
+from ondevice.config import AgentConfig
 from wire import messages, topics
 from wire.errors import LinkError, SettingsError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_agent.config import AgentConfig
 from edge_agent.update.install import (
     HEALTHY,
     PACKAGE,
@@ -22,6 +21,7 @@ from edge_agent.update.install import (
     refused,
     write,
 )
+from ondevice.config import AgentConfig
 from wire import records, release
 from wire.blobs import BlobStore, Fetch
 from wire.errors import ReleaseError, SettingsError, StillhouseError

@@ -15,9 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edge_agent.config import AgentConfig
 from hardware.image.build import FOLDER, About, about
 from hardware.image.disk import Boot, ImageError, MountedBoot, open_disk
+from ondevice.config import AgentConfig
 from wire import records, topics
 
 TARGET = Path("/etc/stillhouse")

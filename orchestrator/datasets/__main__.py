@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator import __version__
 from orchestrator.datasets import NAMED, build, parse_size
-from wire import records, stopping, storage
+from wire import __version__, records, stopping, storage
 from wire.errors import StillhouseError
 
 

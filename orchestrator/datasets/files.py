@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from edge_agent import data, photos
+from ondevice import data, photos
 from wire import classes
 from wire.errors import DataError
 
@@ -61,7 +61,7 @@ class Images:
 def read_path(
     path: Path, *, size: tuple[int, int] | None = None, channels: int | None = None
 ) -> Images:
-    """Read one file or folder, by the same rules as agents (`edge_agent.photos`).
+    """Read one file or folder, by the same rules as agents (`ondevice.photos`).
 
     A folder's pictures are decoded to height x width `size` and `channels`. Without, all must have
     one size, and they are grey where all are.

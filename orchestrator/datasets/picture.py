@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_agent.field.roofline import label
+from ondevice.roofline import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

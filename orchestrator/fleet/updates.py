@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from edge_agent import __version__
 from orchestrator.config import ReleaseConfig
-from wire import release
+from wire import __version__, release
 from wire.blobs import BlobStore
 from wire.errors import ReleaseError, SettingsError
 from wire.messages import Birth, Update

@@ -20,8 +20,8 @@ import numpy as np
 import models
 from models.average import Average
 from models.units import Units
-from orchestrator import admit
 from orchestrator.config import Recipe
+from orchestrator.rules import admit
 from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated, norm
 from orchestrator.training import distill
 from wire import tensors

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 import models
-from orchestrator import admit
+from orchestrator.rules import admit
 from orchestrator.strategies.fedavg import read_payload
 from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated, norm
 from orchestrator.training import distill

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from edge_agent import data
+from ondevice import data
 from orchestrator.config import ServerConfig, cosine
 from orchestrator.training.samples import Samples
 from wire import seeds

@@ -37,7 +37,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from edge_agent import data
+from ondevice import data
 from orchestrator.config import ServerConfig
 from orchestrator.training import distill
 from orchestrator.training.distill import Progress, Ranks

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from orchestrator import admit
+from orchestrator.rules import admit
 from wire import frames, storage, tensors
 from wire.errors import AdmissionError
 from wire.tensors import Part

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from edge_agent.agent import Agent
-from edge_agent.config import AgentConfig
 from edge_agent.journal import Journal
+from ondevice.config import AgentConfig
 from tests.conftest import Disk
 from wire import storage
 from wire.address import BrokerAddress

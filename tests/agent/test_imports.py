@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("edge_agent", "wire")
+    for folder in ("edge_agent", "ondevice", "wire")
     for path in (ROOT / folder).rglob("*.py")
     if path.stem != "__init__"
 )
@@ -18,7 +18,7 @@ FOREIGN = ("torch", "torchvision", "onnx", "onnxscript", "orchestrator", "models
 
 
 def test_there_are_modules_to_look_at():
-    assert {"edge_agent.main", "edge_agent.trainer", "wire.frames"} <= set(MODULES)
+    assert {"edge_agent.main", "ondevice.trainer", "wire.frames"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("modules", [MODULES], ids=["all"])
@@ -43,7 +43,7 @@ def test_an_agent_that_waits_has_not_loaded_onnxruntime():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("module", ["edge_agent.trainer", "orchestrator.deploy"])
+@pytest.mark.parametrize("module", ["ondevice.trainer", "orchestrator.deploy.export"])
 def test_what_runs_on_a_device_is_reported_to_nobody(module, tmp_path):
     """ONNX Runtime would make an identifier of the device, and keep what it is to report."""
     script = f"import {module}, onnxruntime as ort; ort.get_available_providers()"

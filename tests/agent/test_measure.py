@@ -11,9 +11,10 @@ import torch
 from safetensors.numpy import load_file
 
 import models
-from edge_agent.config import AgentConfig
-from edge_agent.field import identity, measure, peer, roofline, sensors
+from edge_agent.field import identity, measure, sensors
 from edge_agent.main import main
+from ondevice import peer, roofline
+from ondevice.config import AgentConfig
 from tools.export import export
 from wire import measurement, signing
 from wire.address import BrokerAddress

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent import config
 from edge_agent.agent import Agent
 from edge_agent.update import __main__ as root
 from edge_agent.update import install, staging
@@ -24,6 +23,7 @@ from edge_agent.update.install import Failure
 from edge_agent.update.install import Update as UnderWay
 from edge_agent.update.repack import repack
 from edge_agent.update.staging import Updates
+from ondevice import config
 from wire import release, signing
 from wire.address import BrokerAddress
 from wire.blobs import BlobStore

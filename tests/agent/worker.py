@@ -9,8 +9,8 @@ from pathlib import Path
 
 from edge_agent import main as _main  # noqa: F401 - what the command imports takes memory too
 from edge_agent.agent import Agent
-from edge_agent.config import AgentConfig
-from edge_agent.work import Desk, perform
+from ondevice.config import AgentConfig
+from ondevice.work import Desk, perform
 from wire.address import BrokerAddress
 from wire.artifact import open_artifact
 from wire.messages import BlobRef, Order

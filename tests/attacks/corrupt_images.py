@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
-from edge_agent import photos
-from edge_agent.photos import picture
-from edge_agent.photos.record import reason
+from ondevice import photos
+from ondevice.photos import picture
+from ondevice.photos.record import reason
 from wire.errors import DataError
 
 SIZE = (16, 16)

@@ -12,10 +12,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from orchestrator import broker, prepare, simulate
+from orchestrator import broker
 from orchestrator.config import load, template
-from orchestrator.deploy import export_run
-from orchestrator.store import last_checkpoint
+from orchestrator.deploy.export import export_run
+from orchestrator.launch import prepare
+from orchestrator.run_folder.store import last_checkpoint
+from orchestrator.simulation import simulate
 from orchestrator.training import distill
 from tests.conftest import Processes, free_port
 from wire import messages, topics

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from edge_agent.trainer import TrainStep
+from ondevice.trainer import TrainStep
 from tools.export import Adam, Sgd, export
 from tools.export.rules import RULES
 from tools.export.rules.elementwise import mul

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from edge_agent.trainer import Inference, TrainStep
+from ondevice.trainer import Inference, TrainStep
 from tools.export import Adam, Sgd, export
 
 BATCH = 12

@@ -6,7 +6,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from edge_agent.trainer import TrainStep
+from ondevice.trainer import TrainStep
 from tests.export.programs import compiler
 from tools.export import Adam, Sgd, export
 from tools.export.tracing.state import PIECE, Tensors, pieces

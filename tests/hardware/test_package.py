@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hardware import deb
-from orchestrator import simulate
 from orchestrator.config import load
+from orchestrator.simulation import simulate
 from tests.e2e.test_run import AGENT, Fleet, check_every_round_counts_each_device_once
 from wire import measurement
 

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent import __version__
 from hardware import deb
 from hardware import release as releasing
 from orchestrator import broker
 from tests.e2e.test_run import RUN
 from tests.hardware.test_package import inside, run
-from wire import release, signing
+from wire import __version__, release, signing
 
 pytestmark = pytest.mark.hardware
 

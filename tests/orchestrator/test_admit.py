@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from orchestrator import admit
+from orchestrator.rules import admit
 from orchestrator.training.shards import shelve
 from wire import tensors
 from wire.errors import AdmissionError, WireError

@@ -10,7 +10,7 @@ import pytest
 import typer.main
 import typer.testing
 
-import edge_agent
+import wire
 from edge_agent import main as agent
 from orchestrator import config, main
 from orchestrator.datasets import __main__ as datasets
@@ -62,7 +62,7 @@ def test_every_program_says_its_version(module, name):
         [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    assert done.stdout.strip() == f"{name} {edge_agent.__version__}"
+    assert done.stdout.strip() == f"{name} {wire.__version__}"
 
 
 def test_a_shell_can_learn_the_commands():

@@ -17,7 +17,7 @@ from orchestrator.config import (
     presets,
     template,
 )
-from orchestrator.prepare import fresh
+from orchestrator.launch.prepare import fresh
 from wire.errors import StillhouseError
 
 

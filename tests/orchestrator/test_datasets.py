@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_agent.field import roofline
+from ondevice import roofline
 from orchestrator.datasets import build, files, partition, read, read_path
 from orchestrator.datasets.partition import stratified
 from orchestrator.datasets.picture import draw

@@ -19,8 +19,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import models
-from edge_agent.data import Preprocess
-from orchestrator import datasets, deploy, graph, launch, simulate
+from ondevice.data import Preprocess
+from orchestrator import datasets
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
@@ -29,8 +29,11 @@ from orchestrator.config import (
     ServerConfig,
     SubmodelConfig,
 )
+from orchestrator.deploy import export, graph
+from orchestrator.launch import start
 from orchestrator.main import app
-from orchestrator.store import last_checkpoint
+from orchestrator.run_folder.store import last_checkpoint
+from orchestrator.simulation import simulate
 from orchestrator.training import distill
 from wire.errors import RunError
 
@@ -99,7 +102,7 @@ def runs(tmp_path_factory, few, named):
 def exported(runs):
     """Both forms of the global network of a run of fedavg."""
     return {
-        form: deploy.export_run(runs / "avg", runs / f"{form}.onnx", form=form) for form in FORMS
+        form: export.export_run(runs / "avg", runs / f"{form}.onnx", form=form) for form in FORMS
     }
 
 
@@ -127,7 +130,7 @@ def ask(path, image):
 
 def in_pytorch(folder, pixels):
     """Logits of a run's global network, of images normalized as agents do it."""
-    config = deploy.read_config(folder)
+    config = export.read_config(folder)
     _, state = last_checkpoint(folder)
     device = config.device
     network = models.build(device.model, classes=device.class_count, input_shape=device.input)
@@ -141,7 +144,7 @@ def in_pytorch(folder, pixels):
 @pytest.mark.parametrize("which", ["gkt", "gkt --small", "local --small", "avg", "dropout"])
 def test_every_strategy_is_exported_in_each_form(runs, tmp_path, held, which, form):
     run, _, small = which.partition(" ")
-    done = deploy.export_run(runs / run, tmp_path / "m.onnx", small=bool(small), form=form)
+    done = export.export_run(runs / run, tmp_path / "m.onnx", small=bool(small), form=form)
     assert done.difference < 1e-4
     pixels, labels = held
     answers = ask(done.path, pixels if form == "uint8" else planes(pixels))
@@ -216,7 +219,7 @@ def test_another_layout_or_type_is_refused(exported, form, image):
 
 def test_the_file_says_what_it_is(runs, tmp_path):
     """The keys are a promise to those who read them: docs/in-use.md."""
-    done = deploy.export_run(runs / "gkt", tmp_path / "m.onnx", "device-1", form="uint8")
+    done = export.export_run(runs / "gkt", tmp_path / "m.onnx", "device-1", form="uint8")
     session = onnxruntime.InferenceSession(done.path)
     about = session.get_modelmeta().custom_metadata_map
     assert float(about.pop("stillhouse.accuracy")) == done.card.accuracy
@@ -246,12 +249,12 @@ def test_the_file_says_what_it_is(runs, tmp_path):
 
 def test_names_and_normalization_are_those_that_devices_train_by(runs, tmp_path):
     """They stand in the artifact's manifest; what run.json says may be less."""
-    config = deploy.read_config(runs / "avg")
+    config = export.read_config(runs / "avg")
     trained = replace(config.device, classes=NAMES, mean=(0.5,) * 3, std=(0.25,) * 3)
-    launch._artifact(replace(config, device=trained), tmp_path, Recipe("caldas_cnn"))
+    start._artifact(replace(config, device=trained), tmp_path, Recipe("caldas_cnn"))
     for name in ("run.json", "status.json", "checkpoints"):
         (tmp_path / name).symlink_to(runs / "avg" / name)
-    card = deploy.export_run(tmp_path, tmp_path / "m.onnx").card
+    card = export.export_run(tmp_path, tmp_path / "m.onnx").card
     assert (card.classes, card.mean, card.std) == (NAMES, (0.5,) * 3, (0.25,) * 3)
 
 
@@ -261,7 +264,7 @@ def test_the_accuracy_of_another_round_is_not_told(runs, tmp_path):
     status = json.loads((runs / "avg/status.json").read_text())
     status["history"][0]["round"] = 7
     (tmp_path / "status.json").write_text(json.dumps(status))
-    done = deploy.export_run(tmp_path, tmp_path / "m.onnx")
+    done = export.export_run(tmp_path, tmp_path / "m.onnx")
     assert done.card.accuracy is None
     about = onnxruntime.InferenceSession(done.path).get_modelmeta().custom_metadata_map
     assert "stillhouse.accuracy" not in about
@@ -281,7 +284,7 @@ def test_the_file_tells_nothing_of_the_machine_that_wrote_it(exported):
     for done in exported.values():
         content = done.path.read_bytes()
         assert b".py" not in content
-        assert os.fsencode(Path(deploy.__file__).parent) not in content
+        assert os.fsencode(Path(export.__file__).parent) not in content
 
 
 class Undecided(nn.Module):
@@ -292,16 +295,16 @@ class Undecided(nn.Module):
 
 
 def test_a_network_that_pytorch_cannot_export_is_named(runs, monkeypatch, tmp_path):
-    monkeypatch.setattr(deploy, "_parts", lambda *_, **__: ([Undecided()], "mine:make"))
+    monkeypatch.setattr(export, "_parts", lambda *_, **__: ([Undecided()], "mine:make"))
     with pytest.raises(RunError, match="PyTorch cannot export mine:make"):
-        deploy.export_run(runs / "avg", tmp_path / "m.onnx")
+        export.export_run(runs / "avg", tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_graph_that_differs_from_pytorch_is_not_written(runs, monkeypatch, tmp_path):
     monkeypatch.setattr(graph, "_UINT8", graph._UINT8.replace("{{255}}", "{{256}}"))
     with pytest.raises(RunError, match=r"differs from PyTorch by 0\.\d+; not written"):
-        deploy.export_run(runs / "avg", tmp_path / "m.onnx", form="uint8")
+        export.export_run(runs / "avg", tmp_path / "m.onnx", form="uint8")
     assert not list(tmp_path.iterdir())
 
 
@@ -320,7 +323,7 @@ def test_where_nothing_can_be_written_is_said_before_work_begins(
     (tmp_path / "photo.jpg").write_bytes(b"mine")
     monkeypatch.setattr(graph, "build", lambda *_: pytest.fail("it began"))
     with pytest.raises(RunError, match=text):
-        deploy.export_run(runs / "avg", tmp_path / out)
+        export.export_run(runs / "avg", tmp_path / out)
     assert (tmp_path / "photo.jpg").read_bytes() == b"mine"
 
 
@@ -335,7 +338,7 @@ def test_a_full_disk_leaves_the_earlier_file(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RunError, match=r"cannot be written \(No space left on device\); make room"):
-        deploy.export_run(runs / "avg", out)
+        export.export_run(runs / "avg", out)
     monkeypatch.undo()
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
 
@@ -344,7 +347,7 @@ def test_a_full_disk_leaves_the_earlier_file(runs, tmp_path, monkeypatch):
 def test_an_option_that_the_strategy_has_no_use_for_is_refused(runs, tmp_path, option):
     chosen = {"small": True} if option == "--small" else {"device": "device-0"}
     with pytest.raises(RunError, match=f"fedavg has one model for all; export without {option}"):
-        deploy.export_run(runs / "avg", tmp_path / "m.onnx", **chosen)
+        export.export_run(runs / "avg", tmp_path / "m.onnx", **chosen)
 
 
 def test_the_command_says_what_it_wrote(runs, tmp_path):

@@ -7,8 +7,7 @@ import onnxruntime
 import pytest
 import torch
 
-from edge_agent.work import extract_record
-from orchestrator import prepare, simulate
+from ondevice.work import extract_record
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
@@ -17,9 +16,11 @@ from orchestrator.config import (
     ServerConfig,
     TransferConfig,
 )
-from orchestrator.deploy import export_run
-from orchestrator.report import Report
-from orchestrator.store import Store, last_checkpoint
+from orchestrator.deploy.export import export_run
+from orchestrator.display.report import Report
+from orchestrator.launch import prepare
+from orchestrator.run_folder.store import Store, last_checkpoint
+from orchestrator.simulation import simulate
 from orchestrator.strategies import create, extractors
 from orchestrator.training import distill
 from wire import frames, tensors

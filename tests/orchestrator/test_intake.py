@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from orchestrator.intake import Intake
+from orchestrator.loop.intake import Intake
 from wire.blobs import BlobStore
 from wire.messages import BlobRef, Chunk, Result
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import models
-from orchestrator import demo, deploy, launch, networks, simulate
+from orchestrator import demo
 from orchestrator.config import (
     BrokerConfig,
     CohortConfig,
@@ -20,7 +20,10 @@ from orchestrator.config import (
     TransferConfig,
     load,
 )
-from orchestrator.store import last_checkpoint
+from orchestrator.deploy import export
+from orchestrator.launch import networks, start
+from orchestrator.run_folder.store import last_checkpoint
+from orchestrator.simulation import simulate
 from tools.pytorch_step import prepare as pytorch_step
 from wire.artifact import open_artifact
 from wire.errors import RunError, SettingsError, StillhouseError
@@ -115,12 +118,12 @@ def test_every_strategy_trains_a_users_network_and_exports_it(run, digits, strat
     assert set(whole["sources"]["nets.py:Small"]) == {"nets.py"}
     assert ("nets.py:large" in whole["sources"]) == (strategy == "fedgkt")
     out = config.folder / "model.onnx"
-    done = deploy.export_run(config.folder, out, small=strategy == "local")
+    done = export.export_run(config.folder, out, small=strategy == "local")
     assert done.difference < 1e-3
     assert whole["config"]["device"]["model"] == "nets.py:Small"  # without this machine's folders
     if strategy == "fedgkt":
         assert done.card.model == "nets:large on the extractor of nets:Small@stem"
-        small = deploy.export_run(config.folder, out, "device-1", small=True)
+        small = export.export_run(config.folder, out, "device-1", small=True)
         assert (small.device, small.card.model) == ("device-1", "nets:Other@stem.2")
     else:
         assert done.card.model == f"nets:Small{'@stem' if split else ''}"
@@ -146,12 +149,13 @@ def test_a_source_that_changed_stops_a_run_that_was_begun(run, digits):
     code = f"""
 import sys
 from pathlib import Path
-from orchestrator import deploy, simulate
+from orchestrator.deploy import export
+from orchestrator.simulation import simulate
 from orchestrator.config import load
 from wire.errors import RunError
 for go_on in (
     lambda: simulate.run(load(Path({str(source.parent / "run.toml")!r})), Path({str(digits)!r})),
-    lambda: deploy.export_run(Path({str(config.folder)!r}), Path("m.onnx")),
+    lambda: export.export_run(Path({str(config.folder)!r}), Path("m.onnx")),
 ):
     try:
         go_on()
@@ -195,7 +199,7 @@ def test_a_network_that_cannot_run_is_told_before_a_folder_is_made(run, digits, 
         if isinstance(value, dict):
             part = replace(getattr(config, key), **{k: placed(config, v) for k, v in value.items()})
         config = replace(config, **{key: part})
-    for begin in (lambda: simulate.run(config, digits), lambda: launch.run(config)):
+    for begin in (lambda: simulate.run(config, digits), lambda: start.run(config)):
         with pytest.raises(StillhouseError, match=reason):
             begin()
     assert not config.runs.exists()
@@ -237,12 +241,12 @@ def test_a_split_is_for_feature_maps(run):
 
 
 def test_the_artifact_has_a_short_name_and_pytorch_finds_its_network(run, tmp_path):
-    from orchestrator.store import Store
+    from orchestrator.run_folder.store import Store
 
     config = run(more=others("stem"))
     store = Store(config)
     try:
-        launch.prepare_variants(config, store)
+        start.prepare_variants(config, store)
         folders = {path.name for path in store.folder.glob("artifact*")}
         manifests = [open_artifact(store.folder / name).manifest for name in sorted(folders)]
     finally:

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 from torch.distributed import TCPStore
 
 import models
-from orchestrator import simulate
 from orchestrator.config import ServerConfig, load
-from orchestrator.store import last_checkpoint
+from orchestrator.run_folder.store import last_checkpoint
+from orchestrator.simulation import simulate
 from orchestrator.training import distill, ranks
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard, open_shard

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import rounds
 from orchestrator.config import CohortConfig
-from orchestrator.rounds import Close, Finish, GiveUp, Open, Phase, Remind, Session, State
+from orchestrator.rules import rounds
+from orchestrator.rules.rounds import Close, Finish, GiveUp, Open, Phase, Remind, Session, State
 
 RULES = CohortConfig(min_devices=2, wait_s=10.0, quorum=1.0, deadline_s=100.0)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import models
-from edge_agent import data
-from edge_agent.data import PAD
+from ondevice import data
+from ondevice.data import PAD
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard, shelve
 from wire import frames, tensors

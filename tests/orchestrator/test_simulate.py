@@ -17,10 +17,9 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_info
 
 import models
-from edge_agent import data
-from edge_agent.work import Desk, encode_update, perform
-from orchestrator import cohort, datasets, deploy, launch, prepare, rounds, simulate
-from orchestrator.cohort import Job
+from ondevice import data
+from ondevice.work import Desk, encode_update, perform
+from orchestrator import datasets
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
@@ -31,8 +30,13 @@ from orchestrator.config import (
     Tier,
     TransferConfig,
 )
-from orchestrator.report import Report
-from orchestrator.store import Store, last_checkpoint, read_checkpoint
+from orchestrator.deploy import export
+from orchestrator.display.report import Report
+from orchestrator.launch import prepare, start
+from orchestrator.rules import rounds
+from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
+from orchestrator.simulation import cohort, simulate
+from orchestrator.simulation.cohort import Job
 from orchestrator.strategies import create, extractors
 from orchestrator.training import distill
 from tests.conftest import ROOT
@@ -139,7 +143,7 @@ def test_a_stack_of_devices_trains_as_each_does_alone(config, digits):
 def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
     config, digits, tmp_path, settings
 ):
-    """The same strategy, its orders done by `edge_agent.work` in place of PyTorch.
+    """The same strategy, its orders done by `ondevice.work` in place of PyTorch.
 
     Codecs that are lossless: a stochastic rounding that falls the other way is another update.
     """
@@ -151,7 +155,7 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
     births = {name: simulate._birth(name, held) for name, held in images.items()}
     store = Store(real)
     try:
-        variants = launch.prepare_variants(real, store)
+        variants = start.prepare_variants(real, store)
         task = prepare.task(real, store, variants, prepare.read_heldout(real), Report(real, store))
         strategy = create(real.strategy, task)
         state = strategy.begin()
@@ -227,7 +231,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
     own = {}
     store = Store(real)
     try:
-        variants = launch.prepare_variants(real, store)
+        variants = start.prepare_variants(real, store)
         task = prepare.task(real, store, variants, prepare.read_heldout(real), Report(real, store))
         strategy = create(real.strategy, task)
         state = strategy.begin()
@@ -413,7 +417,7 @@ def test_a_late_extractor_does_not_move_what_is_frozen(gkt, few):
 
 def outputs(gkt, small, name, folder):
     """Logits of held-out images by the export of a device's network, and by PyTorch."""
-    out = deploy.export_run(gkt.folder, gkt.runs / "small.onnx", name, small=True).path
+    out = export.export_run(gkt.folder, gkt.runs / "small.onnx", name, small=True).path
     with np.load(folder / "heldout.npz") as held:
         pixels = held["x"].transpose(0, 3, 1, 2).astype(np.float32) / 255
     mean, std = (np.array(v, np.float32)[:, None, None] for v in (gkt.device.mean, gkt.device.std))
@@ -577,7 +581,7 @@ import json, sys
 for name in {ABSENT!r}:
     sys.modules[name] = None  # an import of it fails
 from pathlib import Path
-from orchestrator import simulate
+from orchestrator.simulation import simulate
 from orchestrator.config import RunConfig
 from wire import records
 table = json.loads(Path("run.json").read_text())
@@ -677,9 +681,9 @@ def test_an_export_takes_the_device_that_did_best_when_it_was_last_looked(tmp_pa
         {"devices": {"a": {}, "b": {}}},
     ]
     (tmp_path / "status.json").write_text(json.dumps({"history": rounds_}))
-    assert deploy._best(tmp_path, ["a", "b"]) == "b"
-    assert deploy._best(tmp_path, ["a", "b"], small=True) == "a"
-    assert deploy._best(tmp_path / "nowhere", ["a", "b"]) == "a"
+    assert export._best(tmp_path, ["a", "b"]) == "b"
+    assert export._best(tmp_path, ["a", "b"], small=True) == "a"
+    assert export._best(tmp_path / "nowhere", ["a", "b"]) == "a"
 
 
 @pytest.mark.parametrize(
@@ -694,7 +698,7 @@ def test_an_export_of_what_is_not_there_is_refused(gkt, few, strategy, small, te
     gkt = replace(gkt, strategy=strategy, rounds=1, cohort=CohortConfig(min_devices=3))
     simulate.run(gkt, few)
     with pytest.raises(RunError, match=text):
-        deploy.export_run(gkt.folder, gkt.runs / "x.onnx", "device-9", small=small)
+        export.export_run(gkt.folder, gkt.runs / "x.onnx", "device-9", small=small)
     assert not (gkt.runs / "x.onnx").exists()
 
 

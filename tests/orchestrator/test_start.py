@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from models import registry
-from orchestrator import broker, launch, prepare, simulate
+from orchestrator import broker
 from orchestrator.config import BrokerConfig, DeviceConfig, RunConfig, ServerConfig, changes
 from orchestrator.fleet import claim, enrolment
-from orchestrator.store import Store
+from orchestrator.launch import prepare, start
+from orchestrator.run_folder.store import Store
+from orchestrator.simulation import simulate
 from tests.conftest import Disk
 from wire import records, stopping
 from wire.address import BrokerAddress
@@ -62,7 +64,7 @@ def test_what_a_failed_start_made_goes_with_it(config, tmp_path, fault):
     change, text = FAULTS[fault]
     before = everything(tmp_path)
     with pytest.raises(StillhouseError, match=text):
-        launch.run(change(config))
+        start.run(change(config))
     assert everything(tmp_path) == before
 
 
@@ -79,7 +81,7 @@ def test_a_network_that_cannot_be_compiled_leaves_nothing(config, tmp_path, monk
     monkeypatch.setitem(registry._MODELS, "odd", entry)
     before = everything(tmp_path)
     with pytest.raises(ExportError):
-        launch.run(replace(config, strategy="fedavg", device=replace(config.device, model="odd")))
+        start.run(replace(config, strategy="fedavg", device=replace(config.device, model="odd")))
     assert everything(tmp_path) == before
 
 
@@ -91,7 +93,7 @@ def test_a_port_that_is_taken_leaves_nothing_and_what_was_there_stays(config, tm
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(StillhouseError, match="is in use"):
-            launch.run(replace(config, broker=BrokerConfig(port=port)))
+            start.run(replace(config, broker=BrokerConfig(port=port)))
     del before[str(config.runs / f"fleet-{config.fleet}.json")]  # the orchestrator's password
     after = everything(tmp_path)
     assert after.pop(str(config.runs / f"fleet-{config.fleet}.json"))
@@ -109,9 +111,9 @@ def test_a_broker_that_was_started_goes_where_the_fleet_was_there_before(
         assert prepare.broker_folder(config).is_dir()
         raise ExportError("it cannot be compiled")
 
-    monkeypatch.setattr(launch, "prepare_variants", fails)
+    monkeypatch.setattr(start, "prepare_variants", fails)
     with pytest.raises(ExportError):
-        launch.run(config)
+        start.run(config)
     assert everything(tmp_path).keys() == before
 
 
@@ -144,10 +146,10 @@ def test_a_disk_that_is_full_at_any_moment_of_a_start_is_waited_for(
 
     room = Room(disk)
     monkeypatch.setattr(stopping, "asked", room)
-    monkeypatch.setattr(launch, "prepare_variants", ready)
+    monkeypatch.setattr(start, "prepare_variants", ready)
     disk.fill(leave=4096 * pages)
     with pytest.raises(ReadyError):
-        launch.run(
+        start.run(
             replace(config, runs=disk.path / "runs", broker=BrokerConfig("mosquitto", port=0))
         )
     assert room.waits or pages > 36
@@ -162,7 +164,7 @@ def test_a_broker_that_refuses_the_orchestrator_leaves_nothing(config, tmp_path)
         "mosquitto", folder=tmp_path / "broker", fleet="fleet", port=0, users=users
     )
     with running, pytest.raises(StillhouseError, match="check username, password"):
-        launch.run(config, address=BrokerAddress(running.url, "orchestrator", "wrong"))
+        start.run(config, address=BrokerAddress(running.url, "orchestrator", "wrong"))
     assert not config.runs.exists()
 
 
@@ -171,7 +173,7 @@ def test_a_run_that_has_begun_stays_when_it_cannot_go_on(config):
         store.begin(1, {})
     before = everything(config.folder)
     with pytest.raises(StillhouseError, match="loopback"):
-        launch.run(replace(config, rounds=12, broker=BrokerConfig(host="192.0.2.1")))
+        start.run(replace(config, rounds=12, broker=BrokerConfig(host="192.0.2.1")))
     after = everything(config.folder)
     assert after[str(config.folder / "run.json")] == before[str(config.folder / "run.json")]
     assert set(before) <= set(after)
@@ -181,7 +183,7 @@ def test_a_second_start_takes_nothing_from_the_one_that_runs(config):
     with contextlib.closing(Store(config)):
         before = everything(config.folder)
         with pytest.raises(RunError, match="another orchestrator is running this run"):
-            launch.run(config)
+            start.run(config)
         assert everything(config.folder) == before
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from orchestrator.config import RunConfig
-from orchestrator.report import Report
-from orchestrator.store import Store, Verdict, last_checkpoint
+from orchestrator.display.report import Report
+from orchestrator.run_folder.store import Store, Verdict, last_checkpoint
 from orchestrator.strategies.strategy import State
 from tests.agent.test_disk import DAMAGE
 from wire.errors import RunError, StorageError

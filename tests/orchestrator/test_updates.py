@@ -6,12 +6,11 @@ import subprocess
 
 import pytest
 
-from edge_agent import __version__
 from hardware import release as releasing
 from orchestrator.config import ReleaseConfig
 from orchestrator.fleet import updates
 from orchestrator.fleet.updates import Rollout
-from wire import release, signing
+from wire import __version__, release, signing
 from wire.blobs import BlobStore
 from wire.errors import ReleaseError, SettingsError, SignatureError
 from wire.messages import Birth, Platform, Update

@@ -9,11 +9,11 @@ from typing import get_args, get_type_hints
 import pytest
 from rich.console import Console
 
-from orchestrator import view, words
 from orchestrator.config import CohortConfig, RunConfig
-from orchestrator.report import Report, names_of
-from orchestrator.rounds import Phase, State
-from orchestrator.store import Store, Verdict
+from orchestrator.display import view, words
+from orchestrator.display.report import Report, names_of
+from orchestrator.rules.rounds import Phase, State
+from orchestrator.run_folder.store import Store, Verdict
 from wire import records
 from wire.errors import WireError
 from wire.messages import Birth, Platform, Result, Telemetry

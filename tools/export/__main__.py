@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 import models
-from edge_agent import __version__
 from tools.export import Adam, Optimizer, Sgd, export
 from tools.export.graphs.cost import table
 from tools.export.plan import describe
-from wire import stopping, storage
+from wire import __version__, stopping, storage
 from wire.artifact import Artifact
 from wire.errors import ExportError, StillhouseError
 from wire.names import cut, title

@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edge_agent.trainer import Inference, TrainStep
 from models import SplitModel
+from ondevice.trainer import Inference, TrainStep
 from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.step import GRADIENT
 from wire.artifact import Artifact, open_artifact

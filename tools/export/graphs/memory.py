@@ -1,6 +1,6 @@
 """How much memory a program's tensors take while it runs, node by node.
 
-This is what ONNX Runtime does as the agent sets it up (edge_agent/trainer.py): nodes in their
+This is what ONNX Runtime does as the agent sets it up (ondevice/trainer.py): nodes in their
 order, an output allocated when its node begins, a tensor freed when its last reader has ended,
 views where a node only changes the shape. Inputs and outputs of the graph lie in buffers of the
 caller's and are not counted.

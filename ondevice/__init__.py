@@ -1,0 +1,5 @@
+"""What a device is and does, whoever does it: the edge agent, or the server that simulates devices.
+
+Settings of a device, reading of its images, the work that an order asks for, and inference on a
+photo. It imports nothing but `wire`, numpy, onnxruntime, safetensors and, for photos, Pillow.
+"""

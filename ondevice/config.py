@@ -1,0 +1,113 @@
+"""The agent's configuration: `agent.toml` as a frozen dataclass."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wire import records, signing, topics
+from wire.address import BrokerAddress
+from wire.errors import SettingsError, SignatureError
+
+BAD_SHARE = 0.05  # of a folder's pictures
+TEMPLATE = """\
+# Configuration of one Stillhouse edge agent. Start it with: edge-agent run --config agent.toml
+
+device = "device-0"     # the name it is enrolled under (orchestrator enroll)
+fleet = "fleet"         # the fleet it belongs to
+data = "images"         # an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class
+state = "state"         # artifacts, weights and the journal; survives power cuts
+image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
+bad_share = 0.05        # damaged pictures are left out; more than this share are an error
+threads = 0             # of ONNX Runtime and numpy; 0 takes all cores
+chunk_bytes = 131072    # of the pieces that results travel in; less where the broker takes less
+release_key = ""        # updates of the package are signed by it; "" takes none
+update_minutes = 5      # that an update has until it runs, or it is rolled back
+
+[broker]
+url = "mqtt://localhost:1883"   # mqtts:// with ca_file, and cert_file and key_file for mutual TLS
+username = ""                   # with a password where the broker asks for one
+password = ""
+"""
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """What one device needs to know.
+
+    Attributes:
+        device: the name it is enrolled under.
+        fleet: the fleet it belongs to.
+        data: an `.npz` with `x` (N, H, W, C) uint8 and `y`, or a folder with a sub-folder a class.
+        state: folder for artifacts, weights, blobs and the journal; survives power cuts.
+        broker: where the broker is and who we are there.
+        image: channels, height, width of the model's input; a folder's images are brought to it.
+        bad_share: damaged pictures are left out, up to this share of all (and one in any case);
+            more are an error. 0: each is.
+        threads: of ONNX Runtime and numpy; 0 takes all cores.
+        chunk_bytes: size of the pieces that results are pulled in.
+        window: chunks of a download under way at once.
+        retry_s: a chunk that has not come after so long is asked for again.
+        resend_s: a result without a receipt is offered again after so long.
+        telemetry_s: at most one progress report in so long.
+        max_download_bytes: an artifact file, a state or a teacher above this is refused.
+        release_key: the public key that updates of the package are signed by; "": none are taken.
+        updates: folder that updates are staged in, where the package's path unit looks for them.
+        updates_kept: root's folder of updates; what it refused, and what failed, is read there.
+        update_minutes: the new version is rolled back if it does not run by then.
+    """
+
+    device: str
+    fleet: str
+    data: Path
+    state: Path
+    broker: BrokerAddress
+    image: tuple[int, int, int] = (3, 32, 32)
+    bad_share: float = BAD_SHARE
+    threads: int = 0
+    chunk_bytes: int = 128 * 1024
+    window: int = 8
+    retry_s: float = 10.0
+    resend_s: float = 30.0
+    telemetry_s: float = 1.0
+    max_download_bytes: int = 1 << 30
+    release_key: str = ""
+    updates: Path = Path("/var/lib/stillhouse/update")
+    updates_kept: Path = Path("/var/cache/stillhouse")
+    update_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        topics.check_name(self.device, "device name")
+        topics.check_name(self.fleet, "fleet name")
+        if min(self.image) < 1:
+            raise ValueError(f"image: expected [channels, height, width], got {self.image}")
+        if not 0 <= self.bad_share <= 1:
+            raise ValueError(f"bad_share: expected a share from 0 to 1, got {self.bad_share}")
+        if not 1024 <= self.chunk_bytes <= 1 << 19:
+            raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
+        if self.threads < 0 or self.window < 1:
+            raise ValueError(f"threads {self.threads} or window {self.window} out of range")
+        if min(self.retry_s, self.resend_s, self.telemetry_s) <= 0:
+            raise ValueError("retry_s, resend_s and telemetry_s must be above 0")
+        if not 0 < self.update_minutes <= 24 * 60:
+            raise ValueError(f"update_minutes: expected over 0 to a day, got {self.update_minutes}")
+        if self.release_key:
+            try:
+                signing.check_public(self.release_key)
+            except SignatureError as fault:
+                raise ValueError(f"release_key: {fault}") from fault
+
+
+def load(path: Path) -> AgentConfig:
+    """Read `agent.toml`; relative paths are relative to the folder it lies in.
+
+    Raises:
+        SettingsError: the message names the file, the key and what was expected.
+    """
+    config = records.load(AgentConfig, path)
+    folder = path.resolve().parent
+    names = ("data", "state", "updates", "updates_kept")
+    try:
+        broker = config.broker.beside(folder)
+    except ValueError as fault:
+        raise SettingsError(f"{path}: broker: {fault}") from fault
+    found = {name: folder / getattr(config, name) for name in names}
+    return replace(config, broker=broker, **found)

@@ -1,0 +1,71 @@
+"""Labelled images from a folder or an `.npz`: one reader, for agents and for the server.
+
+- A folder has one sub-folder for each class, named as the class is; `picture` says how a picture
+  becomes pixels. Damaged pictures are left out and named, other files are left out and counted.
+- An `.npz` holds the pixels themselves, or encoded pictures; see `archive`.
+
+The result tells what was left out, and what was done to pictures that are not plain 8-bit ones.
+"""
+
+from pathlib import Path
+
+from ondevice.config import BAD_SHARE
+from ondevice.photos import archive, folder
+from ondevice.photos.folder import Sizes, sizes
+from ondevice.photos.picture import decode, fit, open_image
+from ondevice.photos.record import RENAME, Photos, Remark, tell
+from wire.errors import DataError
+
+__all__ = [
+    "BAD_SHARE",
+    "RENAME",
+    "Photos",
+    "Remark",
+    "Sizes",
+    "decode",
+    "fit",
+    "is_folder",
+    "open_image",
+    "read",
+    "sizes",
+    "tell",
+]
+
+
+def read(path: Path, input_shape: tuple[int, ...], *, bad_share: float = BAD_SHARE) -> Photos:
+    """Read a folder of images, or an `.npz`.
+
+    Args:
+        path: the folder or file.
+        input_shape: (C, H, W) that a folder's pictures are brought to, C = 1 (grey) or 3 (RGB). An
+            `.npz` comes as it is.
+        bad_share: more damaged pictures than this share of all, and than one, are an error; 0: each
+            is.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, it is of another form, or too much of it is
+            damaged.
+    """
+    if is_folder(path):
+        return folder.read(path, input_shape, bad_share)
+    return archive.read(path)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; else it is a file.
+
+    Raises:
+        DataError: nothing is there, or a folder above it may not be entered.
+    """
+    try:
+        if path.is_dir():
+            return True
+        if path.exists():
+            return False
+    except OSError as fault:
+        raise DataError(
+            f"{path}: cannot be read ({fault.strerror}); let this user read it"
+        ) from fault
+    raise DataError(
+        f"{path}: expected an .npz file or a folder of images, got nothing there; check the path"
+    )

@@ -1,0 +1,1 @@
+"""What a run has learnt, as one ONNX file."""

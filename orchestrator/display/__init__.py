@@ -1,0 +1,1 @@
+"""What people see: the report, the live view, the words for both."""

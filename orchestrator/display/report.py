@@ -1,0 +1,292 @@
+"""What a run has done so far: for the live view, `orchestrator status` and report.json.
+
+Bytes are those of MQTT payloads as they were sent and received, framing and repetitions included.
+The time left is the mean of the newest `NEWEST` rounds times the rounds to go, less what the open
+round has taken.
+"""
+
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import RunConfig
+from orchestrator.display import words
+from orchestrator.fleet import classes
+from orchestrator.rules.rounds import PAUSE_S, Phase, State
+from orchestrator.run_folder.store import Attempt, Store, Verdict, as_written
+from wire import records, stopping
+from wire.errors import StalledError
+from wire.messages import Birth, Telemetry
+
+log = logging.getLogger("orchestrator")
+
+WRITE_S = 0.5
+SAID_S = 5.0  # between two lines of the log on who is awaited
+NEWEST = 5  # rounds that the time left is reckoned by
+NAMED = 8  # devices that a line names
+REFUSED = 100  # devices that may not take part and are shown; a stranger can have any name
+
+
+class Report:
+    """Collects; `snapshot` is what a person sees, `closed` makes a round's entry.
+
+    Args:
+        config: of the run.
+        store: its folder.
+        sources: digests of the source files of each network that is not ours.
+        enrolled: devices that may take part, where only they may.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        sources: Mapping[str, Mapping[str, str]] | None = None,
+        enrolled: frozenset[str] | None = None,
+    ) -> None:
+        self._config, self._store, self._sources = config, store, sources or {}
+        self._enrolled = enrolled or frozenset()
+        traffic = store.traffic()  # what an earlier orchestrator counted in the open round
+        self._up = Counter({device: up for device, (up, _) in traffic.items()})
+        self._down = Counter({device: down for device, (_, down) in traffic.items()})
+        self._births: dict[str, Birth] = {}
+        self._telemetry: dict[str, Telemetry] = {}
+        self._state = State(config.rounds, config.seed)
+        self._work = ("", 0, 0)
+        self._faults: dict[str, str] = {}
+        self._refused: dict[str, str] = {}  # devices that may not take part, and why
+        self._awaited = ""
+        self._said = "", -math.inf
+        self._opened_at: float | None = None
+        self._lock = threading.Lock()
+        self._written = 0.0
+        self.entries = store.closed_rounds()
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self._config.folder
+
+    def received(self, device: str, count: int) -> None:
+        """So many bytes came from a device."""
+        self._up[device] += count
+        self._store.count(device, up=count)
+
+    def sent(self, device: str, count: int) -> None:
+        """So many bytes went to a device."""
+        self._down[device] += count
+        self._store.count(device, down=count)
+
+    def born(self, device: str, birth: Birth) -> None:
+        """A device is there."""
+        self._births[device] = birth
+        self._refused.pop(device, None)
+
+    def turned_away(self, device: str, reason: str) -> None:
+        """A device is there and may not take part."""
+        if device in self._refused or len(self._refused) < REFUSED:
+            self._refused[device] = reason
+
+    def telemetry(self, device: str, message: Telemetry) -> None:
+        """A device told how far it is."""
+        self._telemetry[device] = message
+
+    def decided(self, verdict: Verdict) -> None:
+        """A device's result was accepted or refused."""
+        if verdict.accepted:
+            self._faults.pop(verdict.device, None)
+        else:
+            self._faults[verdict.device] = verdict.reason
+
+    def rounds(self, state: State) -> None:
+        """The rules' state changed; who is awaited now is logged."""
+        self._state = state
+        self._awaited = self._awaits()
+        now = time.monotonic()
+        if self._awaited in ("", self._said[0]) or now - self._said[1] < SAID_S:
+            return
+        self._said = self._awaited, now
+        log.info("%s", self._awaited)
+
+    def opened(self) -> None:
+        """A round began: its bytes and its seconds are counted from here."""
+        self._up.clear()
+        self._down.clear()
+        self._opened_at = time.monotonic()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """The worker thread is so far with something."""
+        with self._lock:
+            self._work = (what, done, total)
+
+    def closed(
+        self, attempt: Attempt, metrics: Mapping[str, Any], seconds: float
+    ) -> dict[str, Any]:
+        """The entry of a round that was aggregated; `kept` counts it."""
+        devices = {
+            device: {
+                **(verdict.result.metrics if verdict.accepted else {}),
+                "samples": verdict.result.samples,
+                "accepted": verdict.accepted,
+                "reason": verdict.reason,
+                "bytes_up": self._up[device],
+                "bytes_down": self._down[device],
+            }
+            for device, verdict in sorted(attempt.verdicts.items())
+        }
+        for device, more in metrics.get("devices", {}).items():
+            devices.setdefault(device, {}).update(more)
+        return {
+            "round": attempt.round,
+            "seconds": seconds,
+            "cohort": sorted(attempt.orders),
+            **{key: value for key, value in metrics.items() if key != "devices"},
+            "devices": devices,
+        }
+
+    def kept(self, entry: dict[str, Any]) -> None:
+        """A round's entry is in the journal."""
+        self.entries.append(entry)
+        self._opened_at = None
+
+    def last_round(self) -> str:
+        """A line on the round that was closed last, with the time left."""
+        entry, more = self.entries[-1], words.left(self.snapshot())
+        scores = [
+            f"{key.removesuffix('_accuracy')} {words.percent(value)}"
+            for key, value in entry.items()
+            if key.endswith("accuracy")
+        ]
+        told = ", ".join([*(scores or ["not evaluated"]), f"{entry['seconds']:.1f} s"])
+        return f"round {entry['round']} of {self._config.rounds}: {told}" + (more and f"; {more}")
+
+    def snapshot(self) -> dict[str, Any]:
+        """The run as it stands."""
+        with self._lock:
+            work = self._work
+        state = self._state
+        names = sorted(
+            {*state.live, *state.cohort, *self._telemetry, *self._enrolled, *self._refused}
+        )
+        left_s, left_by = self._left()
+        return {
+            "run": self._config.name,
+            "strategy": self._config.strategy,
+            "phase": state.phase.value,
+            "round": state.round,
+            "rounds": self._config.rounds,
+            "awaited": self._awaited,
+            "left_s": left_s,
+            "left_by": left_by,
+            "work": work if state.phase is Phase.AGGREGATING else ("", 0, 0),
+            "updated": time.time(),
+            "devices": {name: self._device(name) for name in names},
+            "history": self.entries,
+        }
+
+    def save(self, *, final: bool = False) -> None:
+        """Write status.json now and then, and report.json at the end."""
+        now = time.monotonic()
+        if final or now - self._written >= WRITE_S:
+            self._written = now
+            with contextlib.suppress(StalledError):  # a full disk is said where it holds up more
+                self._store.write_json("status.json", self.snapshot())
+        if final:
+            config = self._config
+            settled = classes.read(config.folder)
+            whole = {
+                "run": config.name,
+                "classes": list(settled.names) if settled else [],
+                "config": {**as_written(records.plain(config)), "broker": config.broker.kind},
+                "sources": self._sources,
+                "rounds": self.entries,
+            }
+            store = self._store
+            store.patience.attempt(lambda: store.write_json("report.json", whole))
+
+    def _left(self) -> tuple[float | None, int]:
+        """About how many seconds the run takes yet, and by how many rounds that is reckoned."""
+        newest = [entry["seconds"] for entry in self.entries[-NEWEST:]]
+        if not newest:
+            return None, 0
+        each = sum(newest) / len(newest)
+        opened_at = self._opened_at
+        done = 0.0 if opened_at is None else min(time.monotonic() - opened_at, each)
+        return max((self._config.rounds - len(self.entries)) * each - done, 0.0), len(newest)
+
+    def _awaits(self) -> str:
+        """Who keeps the run waiting, in words that stay until that changes; "" for nobody."""
+        state, rules = self._state, self._config.cohort
+        if state.phase is Phase.COLLECTING:
+            open_ = state.cohort - state.returned - state.failed
+            if not open_ or open_ & state.live.keys():
+                return ""
+            return (
+                f"round {state.round}: waiting for devices that are away: {names_of(open_)}; "
+                f"it closes without them {rules.deadline_s:g} s after its start"
+            )
+        if state.phase is not Phase.FORMING:
+            return ""
+        if len(state.live) < rules.min_devices:
+            here = f" ({names_of(state.live)})" if state.live else ""
+            missing = self._enrolled - state.live.keys()
+            return (
+                f"waiting for devices: {len(state.live)} of at least {rules.min_devices} here{here}"
+            ) + (f"; enrolled and not here: {names_of(missing)}" if missing else "")
+        if state.attempt and not state.returned:
+            return f"no device returned a result; trying again in {PAUSE_S:g} s"
+        if rules.wait_s:
+            return f"{len(state.live)} devices are here; waiting {rules.wait_s:g} s for more"
+        return ""
+
+    def _device(self, name: str) -> dict[str, Any]:
+        state, last, birth = self._state, self._telemetry.get(name), self._births.get(name)
+        if name in self._refused:
+            stand = "refused"
+        elif name in state.returned:
+            stand = "returned"
+        elif name in state.failed:
+            stand = "failed"
+        elif name in state.cohort:
+            stand = last.phase if last and last.round == state.round else "ordered"
+        else:
+            stand = "waiting"
+        return {
+            "live": name in state.live or name in self._refused,
+            "stand": stand,
+            "done": last.done if last else 0,
+            "total": last.total if last else 0,
+            "memory_bytes": last.memory_bytes if last else 0,
+            "bytes_up": self._up[name],
+            "bytes_down": self._down[name],
+            "package": birth.package.version if birth and birth.package else "",
+            "update": birth.update if birth else "",
+            "fault": self._refused.get(name) or self._faults.get(name, ""),
+        }
+
+
+def names_of(devices: Iterable[str]) -> str:
+    """Names in their order, `NAMED` of them at most: "pi-1, pi-2 and 38 more"."""
+    names = sorted(devices)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def said(report: Report, more: str, again: str | None = None) -> str:
+    """The answer to Ctrl-C: what is kept of a run, and how to go on.
+
+    Args:
+        report: of the run.
+        more: of the open round.
+        again: the command to go on with; None: this one, "": there is none.
+    """
+    closed = len(report.entries)
+    kept = f"kept: {closed} closed round{'' if closed == 1 else 's'} in {report.folder}; {more}"
+    again = stopping.command() if again is None else again
+    return f"stopping; {kept}" + (f"; go on with: {again}" if again else "")

@@ -1,0 +1,238 @@
+"""What a person sees in the terminal: the run while it goes on, and its table in the end."""
+
+import logging
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.display.words import left, percent, progress, size
+from wire import logs
+
+if TYPE_CHECKING:
+    from orchestrator.display.report import Report
+
+# What a device does, in the order in which a person should look at it.
+STANDS = ("failed", "refused", "ordered", "fetch", "train", "extract", "send", "away", "waiting",
+          "returned", "idle")  # fmt: skip
+NEWEST = 5  # rounds that a live view shows
+LOG_LINES = 4  # of the terminal, that a live view leaves to the log
+ROOMY = 18  # lines of a view in which texts may take two
+WORKING = ("fetch", "train", "extract", "send")
+REFRESH_S, LOGGED_S = 0.25, 30.0
+
+
+class Display:
+    """What goes on, while it goes on: a live view on a terminal, log lines alone elsewhere.
+
+    Args:
+        console: where the view and the log go.
+        simulated: one line of progress in place of the view; elsewhere it is logged now and then.
+    """
+
+    def __init__(self, console: Console, *, simulated: bool = False) -> None:
+        self._console, self._simulated = console, simulated
+        # Not console.is_terminal, which believes FORCE_COLOR: a file never gets control codes.
+        self._terminal = console.file.isatty() and not console.is_dumb_terminal
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+        self._shown = self._logged = time.monotonic()
+
+    def __enter__(self) -> Callable[["Report"], None]:
+        """Begin; gives what to call with the report whenever something happened."""
+        if not self._terminal:
+            logs.to_stream(self._console.file)
+            return self._log if self._simulated else lambda _: None
+        handler = RichHandler(
+            console=self._console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
+        )
+        handler.setFormatter(logs.OneLine("%(message)s"))
+        logs.to_handler(handler)
+        self._live.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        """Take the view off the terminal."""
+        if self._terminal:
+            self._live.stop()
+
+    def _show(self, report: "Report") -> None:
+        now = time.monotonic()
+        if now - self._shown < REFRESH_S:
+            return
+        self._shown = now
+        snapshot, (width, height) = report.snapshot(), self._console.size
+        if self._simulated:
+            line = Text(f"{snapshot['run']}  {progress(snapshot)}")
+            line.truncate(width, overflow="ellipsis")
+            self._live.update(line)
+        else:
+            self._live.update(live(snapshot, width, max(height - LOG_LINES, 3)))
+
+    def _log(self, report: "Report") -> None:
+        now = time.monotonic()
+        if now - self._logged >= LOGGED_S:
+            self._logged = now
+            logging.getLogger("orchestrator").info("%s", progress(report.snapshot()))
+
+
+def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None) -> Group:
+    """The run as it stands: a summary, failing and slowest devices, the newest rounds.
+
+    Args:
+        snapshot: of `Report`.
+        width: columns of the terminal.
+        height: lines that the view may take; None shows every device and round.
+    """
+    devices: Mapping[str, Mapping[str, Any]] = snapshot["devices"]
+    history = snapshot["history"]
+    head = Text.assemble(
+        (snapshot["run"], "bold"),
+        f"  {snapshot['strategy']}  round {snapshot['round']} of {snapshot['rounds']}  ",
+        (snapshot["phase"], "cyan"),
+    )
+    lines = [head, *map(Text, filter(None, [left(snapshot)]))]
+    what, done, total = snapshot["work"]
+    if total:
+        lines.append(Text.assemble("server ", (what, "cyan"), f" {done}/{total}"))
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    deep = 1 if height is not None and height < ROOMY else 2
+    lines += _wrapped(snapshot.get("awaited", ""), width, deep)
+    lines += _wrapped(summary(devices) if devices else "", width, deep)
+    faults = {name: device["fault"] for name, device in devices.items() if device.get("fault")}
+    for name in sorted(faults)[: None if height is None else deep]:
+        what = "refused" if devices[name]["stand"] == "refused" else "failed"
+        lines += _wrapped(logs.clean(f"{name} {what}: {faults[name]}"), width, deep, "red")
+    shown = sorted(devices)
+    if height is not None:
+        # Each table has a blank line and a header; devices take what rounds leave.
+        room = height - len(lines)
+        history = history[-min(NEWEST, room // 2 - 2) :] if room >= 6 else []
+        room -= len(history) + 2 if history else 0
+        order = shown if len(shown) <= room - 2 else _slowest(snapshot)
+        shown, lines = order[: max(room - 2, 0)], lines[:height]
+    parts: list[Any] = list(lines)
+    if shown:
+        title = "device" if len(shown) == len(devices) else "slowest devices"
+        parts += [Text(), _table(title, {name: devices[name] for name in shown}, width)]
+    if history:
+        parts += [Text(), rounds(history, width)]
+    return Group(*parts)
+
+
+def stand(device: Mapping[str, Any]) -> str:
+    """What a device does now: `away`, or its stand in the round."""
+    return str(device["stand"]) if device["live"] else "away"
+
+
+def summary(devices: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many devices do what: `40 devices: 22 train, 3 fetch, 2 away`."""
+    counts = Counter(stand(device) for device in devices.values())
+    told = [f"{counts[name]} {name}" for name in STANDS if counts[name]]
+    number = f"{len(devices)} device{'s' if len(devices) > 1 else ''}"
+    return f"{number}: {', '.join(told)}"
+
+
+def _slowest(snapshot: Mapping[str, Any]) -> list[str]:
+    """Devices: failing ones first, then those least far; who is done, waits or is away last."""
+    devices = snapshot["devices"]
+    before = snapshot["history"][-1]["devices"] if snapshot["history"] else {}
+
+    def key(name: str) -> tuple[int, float, float, str]:
+        device = devices[name]
+        share = device["done"] / (device["total"] or 1)
+        return STANDS.index(stand(device)), share, -before.get(name, {}).get("train_s", 0.0), name
+
+    return sorted(devices, key=key)
+
+
+def _wrapped(text: str, width: int, deep: int, style: str = "") -> list[Text]:
+    """A text in so many lines at most."""
+    lines = textwrap.wrap(
+        text, max(width, 10), max_lines=deep, placeholder=" \N{HORIZONTAL ELLIPSIS}"
+    )
+    return [Text(line, style=style) for line in lines]
+
+
+def short(name: str, most: int) -> str:
+    """A name in so many characters, from 3: names differ at their ends."""
+    if len(name) <= most:
+        return name
+    half = most // 2
+    return f"{name[: half - 1]}\N{HORIZONTAL ELLIPSIS}{name[half - most :]}"
+
+
+def _table(title: str, devices: Mapping[str, Mapping[str, Any]], width: int) -> Table:
+    """One line a device; narrow terminals lose columns, never lines."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    most = max(width - 60, 16)
+    table.add_column(title, no_wrap=True)
+    table.add_column("", no_wrap=True, width=8)
+    table.add_column("", no_wrap=True, width=min(20, max(width - 58, 6)))
+    sizes = [("memory", "memory_bytes"), ("up", "bytes_up"), ("down", "bytes_down")]
+    sizes = sizes[: max((width - 36) // 10, 0)]
+    for what, _ in sizes:
+        table.add_column(what, justify="right", no_wrap=True)
+    for name, device in devices.items():
+        working = device["live"] and device["stand"] in WORKING
+        table.add_row(
+            Text(short(name, most), style="" if device["live"] else "dim"),
+            Text(stand(device), style="red" if stand(device) in ("failed", "refused") else ""),
+            ProgressBar(device["total"] or 1, device["done"]) if working else "",
+            *(size(device[key]) for _, key in sizes),
+        )
+    return table
+
+
+def rounds(history: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
+    """One row a round; device figures are means over those that took part."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3 if width >= 72 else 1, 0, 0))
+    for title in ("round", "server", "device", "up/device", "down/device", "seconds", "devices"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for entry in history:
+        joined = [d for d in entry["devices"].values() if d.get("accepted")]
+        table.add_row(
+            str(entry["round"]),
+            percent(entry.get("server_accuracy")),
+            percent(entry.get("device_accuracy")),
+            size(_mean(joined, "bytes_up")),
+            size(_mean(joined, "bytes_down")),
+            f"{entry['seconds']:.1f}",
+            f"{len(joined)}/{len(entry['cohort'])}",
+        )
+    return table
+
+
+def agents(history: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a device: what its work cost over the whole run."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for title in ("device", "samples", "peak memory", "FLOPs", "train", "up", "down"):
+        table.add_column(title, justify="left" if title == "device" else "right")
+    for name in sorted({name for entry in history for name in entry["devices"]}):
+        mine = [e["devices"][name] for e in history if e["devices"].get(name, {}).get("accepted")]
+        if not mine:
+            continue
+        peak = max(max(d.get("train_peak_bytes", 0), d.get("extract_peak_bytes", 0)) for d in mine)
+        flops = sum(d.get("train_flops", 0) + d.get("extract_flops", 0) for d in mine)
+        table.add_row(
+            name,
+            str(mine[-1]["samples"]),
+            size(peak),
+            f"{flops / 1e9:.1f} G",
+            f"{sum(d.get('train_s', 0) for d in mine):.1f} s",
+            size(sum(d["bytes_up"] for d in mine)),
+            size(sum(d["bytes_down"] for d in mine)),
+        )
+    return table
+
+
+def _mean(devices: Sequence[Mapping[str, Any]], key: str) -> float:
+    return float(sum(d[key] for d in devices)) / max(len(devices), 1)

@@ -1,0 +1,1 @@
+"""Before the first round: check the configuration, compile the networks, start the broker."""

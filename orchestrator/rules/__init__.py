@@ -1,0 +1,1 @@
+"""What decides, as pure functions: no network, no disk, no clock."""

@@ -1,0 +1,1 @@
+"""What is kept: the run's folder with its journal, checkpoints and blobs."""

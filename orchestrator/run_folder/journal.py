@@ -1,0 +1,336 @@
+"""A run's journal: rounds, orders, results, bytes. SQLite, WAL, synchronous=FULL.
+
+An accepted result is in it before the device is told so. One that turns out damaged at a start is
+set aside as `journal.db.damaged-1`, and a new one goes on after the last checkpoint.
+"""
+
+import contextlib
+import json
+import logging
+import secrets
+import sqlite3
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.checkpoints import Resumption
+from wire import messages, storage
+from wire.errors import DamagedError, RunError, StalledError, WireError
+from wire.messages import Order, Result
+
+T = TypeVar("T")
+log = logging.getLogger("orchestrator")
+
+LEAP = 1 << 20  # above the sequence numbers that a damaged journal may have given out
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS identity (run TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS devices (what TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS attempts (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL,
+    closed INTEGER NOT NULL DEFAULT 0, report TEXT);
+CREATE TABLE IF NOT EXISTS orders (
+    sequence INTEGER NOT NULL, device TEXT NOT NULL, work_order BLOB NOT NULL,
+    PRIMARY KEY (sequence, device));
+CREATE TABLE IF NOT EXISTS verdicts (
+    sequence INTEGER NOT NULL, device TEXT NOT NULL, accepted INTEGER NOT NULL,
+    reason TEXT NOT NULL, result BLOB NOT NULL, PRIMARY KEY (sequence, device));
+CREATE TABLE IF NOT EXISTS traffic (
+    device TEXT PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL);
+"""
+_COUNT = """
+INSERT INTO traffic VALUES (?, ?, ?)
+ON CONFLICT DO UPDATE SET up = up + excluded.up, down = down + excluded.down
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one device's result."""
+
+    device: str
+    accepted: bool
+    reason: str
+    result: Result
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A round that was opened: its orders, those carried over included, and verdicts so far."""
+
+    sequence: int
+    round: int
+    orders: Mapping[str, Order]
+    verdicts: Mapping[str, Verdict]
+    closed: bool = False
+
+    def carried(self, rounds: int) -> dict[str, Order]:
+        """Orders that are open still once the round is closed: not answered, nor too old."""
+        unanswered = {n: o for n, o in self.orders.items() if n not in self.verdicts}
+        return {n: o for n, o in unanswered.items() if self.round - o.round < rounds}
+
+
+class Journal:
+    """The journal in a run's folder. Use it from one thread.
+
+    Each function raises StalledError where the disk is full or another program holds the file,
+    DamagedError and StorageError where it cannot be read or written.
+
+    Args:
+        folder: of the run.
+        begun: whether the run has begun, so that a journal must be there.
+
+    Raises:
+        RunError: it is damaged, and there is no checkpoint to go on after.
+    """
+
+    def __init__(self, folder: Path, *, begun: bool) -> None:
+        self._folder, self._path = folder, folder / "journal.db"
+        self._uncounted: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        self._opened = contextlib.ExitStack()
+        try:
+            self._open()
+            self._look_over(begun=begun)
+        except DamagedError as fault:
+            self._begin_anew(fault)
+        except BaseException:
+            self.close()
+            raise
+
+    def identify(self, name: str) -> str:
+        """The run's name for devices: another run of the same name must not be taken for it."""
+
+        def look(db: sqlite3.Connection) -> str:
+            row = db.execute("SELECT run FROM identity").fetchone()
+            if row is None:
+                row = (f"{name}.{secrets.token_hex(4)}",)
+                db.execute("INSERT INTO identity VALUES (?)", row)
+            return str(row[0])
+
+        return self._do(look)
+
+    def _claim_devices(self, devices: str) -> None:
+        """A run goes on only with the devices it was begun with: agents, or a simulation's data.
+
+        Raises:
+            RunError: they are others.
+        """
+
+        def look(db: sqlite3.Connection) -> str:
+            row = db.execute("SELECT what FROM devices").fetchone()
+            if row is None:
+                row = (devices,)
+                db.execute("INSERT INTO devices VALUES (?)", row)
+            return str(row[0])
+
+        if (before := self._do(look)) != devices:
+            raise RunError(
+                f"{self._folder} was begun with {before}, now it is {devices}; choose another name"
+            )
+
+    def hold(self, fact: str, value: str) -> bool:
+        """Whether something is what it was when the run first asked."""
+
+        def look(db: sqlite3.Connection) -> bool:
+            db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (fact, value))
+            row = db.execute("SELECT value FROM facts WHERE name = ?", (fact,)).fetchone()
+            return bool(row[0] == value)
+
+        return self._do(look)
+
+    def closed_rounds(self) -> list[dict[str, Any]]:
+        """The reports of all closed rounds, in order."""
+        read = "SELECT report FROM attempts WHERE closed = 1 ORDER BY round"
+        return self._do(lambda db: [json.loads(report) for (report,) in db.execute(read)])
+
+    def last_attempt(self, *, closed: bool = False) -> Attempt | None:
+        """The round that was last opened, or the last of those that are closed."""
+
+        def read(db: sqlite3.Connection) -> Attempt | None:
+            row = db.execute(
+                "SELECT sequence, round, closed FROM attempts WHERE closed >= ? "
+                "ORDER BY sequence DESC LIMIT 1",
+                (closed,),
+            ).fetchone()
+            if row is None:
+                return None
+            orders = {}
+            for device, data in db.execute(
+                "SELECT device, work_order FROM orders WHERE sequence = ?", (row[0],)
+            ):
+                order, _ = messages.decode(data, sender="journal")
+                assert isinstance(order, Order)  # noqa: S101 - only begin() writes this column
+                orders[device] = order
+            return Attempt(row[0], row[1], orders, _verdicts(db, row[0]), bool(row[2]))
+
+        return self._do(read)
+
+    def next_sequence(self) -> int:
+        """The sequence number that `begin` will give next."""
+        read = "SELECT COALESCE(MAX(sequence), 0) FROM attempts"
+        return 1 + int(self._do(lambda db: db.execute(read).fetchone())[0])
+
+    def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
+        """Note a round's orders before they are sent; bytes are counted from here."""
+
+        def write(db: sqlite3.Connection) -> Attempt:
+            db.execute("DELETE FROM traffic")
+            cursor = db.execute("INSERT INTO attempts (round) VALUES (?)", (round_,))
+            sequence = int(cursor.lastrowid or 0)
+            db.executemany(
+                "INSERT INTO orders VALUES (?, ?, ?)",
+                [(sequence, device, messages.encode(order)) for device, order in orders.items()],
+            )
+            return Attempt(sequence, round_, dict(orders), {})
+
+        attempt = self._do(write)
+        self._uncounted.clear()
+        return attempt
+
+    def count(self, device: str, *, up: int = 0, down: int = 0) -> None:
+        """Note bytes that came from a device or went to it; on a full disk they are noted later."""
+        before = self._uncounted[device]
+        self._uncounted[device] = (before[0] + up, before[1] + down)
+        try:
+            with storage.at(self._path):
+                for name, (more_up, more_down) in list(self._uncounted.items()):
+                    self._counts.execute(_COUNT, (name, more_up, more_down))
+                    del self._uncounted[name]
+        except StalledError:
+            return
+
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Bytes up and down of each device since the last round began, whoever counted them."""
+        read = "SELECT device, up, down FROM traffic"
+        rows = self._do(lambda db: db.execute(read).fetchall())
+        return {device: (up, down) for device, up, down in rows}
+
+    def decide(self, sequence: int, verdict: Verdict) -> None:
+        """Note what became of a result, before the device is told. The first word stands.
+
+        A result of an order that was carried over is noted under its own sequence as well, by which
+        the device offers it.
+        """
+        rest = (
+            verdict.device, verdict.accepted, verdict.reason, messages.encode(verdict.result)
+        )  # fmt: skip
+        self._do(
+            lambda db: db.executemany(
+                "INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?)",
+                [(number, *rest) for number in sorted({sequence, verdict.result.sequence})],
+            )
+        )
+
+    def verdict(self, sequence: int, device: str) -> Verdict | None:
+        """What became of a device's result, if it is decided."""
+        return self._do(lambda db: _verdicts(db, sequence)).get(device)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._opened.close()
+
+    def _close_attempt(self, sequence: int, report: Mapping[str, Any]) -> None:
+        self._do(
+            lambda db: db.execute(
+                "UPDATE attempts SET closed = 1, report = ? WHERE sequence = ?",
+                (json.dumps(report), sequence),
+            )
+        )
+
+    def _resumption(self, attempt: Attempt, report: Mapping[str, Any]) -> Resumption:
+        """What a new journal goes on with, once this round is closed."""
+
+        def read(db: sqlite3.Connection) -> Resumption:
+            (run,) = db.execute("SELECT run FROM identity").fetchone()
+            (devices,) = db.execute("SELECT what FROM devices").fetchone()
+            facts = dict(db.execute("SELECT name, value FROM facts").fetchall())
+            return Resumption(run, attempt.sequence, devices, facts, [])
+
+        rounds = [entry for entry in self.closed_rounds() if entry["round"] != attempt.round]
+        return self._do(read)._replace(rounds=[*rounds, dict(report)])
+
+    def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """One transaction."""
+        try:
+            with storage.at(self._path), self._db:
+                return work(self._db)
+        except (WireError, json.JSONDecodeError) as fault:
+            raise DamagedError(f"{self._path} is damaged ({fault})") from fault
+
+    def _open(self) -> None:
+        with storage.at(self._path):
+            self._db = self._connected()
+            # Bytes are counted with every message: what a power cut takes is not worth a sync.
+            self._counts = self._connected(isolation_level=None)
+            storage.prepare(self._db)
+            self._db.executescript(_SCHEMA)
+            self._counts.execute("PRAGMA synchronous=NORMAL")
+
+    def _connected(self, **settings: Any) -> sqlite3.Connection:
+        """A connection that `close` closes."""
+        db: sqlite3.Connection = sqlite3.connect(self._path, **settings)
+        return self._opened.enter_context(contextlib.closing(db))
+
+    def _look_over(self, *, begun: bool) -> None:
+        """Read what a start reads.
+
+        Raises:
+            DamagedError: something cannot be read, or the journal is that of no run.
+        """
+        known = self._do(lambda db: db.execute("SELECT run FROM identity").fetchone())
+        if begun and known is None:
+            raise DamagedError(
+                f"{self._path} is damaged (it is empty or gone, though the run has begun)"
+            )
+        self.closed_rounds()
+        self.last_attempt()
+
+    def _begin_anew(self, fault: DamagedError) -> None:
+        """Set the journal aside, and go on after the last checkpoint.
+
+        Raises:
+            RunError: there is none.
+        """
+        self.close()
+        known = checkpoints.resumption(self._folder)
+        if known is None:
+            raise RunError(
+                f"{fault}, and there is no checkpoint to go on after: what devices sent is lost. "
+                f"Restore the file, or begin anew: remove {self._folder}, or choose another name"
+            ) from fault
+        with storage.at(self._path):
+            aside = storage.set_aside(self._path)
+        self._open()
+        first = known.sequence + LEAP
+
+        def write(db: sqlite3.Connection) -> None:
+            db.execute("INSERT INTO identity VALUES (?)", (known.run,))
+            db.execute("INSERT INTO devices VALUES (?)", (known.devices,))
+            db.executemany("INSERT INTO facts VALUES (?, ?)", known.facts.items())
+            db.executemany(
+                "INSERT INTO attempts VALUES (?, ?, 1, ?)",
+                [(first + i, e["round"], json.dumps(e)) for i, e in enumerate(known.rounds)],
+            )
+
+        self._do(write)
+        last = known.rounds[-1]["round"]
+        log.error(
+            "%s; set aside as %s. The run goes on after its last checkpoint, that of round %d. "
+            "Lost is what devices had sent in round %d, accepted results included: they are asked "
+            "again",
+            fault, aside.name, last, last + 1,
+        )  # fmt: skip
+
+
+def _verdicts(db: sqlite3.Connection, sequence: int) -> dict[str, Verdict]:
+    found = {}
+    for device, accepted, reason, data in db.execute(
+        "SELECT device, accepted, reason, result FROM verdicts WHERE sequence = ?", (sequence,)
+    ):
+        result, _ = messages.decode(data, sender="journal")
+        assert isinstance(result, Result)  # noqa: S101 - only decide() writes this column
+        found[device] = Verdict(device, bool(accepted), reason, result)
+    return found

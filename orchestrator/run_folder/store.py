@@ -1,0 +1,237 @@
+"""A run's folder: the journal, the checkpoints, the blobs.
+
+    runs/NAME/
+        run.json            the configuration it was started with
+        journal.db          rounds, orders, results, bytes
+        artifact/           the training artifact
+        checkpoints/0003/   what is learnt after round 3
+        blobs/, shards/     payloads by digest; decoded feature maps
+        status.json, report.json
+
+A checkpoint is written, then the journal says that its round is closed: whatever the moment of a
+`kill -9`, a restart finds the last closed round, and of the open one the accepted results.
+
+Where the disk is full, rounds are neither opened nor closed until there is room, and no result is
+acknowledged.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from typing import IO, Any
+
+from orchestrator.config import RunConfig, changes
+from orchestrator.run_folder import checkpoints
+from orchestrator.run_folder.checkpoints import last as last_checkpoint
+from orchestrator.run_folder.checkpoints import read as read_checkpoint
+from orchestrator.run_folder.journal import Attempt, Journal, Verdict
+from orchestrator.strategies.strategy import State
+from wire import locks, records, stopping, storage
+from wire.blobs import BlobStore
+from wire.errors import RunError
+from wire.messages import Order
+from wire.names import written
+from wire.storage import Patience
+
+AGENTS = "agents"  # what does a run's orders, where it is not simulated devices
+
+__all__ = [
+    "Attempt", "Store", "Verdict", "as_written", "last_checkpoint", "read_checkpoint", "referred",
+]  # fmt: skip
+
+
+def referred(orders: Iterable[Order]) -> set[str]:
+    """Digests of the blobs that devices may still ask for, to do these orders."""
+    refs = (ref for order in orders for ref in (order.state, order.teacher))
+    return {ref.digest for ref in refs if ref}
+
+
+class Store(Journal):
+    """One run's folder, with its journal; locked against a second orchestrator.
+
+    Args:
+        config: of the run.
+        devices: what does its orders: agents, or devices simulated with certain data.
+
+    Attributes:
+        made: whether the folder was not there before, and no round was opened yet.
+
+    Raises:
+        RunError: the folder belongs to another configuration or to other devices, is in use, or is
+            damaged before a round was finished.
+        StorageError: the disk cannot be written; StalledError: it is full.
+    """
+
+    def __init__(self, config: RunConfig, devices: str = AGENTS) -> None:
+        self.folder = config.folder
+        self.patience = Patience(stopped=stopping.asked.wait)
+        self._kept: frozenset[str] = frozenset()
+        self._config = json.loads(json.dumps(records.plain(config)))
+        self._config["broker"]["password"] = ""  # the run's folder is for others to read
+        with storage.at(self.folder):
+            self.made = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(config)
+        try:
+            before = self._begun_with()
+            self.blobs = BlobStore(self.folder / "blobs", config.chunk_bytes, self.patience)
+            super().__init__(self.folder, begun=before is not None)
+        except BaseException:
+            self._let_go()
+            raise
+        try:
+            self._check(before)
+            self._claim_devices(devices)
+            self.run_id = self.identify(config.name)
+            if before is None:
+                self.started()
+        except BaseException:
+            super().close()
+            self._let_go()
+            raise
+
+    def started(self) -> None:
+        """All is ready: this start's configuration is the run's from now on."""
+        with storage.at(self.folder):
+            self.write_json("run.json", self._config)
+
+    def keep(self, digests: frozenset[str]) -> None:
+        """Never drop these blobs either: the artifact's, packages."""
+        self._kept |= digests
+
+    def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
+        """Note a round's orders before they are sent; waits while the disk is full."""
+        attempt = self.patience.attempt(lambda: super(Store, self).begin(round_, orders))
+        self.made = False
+        return attempt
+
+    def close_round(
+        self,
+        attempt: Attempt,
+        state: State,
+        report: Mapping[str, Any],
+        needed: Collection[str] = (),
+    ) -> None:
+        """Write the checkpoint, note the round as closed, then drop what neither refers to.
+
+        Waits while the disk is full.
+
+        Args:
+            attempt: the round.
+            state: after it.
+            report: its entry.
+            needed: digests of further blobs to keep, which carried orders refer to.
+        """
+
+        def write() -> None:
+            journal = self._resumption(attempt, report)
+            with storage.at(self.folder):
+                checkpoints.write(self.folder, attempt.round, state, journal)
+            self._close_attempt(attempt.sequence, report)
+
+        self.patience.attempt(write)
+        checkpoints.drop_old(self.folder)
+        self.blobs.keep_only(state.blobs() | self._kept | set(needed))
+
+    def checkpoint(self) -> State | None:
+        """The state after the last closed round.
+
+        Raises:
+            RunError: its files are damaged.
+        """
+        read = "SELECT MAX(round) FROM attempts WHERE closed = 1"
+        (last,) = self._do(lambda db: db.execute(read).fetchone())
+        return read_checkpoint(self.folder, int(last)) if last else None
+
+    def write_json(self, name: str, content: object) -> None:
+        """Replace a JSON file of the run folder, whole or not at all.
+
+        Raises:
+            StorageError: the disk takes it not; StalledError: it is full.
+        """
+        partial = self.folder / f"{name}.new"
+        with storage.at(self.folder):
+            try:
+                partial.write_text(json.dumps(content, indent=1))
+                partial.replace(self.folder / name)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                raise
+
+    def close(self) -> None:
+        """Let go of the run."""
+        super().close()
+        self._lock.close()
+
+    def discard(self) -> bool:
+        """Let go of the run; if this start made it and no round began, leave nothing of it."""
+        super().close()
+        self._let_go()
+        return self.made
+
+    def _let_go(self) -> None:
+        """Leave as it was what could not be opened."""
+        if self.made:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        """The configuration that the run was begun with; None if it was not.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        path = self.folder / "run.json"
+        try:
+            table = json.loads(path.read_text())
+            table.pop("broker", None)  # decides no numbers, and rules for it have become stricter
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError) as fault:
+            raise RunError(
+                f"{path} is damaged ({fault}); restore it. If run.toml is what the run was begun "
+                "with, remove it: it is written anew"
+            ) from fault
+        before = records.build(RunConfig, table, where=str(path), error=RunError)
+        plain: dict[str, Any] = json.loads(json.dumps(records.plain(before)))
+        return plain
+
+    def _check(self, before: Mapping[str, Any] | None) -> None:
+        """A run goes on only with what decides its numbers unchanged."""
+        if before is None:
+            return
+        last = self.last_attempt()
+        now = as_written(self._config)
+        if found := changes.refused(as_written(before), now, last.round if last else 0):
+            raise RunError(
+                f"{self.folder} was begun with other settings. {'; '.join(map(str, found))}. "
+                "Restore that, or begin another run: choose another name. docs/fleet.md says what "
+                "may change"
+            )
+
+
+def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the networks' names as run.toml has them: a run's folder may move."""
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    device = plain["device"]
+    for owner in (plain["server"], device, *device["others"]):
+        owner["model"] = written(owner["model"])
+    return plain
+
+
+def _locked(config: RunConfig) -> IO[str]:
+    """The lock of a run's folder.
+
+    Raises:
+        RunError: another orchestrator has it.
+    """
+    path = config.folder / "lock"
+    with storage.at(path):
+        lock = locks.hold(path, f"process {os.getpid()}")
+    if lock is None:
+        who = storage.holders(path)
+        raise RunError(f"{config.folder}: another orchestrator is running this run: {who}")
+    return lock

@@ -1,0 +1,1 @@
+"""A run whose devices are simulated in one process."""
