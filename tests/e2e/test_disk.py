@@ -83,9 +83,10 @@ def test_a_full_disk_of_the_orchestrator_is_waited_for_and_loses_no_result(
     path = fleet.folder / "run.toml"
     path.write_text(path.read_text().replace('name = "run"', f'name = "run"\nruns = "{disk.path}"'))
     (fleet.folder / "runs").symlink_to(disk.path)
-    fleet.start()
-    processes.wait_for("round 2", lambda: fleet.status()["round"] == 2)
+    fleet.start_held()
+    processes.wait_for("round 1", lambda: fleet.status()["round"] >= 1)
     disk.fill()
+    processes.resume("agent-2")
     said = "the disk is full at"
     processes.wait_for("a word on the disk", lambda: said in processes.log("run"))
     disk.make_room()
