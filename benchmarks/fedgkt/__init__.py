@@ -1,1 +1,1 @@
-"""FedGKT: the paper's experiments and what came after; see `__main__`."""
+"""Experiments with FedGKT: those of the paper, and later ones; see `__main__`."""

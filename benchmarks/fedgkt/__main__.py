@@ -1,24 +1,31 @@
-"""FedGKT, the experiments of He et al. 2020 (arXiv 2007.14513) and after.
+"""Experiments with FedGKT: those of He et al. 2020 (arXiv 2007.14513), and later ones.
 
     python -m benchmarks.fedgkt --data cifar10 --settings transfer --preset cpu --seeds 3 --out gkt
 
 Devices train ResNet-8 and send feature maps; the server trains the rest of a large network on them.
-Devices are simulated (`orchestrator.simulation`): every payload is encoded and decoded by the
-codecs of the wire, and bytes are those of the payloads. `settings.py` says which runs there are;
-"two-way" is the one that all are compared with, and comes with each.
+Devices are simulated (`orchestrator.simulation`). Every payload is encoded and decoded by the
+codecs of the wire, and its real bytes are counted. `settings.py` lists the runs. All are compared
+with the run "two-way", which is always done too.
 
     --preset paper   16 devices with all images, 200 rounds, resnet55, 20 epochs of server training
                      a round (10 with --split dirichlet)
     --preset cpu     10 devices with 250 images each, 10 rounds, resnet10, 4 epochs in bfloat16, 3
                      epochs of the devices in batches of 16; 2,000 images to evaluate on
 
-An option that is given wins over the preset's. A run that is there already is not done again, and
-one that was stopped goes on; a folder is for one set of options. With `--schedule constant` its
-rounds may become more. Results come as `DATA.json` and a table, and as pictures: `DATA-GROUP.png`
-accuracy over rounds, `DATA-payload-bytes.png` accuracy over bytes a sample, `DATA-uplink-bytes.png`
-and `DATA-frugal-bytes.png` accuracy over all bytes sent. Runs of fewer rounds than the longest are
-left out, and said to be. With `--pieces 50` no round begins after 50 minutes, and 3 is returned
-while rounds are left.
+An option on the command line wins over the preset's. A finished run is not done again, and a
+stopped run goes on. A folder takes one set of options; with `--schedule constant` rounds may be
+added. With `--pieces 50` no round begins after 50 minutes, and the exit code is 3 while rounds are
+left.
+
+    DATA.json                       all records; a table of them is printed
+    DATA-GROUP.png                  accuracy over rounds
+    DATA-payload-bytes.png          accuracy over bytes a sample
+    DATA-uplink-bytes.png,
+    DATA-frugal-bytes.png           accuracy over all bytes sent
+
+Runs with fewer rounds than the longest are left out of the table, and named below it.
+
+Measured: see docs/fedgkt.md; `page.py` writes its tables.
 """
 
 import argparse
@@ -37,7 +44,7 @@ from wire.errors import SettingsError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and report; 0, 2 where the input is bad or a run fails, 3 where rounds are left."""
+    """Run and report; returns 0, 2 if the input is bad or a run fails, or 3 if rounds are left."""
     parser = command.parser("fedgkt", __doc__)
     runs.add_options(
         parser,
@@ -50,11 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--preset", choices=settings.PRESETS, default="paper")
     parser.add_argument("--split", choices=("iid", "dirichlet"), default="iid")
-    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet")
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet distribution")
     parser.add_argument("--heldout-limit", type=command.count, help="images to evaluate on")
     parser.add_argument("--server-model", choices=tuple(settings.WHOLE))
     parser.add_argument("--server-epochs", type=command.count)
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), help="server's")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), help="of server training"
+    )
     parser.add_argument("--epochs", type=command.count, help="of devices' training")
     parser.add_argument("--batch", type=command.count, help="of devices' training")
     parser.add_argument("--lr", type=float, help="of devices' training")
@@ -84,10 +93,10 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    """What all runs have in common; the preset's values come into `options` where none were given.
+    """What all runs have in common. Writes the preset's values into `options` where it has none.
 
     Raises:
-        SettingsError: the data set cannot be downloaded, and no file is given.
+        SettingsError: the data set cannot be downloaded, and no file was named.
     """
     for key, value in settings.presets(options.split)[options.preset].items():
         if getattr(options, key) is None:
@@ -115,7 +124,7 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def deal(options: argparse.Namespace, plan: Plan, setting: Setting, seed: int) -> None:
-    """The shards of a seed; another number of devices gets the base run's images, dealt anew."""
+    """Write the shards of a seed; another number of devices gets the same images, dealt anew."""
     base = settings.data_folder(settings.BASE, plan, seed, options.out)
     own = settings.data_folder(setting, plan, seed, options.out)
     shared: dict[str, Any] = {"split": plan.split, "alpha": options.alpha, "seed": seed}
@@ -135,7 +144,7 @@ def deal(options: argparse.Namespace, plan: Plan, setting: Setting, seed: int) -
         shards = [np.load(base / f"device-{number}.npz") for number in range(plan.devices)]
         x, y = (np.concatenate([shard[key] for shard in shards]) for key in ("x", "y"))
         np.savez(pool, x=x, y=y, classes=shards[0]["classes"])
-    # By images of each device the Dirichlet is another one than by shares of each class.
+    # With images a device the Dirichlet distribution is another one than with shares of classes.
     equal = None
     if plan.split == "dirichlet" and plan.per_device:
         equal = plan.per_device * plan.devices // setting.devices

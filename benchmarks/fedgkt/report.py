@@ -1,4 +1,4 @@
-"""What became of the runs: a file for each, the table, and the pictures."""
+"""Results of the runs: a record of each, the table on the terminal, and the pictures."""
 
 import json
 import statistics
@@ -27,10 +27,10 @@ MARKS = {3072: ("--", "3,072 bytes, the raw image"), 1024: (":", "1,024 bytes")}
 
 
 def check(plan: Plan, folder: Path) -> None:
-    """Refuse a folder of another plan: its runs could not be compared.
+    """Refuse a folder that was begun with another plan: its runs could not be compared.
 
     Raises:
-        SettingsError: it was begun with another one; the message names what differs.
+        SettingsError: the plans differ; the message names the options and both values.
     """
     path = _options(plan, folder)
     if not path.exists():
@@ -42,7 +42,7 @@ def check(plan: Plan, folder: Path) -> None:
 
 
 def claim(plan: Plan, folder: Path) -> None:
-    """Let a folder be of one plan from now on."""
+    """Write the plan into a folder, which takes no other plan from then on."""
     _options(plan, folder).write_text(json.dumps(asdict(plan), indent=1) + "\n")
 
 
@@ -51,7 +51,7 @@ def _options(plan: Plan, folder: Path) -> Path:
 
 
 def keep(config: RunConfig, setting: Setting, plan: Plan) -> None:
-    """Write a finished run's record: accuracies, bytes and FLOPs."""
+    """Write the record of a finished run: accuracies, bytes and FLOPs."""
     rounds = json.loads((config.folder / "report.json").read_text())["rounds"]
     joined = [d for entry in rounds for d in entry["devices"].values() if d.get("accepted")]
     record = {
@@ -75,7 +75,7 @@ def keep(config: RunConfig, setting: Setting, plan: Plan) -> None:
 
 
 def _feature_bytes(config: RunConfig, joined: Sequence[Mapping[str, Any]]) -> float | None:
-    """Bytes a sample and round of feature maps, logits and label: all that is not weights."""
+    """Bytes a sample and round of feature maps, logits and label, without the weights."""
     if config.strategy != "fedgkt":
         return None
     device = config.device
@@ -87,7 +87,7 @@ def _feature_bytes(config: RunConfig, joined: Sequence[Mapping[str, Any]]) -> fl
 
 
 def write(folder: Path, plan: Plan) -> None:
-    """All records of a data set as one file, the table on the terminal, and the pictures."""
+    """Write all records of a data set as one file, print the table, and draw the pictures."""
     records = runs.collect(folder, plan.data)
     if not records:
         return
@@ -108,12 +108,14 @@ def write(folder: Path, plan: Plan) -> None:
 
 
 def table(data: str, records: Sequence[Record]) -> Table:
-    """One row a setting.
+    """The table on the terminal, one row a setting.
 
-    "server" is accuracy of the large model, or of averaged weights, after the last round; "devices"
-    that of the devices' own networks, their mean; both the mean of the seeds (lowest-highest).
-    "to two-way" is in points, of runs with the same seed: mean (lowest, highest). "up" is megabytes
-    (10^6) a device and round, "sent" all of a run up and down.
+    "server": accuracy of the large network, or of averaged weights, after the last round.
+    "devices": mean accuracy of the devices' own networks after the last round.
+    Both are means of the seeds (lowest-highest).
+    "to two-way": points of accuracy above the base run with the same seed: mean (lowest, highest).
+    "up": megabytes (10^6 bytes) that a device sends in a round.
+    "sent": megabytes of the whole run, up and down.
     """
     shown = Table(title=f"{data}: {max(r['rounds'] for r in records)} rounds", box=None)
     for name in ("setting", "seeds", "server", f"to {BASE.name}", "devices", f"to {BASE.name}",
@@ -129,7 +131,7 @@ def table(data: str, records: Sequence[Record]) -> Table:
         up = statistics.fmean(
             sum(r["bytes_up"].values()) / r["rounds"] / r["devices"] for r in mine
         )
-        sent = statistics.fmean(_sent(record, record["rounds"]) for record in mine)
+        sent = statistics.fmean(megabytes(record, record["rounds"]) for record in mine)
         seconds = statistics.fmean(record["seconds"] / record["rounds"] for record in mine)
         shown.add_row(*row, f"{up / 1e6:.3f}", f"{sent:.1f}", f"{seconds:.1f}")
     return shown
@@ -142,8 +144,8 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean} ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else mean
 
 
-def _sent(record: Record, number: int) -> float:
-    """Megabytes up and down until after a round, all devices together."""
+def megabytes(record: Record, number: int) -> float:
+    """Megabytes sent up and down by all devices, from the first round to this one."""
     both = (record["bytes_up"], record["bytes_down"])
     return float(sum(way[str(n)] for way in both for n in range(1, number + 1))) / 1e6
 
@@ -151,7 +153,7 @@ def _sent(record: Record, number: int) -> float:
 def _draw_rounds(
     path: Path, title: str, chosen: dict[str, list[Record]], shown: dict[str, list[Record]]
 ) -> None:
-    """Accuracy over rounds of a group's settings and the base: server and devices."""
+    """Accuracy over rounds of a group's settings and of the base run: server and devices."""
     from matplotlib.figure import Figure
 
     drawn = {name: mine for name, mine in shown.items() if name in {BASE.name, *chosen}}
@@ -169,9 +171,9 @@ def _draw_rounds(
 
 
 def _draw_payload(path: Path, data: str, chosen: dict[str, list[Record]]) -> None:
-    """Bytes of features a sample against accuracy after the last round: mean, and its range.
+    """Accuracy after the last round over bytes of features a sample: mean and range of the seeds.
 
-    Of the seeds that all codecs have, or codecs of lucky seeds would look better.
+    Only seeds that all codecs have are drawn. Otherwise codecs with lucky seeds would look better.
     """
     from matplotlib.figure import Figure
 
@@ -204,7 +206,7 @@ def _draw_payload(path: Path, data: str, chosen: dict[str, list[Record]]) -> Non
 def _draw_sent(
     path: Path, data: str, chosen: dict[str, list[Record]], shown: dict[str, list[Record]]
 ) -> None:
-    """Megabytes sent so far against accuracy; beside the base run and FedAvg of the whole."""
+    """Accuracy over megabytes sent so far, with the base run and FedAvg of the large network."""
     from matplotlib.figure import Figure
 
     if len(chosen) < 2:
@@ -212,7 +214,7 @@ def _draw_sent(
     also = {name: shown[name] for name in (BASE.name, "fedavg large") if name in shown}
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    runs.draw(axes, chosen | also, SERVER, base=BASE.name, across=_sent)
+    runs.draw(axes, chosen | also, SERVER, base=BASE.name, across=megabytes)
     _log(axes)
     axes.set_xlabel("megabytes sent, up and down, all devices")
     axes.set_ylabel("accuracy on the test set, %")
@@ -221,7 +223,7 @@ def _draw_sent(
 
 
 def _log(axes: "Axes") -> None:
-    """A logarithmic axis with plain numbers."""
+    """Make the horizontal axis logarithmic, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")

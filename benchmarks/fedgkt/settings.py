@@ -1,12 +1,18 @@
-"""Which runs: data sets, presets, and what differs from the base run in each setting.
+"""The runs: data sets, presets, and how each setting differs from the base run.
 
-The base run is FedGKT with knowledge going both ways and feature maps sent as `relu|q=4|zstd`. A
-setting is a few keys of `run.toml` that it has otherwise. Groups: `transfer` is which way knowledge
-goes, an ablation of He et al. 2020; `compare` what FedGKT has to beat; `payload` the codec of
-feature maps; `uplink` how often they travel; `frugal` views and few bytes together; `devices` how
-many devices hold the same images; `networks` several device networks in one run; `late` devices
-that miss a round's end; `pretrained` both halves begun with a whole network that was trained on all
-images, as the reference's partly were.
+The base run is FedGKT with logits sent both ways and feature maps sent as `relu|q=4|zstd`. A
+setting changes a few keys of `run.toml`. Settings are grouped by what they examine:
+
+    transfer    which way logits go, an ablation of He et al. 2020
+    compare     what FedGKT has to beat
+    payload     the codec of feature maps
+    uplink      how often feature maps travel
+    frugal      few bytes: a frozen shared extractor and views together
+    devices     how many devices hold the same images
+    networks    several device networks in one run
+    late        devices that miss a round's end
+    pretrained  both halves begin with a whole network that was trained on all images, as those of
+                the reference partly did
 """
 
 from collections.abc import Mapping
@@ -24,7 +30,7 @@ FEATURES = "relu|q=4|zstd"
 
 @dataclass(frozen=True)
 class Data:
-    """A data set's classes, and mean and deviation of its pixels on the 0..1 scale."""
+    """A data set: its classes, and mean and deviation of its pixels on the 0..1 scale."""
 
     classes: int
     mean: tuple[float, float, float]
@@ -38,7 +44,7 @@ DATA = {
     "digits": Data(10, (0.306, 0.306, 0.306), (0.324, 0.324, 0.324)),
 }
 
-# The network that a device half's extractor and a server half are together.
+# A server half, and the whole network that it makes with the extractor of a device half.
 WHOLE = {
     "resnet10": "resnet11",
     "resnet19": "resnet20",
@@ -49,17 +55,19 @@ WHOLE = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs of a folder have in common; None is all images.
+    """What all runs of a folder have in common.
 
     Attributes:
-        data, source: the data set's name, and the file that it was read from or the name again.
+        data: the data set's name.
+        source: the file that it was read from, or the name again.
         split, alpha: how images are dealt out; alpha is None for iid.
-        devices, per_device: how many devices of the base run, and images of each.
-        heldout_limit: images that are evaluated on, drawn at random by seed.
+        devices: how many devices the base run has.
+        per_device: images of each device; None: all images are dealt out.
+        heldout_limit: how many images are evaluated on, drawn at random by seed; None: all.
         server_model, server_epochs, precision: of `[server]`.
         epochs, batch, lr: of `[device]`.
-        schedule: of both learning rates,
-        rounds: and when it ends; None where it is constant, and runs may be made longer.
+        schedule: of both learning rates.
+        rounds: when the schedule ends; None for a constant rate, and rounds may then be added.
         eval_every: rounds from one evaluation to the next.
     """
 
@@ -82,7 +90,7 @@ class Plan:
 
 
 def presets(split: str) -> dict[str, dict[str, Any]]:
-    """Defaults of the command line by name; the paper's depend on how images are dealt out."""
+    """Defaults of the command line by preset; the paper's depend on how images are dealt out."""
     paper = {
         "rounds": 200,
         "devices": 16,
@@ -115,15 +123,16 @@ PRESETS = tuple(presets("iid"))
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run has that the base run has not.
+    """How a run differs from the base run.
 
     Attributes:
-        name: of the setting.
-        change: keys of `run.toml`.
-        devices: that the images are dealt out to; 0: as many as in the base run.
-        whole: devices train the whole large network.
+        name: the setting's name.
+        change: keys of `run.toml` with their values.
+        devices: how many devices the images are dealt out to; 0: as many as in the base run.
+        whole: whether devices train the whole large network.
         late: share of a round's devices that miss its end.
-        start: the setting whose run of the same seed the models begin with; empty: random weights.
+        start: a setting; the networks begin with those that its run of the same seed ended with.
+            Empty: with random weights.
     """
 
     name: str
@@ -237,11 +246,11 @@ ORDER = tuple(dict.fromkeys([BASE.name, *(s.name for group in GROUPS.values() fo
 
 
 def group(name: str, devices: int) -> list[Setting]:
-    """The settings of a group; what says the same as the base run is the base run.
+    """The settings of a group. A setting that changes nothing becomes the base run.
 
     Args:
-        name: of the group.
-        devices: of the base run.
+        name: the group's name.
+        devices: how many devices the base run has.
     """
     return [_resolve(setting, devices) for setting in GROUPS[name]]
 
@@ -256,10 +265,10 @@ def find(names: str, devices: int) -> list[Setting]:
 
     Args:
         names: as on the command line.
-        devices: of the base run.
+        devices: how many devices the base run has.
 
     Raises:
-        SettingsError: none has the name; the message tells all.
+        SettingsError: no group or setting has the name; the message lists all names.
     """
     every = {setting.name: (setting,) for group in GROUPS.values() for setting in group} | GROUPS
     found = {BASE.name: BASE}
@@ -269,17 +278,17 @@ def find(names: str, devices: int) -> list[Setting]:
             raise SettingsError(f"no setting is named {name!r}; known are: {known}")
         for setting in every[name]:
             own = _resolve(setting, devices)
-            if own.start:  # it comes first
+            if own.start:  # the setting to begin with comes first
                 found |= {each.name: each for each in every[own.start]}
             found[own.name] = own
     return list(found.values())
 
 
 def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: Path) -> RunConfig:
-    """The run of a setting: every device takes part in every round.
+    """The configuration of a setting's run. Every device takes part in every round.
 
     Raises:
-        SettingsError: there is no such key in `run.toml`, or the run to begin with is not done.
+        SettingsError: `run.toml` has no such key, or the run to begin with is not done.
     """
     chosen = DATA[plan.data]
     table: dict[str, Any] = {
@@ -322,7 +331,7 @@ def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: 
 
 
 def data_folder(setting: Setting, plan: Plan, seed: int, folder: Path) -> Path:
-    """Where the shards of a seed lie: those of the base run, or of as many devices as it wants."""
+    """The folder of a seed's shards; a setting with another number of devices has its own."""
     base = runs.data_folder(folder, plan.data, seed)
     devices = setting.devices or plan.devices
     return base if devices == plan.devices else base.with_name(f"{base.name}-{devices}")

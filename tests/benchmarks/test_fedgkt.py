@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import models
-from benchmarks.fedgkt import report, settings
+from benchmarks.fedgkt import page, report, settings
 from benchmarks.fedgkt.__main__ import deal, main
 from benchmarks.fedgkt.settings import BASE, GROUPS, Plan
+from tests.conftest import ROOT
 from wire.errors import SettingsError
 
 PLAN = Plan("digits", "digits", "iid", None, 3, 20, 40, "resnet10", 1, "float32", 1, 20, 0.05,
@@ -192,6 +193,12 @@ def test_the_table_pairs_runs_by_seed():
     assert device[2:] == ["10.00", "50.00 (50.00-50.00)"]
     assert to_device[2:] == ["-10.00 (-10.00, -10.00)", "+20.00 (+10.00, +30.00)"]
     assert (up[0], sent[0], seconds[0]) == ("1.000", "4.5", "2.5")
+
+
+def test_the_tables_of_the_docs_are_those_of_the_committed_records():
+    text = (ROOT / "docs/fedgkt.md").read_text()
+    for table in page.TABLES:
+        assert f"\n\n{page.write(table, page.read(table))}\n" in text
 
 
 def test_bytes_sent_are_drawn_where_features_travel_seldom(tmp_path):
