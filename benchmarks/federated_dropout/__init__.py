@@ -1,1 +1,1 @@
-"""Federated Dropout: the paper's figures; see `__main__`."""
+"""Experiments with Federated Dropout: the paper's figures, and later ones; see `__main__`."""

@@ -1,4 +1,4 @@
-"""What became of the runs: a file for each, the table of factors, and the curves."""
+"""Results of the runs: a record of each, the table of factors, and the curves."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ ORDER = tuple(setting.name for group in GROUPS.values() for setting in group)
 
 
 def keep(config: RunConfig, setting: Setting, folder: Path) -> None:
-    """Write a finished run's record: accuracy, bytes and FLOPs."""
+    """Write the record of a finished run: accuracy, bytes and FLOPs."""
     device = config.device
     model = models.build(device.network, classes=device.class_count, input_shape=device.input)
     whole = 4 * sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
@@ -41,7 +41,7 @@ def keep(config: RunConfig, setting: Setting, folder: Path) -> None:
 
 
 def write(folder: Path, data: str) -> None:
-    """All records of a data set as one file, the table on the terminal, and the pictures."""
+    """Write all records of a data set as one file, print the table, and draw the pictures."""
     records = runs.collect(folder, data)
     if not records:
         return
@@ -55,9 +55,9 @@ def write(folder: Path, data: str) -> None:
 
 
 def table(data: str, records: Sequence[Record]) -> Table:
-    """One row a setting; factors are against float32 and the whole model.
+    """The table on the terminal, one row a setting; factors are against float32 of the whole model.
 
-    "to FedAvg" is in points of accuracy, of runs with the same seed: mean (lowest, highest).
+    "to FedAvg": points of accuracy above FedAvg's run with the same seed: mean (lowest, highest).
     """
     shown = Table(title=f"{data}: {max(r['rounds'] for r in records)} rounds", box=None)
     for title in ("setting", "keep", "down", "up", "download", "upload", "compute", "accuracy",
@@ -88,12 +88,12 @@ def table(data: str, records: Sequence[Record]) -> Table:
 
 
 def factor(records: Sequence[Record], key: str) -> float:
-    """How many times fewer bytes than float32 of the whole model."""
+    """How many times fewer bytes are sent than the whole model has in float32."""
     return float(records[0]["float32_bytes"] / statistics.fmean(r[key] for r in records))
 
 
 def draw(path: Path, data: str, group: str, records: Sequence[Record]) -> None:
-    """Accuracy over rounds of a group's settings and the baseline; bands are lowest to highest."""
+    """Draw accuracy over rounds of a group and the baseline; bands are lowest to highest."""
     from matplotlib.figure import Figure
 
     names = {setting.name for setting in (BASELINE, *GROUPS[group])}

@@ -1,8 +1,13 @@
-"""Which runs: data sets with the paper's learning rates, and what is sent and trained in each.
+"""The runs: data sets with the paper's learning rates, and what each setting sends and trains.
 
-A setting is a keep rate and two codec specs, down (weights) and up (updates). Groups follow the
-figures of Caldas et al. 2018: lossy weights down, lossy updates up, keep rates, and all of them
-together; `beyond` is what came after the paper, `claim` both.
+A setting is a keep rate and two codec specs: down (weights) and up (updates). Settings are grouped:
+
+    down, up    lossy codecs in one direction, as in the figures of Caldas et al. 2018
+    keep        keep rates, with nothing compressed
+    units       which units are kept, and how absent units are averaged
+    paper       the paper's codecs and sub-models together
+    beyond      later codecs and averages
+    claim       `paper` and `beyond`
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +20,7 @@ from wire.errors import SettingsError
 
 @dataclass(frozen=True)
 class Data:
-    """A data set and how it is trained: the paper's learning rate, pixels on the 0..1 scale."""
+    """A data set, its network, and the paper's learning rate; pixels are on the 0..1 scale."""
 
     model: str
     classes: int
@@ -33,7 +38,7 @@ DATA = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What devices train and what travels; see `RunConfig`."""
+    """What devices train, and how payloads are coded; the fields are keys of `RunConfig`."""
 
     name: str
     keep_rate: float = 1.0
@@ -95,7 +100,7 @@ def find(names: str) -> list[Setting]:
     """The settings of groups or names, separated by `;`, the baseline first.
 
     Raises:
-        SettingsError: none has the name; the message tells all.
+        SettingsError: no group or setting has the name; the message lists all names.
     """
     every = {setting.name: (setting,) for group in GROUPS.values() for setting in group} | GROUPS
     found: dict[Setting, None] = {}
@@ -110,7 +115,7 @@ def find(names: str) -> list[Setting]:
 def run_config(
     setting: Setting, *, data: str, seed: int, rounds: int, eval_every: int, folder: Path
 ) -> RunConfig:
-    """The run of a setting: 10 of the devices a round, one local epoch, batch 10, plain SGD."""
+    """The configuration of a setting's run: 10 devices a round, one epoch, batch 10, plain SGD."""
     chosen = DATA[data]
     channels = chosen.input[0]
     device = DeviceConfig(
