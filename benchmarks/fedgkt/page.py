@@ -30,7 +30,7 @@ class PageTable:
 
     Attributes:
         records: the file of the records, without `.json`.
-        columns: what the rows are told apart by; keys of `COLUMNS`.
+        columns: what the rows are told apart by; keys of `COLUMNS`, or "bytes a sample and round".
         rows: names of settings.
     """
 
