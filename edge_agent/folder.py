@@ -41,7 +41,7 @@ class Folder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
-            told = storage.told(fault, path)
+            told = storage.as_error(fault, path)
             if isinstance(told, StalledError) or fault.errno == errno.EROFS:
                 raise told from fault
             raise SettingsError(
