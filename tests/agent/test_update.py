@@ -521,7 +521,7 @@ def test_a_version_that_runs_while_the_broker_is_away_is_waited_for(device, monk
     machine.run()
     assert machine.version == "0.2.0"
     said = capsys.readouterr().err
-    assert said.count("runs, not connected") == 1
+    assert said.count("runs, but is not connected") == 1
     assert "0.2.0 is well" in said
 
 
