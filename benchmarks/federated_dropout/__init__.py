@@ -1,1 +1,1 @@
-"""Federated Dropout: the paper's figures; see `__main__`."""
+"""Benchmark of Federated Dropout: the paper's figures; see `__main__`."""

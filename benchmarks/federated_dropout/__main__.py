@@ -1,20 +1,21 @@
-"""Federated Dropout with lossy compression, the figures of Caldas et al. 2018 and after.
+"""Federated Dropout with lossy compression: the figures of Caldas et al. 2018, and beyond.
 
     python -m benchmarks.federated_dropout --data mnist --settings claim --seeds 3 \
         --rounds 100 --jobs 2 --out results
 
-100 devices with equal shares of the training set (IID), 10 drawn for each round, one local epoch
-with batch 10 and the paper's learning rate; accuracy of the global model on the whole test set.
-Devices are simulated (`orchestrator.simulation`): every payload is encoded and decoded by the
-codecs of the wire, and bytes are those of the payloads.
+100 devices have equal shares of the training set (IID), and 10 are drawn for each round. They train
+one local epoch with batch 10 and the paper's learning rate. Accuracy is that of the global model on
+the whole test set. Devices are simulated (`orchestrator.simulation`), but every payload is encoded
+and decoded by the real codecs, and bytes are those of the payloads.
 
-    down, up    float32 bytes of the whole model over the bytes sent, mean over devices and rounds
-    compute     FLOPs of a local epoch of the whole model over those of the sub-model
+    down, up    float32 bytes of the whole model divided by the bytes sent; mean over devices and
+                rounds
+    compute     FLOPs of a local epoch of the whole model divided by those of the sub-model
     accuracy    after the last round; mean over the seeds, lowest and highest
 
-A run that is there already is not done again, and one that was stopped goes on; a folder is for one
-way to deal the data out. Results come as `DATA.json`, and pictures `DATA-GROUP.png` of accuracy
-over rounds; runs of fewer rounds than the longest are left out, and said to be.
+A finished run is not done again, and a stopped one goes on; a folder is for one way to deal the
+data out. Results are `DATA.json`, and pictures `DATA-GROUP.png` of accuracy over rounds. Runs with
+fewer rounds than the longest are left out, and named.
 
 Measured: see docs/federated-dropout.md.
 """
@@ -31,7 +32,7 @@ DEVICES = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run and report; 0, 2 where the input is bad or a run fails, 3 where rounds are left."""
+    """Run and report; return 0, 2 if the input is bad or a run fails, or 3 if rounds are left."""
     parser = command.parser("federated_dropout", __doc__)
     runs.add_options(
         parser,

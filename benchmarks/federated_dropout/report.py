@@ -1,4 +1,4 @@
-"""What became of the runs: a file for each, the table of factors, and the curves."""
+"""The results of the runs: a record for each, a table of factors, and curves."""
 
 import json
 import statistics
@@ -41,7 +41,7 @@ def keep(config: RunConfig, setting: Setting, folder: Path) -> None:
 
 
 def write(folder: Path, data: str) -> None:
-    """All records of a data set as one file, the table on the terminal, and the pictures."""
+    """Write all records of a data set to one file, print the table, and draw the pictures."""
     records = runs.collect(folder, data)
     if not records:
         return
@@ -55,9 +55,10 @@ def write(folder: Path, data: str) -> None:
 
 
 def table(data: str, records: Sequence[Record]) -> Table:
-    """One row a setting; factors are against float32 and the whole model.
+    """A table with one row a setting; factors compare with float32 and the whole model.
 
-    "to FedAvg" is in points of accuracy, of runs with the same seed: mean (lowest, highest).
+    "to FedAvg" is the difference of accuracy in points between runs with the same seed: mean
+    (lowest, highest).
     """
     shown = Table(title=f"{data}: {max(r['rounds'] for r in records)} rounds", box=None)
     for title in ("setting", "keep", "down", "up", "download", "upload", "compute", "accuracy",
@@ -66,38 +67,39 @@ def table(data: str, records: Sequence[Record]) -> Table:
         shown.add_column(title, justify="left" if left else "right")
     rows = runs.by_setting(records, ORDER)
     base = rows.get(BASELINE.name, [])
-    for name, mine in rows.items():
-        final = [runs.last(record) for record in mine]
-        first = mine[0]
+    for name, group in rows.items():
+        final = [runs.last(record) for record in group]
+        first = group[0]
         flops = base[0]["train_flops"] / first["train_flops"] if base else float("nan")
         shown.add_row(
             name,
             f"{first['setting']['keep_rate']:g}",
             first["setting"]["down"],
             first["setting"]["up"],
-            f"{factor(mine, 'bytes_down'):.1f}x",
-            f"{factor(mine, 'bytes_up'):.1f}x",
+            f"{factor(group, 'bytes_down'):.1f}x",
+            f"{factor(group, 'bytes_up'):.1f}x",
             f"{flops:.2f}x",
             f"{100 * statistics.fmean(final):.2f}",
             f"{100 * min(final):.2f}",
             f"{100 * max(final):.2f}",
-            runs.gaps(mine, base),
-            str(len(mine)),
+            runs.gaps(group, base),
+            str(len(group)),
         )
     return shown
 
 
 def factor(records: Sequence[Record], key: str) -> float:
-    """How many times fewer bytes than float32 of the whole model."""
+    """How many times more bytes the whole model takes as float32."""
     return float(records[0]["float32_bytes"] / statistics.fmean(r[key] for r in records))
 
 
 def draw(path: Path, data: str, group: str, records: Sequence[Record]) -> None:
-    """Accuracy over rounds of a group's settings and the baseline; bands are lowest to highest."""
+    """Draw accuracy over rounds for a group's settings and the baseline, with bands low to high."""
     from matplotlib.figure import Figure
 
     names = {setting.name for setting in (BASELINE, *GROUPS[group])}
-    shown = {name: mine for name, mine in runs.by_setting(records, ORDER).items() if name in names}
+    rows = runs.by_setting(records, ORDER)
+    shown = {name: setting_runs for name, setting_runs in rows.items() if name in names}
     if len(shown) < 2:
         return
     figure = Figure(figsize=(8, 5), layout="constrained")

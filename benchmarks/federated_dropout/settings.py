@@ -1,8 +1,8 @@
-"""Which runs: data sets with the paper's learning rates, and what is sent and trained in each.
+"""The runs: data sets with the paper's learning rates, and settings of what is trained and sent.
 
 A setting is a keep rate and two codec specs, down (weights) and up (updates). Groups follow the
 figures of Caldas et al. 2018: lossy weights down, lossy updates up, keep rates, and all of them
-together; `beyond` is what came after the paper, `claim` both.
+together (`paper`). `beyond` is what came after the paper, `claim` is both.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from wire.errors import SettingsError
 
 @dataclass(frozen=True)
 class Data:
-    """A data set and how it is trained: the paper's learning rate, pixels on the 0..1 scale."""
+    """A data set and its training: the paper's learning rate, pixels from 0 to 1."""
 
     model: str
     classes: int
@@ -33,7 +33,7 @@ DATA = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What devices train and what travels; see `RunConfig`."""
+    """What devices train and what is sent; see `RunConfig`."""
 
     name: str
     keep_rate: float = 1.0
@@ -95,22 +95,22 @@ def find(names: str) -> list[Setting]:
     """The settings of groups or names, separated by `;`, the baseline first.
 
     Raises:
-        SettingsError: none has the name; the message tells all.
+        SettingsError: a name is unknown; the message lists all.
     """
     every = {setting.name: (setting,) for group in GROUPS.values() for setting in group} | GROUPS
-    found: dict[Setting, None] = {}
+    chosen: dict[Setting, None] = {}
     for name in map(str.strip, names.split(";")):
         if name not in every:
             known = "; ".join([*GROUPS, *(n for n in every if n not in GROUPS)])
             raise SettingsError(f"no setting is named {name!r}; known are: {known}")
-        found |= dict.fromkeys(every[name])
-    return [BASELINE, *(s for s in found if s != BASELINE)]
+        chosen |= dict.fromkeys(every[name])
+    return [BASELINE, *(s for s in chosen if s != BASELINE)]
 
 
 def run_config(
     setting: Setting, *, data: str, seed: int, rounds: int, eval_every: int, folder: Path
 ) -> RunConfig:
-    """The run of a setting: 10 of the devices a round, one local epoch, batch 10, plain SGD."""
+    """The run of a setting: 10 devices a round, one local epoch, batch 10, plain SGD."""
     chosen = DATA[data]
     channels = chosen.input[0]
     device = DeviceConfig(
