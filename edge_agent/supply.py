@@ -1,4 +1,4 @@
-"""What an order needs, pulled from the orchestrator: artifact, state, teacher.
+"""Pulls what an order needs from the orchestrator: artifact, state, teacher.
 
 An artifact is pulled only once. Its manifest is a blob, and names the artifact's other files by
 their digests; these are blobs as well. Files that are here already are not asked for again.
