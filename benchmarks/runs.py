@@ -82,8 +82,8 @@ def main(
     parser.set_defaults(arguments=words)
     try:
         return command.run(parser, words, measure)
-    except TimeIsUp as left:
-        print(left)
+    except TimeIsUp as unfinished:
+        print(unfinished)
         return UNFINISHED
 
 
@@ -124,13 +124,13 @@ def do(
             ended[job].set()
 
     def begin(name: str, seed: int) -> int:
-        left = until - time.monotonic()
+        seconds = until - time.monotonic()
         if done(name, seed):
             return 0
-        if left <= 0:
+        if seconds <= 0:
             return UNFINISHED
         print(f"{options.data}, seed {seed}: {name}", flush=True)
-        one = {"name": name, "seed": seed, "seconds": left if options.pieces else None}
+        one = {"name": name, "seed": seed, "seconds": seconds if options.pieces else None}
         line = [sys.executable, "-m", module, *options.arguments, "--one", json.dumps(one)]
         return subprocess.run(line, check=False).returncode
 
@@ -139,8 +139,8 @@ def do(
     report()
     if failed := sum(code not in (0, UNFINISHED) for code in codes):
         raise ContenderError(f"{failed} of {len(jobs)} runs failed; start again to go on with them")
-    if left := codes.count(UNFINISHED):
-        raise TimeIsUp(f"{left} of {len(jobs)} runs are not done; the same command goes on")
+    if unfinished := codes.count(UNFINISHED):
+        raise TimeIsUp(f"{unfinished} of {len(jobs)} runs are not done; the same command goes on")
 
 
 def simulate(

@@ -63,8 +63,8 @@ def table(data: str, records: Sequence[Record]) -> Table:
     shown = Table(title=f"{data}: {max(r['rounds'] for r in records)} rounds", box=None)
     for title in ("setting", "keep", "down", "up", "download", "upload", "compute", "accuracy",
                   "lowest", "highest", "to FedAvg", "seeds"):  # fmt: skip
-        left = title in ("setting", "down", "up")
-        shown.add_column(title, justify="left" if left else "right")
+        is_text = title in ("setting", "down", "up")
+        shown.add_column(title, justify="left" if is_text else "right")
     rows = runs.by_setting(records, ORDER)
     base = rows.get(BASELINE.name, [])
     for name, group in rows.items():

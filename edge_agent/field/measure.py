@@ -359,8 +359,8 @@ def text(report: Measurement) -> str:
         )
     if not report.valid:
         was, while_, now = (
-            ", ".join(held) or "nothing"
-            for held in (heat.held_back_before, heat.held_back_meanwhile, heat.held_back_after)
+            ", ".join(causes) or "nothing"
+            for causes in (heat.held_back_before, heat.held_back_meanwhile, heat.held_back_after)
         )
         lines.append(
             f"NOT VALID: held back by {was} before, by {while_} meanwhile, by {now} after; see to "

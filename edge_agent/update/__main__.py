@@ -113,25 +113,26 @@ def _installed_bytes() -> int:
 
 
 def take(staged: Path, package: Package, path: Path) -> None:
-    """Copy the staged package file, but no more bytes than it should have, and one.
+    """Copy the staged package file; read at most one byte more than it should have.
 
     Raises:
         ReleaseError: it is not the file that was released.
         OSError: it is missing, or not a file, or there is no room.
     """
-    partial, digest, left = path.with_name(path.name + ".part"), hashlib.sha256(), package.size + 1
+    partial, digest = path.with_name(path.name + ".part"), hashlib.sha256()
+    remaining = package.size + 1
     try:
         with install.open_staged(staged, PACKAGE) as source, partial.open("wb") as target:
             os.fchmod(target.fileno(), 0o600)
-            while piece := source.read(min(_PIECE, left)):
-                left -= len(piece)
+            while piece := source.read(min(_PIECE, remaining)):
+                remaining -= len(piece)
                 digest.update(piece)
                 target.write(piece)
             target.flush()
             os.fsync(target.fileno())
-        if (got := package.size + 1 - left) != package.size:
-            more = "more" if left == 0 else f"{got}"
-            raise ReleaseError(f"{PACKAGE}: expected {package.size} bytes, got {more}")
+        if (size := package.size + 1 - remaining) != package.size:
+            got = "more" if remaining == 0 else f"{size}"
+            raise ReleaseError(f"{PACKAGE}: expected {package.size} bytes, got {got}")
         if digest.hexdigest() != package.sha256:
             raise ReleaseError(
                 f"{PACKAGE}: expected SHA-256 {package.sha256}, got {digest.hexdigest()}"

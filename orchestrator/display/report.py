@@ -27,7 +27,7 @@ from wire.messages import Birth, Telemetry
 log = logging.getLogger("orchestrator")
 
 WRITE_S = 0.5
-SAID_S = 5.0  # least time between two log lines about who is awaited
+LOGGED_S = 5.0  # least time between two log lines about who is awaited
 NEWEST = 5  # rounds from which the time left is estimated
 NAMED = 8  # most devices that a line names
 REFUSED = 100  # most refused devices that are shown: strangers can come with any number of names
@@ -62,7 +62,7 @@ class Report:
         self._faults: dict[str, str] = {}
         self._refused: dict[str, str] = {}  # devices that may not take part, and why
         self._awaited = ""
-        self._said = "", -math.inf
+        self._logged = "", -math.inf
         self._opened_at: float | None = None
         self._lock = threading.Lock()
         self._written = 0.0
@@ -109,9 +109,9 @@ class Report:
         self._state = state
         self._awaited = self._awaits()
         now = time.monotonic()
-        if self._awaited in ("", self._said[0]) or now - self._said[1] < SAID_S:
+        if self._awaited in ("", self._logged[0]) or now - self._logged[1] < LOGGED_S:
             return
-        self._said = self._awaited, now
+        self._logged = self._awaited, now
         log.info("%s", self._awaited)
 
     def opened(self) -> None:
@@ -157,7 +157,7 @@ class Report:
 
     def last_round(self) -> str:
         """A line about the last closed round, with the time left."""
-        entry, more = self.entries[-1], words.left(self.snapshot())
+        entry, more = self.entries[-1], words.time_left(self.snapshot())
         scores = [
             f"{key.removesuffix('_accuracy')} {words.percent(value)}"
             for key, value in entry.items()
@@ -174,7 +174,7 @@ class Report:
         names = sorted(
             {*state.live, *state.cohort, *self._telemetry, *self._enrolled, *self._refused}
         )
-        left_s, left_by = self._left()
+        left_s, left_by = self._time_left()
         return {
             "run": self._config.name,
             "strategy": self._config.strategy,
@@ -210,7 +210,7 @@ class Report:
             store = self._store
             store.patience.attempt(lambda: store.write_json("report.json", whole))
 
-    def _left(self) -> tuple[float | None, int]:
+    def _time_left(self) -> tuple[float | None, int]:
         """About how many seconds the run still takes, and from how many rounds that is known."""
         newest = [entry["seconds"] for entry in self.entries[-NEWEST:]]
         if not newest:

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.display.words import left, percent, progress, size
+from orchestrator.display.words import percent, progress, size, time_left
 from wire import logs
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None
         f"  {snapshot['strategy']}  round {snapshot['round']} of {snapshot['rounds']}  ",
         (snapshot["phase"], "cyan"),
     )
-    lines = [head, *map(Text, filter(None, [left(snapshot)]))]
+    lines = [head, *map(Text, filter(None, [time_left(snapshot)]))]
     what, done, total = snapshot["work"]
     if total:
         lines.append(Text.assemble("server ", (what, "cyan"), f" {done}/{total}"))

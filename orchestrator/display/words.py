@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h" if hours % 24 else f"{hours // 24} d"
 
 
-def left(snapshot: Mapping[str, Any]) -> str:
+def time_left(snapshot: Mapping[str, Any]) -> str:
     """The time left, with its basis; "" before the first round has ended, and at the end."""
     seconds, by = snapshot.get("left_s"), snapshot.get("left_by", 0)
     if not seconds:
@@ -48,5 +48,5 @@ def progress(snapshot: Mapping[str, Any]) -> str:
     returned = sum(d["stand"] == "returned" for d in cohort)
     what, done, total = snapshot["work"]
     now = f"server: {what} {done}/{total}" if total else f"{returned} of {len(cohort)} devices done"
-    parts = [f"round {snapshot['round']} of {snapshot['rounds']}", now, left(snapshot)]
+    parts = [f"round {snapshot['round']} of {snapshot['rounds']}", now, time_left(snapshot)]
     return ", ".join(filter(None, parts))
