@@ -229,7 +229,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > len(str(MAX_NUMBER)):  # int() of a long text is slow, or fails
+    if len(digits) > len(str(MAX_NUMBER)):  # a longer one may overflow a float
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 

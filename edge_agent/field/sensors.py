@@ -24,7 +24,8 @@ log = logging.getLogger("edge-agent")
 
 EVERY_S = 0.1
 BOARD_RAILS = ("VDD_IN", "POM_5V_IN")  # Orin Nano, Orin NX and Xavier NX; Nano and TX2
-# Cooling devices that do not slow the processor: fans, and a setting of Intel's firmware.
+# Cooling devices that do not slow the processor: fans, and a setting of Intel's firmware that is
+# rarely 0.
 NO_BRAKES = ("fan", "tcc offset")
 # Bits of get_throttled for what holds now; the bits for what held since boot are 16 higher.
 THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}

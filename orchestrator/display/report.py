@@ -211,7 +211,7 @@ class Report:
             store.patience.attempt(lambda: store.write_json("report.json", whole))
 
     def _time_left(self) -> tuple[float | None, int]:
-        """About how many seconds the run still takes, and from how many rounds that is known."""
+        """About how many seconds the run still takes, and how many rounds that is based on."""
         newest = [entry["seconds"] for entry in self.entries[-NEWEST:]]
         if not newest:
             return None, 0

@@ -45,16 +45,16 @@ class Draws:
         numbers *= np.float32(1 / 65536)
         return numbers
 
-    def strata(self, rows: int, width: int, kept: int) -> Places:
-        """The next rows of positions, one in each of `kept` strata of `range(width)`.
+    def strata(self, rows: int, width: int, count: int) -> Places:
+        """The next rows of positions, one in each of `count` strata of `range(width)`.
 
-        Stratum i is floor(i * width / kept) <= j < floor((i + 1) * width / kept). A position is the
-        stratum's start plus floor(r * w / 2^32), with its width w and a 32-bit integer r. This is
-        uniform if w is a power of two, otherwise to a relative 2^-20.
+        Stratum i is floor(i * width / count) <= j < floor((i + 1) * width / count). A position is
+        the stratum's start plus floor(r * w / 2^32), with its width w and a 32-bit integer r. This
+        is uniform if w is a power of two, otherwise to a relative 2^-20.
         """
-        edges = strata_edges(width, kept)
-        words = self._words(_STRATA, rows, kept, per_word=2)
-        numbers = words.view("<u4")[:, :kept].astype(np.int64)
+        edges = strata_edges(width, count)
+        words = self._words(_STRATA, rows, count, per_word=2)
+        numbers = words.view("<u4")[:, :count].astype(np.int64)
         numbers *= np.diff(edges)
         numbers >>= 32
         numbers += edges[:-1]
@@ -80,6 +80,6 @@ class Draws:
         return drawn.astype("<u8", copy=False).reshape(rows, words)
 
 
-def strata_edges(width: int, kept: int) -> Places:
-    """The starts of the `kept` strata of `range(width)`, then `width`: (kept + 1,)."""
-    return np.arange(kept + 1, dtype=np.int64) * width // kept
+def strata_edges(width: int, count: int) -> Places:
+    """The starts of the `count` strata of `range(width)`, then `width`: (count + 1,)."""
+    return np.arange(count + 1, dtype=np.int64) * width // count

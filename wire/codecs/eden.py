@@ -101,7 +101,7 @@ class Eden:
         length = np.sqrt(_dots(y, y) / width)
         y /= np.where(length > 0, length, 1)[:, None].astype(np.float32)
         if self.bits < 1:
-            y = np.take_along_axis(y, draws.strata(rows, width, self._kept(width)), axis=1)
+            y = np.take_along_axis(y, draws.strata(rows, width, self._sent(width)), axis=1)
         overlap, energy, at = np.zeros(rows), np.zeros(rows), _HEAD
         for start, end, bits in self._slices(width):
             part = y[:, start:end]
@@ -130,7 +130,7 @@ class Eden:
         y = np.hstack(parts) if len(parts) > 1 else parts[0]
         if self.bits < 1:
             c, y = y, np.zeros((len(rows), width), np.float32)
-            places = draws.strata(len(rows), width, self._kept(width))
+            places = draws.strata(len(rows), width, self._sent(width))
             np.put_along_axis(y, places, c, axis=1)
         y *= scale
         for signs in reversed(self._signs(len(rows), width, draws)):
@@ -143,13 +143,14 @@ class Eden:
         drawn = draws.signs(rows, count * width).reshape(rows, count, width)
         return [drawn[:, i] for i in range(count)]
 
-    def _kept(self, width: int) -> int:
+    def _sent(self, width: int) -> int:
+        """How many of `width` coordinates are sent."""
         return max(1, round(min(self.bits, 1) * width))
 
     def _slices(self, width: int) -> Iterator[tuple[int, int, int]]:
         """Ranges of coordinates (start, end) with the bits of each; ranges fill whole bytes."""
         if self.bits < 1:
-            yield 0, self._kept(width), 1
+            yield 0, self._sent(width), 1
             return
         low = int(self.bits)
         finer = round((self.bits - low) * width / 8) * 8

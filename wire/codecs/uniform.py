@@ -62,22 +62,22 @@ class Uniform:
 
     def row_bytes(self, n: int) -> int:
         """Bytes of a block of `n` values."""
-        return _HEAD + packed_bytes(self._kept(self.transform.width(n)), self.bits)
+        return _HEAD + packed_bytes(self._sent(self.transform.width(n)), self.bits)
 
     def encode(self, blocks: Floats, draws: Draws, out: Bytes) -> None:
         """(rows, n) -> (rows, row_bytes(n))."""
-        kept = self.transform.forward(blocks, draws)
-        rows, width = kept.shape
+        y = self.transform.forward(blocks, draws)
+        rows, width = y.shape
         if self.rate < 1:
-            kept = np.take_along_axis(kept, draws.strata(rows, width, self._kept(width)), axis=1)
+            y = np.take_along_axis(y, draws.strata(rows, width, self._sent(width)), axis=1)
         top = np.float32(2**self.bits - 1)
         # Whether min returns -0.0 or 0.0 depends on the processor; adding 0 makes both 0.0.
-        low, high = (find(axis=1, keepdims=True) + np.float32(0) for find in (kept.min, kept.max))
+        low, high = (find(axis=1, keepdims=True) + np.float32(0) for find in (y.min, y.max))
         span = high.astype(np.float64) - low
         step = (span / top).astype(np.float32)
-        scaled = kept - low
+        scaled = y - low
         scaled /= np.where(step > 0, step, np.float32(1))
-        scaled += draws.uniform(*kept.shape)
+        scaled += draws.uniform(*y.shape)
         np.minimum(scaled, top, out=scaled)  # rounding may have made `step` slightly too small
         out[:, :_HEAD] = np.hstack((low, step)).astype(_SCALE).view(np.uint8)
         out[:, _HEAD:] = pack(scaled.astype(np.uint8), self.bits)  # truncation is floor here
@@ -85,15 +85,15 @@ class Uniform:
     def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:
         """(rows, row_bytes(n)) -> (rows, n)."""
         width = self.transform.width(n)
-        kept = self._kept(width)
+        count = self._sent(width)
         scale = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE).astype(np.float32)
-        values = unpack(rows[:, _HEAD:], self.bits, kept).astype(np.float32)
+        values = unpack(rows[:, _HEAD:], self.bits, count).astype(np.float32)
         values *= scale[:, 1:]
         values += scale[:, :1]
         if self.rate < 1:
-            values *= np.diff(strata_edges(width, kept)).astype(np.float32)
+            values *= np.diff(strata_edges(width, count)).astype(np.float32)
             coefficients = np.zeros((len(rows), width), np.float32)
-            np.put_along_axis(coefficients, draws.strata(len(rows), width, kept), values, axis=1)
+            np.put_along_axis(coefficients, draws.strata(len(rows), width, count), values, axis=1)
             values = coefficients
         return self.transform.inverse(values, n, draws)
 
@@ -104,5 +104,6 @@ class Uniform:
         scale = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE).astype(np.float32)
         return unpack(rows[:, _HEAD:], self.bits, n), scale[:, 0], scale[:, 1]
 
-    def _kept(self, width: int) -> int:
+    def _sent(self, width: int) -> int:
+        """How many of `width` coefficients are sent."""
         return max(1, round(self.rate * width))
