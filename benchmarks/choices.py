@@ -1,11 +1,11 @@
-"""What each choice of the compiler and of the agent's session is worth.
+"""Measures what each choice of the compiler and of the agent's session is worth.
 
     python -m benchmarks.choices --model resnet8 --batch 32 --threads 1
 
-The step as it is compiled and run, and beside it the same step without one of its parts: each in a
-process of its own, in turns (`race`). A variant's speed is its images/s over those of the whole
-step in the same round, the median of that; its memory is the peak of a bare process with the step.
-By how much the whole step's own twin differs from it is noise.
+The whole step, as it is compiled and run, races the same step without one of its parts, each in a
+separate process, in turns (`race`). The speed of a variant is its images/s divided by those of the
+whole step in the same round; the table shows the median over the rounds. Its memory is the peak of
+a bare process with the step. The whole step takes part twice; the difference of the two is noise.
 
 Measured: see docs/benchmarks.md.
 """
@@ -33,11 +33,11 @@ WHOLE, CONTROL = "as it is", "as it is, once more"
 def _one_by_one(tensors: Any) -> Any:
     from tools.export.tracing.state import Part, Piece
 
-    found: list[Piece] = []
+    pieces: list[Piece] = []
     for name, tensor in tensors.trained.items():
-        start = found[-1].start + found[-1].size if found else 0
-        found.append(Piece(f"optim.piece{len(found)}", start, (Part(name, tensor.numel()),)))
-    return tuple(found)
+        start = pieces[-1].start + pieces[-1].size if pieces else 0
+        pieces.append(Piece(f"optim.piece{len(pieces)}", start, (Part(name, tensor.numel()),)))
+    return tuple(pieces)
 
 
 def _compared(g: Any, out: Any, grad: Any, result: Any, threshold: float) -> Any:
@@ -52,7 +52,7 @@ def _compared(g: Any, out: Any, grad: Any, result: Any, threshold: float) -> Any
 
 @contextlib.contextmanager
 def _graph_without(part: str) -> Iterator[None]:
-    """While the step is compiled, leave a part of the compiler out."""
+    """Within the block, the compiler leaves one of its parts out."""
     import torch
 
     from tools.export import compiler
@@ -85,7 +85,7 @@ SESSIONS: dict[str, Callable[[Any, Any], object]] = {
 
 
 def _changed(variant: str) -> None:
-    """From here on sessions get one setting other than the agent's."""
+    """From here on, sessions differ in one setting from the agent's."""
     import onnxruntime as ort
 
     make, change = ort.InferenceSession, SESSIONS[variant]
@@ -98,17 +98,17 @@ def _changed(variant: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 0, or 2 where the input is bad or the whole step itself fails."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["worker"]:
-        return _worker(*given[1:])
+    """Measure; return 0, or 2 if the input is bad or the whole step fails."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["worker"]:
+        return _worker(*words[1:])
     parser = command.parser("choices", __doc__)
     command.add_model(parser)
     parser.add_argument("--batch", type=command.count, default=32)
     parser.add_argument("--threads", type=command.count, default=1)
     parser.add_argument("--rounds", type=command.count, default=5)
-    parser.add_argument("--seconds", type=command.seconds, default=1.0, help="of a turn")
-    return command.run(parser, given, _measure)
+    parser.add_argument("--seconds", type=command.seconds, default=1.0, help="length of a turn")
+    return command.run(parser, words, _measure)
 
 
 def _worker(variant: str, folder: str, threads: str) -> int:
@@ -118,7 +118,7 @@ def _worker(variant: str, folder: str, threads: str) -> int:
 
 
 def _measure(options: argparse.Namespace) -> None:
-    import models  # not above: a worker's memory is measured, and torch is none of it
+    import models  # not above: a worker's memory is measured, and it does not need torch
     from benchmarks.train_step import network
 
     name = anchored(options.model, Path())
@@ -155,7 +155,7 @@ def _measure(options: argparse.Namespace) -> None:
         if course.failed:
             print(f"{name:32} {course.failed}")
             continue
-        ratios = [own / other for own, other in zip(course.turns, whole, strict=True)]
+        ratios = [variant / base for variant, base in zip(course.turns, whole, strict=True)]
         print(
             f"{name:32}{statistics.median(course.turns):10.1f}{statistics.median(ratios):10.2f}"
             f"{min(ratios):11.2f} - {max(ratios):.2f}  {course.peak_bytes / 1e6:8.0f} MB"

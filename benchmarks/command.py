@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share: options, the machine they ran on, how they end."""
+"""What the benchmarks' commands share: options, a description of the machine, exit codes."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from wire.errors import SettingsError, StillhouseError
 
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser of `python -m benchmarks.NAME` that explains itself with the module's text."""
+    """A parser for `python -m benchmarks.NAME`, with the module's docstring as its help."""
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=doc,
@@ -28,12 +28,12 @@ def run(
     arguments: Sequence[str] | None,
     measure: Callable[[argparse.Namespace], None],
 ) -> int:
-    """Measure; 0, or 2 where the input is bad or what is measured fails."""
+    """Measure; return 0, or 2 if the input is bad or what is measured fails."""
     options = parser.parse_args(arguments)
     try:
         target = getattr(options, "json", None)
         if target and not target.parent.is_dir():
-            raise SettingsError(f"--json {target}: {target.parent} is no folder; make it")
+            raise SettingsError(f"--json {target}: {target.parent} is no folder; create it")
         measure(options)
     except StillhouseError as fault:
         print(f"{parser.prog.rpartition('.')[2]}: {fault}", file=sys.stderr)
@@ -42,27 +42,27 @@ def run(
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """--json FILE."""
+    """Add --json FILE."""
     parser.add_argument("--json", type=Path, help="file to write everything to")
 
 
 def add_cache(parser: argparse.ArgumentParser) -> None:
-    """--cache FOLDER, for the environments of peers."""
+    """Add --cache FOLDER, for the environments of peers."""
     base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     parser.add_argument("--cache", type=Path, default=base / "stillhouse" / "benchmarks",
-                        help="what is made once lies here; default: %(default)s")  # fmt: skip
+                        help="where environments are kept; default: %(default)s")  # fmt: skip
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model NAME, and --input for a network that was published with no shape."""
+    """Add --model NAME, and --input for a network that was published without a shape."""
     parser.add_argument("--model", default="resnet8",
                         help="a known name, or your own: nets.py:make")  # fmt: skip
-    parser.add_argument("--input", type=shape, help="of a sample, such as 3,32,32; default: as "
-                        "the network was published")  # fmt: skip
+    parser.add_argument("--input", type=shape, help="shape of a sample, such as 3,32,32; default: "
+                        "the one that the network was published with")  # fmt: skip
 
 
 def shape(text: str) -> tuple[int, int, int]:
-    """Channels, height, width."""
+    """Channels, height and width in a text "3,32,32"."""
     channels, *sides = (count(part) for part in text.split(","))
     if len(sides) != 2:
         raise argparse.ArgumentTypeError(f"expected a shape like 3,32,32, got {text!r}")
@@ -77,7 +77,7 @@ def count(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A time of a turn."""
+    """The length of a turn, from over 0 to 600."""
     try:
         value = float(text)
     except ValueError:
@@ -88,19 +88,19 @@ def seconds(text: str) -> float:
 
 
 def say(what: str) -> None:
-    """Tell a person who waits what goes on."""
+    """Print what is going on, if a person is waiting at a terminal."""
     if sys.stderr.isatty():
         print(f"  {what}", file=sys.stderr)
 
 
 def write(path: Path | None, content: Mapping[str, object]) -> None:
-    """The file of --json, if one was asked for."""
+    """Write the file of --json, if one was asked for."""
     if path:
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def machine() -> dict[str, str | int | float]:
-    """What this ran on."""
+    """The machine, the system and the packages that this ran on."""
     packages = ("numpy", "onnxruntime", "torch")
     return {
         "cpu": _cpu(),

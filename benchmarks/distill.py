@@ -1,25 +1,28 @@
-"""Server training of FedGKT: images a second, beside a loop that works as the reference code does.
+"""Server training of FedGKT: images a second, beside a loop that works like the reference code.
 
     python -m benchmarks.distill --model resnet55 --batch 64 --json distill.json
 
     stillhouse             `orchestrator.training` as a run calls it: all devices' samples in one
                            shuffled order, quantized until a batch is drawn, channels last
-    stillhouse, bfloat16   the same with `server.precision = "bfloat16"` (on CUDA the default)
-    stillhouse, compiled   that with `server.compile = true`
-    reference              device by device and batch by batch from float32 arrays in memory, each
-                           moved as it comes, NCHW, float32, the loss read in every step
+    stillhouse, bfloat16   the same with `server.precision = "bfloat16"` (the default on CUDA)
+    stillhouse, compiled   the same with bfloat16 and `server.compile = true`
+    reference              device by device and batch by batch, from float32 arrays in memory; each
+                           is moved to the processor when it is needed; NCHW, float32; the loss is
+                           read in every step
 
-Feature maps are those of an untrained `resnet8` extractor on real images. All contenders start from
-the same weights and take turns in one process, each round in another order.
+Feature maps come from an untrained `resnet8` extractor on real images. All contenders start from
+the same weights and take turns in one process; the order changes from round to round.
 
     train        images a second of training steps (forward, loss, backward, optimizer)
     teach        images a second of teacher logits, in evaluation mode
-    x reference  over the reference's in the same round, the median of that
+    x reference  images a second divided by the reference's in the same round; the median over the
+                 rounds
     of peak      images/s x FLOPs of a training step on an image (2 x multiply-adds, as PyTorch's
-                 FlopCounterMode counts them) as a share of the best matrix product in that
+                 FlopCounterMode counts them), as a share of the best matrix product in that
                  precision that PyTorch reached here in any round
-    of memory    likewise bytes: each layer's output written once and read four times (by the next
-                 layer, and with its gradient on the way back), over the best copy
+    of memory    images/s x bytes of a training step on an image, as a share of the best copy; each
+                 layer's output counts as written once and read four times (by the next layer, and
+                 with its gradient in the backward pass)
 
 Measured: see docs/benchmarks.md.
 """
@@ -52,13 +55,13 @@ from orchestrator.training.samples import Samples, Source
 from wire import codecs, tensors
 
 REFERENCE, OURS = "reference", "stillhouse"
-PASSES = 5  # over each layer's output: written, read, and three times on the way back
-SIDE = 4096  # of the matrices that measure the peak on a GPU; 1024 on a CPU
+PASSES = 5  # over each layer's output: written, read, and three times in the backward pass
+SIDE = 4096  # side of the matrices that measure the peak on a GPU; 1024 on a CPU
 
 
 @dataclass
 class Contender:
-    """Who takes turns: work that returns how many images it did."""
+    """A contender; `train` and `teach` do their work, and return the number of images."""
 
     name: str
     precision: torch.dtype
@@ -68,18 +71,22 @@ class Contender:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 0, or 2 where the input is bad."""
+    """Measure; return 0, or 2 if the input is bad."""
     parser = command.parser("distill", __doc__)
     parser.add_argument("--model", default="resnet55",
                         help="resnet10, resnet19, resnet55, resnet109, or your own: "
                         "nets.py:large")  # fmt: skip
     parser.add_argument("--batch", type=command.count, default=64)
     parser.add_argument("--devices", type=command.count, default=16)
-    parser.add_argument("--images", type=command.count, default=1024, help="all devices together")
+    parser.add_argument(
+        "--images", type=command.count, default=1024, help="of all devices together"
+    )
     parser.add_argument("--features", default="relu|q=4|zstd", help="codec of the feature maps")
     parser.add_argument("--data", default="digits", help="a data set, or the path of an .npz")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=command.count, help="of PyTorch; default: its own")
+    parser.add_argument(
+        "--threads", type=command.count, help="for PyTorch; default: its own choice"
+    )
     parser.add_argument("--rounds", type=command.count, default=5)
     parser.add_argument("--without-compiled", action="store_true", help="leave torch.compile out")
     command.add_json(parser)
@@ -90,7 +97,7 @@ def _measure(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     codecs.parse(options.features)
-    models.input_shape(options.model)  # there is such a network
+    models.input_shape(options.model)  # raises if there is no such network
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if options.device == "auto" else options.device)
     machine = command.machine()
@@ -101,7 +108,7 @@ def _measure(options: argparse.Namespace) -> None:
         contenders = _contenders(options, opened, device, shape)
         peaks = {c.precision: 0.0 for c in contenders}
         copies: list[float] = []
-        for contender in contenders:  # tables, kernels and compiled code are made at the first call
+        for contender in contenders:  # the first call makes tables, kernels and compiled code
             contender.train(), contender.teach()
         for number in range(options.rounds):
             for contender in random.Random(number).sample(contenders, len(contenders)):
@@ -135,16 +142,16 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _shards(options: argparse.Namespace, folder: Path) -> list[shards.Shard]:
-    """What `options.devices` devices would have sent, taken in as a run does."""
+    """The shards that a run would make of what `options.devices` devices send."""
     images, _ = datasets.read(options.data, seed=0)
     colour, classes = images.resized((32, 32), 3), max(2, len(images.classes))
     torch.manual_seed(0)
     net: Any = models.build("resnet8", classes=classes).eval()
     numbers = np.arange(options.images) % len(colour.y)
     opened = []
-    for i, own in enumerate(np.array_split(numbers, options.devices)):
+    for i, chosen in enumerate(np.array_split(numbers, options.devices)):
         packed = []
-        for at in np.split(own, range(32, len(own), 32)):
+        for at in np.split(chosen, range(32, len(chosen), 32)):
             x = torch.from_numpy(colour.x[at]).permute(0, 3, 1, 2).float() / 255
             with torch.no_grad():
                 maps, logits = (part.numpy() for part in net.extract(x))
@@ -156,7 +163,7 @@ def _shards(options: argparse.Namespace, folder: Path) -> list[shards.Shard]:
             packed.append(tensors.pack(record, seed=i))
         path = folder / f"payload-{i}"
         path.write_bytes(b"".join(packed))
-        sizes = {"samples": len(own), "shape": maps.shape[1:], "classes": classes}
+        sizes = {"samples": len(chosen), "shape": maps.shape[1:], "classes": classes}
         opened.append(shards.shelve(path, folder / f"shard-{i}", **sizes))
     return opened
 
@@ -167,25 +174,25 @@ def _contenders(
     device: torch.device,
     shape: tuple[int, int, int],
 ) -> list[Contender]:
-    """The reference first."""
+    """All contenders, the reference first."""
     classes = opened[0].logits.shape[1]
     plain = ServerConfig(model=options.model, epochs=1, batch=options.batch, precision="float32")
     torch.manual_seed(1)
     start = models.build(options.model, classes=classes, input_shape=shape).state_dict()
 
     def model() -> nn.Module:
-        made = models.build(options.model, classes=classes, input_shape=shape)
-        made.load_state_dict(start)
-        return made.to(device)
+        network = models.build(options.model, classes=classes, input_shape=shape)
+        network.load_state_dict(start)
+        return network.to(device)
 
     samples = Samples([*map(Source, opened)], device)
-    found = [_reference(plain, opened, model(), device)]
+    contenders = [_reference(plain, opened, model(), device)]
     low = replace(plain, precision="bfloat16")
-    found.append(_ours(OURS, plain, samples, model()))
-    found.append(_ours(f"{OURS}, bfloat16", low, samples, model()))
+    contenders.append(_ours(OURS, plain, samples, model()))
+    contenders.append(_ours(f"{OURS}, bfloat16", low, samples, model()))
     if not options.without_compiled:
-        found.append(_ours(f"{OURS}, compiled", replace(low, compile=True), samples, model()))
-    return found
+        contenders.append(_ours(f"{OURS}, compiled", replace(low, compile=True), samples, model()))
+    return contenders
 
 
 def _ours(name: str, config: ServerConfig, samples: Samples, model: nn.Module) -> Contender:
@@ -206,7 +213,7 @@ def _ours(name: str, config: ServerConfig, samples: Samples, model: nn.Module) -
 def _reference(
     config: ServerConfig, opened: list[shards.Shard], model: nn.Module, device: torch.device
 ) -> Contender:
-    """Batches of float32 arrays by device, as the published code keeps and walks them."""
+    """The reference: batches of float32 arrays device by device, as in the published code."""
     batches = []
     for shard in opened:
         drawn = Samples([Source(shard)], torch.device("cpu"))
@@ -250,21 +257,21 @@ def _rate(work: Callable[[], int], device: torch.device) -> float:
 
 
 def _product(precision: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of a matrix product."""
+    """FLOPs a second of a matrix product, the best of several."""
     side = SIDE if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=precision)
     return 2 * side**3 * max(_rate(lambda: len([a @ a]), device) for _ in range(5))
 
 
 def _copy(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy."""
+    """Bytes a second, read and written, of a copy; the best of several."""
     a = torch.empty(1 << 28 if device.type == "cuda" else 1 << 26, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes * max(_rate(lambda: len([b.copy_(a)]), device) for _ in range(3))
 
 
 def _costs(options: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[float, float]:
-    """FLOPs of a training step, and values of all layers' outputs, both for one image."""
+    """FLOPs of a training step, and number of values in all layers' outputs, for one image."""
     model = models.build(options.model, classes=10, input_shape=shape).train()
     values = 0
 

@@ -1,9 +1,9 @@
-"""Contenders as processes that take turns.
+"""Lets contenders take turns, each in a process.
 
-A shared machine is now fast, now slow. All contenders are alive at once and one of them runs, for
-about a second, while the others wait on their pipes; round after round, each in an order of its
-own, so that none always follows the same other. What the machine does to one it does to all, and
-ratios are taken within a round.
+A shared machine is sometimes fast, sometimes slow. So all contenders are alive at once; one of them
+runs, for about a second, while the others wait on their pipes. The order changes from round to
+round, so that none always follows the same other. A slow moment then hits all alike, and ratios are
+taken within a round.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from typing import Any
 
 from wire.errors import StillhouseError
 
-# These packages whatever the folder this is started in; a network of one's own behind them.
+# Our packages come first, whatever the current folder; a user's own network may come after.
 _PLACES = (str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", ""))
 PATHS = {"PYTHONPATH": os.pathsep.join(filter(None, _PLACES)), "PYTHONSAFEPATH": "1"}
-LIMIT_S = 900.0  # for preparation and on top of a turn; the first torch.compile takes minutes
+LIMIT_S = 900.0  # for preparation, and beyond a turn's length; torch.compile may take minutes
 
 
 class ContenderError(StillhouseError):
@@ -32,7 +32,7 @@ class ContenderError(StillhouseError):
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender: its command, less Python and the number of threads, and what sets it apart."""
+    """A contender: its command (without Python and the number of threads), and a note about it."""
 
     name: str
     command: Sequence[str]
@@ -69,7 +69,7 @@ class Worker:
             )
 
     def ready(self) -> float | None:
-        """Wait until it is prepared; the loss of its first step.
+        """Wait until it is prepared; return the loss of its first step.
 
         Raises:
             ContenderError: it cannot be prepared.
@@ -78,7 +78,7 @@ class Worker:
         return loss
 
     def turn(self, seconds: float) -> float:
-        """Let it run; what it measured.
+        """Let it run; return what it measured.
 
         Raises:
             ContenderError: it failed.
@@ -101,9 +101,9 @@ class Worker:
             raise ContenderError(f"no answer within {limit_s:g} s")
         line = pipe.readline()
         if not line:
-            said = self._log.read_text(errors="replace").strip() or "nothing"
+            output = self._log.read_text(errors="replace").strip() or "nothing"
             raise ContenderError(
-                f"ended with {self._process.wait()}, having said: {said.splitlines()[-1]}"
+                f"ended with {self._process.wait()}, having said: {output.splitlines()[-1]}"
             )
         answer: dict[str, Any] = json.loads(line)
         if "failed" in answer:
@@ -121,7 +121,7 @@ def run(
     logs: Path,
     say: Callable[[str], None],
 ) -> list[Course]:
-    """Let contenders take turns; one that fails leaves, and the others go on."""
+    """Let contenders take turns; if one fails, the others go on without it."""
     courses = [Course(entry) for entry in entries]
     with contextlib.ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -154,7 +154,7 @@ def _leaving(course: Course) -> Iterator[None]:
 
 
 def _peak(pid: int) -> int:
-    """VmHWM, the most memory that the process ever had resident; 0 without a procfs."""
+    """VmHWM, the peak of a process's resident memory; 0 without a procfs."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

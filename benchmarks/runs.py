@@ -1,12 +1,12 @@
-"""Many runs of `orchestrator.simulation.simulate`, settings times seeds, and what became of them.
+"""Many runs of `orchestrator.simulation.simulate`, one for each setting and seed; their records.
 
     OUT/data-DATA-SEED/          images, dealt out once for all settings of a seed
-    OUT/DATA-SETTING-SEED/       a run's folder; what was stopped goes on from it
+    OUT/DATA-SETTING-SEED/       a run's folder, from which a stopped run goes on
     OUT/DATA-SETTING-SEED.json   a finished run's record
     OUT/DATA.json                all records
 
 A record has a "setting" with its "name", a "seed", "rounds", and accuracies as {round: accuracy}.
-Each run is a process of its own, so that torch's threads are its own.
+Each run has its own process, and so its own threads of torch.
 """
 
 import argparse
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 UNFINISHED = 3
 DASHES = ("-", "--", ":")
-BESIDE = 8  # a legend of more lines stands beside the picture
+BESIDE = 8  # a legend with more lines goes beside the picture
 
 
 class TimeIsUp(Exception):  # noqa: N818 - nothing went wrong
@@ -54,20 +54,20 @@ def add_options(
     devices: int | None,
     eval_every: int | None,
 ) -> None:
-    """The options of every such benchmark, with the defaults of this one."""
+    """Add the options that all such benchmarks share, with the defaults of this one."""
     parser.add_argument("--data", choices=tuple(data), default=data[0])
     parser.add_argument("--train", default="", help=".npz of the training set; default: download")
     parser.add_argument("--heldout", type=Path, help=".npz of the test set, with --train")
-    parser.add_argument("--settings", default=settings, help="groups or names, by ;")
+    parser.add_argument("--settings", default=settings, help="groups or names, separated by ;")
     parser.add_argument("--rounds", type=command.count, default=rounds)
     parser.add_argument("--seeds", type=command.count, default=3)
     parser.add_argument("--devices", type=command.count, default=devices)
-    parser.add_argument("--per-device", type=command.count, help="samples; default: all")
+    parser.add_argument("--per-device", type=command.count, help="samples on each; default: all")
     parser.add_argument("--eval-every", type=command.count, default=eval_every)
     parser.add_argument("--jobs", type=command.count, default=1, help="runs at once")
-    parser.add_argument("--threads", type=command.count, default=1, help="of each run")
+    parser.add_argument("--threads", type=command.count, default=1, help="for each run")
     parser.add_argument("--pieces", type=_minutes, metavar="MINUTES",
-                        help="begin no round after so long, end with 3")  # fmt: skip
+                        help="after so long begin no more rounds, and exit with 3")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(out))
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
 
@@ -77,13 +77,13 @@ def main(
     arguments: Sequence[str] | None,
     measure: Callable[[argparse.Namespace], None],
 ) -> int:
-    """Measure; 0, 2 as `command.run` has it, or 3 where rounds are left after --pieces."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    parser.set_defaults(given=given)
+    """Measure; return 0, 2 like `command.run`, or 3 if rounds are left after --pieces."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser.set_defaults(arguments=words)
     try:
-        return command.run(parser, given, measure)
-    except TimeIsUp as left:
-        print(left)
+        return command.run(parser, words, measure)
+    except TimeIsUp as unfinished:
+        print(unfinished)
         return UNFINISHED
 
 
@@ -96,12 +96,18 @@ def do(
     *,
     first: Callable[[str], str] = lambda _: "",
 ) -> None:
-    """All runs of the settings `names` that are not done, then the report.
+    """Do all runs of the settings `names` that are not done, then the report.
 
-    `first` names the setting, earlier among them, whose run one waits for; or none.
+    Args:
+        options: of the command line.
+        module: the benchmark; each run is a process of it.
+        names: the settings.
+        done: whether the run of a setting and seed is done.
+        report: writes the report.
+        first: for a setting, an earlier one whose run must end first; "" for none.
 
     Raises:
-        ContenderError: runs failed; their processes told why.
+        ContenderError: runs failed; their processes have printed why.
         TimeIsUp: rounds are left.
     """
     until = time.monotonic() + 60 * (options.pieces or math.inf)
@@ -118,14 +124,14 @@ def do(
             ended[job].set()
 
     def begin(name: str, seed: int) -> int:
-        left = until - time.monotonic()
+        seconds = until - time.monotonic()
         if done(name, seed):
             return 0
-        if left <= 0:
+        if seconds <= 0:
             return UNFINISHED
         print(f"{options.data}, seed {seed}: {name}", flush=True)
-        one = {"name": name, "seed": seed, "seconds": left if options.pieces else None}
-        line = [sys.executable, "-m", module, *options.given, "--one", json.dumps(one)]
+        one = {"name": name, "seed": seed, "seconds": seconds if options.pieces else None}
+        line = [sys.executable, "-m", module, *options.arguments, "--one", json.dumps(one)]
         return subprocess.run(line, check=False).returncode
 
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -133,8 +139,8 @@ def do(
     report()
     if failed := sum(code not in (0, UNFINISHED) for code in codes):
         raise ContenderError(f"{failed} of {len(jobs)} runs failed; start again to go on with them")
-    if left := codes.count(UNFINISHED):
-        raise TimeIsUp(f"{left} of {len(jobs)} runs are not done; the same command goes on")
+    if unfinished := codes.count(UNFINISHED):
+        raise TimeIsUp(f"{unfinished} of {len(jobs)} runs are not done; the same command goes on")
 
 
 def simulate(
@@ -144,14 +150,14 @@ def simulate(
     seconds: float | None,
     **more: Any,
 ) -> None:
-    """One run, in the process that is its own.
+    """Do one run, in this process.
 
     Args:
         options: of the command line.
-        config: of the run.
-        shards: the folder that the images were dealt out to.
-        seconds: the round in which so many have passed is the last; None sets no limit.
-        more: for `orchestrator.simulation.simulate.run`.
+        config: the run's settings.
+        shards: the folder with the shards of images.
+        seconds: stop after the round in which so many seconds have passed; None sets no limit.
+        more: further arguments of `orchestrator.simulation.simulate.run`.
 
     Raises:
         TimeIsUp: rounds are left.
@@ -181,11 +187,11 @@ def deal(
     heldout: Path | None = None,
     heldout_samples: int | None = None,
 ) -> None:
-    """Deal images out to devices (`orchestrator.datasets.build`), unless they are there.
+    """Deal images out to devices (`orchestrator.datasets.build`), unless that is done already.
 
     Raises:
-        SettingsError: what is there was dealt out in another way.
-        DataError: the source cannot be read or dealt out so.
+        SettingsError: the images in the folder were dealt out in another way.
+        DataError: the source cannot be read, or not dealt out in this way.
     """
     from orchestrator import datasets
 
@@ -219,12 +225,12 @@ def deal(
 
 
 def data_folder(folder: Path, data: str, seed: int) -> Path:
-    """Where the shards of a seed lie."""
+    """The folder with the shards of a seed."""
     return folder / f"data-{data}-{seed}"
 
 
 def title(data: str, setting: str, seed: int) -> str:
-    """A run's name, and that of its folder and its record."""
+    """A run's name, which its folder and its record have too."""
     slug = "".join(c if c.isalnum() or c == "." else "-" for c in setting)
     return f"{data}-{slug}-{seed}"
 
@@ -235,13 +241,13 @@ def keep(config: "RunConfig", folder: Path, record: Record) -> None:
 
 
 def is_done(folder: Path, data: str, setting: str, seed: int, rounds: int) -> bool:
-    """Whether a run's record is there, of as many rounds."""
+    """Whether there is a run's record with at least so many rounds."""
     path = folder / f"{title(data, setting, seed)}.json"
     return path.exists() and json.loads(path.read_text())["rounds"] >= rounds
 
 
 def collect(folder: Path, data: str) -> list[Record]:
-    """All records of a data set, which are written as one file too."""
+    """All records of a data set; also writes them to one file."""
     paths = sorted(folder.glob(f"{data}-*-[0-9]*.json"))
     records = [json.loads(path.read_text()) for path in paths]
     if records:
@@ -250,7 +256,7 @@ def collect(folder: Path, data: str) -> list[Record]:
 
 
 def by_setting(records: Sequence[Record], order: Iterable[str]) -> dict[str, list[Record]]:
-    """Records of the most rounds by setting, in an order of settings."""
+    """The records with the most rounds, by setting, in the given order of settings."""
     rounds = max(record["rounds"] for record in records)
     grouped = defaultdict(list)
     for record in records:
@@ -260,7 +266,7 @@ def by_setting(records: Sequence[Record], order: Iterable[str]) -> dict[str, lis
 
 
 def left_out(records: Sequence[Record]) -> str:
-    """What `by_setting` leaves out, in words; empty if it is nothing."""
+    """The runs that `by_setting` leaves out, in words; "" if there are none."""
     longest = max(record["rounds"] for record in records)
     short = [f"{r['setting']['name']} (seed {r['seed']})" for r in records if r["rounds"] < longest]
     return f"left out, with fewer than {longest} rounds: {', '.join(short)}" if short else ""
@@ -271,10 +277,10 @@ def last(record: Record, key: str = "accuracy") -> float:
     return float(record[key][str(record["rounds"])])
 
 
-def gaps(mine: Sequence[Record], base: Sequence[Record], key: str = "accuracy") -> str:
-    """Points of accuracy to another setting's runs of the same seed: mean (lowest, highest)."""
+def gaps(runs: Sequence[Record], base: Sequence[Record], key: str = "accuracy") -> str:
+    """How much better runs are than the base's of the same seed: mean (lowest, highest), points."""
     points = [
-        100 * (last(r, key) - last(b, key)) for r in mine for b in base if r["seed"] == b["seed"]
+        100 * (last(r, key) - last(b, key)) for r in runs for b in base if r["seed"] == b["seed"]
     ]
     if not points:
         return ""
@@ -289,32 +295,32 @@ def draw(
     base: str,
     across: Callable[[Record, int], float] = lambda _, number: number,
 ) -> None:
-    """A curve of accuracy for each setting, the base in black; bands are lowest to highest.
+    """Draw a curve of accuracy for each setting, the base in black, with bands from low to high.
 
     Args:
         axes: to draw on.
         runs: records by setting.
-        key: of the accuracies in a record; settings that have none are not drawn.
+        key: the accuracies' key in a record; settings without it are not drawn.
         base: the setting to compare with.
-        across: of a record and a round, the horizontal coordinate; its mean over seeds is drawn.
+        across: the horizontal coordinate for a record and a round; its mean over seeds is drawn.
     """
     lowest = 100.0
     looks = {name: number for number, name in enumerate(n for n in runs if n != base)}
-    for name, mine in runs.items():
-        # A run that was made longer was evaluated at its former end as well.
-        rounds = sorted(set.intersection(*({int(r) for r in m[key]} for m in mine)))
+    for name, records in runs.items():
+        # A run that was extended has been evaluated at its former end as well.
+        rounds = sorted(set.intersection(*({int(r) for r in m[key]} for m in records)))
         if not rounds:
             continue
-        curves = [[100 * record[key][str(r)] for r in rounds] for record in mine]
+        curves = [[100 * record[key][str(r)] for r in rounds] for record in records]
         mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-        at = [statistics.fmean(across(record, r) for record in mine) for r in rounds]
-        # A setting has one look in all pictures of a group; a colour comes back after ten.
+        at = [statistics.fmean(across(record, r) for record in records) for r in rounds]
+        # A setting looks the same in all pictures of a group; colours repeat after ten.
         colour, dash = "black", "-"
         if name != base:
             colour = f"C{looks[name] % 10}"
             dash = DASHES[looks[name] // 10 % len(DASHES)]
         axes.plot(at, mean, dash, label=name, color=colour, linewidth=2 if name == base else 1.5)
-        if len(mine) > 1:
+        if len(records) > 1:
             low, high = zip(*((min(v), max(v)) for v in zip(*curves, strict=True)), strict=True)
             axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         lowest = min(lowest, *mean[len(mean) // 4 :])

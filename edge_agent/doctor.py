@@ -1,4 +1,4 @@
-"""`edge-agent doctor`: what keeps this device from taking part, each finding with its remedy."""
+"""`edge-agent doctor`: finds what keeps this device from taking part, and says what to do."""
 
 import json
 import os
@@ -28,7 +28,7 @@ REACH_S = 10.0
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """What one check found, and what to do about it."""
 
     level: Literal["ok", "warn", "bad"]
     what: str
@@ -36,11 +36,11 @@ class Finding(NamedTuple):
 
 
 def examine(path: Path, root: Path = Path("/")) -> Iterator[Finding]:
-    """Look at this device with the settings of a file, one thing after the other.
+    """Check this device with the settings of a file; one finding after the other.
 
     Args:
-        path: of agent.toml.
-        root: where /proc and /run are looked for.
+        path: agent.toml.
+        root: the folder that holds /proc and /run.
     """
     yield _python()
     yield from _processor(root)
@@ -51,15 +51,15 @@ def examine(path: Path, root: Path = Path("/")) -> Iterator[Finding]:
     try:
         chosen = config.load(path)
     except (StillhouseError, OSError) as fault:
-        remedy = "mend that; what depends on it was not looked at"
+        remedy = "mend that; whatever depends on it was not checked"
         if isinstance(fault.__cause__ or fault, PermissionError):
-            remedy = "look as the agent's user does: sudo -u stillhouse edge-agent doctor"
+            remedy = "run this as the agent's user: sudo -u stillhouse edge-agent doctor"
         yield Finding("bad", str(fault), remedy)
         return
     if os.geteuid() == 0:
         yield Finding(
-            "warn", "this user may do everything, and the agent's may not",
-            "look as the agent's user does: sudo -u stillhouse edge-agent doctor",
+            "warn", "root may do everything, and the agent's user may not",
+            "run this as the agent's user: sudo -u stillhouse edge-agent doctor",
         )  # fmt: skip
     yield _settings(path, chosen)
     yield _disk(chosen.state)
@@ -88,20 +88,20 @@ def _processor(root: Path) -> Iterator[Finding]:
             flags |= set(value.split())
     known = {"asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "avx", "avx2", "fma",
              "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"}  # fmt: skip
-    found = ", ".join(sorted(flags & known))
+    instructions = ", ".join(sorted(flags & known))
     if flags and not flags & {"asimd", "avx"}:
         yield Finding(
-            "warn", "processor without vector instructions that ONNX Runtime is fast with",
-            "training will work, and be slow; a Raspberry Pi 3 or later has them",
+            "warn", "the processor lacks the vector instructions that make ONNX Runtime fast",
+            "training will work, but slowly; a Raspberry Pi 3 or later has them",
         )  # fmt: skip
-    elif found:
-        yield Finding("ok", f"processor has {found}")
+    elif instructions:
+        yield Finding("ok", f"processor has {instructions}")
     else:
-        yield Finding("warn", "what the processor can do is not told here", "")
+        yield Finding("warn", "the system does not say what the processor can do", "")
 
 
 def _wheels() -> Iterator[Finding]:
-    """In a process of their own: one that needs other instructions ends its process."""
+    """Import each package in a separate process: one built for other processors would end ours."""
     isolated = ["-I"] if sys.flags.isolated else []
     for name in WHEELS:
         code = f"import {name} as m; print(getattr(m, '__version__', ''))"
@@ -117,27 +117,27 @@ def _wheels() -> Iterator[Finding]:
                 "install the package for this architecture, or an older version of that wheel",
             )  # fmt: skip
         else:
-            last = (done.stderr.strip().splitlines() or ["it ends without a word"])[-1]
+            last = (done.stderr.strip().splitlines() or ["it ends without a message"])[-1]
             yield Finding(
                 "bad", f"{package} cannot be imported: {last}",
-                "install the package stillhouse-edge-agent anew, or: pip install stillhouse",
+                "install the package stillhouse-edge-agent again, or: pip install stillhouse",
             )  # fmt: skip
 
 
 def _clock(root: Path) -> Finding:
-    """Certificates are judged by it; a Raspberry Pi without a network has none that goes on."""
+    """Check the clock, by which certificates are judged; a Raspberry Pi needs a network for it."""
     now, built = time.time(), Path(__file__).stat().st_mtime
     if now < built - 24 * 3600:
         return Finding(
             "bad", f"the clock says {_date(now)}, before this program was made ({_date(built)})",
-            "sudo timedatectl set-ntp true, and a network; TLS fails until then",
+            "connect a network, and sudo timedatectl set-ntp true; TLS fails until then",
         )  # fmt: skip
     if (root / "run/systemd/system").is_dir() and not any(
         (root / path).exists()
         for path in ("run/systemd/timesync/synchronized", "run/chrony", "run/ntpd.pid")
     ):
         return Finding(
-            "warn", f"the clock says {_date(now)}, and nothing is seen that keeps it right",
+            "warn", f"the clock says {_date(now)}, and no service seems to keep it right",
             "sudo timedatectl set-ntp true",
         )  # fmt: skip
     return Finding("ok", f"the clock says {_date(now)}")
@@ -146,7 +146,7 @@ def _clock(root: Path) -> Finding:
 def _memory(root: Path) -> Finding:
     free = meter.available_bytes(root)
     if not free:
-        return Finding("warn", "free memory is not told here", "")
+        return Finding("warn", "the system does not say how much memory is free", "")
     what = f"{free / 1e6:,.0f} MB of memory are available"
     if free < LEAST_MEMORY:
         return Finding("warn", what, "end other programs, or train a sub-model (submodel.tiers)")
@@ -154,11 +154,11 @@ def _memory(root: Path) -> Finding:
 
 
 def _limits(root: Path) -> Iterator[Finding]:
-    """Raspberry Pi kernels begin without the memory controller of control groups."""
+    """Check the memory controller of control groups, which is off by default on a Raspberry Pi."""
     path = root / "sys/fs/cgroup/cgroup.controllers"
     if path.exists() and "memory" not in path.read_text().split():
         yield Finding(
-            "warn", "the kernel limits no service's memory: MemoryMax of the unit does nothing",
+            "warn", "the kernel cannot limit a service's memory: the unit's MemoryMax does nothing",
             "add cgroup_enable=memory to the line in /boot/firmware/cmdline.txt, and reboot",
         )  # fmt: skip
 
@@ -207,18 +207,18 @@ def _certificates(chosen: AgentConfig) -> Iterator[Finding]:
         if path is None:
             continue
         try:
-            # The one reader of certificates in Python's own library; also used by its tests.
+            # The only reader of certificates in the standard library; Python's tests use it too.
             fields: dict[str, Any] = ssl._ssl._test_decode_cert(str(path))  # type: ignore[attr-defined] # noqa: SLF001
             begin, end = (ssl.cert_time_to_seconds(fields[k]) for k in ("notBefore", "notAfter"))
         except (OSError, ValueError, KeyError) as fault:
-            yield Finding("bad", f"{path} is no certificate: {fault}", "copy the PEM file anew")
+            yield Finding("bad", f"{path} is not a certificate: {fault}", "copy the file again")
             continue
         now = time.time()
         what = f"{path} is good from {_date(begin)} to {_date(end)}"
         if not begin <= now <= end:
-            yield Finding("bad", f"{what}, not on {_date(now)}", "a new certificate, or the clock")
+            yield Finding("bad", f"{what}, not on {_date(now)}", "renew it, or set the clock")
         elif end - now < SOON_S:
-            yield Finding("warn", what, "have a new one made before that")
+            yield Finding("warn", what, "get a new one before that")
         else:
             yield Finding("ok", what)
 
@@ -226,16 +226,16 @@ def _certificates(chosen: AgentConfig) -> Iterator[Finding]:
 def _broker(chosen: AgentConfig) -> Finding:
     from wire.link import Link, LinkEvent, Lost
 
-    address, said = chosen.broker, [""]
+    address, reasons = chosen.broker, [""]
 
-    def heard(event: LinkEvent) -> None:
+    def note(event: LinkEvent) -> None:
         if isinstance(event, Lost):
-            said[0] = event.reason
+            reasons.append(event.reason)
 
     try:
-        link = Link(address, f"doctor-{chosen.device}-{os.getpid()}", subscriptions=[], emit=heard)
-    except LinkError as fault:  # certificates, which are read at once
-        return Finding("bad", str(fault), "copy the files anew")
+        link = Link(address, f"doctor-{chosen.device}-{os.getpid()}", subscriptions=[], emit=note)
+    except LinkError as fault:  # a certificate or key, which are read at once
+        return Finding("bad", str(fault), "copy the files again")
     link.start()
     began = time.monotonic()
     try:
@@ -247,7 +247,7 @@ def _broker(chosen: AgentConfig) -> Finding:
     finally:
         link.close()
     return Finding(
-        "bad", said[0] or f"broker {address.url} does not answer in {REACH_S:.0f} s",
+        "bad", reasons[-1] or f"broker {address.url} does not answer in {REACH_S:.0f} s",
         f"is it running, and port {address.port} open? try: nc -vz {address.host} {address.port}",
     )  # fmt: skip
 
@@ -257,14 +257,14 @@ def _date(seconds: float) -> str:
 
 
 def report(path: Path, say: Callable[[str], None] = print, *, as_json: bool = False) -> int:
-    """Print each finding as it is found; the exit code is 1 where something is bad, else 0.
+    """Print each finding as it comes; return the exit code, 1 if one is bad, else 0.
 
-    `as_json` prints one list of them in the end.
+    `as_json` prints one list of them in the end instead.
     """
     if as_json:
-        found = list(examine(path))
-        say(json.dumps([finding._asdict() for finding in found]))
-        return int(any(finding.level == "bad" for finding in found))
+        findings = list(examine(path))
+        say(json.dumps([finding._asdict() for finding in findings]))
+        return int(any(finding.level == "bad" for finding in findings))
     worst = 0
     say(f"edge-agent on {meter.model()}")
     for finding in examine(path):

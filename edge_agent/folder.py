@@ -1,10 +1,10 @@
-"""The state folder of an agent, held against a second one.
+"""The state folder of an agent; a lock keeps a second agent out.
 
-lock            held while an agent runs
-journal.db      the open order, its result, whose weights count
-blobs/          payloads by digest
-artifacts/      training artifacts by digest
-weights-*, owed-*   what the device keeps of its runs
+lock            locked while an agent runs
+journal.db      the open order, its result, and which weights file is current
+blobs/          payloads, named by digest
+artifacts/      training artifacts, named by digest
+weights-*, owed-*   what the device keeps for its runs
 """
 
 import errno
@@ -21,18 +21,18 @@ from wire.storage import Patience
 
 
 class Folder:
-    """What lies in a state folder.
+    """An open state folder.
 
     Args:
-        path: is made where it is not there.
-        chunk_bytes: size of the pieces that results are pulled in.
-        patience: waits where a result's blobs find the disk full.
+        path: is created if it does not exist.
+        chunk_bytes: the chunk size of results that the orchestrator pulls.
+        patience: waits while the disk is too full for a result's blobs.
 
     Attributes:
-        state_id, first_session: as of `Journal.begin_sessions`.
+        state_id, first_session: see `Journal.begin_sessions`.
 
     Raises:
-        SettingsError: the folder cannot be made.
+        SettingsError: the folder cannot be created.
         StalledError: the disk is full.
         StorageError: it cannot be written, or another agent uses it.
     """
@@ -41,9 +41,9 @@ class Folder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as fault:
-            told = storage.told(fault, path)
-            if isinstance(told, StalledError) or fault.errno == errno.EROFS:
-                raise told from fault
+            error = storage.as_error(fault, path)
+            if isinstance(error, StalledError) or fault.errno == errno.EROFS:
+                raise error from fault
             raise SettingsError(
                 f"state: {path} cannot be made ({fault.strerror}); name a folder that this user "
                 "may write to, /var/lib/stillhouse/state for the packaged service"
@@ -66,13 +66,13 @@ class Folder:
 
     @property
     def here(self) -> bool:
-        """Whether the folder is the one that was locked: nobody has removed or replaced it."""
+        """Whether the locked folder is still in place: nobody has removed or replaced it."""
         try:
             return os.path.samestat(os.fstat(self._lock.fileno()), self._lock_file.stat())
         except OSError:
             return False
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the journal and release the lock."""
         self.journal.close()
         self._lock.close()

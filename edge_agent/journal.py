@@ -1,10 +1,10 @@
-"""What must survive a power cut: the open order, its result, and where the device's weights lie.
+"""The device's journal: the open order, its result, and which files hold the device's weights.
 
-SQLite in WAL mode with synchronous=FULL: a row that was committed is there after `kill -9` and
-after a power cut. One order is open at a time; a newer one replaces it.
+It is SQLite in WAL mode with synchronous=FULL: a committed row survives `kill -9` and a power cut.
+One order is open at a time; a newer one replaces it.
 
-A damaged journal is set aside as `journal.db.damaged-1`, and a new one begun: the orchestrator
-sends an open order again, and the device's weights are found by the names of their files.
+A damaged journal is renamed to `journal.db.damaged-1`, and a new one is begun. Nothing is lost: the
+orchestrator sends an open order again, and the weights are found by the names of their files.
 """
 
 import logging
@@ -24,7 +24,7 @@ from wire.messages import Order, Result
 T = TypeVar("T")
 log = logging.getLogger("edge-agent")
 
-SESSIONS = 1 << 24  # of one start; 500 million starts fit into a message's number
+SESSIONS = 1 << 24  # for each start of the agent; a message's number has room for 500 million
 
 _WEIGHTS = re.compile(r"weights-(.+)-(\d+)\.safetensors")
 _SCHEMA = """
@@ -38,10 +38,10 @@ CREATE TABLE IF NOT EXISTS weights (
 
 
 class Journal:
-    """The journal of one device, for any thread.
+    """The journal of one device; any thread may use it.
 
-    Each function raises StalledError where the disk is full or another program holds the journal,
-    and StorageError where it cannot be written.
+    Each function raises StalledError if the disk is full or another program holds the journal, and
+    StorageError if the journal cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class Journal:
             self._db = _begun_anew(path, fault)
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """One transaction; on a journal that turns out damaged it is done in a new one."""
+        """Do `work` in a transaction; if the journal proves damaged, repeat it in a new one."""
         with self._lock:
             try:
                 with storage.at(self._path), self._db:
@@ -65,10 +65,10 @@ class Journal:
                     return work(self._db)
 
     def begin_sessions(self) -> tuple[str, int]:
-        """The id of this state folder, and a number: the `SESSIONS` from it on are the caller's.
+        """The id of this state folder, and the first of `SESSIONS` session numbers for the caller.
 
-        No number is ever given out twice. One write gives an agent's connections all of theirs, so
-        that none waits for the disk.
+        No number is ever given out twice. All numbers of an agent's connections come from one
+        write, so that no connection waits for the disk.
         """
 
         def begin(db: sqlite3.Connection) -> dict[str, int]:
@@ -77,19 +77,19 @@ class Journal:
             db.execute("UPDATE counters SET value = value + ? WHERE name = 'session'", (SESSIONS,))
             return dict(db.execute("SELECT name, value FROM counters"))
 
-        found = self._do(begin)
-        return f"{found['state']:016x}", found["session"] - SESSIONS + 1
+        counters = self._do(begin)
+        return f"{counters['state']:016x}", counters["session"] - SESSIONS + 1
 
     def latest(self) -> tuple[Order, Result | None, bool] | None:
-        """The newest order, its result if it has one, and whether the result is receipted.
+        """The newest order, its result if it has one, and whether the result has a receipt.
 
-        An order that a newer agent accepted, before it was rolled back, may be beyond this one: it
-        is passed over, and refused when it comes again.
+        A newer agent, since rolled back, may have accepted an order that this agent cannot read.
+        Such an order is ignored here, and refused when it comes again.
         """
         return self._do(_latest)
 
     def accept(self, order: Order) -> None:
-        """Make `order` the open one; older ones are dropped."""
+        """Make `order` the open one, and drop older ones."""
 
         def write(db: sqlite3.Connection) -> None:
             db.execute("DELETE FROM work")
@@ -98,10 +98,10 @@ class Journal:
         self._do(write)
 
     def finish(self, order: Order, result: Result, weights_file: str | None) -> None:
-        """The order's result, and with it the device's new weights: both or neither."""
+        """Write the order's result and the name of the new weights file, both or neither."""
 
         def write(db: sqlite3.Connection) -> None:
-            _note(db, order)  # it may have been in a journal that was damaged
+            _note(db, order)  # a new journal, in place of a damaged one, does not have it
             db.execute(
                 "UPDATE work SET result = ? WHERE run = ? AND sequence = ?",
                 (messages.encode(result), order.run, order.sequence),
@@ -116,7 +116,7 @@ class Journal:
         self._do(write)
 
     def receipted(self, run: str, sequence: int) -> None:
-        """The orchestrator has spoken on this result; it need not be offered again."""
+        """Note that this result has its receipt, so that it is not offered again."""
         self._do(
             lambda db: db.execute(
                 "UPDATE work SET receipted = 1 WHERE run = ? AND sequence = ?", (run, sequence)
@@ -124,13 +124,13 @@ class Journal:
         )
 
     def weights_file(self, run: str) -> str | None:
-        """The name of the file with the device's own weights for a run, if it has trained any."""
+        """The name of the file with the device's own weights for a run; None without any."""
         read = "SELECT file FROM weights WHERE run = ?"
         row = self._do(lambda db: db.execute(read, (run,)).fetchone())
         return row[0] if row else None
 
     def weights_files(self) -> set[str]:
-        """Every weights file that is still referred to."""
+        """The names of all weights files that are still in use."""
         rows = self._do(lambda db: db.execute("SELECT file FROM weights").fetchall())
         return {file for (file,) in rows}
 
@@ -141,9 +141,9 @@ class Journal:
 
 
 def newest_weights(path: Path) -> tuple[str, str, str] | None:
-    """Run, artifact and file of the weights that the device trained last, if there are any.
+    """Run, artifact and file of the weights that the device trained last; None without any.
 
-    It only reads, so that it may be asked beside a running agent.
+    It only reads, so it may be called while an agent runs.
 
     Raises:
         StillhouseError: the journal cannot be read.
@@ -188,14 +188,14 @@ def _note(db: sqlite3.Connection, order: Order) -> None:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    """The journal in a file, whole and ready to be written.
+    """The journal in a file, checked and ready to be written.
 
     Raises:
-        DamagedError: it is not whole.
+        DamagedError: the journal is damaged.
         StorageError: it cannot be opened or written.
     """
     with storage.at(path):
-        # Used under a lock, so that whichever thread may use it.
+        # `Journal` uses it under a lock, so any thread may.
         db = sqlite3.connect(path, check_same_thread=False)
         try:
             storage.prepare(db)
@@ -215,22 +215,22 @@ def _begun_anew(path: Path, fault: DamagedError) -> sqlite3.Connection:
         aside = storage.set_aside(path)
     log.error(
         "%s; set aside as %s, and a new one is begun. Nothing is lost but time: the orchestrator "
-        "sends an order that is open again, and weights are found by their files",
+        "sends an open order again, and the weights are found by the names of their files",
         fault, aside.name,
     )  # fmt: skip
     return _opened(path)
 
 
 def _find_weights(db: sqlite3.Connection, folder: Path) -> None:
-    """Note the newest weights of each run that lie in the folder; a new journal knows of none."""
+    """Note the newest weights file of each run in the folder; a new journal knows none yet."""
     newest: dict[str, int] = {}
     for path in folder.glob("weights-*"):
-        if named := _WEIGHTS.fullmatch(path.name):
-            newest[named[1]] = max(newest.get(named[1], 0), int(named[2]))
+        if match := _WEIGHTS.fullmatch(path.name):
+            newest[match[1]] = max(newest.get(match[1], 0), int(match[2]))
     with closing(db.cursor()) as cursor, db:
         cursor.executemany(
             "INSERT INTO weights VALUES (?, '', ?)",
             [(run, f"weights-{run}-{number}.safetensors") for run, number in newest.items()],
         )
     if newest:
-        log.warning("the journal was gone; weights are found for %s", ", ".join(sorted(newest)))
+        log.warning("the journal was gone; weights were found for %s", ", ".join(sorted(newest)))

@@ -1,4 +1,4 @@
-"""Words to systemd, for a unit of Type=notify: sd_notify(3). Without systemd they go nowhere."""
+"""Messages to systemd for a unit of Type=notify, see sd_notify(3). Without systemd none is sent."""
 
 import logging
 import os
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 log = logging.getLogger("edge-agent")
 
-BUSY_S = 1800  # that a folder of many images may take, as TimeoutStartSec of the unit
+BUSY_S = 1800  # a folder of many images may take so long; the unit's TimeoutStartSec is the same
 
 
 class Notifier:
-    """The service manager that started this process, if one did.
+    """The service manager that started this process, if there is one.
 
     Args:
-        environment: as systemd sets it: NOTIFY_SOCKET, and WATCHDOG_USEC with WATCHDOG_PID.
+        environment: systemd sets NOTIFY_SOCKET, and WATCHDOG_USEC with WATCHDOG_PID, in it.
     """
 
     def __init__(self, environment: "os._Environ[str] | dict[str, str]" = os.environ) -> None:
@@ -30,15 +30,15 @@ class Notifier:
         self._alive = 0.0
 
     def ready(self, status: str) -> None:
-        """The service is up; `systemctl status` shows the text."""
+        """Say that the service is up; `systemctl status` shows the text."""
         self._say(f"READY=1\nSTATUS={_line(status)}")
 
     def status(self, text: str) -> None:
-        """What `systemctl status` shows from now on."""
+        """Set the text that `systemctl status` shows."""
         self._say(f"STATUS={_line(text)}")
 
     def alive(self) -> None:
-        """Feed the watchdog, twice in its time; to be called from the loop that it watches."""
+        """Feed the watchdog, at most twice in its interval; called by the loop that it watches."""
         now = time.monotonic()
         if self._every and now - self._alive >= self._every:
             self._alive = now
@@ -46,7 +46,7 @@ class Notifier:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Within the block nothing feeds the watchdog: it waits for `BUSY_S`."""
+        """Within the block nothing feeds the watchdog, so it waits for `BUSY_S`."""
         if not self._every:
             yield
             return
@@ -57,7 +57,7 @@ class Notifier:
             self._say(f"WATCHDOG_USEC={self._usec}\nWATCHDOG=1")
 
     def stopping(self) -> None:
-        """The service ends by itself."""
+        """Say that the service is ending."""
         self._say("STOPPING=1")
 
     def _say(self, text: str) -> None:
@@ -71,5 +71,5 @@ class Notifier:
 
 
 def _line(text: str) -> str:
-    """One line: what follows a line break would be read as a word of its own."""
+    """The text on one line; systemd would take a second line for another message."""
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""The small network that this device trained last, as `edge-agent predict` asks it."""
+"""The small network that this device trained last, for `edge-agent predict`."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class OwnNetwork:
 
     Args:
         state: the folder.
-        threads: of one operator; 0 takes all cores.
+        threads: for each operator; 0 takes all cores.
 
     Raises:
         ArtifactError: no run has left a network here, or it is damaged.
@@ -26,20 +26,20 @@ class OwnNetwork:
     def __init__(self, state: Path, *, threads: int) -> None:
         from ondevice.trainer import Inference  # with onnxruntime, once it is needed
 
-        found = journal.newest_weights(state / "journal.db")
-        if found is None:
+        newest = journal.newest_weights(state / "journal.db")
+        if newest is None:
             raise ArtifactError(
                 f"{state}: expected a network that this device trained, got none; its first round "
                 "of fedgkt or local leaves one. For other runs, name a file that `orchestrator "
                 "export` wrote"
             )
-        self.run, digest, file = found
+        self.run, digest, file = newest
         artifact = open_artifact(state / "artifacts" / digest, expect_digest=digest)
         try:
             weights, trained = load_file(artifact.weights), load_file(state / file)
         except (OSError, SafetensorError) as fault:
             raise ArtifactError(
-                f"{state / file}: cannot be read ({fault}); the next round writes it anew"
+                f"{state / file}: cannot be read ({fault}); the next round writes a new one"
             ) from fault
         weights |= {
             n: a for n, a in trained.items() if n in weights and a.shape == weights[n].shape

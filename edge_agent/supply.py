@@ -1,7 +1,7 @@
-"""What an order needs, pulled from the orchestrator: artifact, state, teacher.
+"""Pulls what an order needs from the orchestrator: artifact, state, teacher.
 
-An artifact travels once: its manifest is a blob, and names the other files by digest, which are
-blobs as well. Files that are here already are not asked for again.
+An artifact is pulled only once. Its manifest is a blob, and names the artifact's other files by
+their digests; these are blobs as well. Files that are here already are not asked for again.
 """
 
 import logging
@@ -21,11 +21,10 @@ log = logging.getLogger("edge-agent")
 
 
 class Shelf:
-    """The complete artifacts that are here, in a folder, one sub-folder a digest.
+    """The complete artifacts on this device: one folder, with a sub-folder for each digest.
 
-    The disk of a device is not to be trusted, least of all after a power cut: what lies here from
-    before is read and verified once. It is verified again when size, time or inode of a file is
-    another than then.
+    The disk of a device cannot be trusted, least of all after a power cut. So each artifact is read
+    and verified at its first use, and again whenever size, time or inode of a file have changed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,11 +32,11 @@ class Shelf:
         self._verified: dict[str, tuple[Artifact, frozenset[tuple[str | int, ...]]]] = {}
 
     def path(self, digest: str) -> Path:
-        """Where an artifact lies, if it is here."""
+        """The folder of an artifact, if it is here."""
         return self.folder / digest
 
     def has(self, digest: str) -> bool:
-        """Whether an artifact is here, whole or not."""
+        """Whether an artifact is here, intact or not."""
         return self.path(digest).exists()
 
     def open(self, digest: str) -> Artifact:
@@ -45,22 +44,23 @@ class Shelf:
 
         Raises:
             ArtifactError: a file is damaged; the folder is removed, so that the next order
-                brings it anew.
+                pulls the artifact again.
         """
         folder = self.path(digest)
         try:
-            seen = _signature(folder)
-            known = self._verified.get(digest)
-            if known is None or known[1] != seen:
-                known = open_artifact(folder, expect_digest=digest), seen
-                self._verified[digest] = known
+            stamp = _stamp(folder)
+            verified = self._verified.get(digest)
+            if verified is None or verified[1] != stamp:
+                verified = open_artifact(folder, expect_digest=digest), stamp
+                self._verified[digest] = verified
         except ArtifactError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return known[0]
+        return verified[0]
 
 
-def _signature(folder: Path) -> frozenset[tuple[str | int, ...]]:
+def _stamp(folder: Path) -> frozenset[tuple[str | int, ...]]:
+    """Name, size, time and inode of each file."""
     try:
         with os.scandir(folder) as files:
             stats = [(file.name, file.stat()) for file in files]
@@ -70,14 +70,14 @@ def _signature(folder: Path) -> frozenset[tuple[str | int, ...]]:
 
 
 class Supply:
-    """The blobs of one order on their way here.
+    """Pulls the blobs that one order needs.
 
     Args:
-        order: what is to be supplied.
+        order: names the blobs.
         blobs: where they go.
-        shelf: of complete artifacts.
-        window, retry_s: of each `Fetch`.
-        max_bytes: a blob above this is refused before anything is asked for.
+        shelf: where the artifact goes once it is complete.
+        window, retry_s: for each `Fetch`.
+        max_bytes: a larger blob is refused before anything is asked for.
 
     Raises:
         TransferError: a blob is larger than `max_bytes`.
@@ -121,7 +121,7 @@ class Supply:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Bytes of the blob under way that are here, and its size."""
+        """How many bytes of the current blob are here, and its size."""
         return (self._fetch.received, self._fetch.ref.size) if self._fetch else (0, 0)
 
     def wants(self, now_s: float) -> Iterator[Want]:
@@ -130,15 +130,15 @@ class Supply:
             yield want
 
     def reconnected(self) -> None:
-        """Questions on their way may be lost: ask again."""
+        """Ask again for what was asked for: the requests may be lost."""
         if self._fetch:
             self._fetch.forget_asked()
 
     def take(self, message: Chunk | Gone, body: memoryview) -> None:
-        """Take an answer; one to an earlier question is passed over.
+        """Take an answer; an answer to an earlier request is ignored.
 
         Raises:
-            TransferError: a wrong chunk, or the blob is gone.
+            TransferError: the chunk is wrong, or the sender no longer has the blob.
         """
         if not self._fetch or message.digest != self._fetch.ref.digest:
             return
@@ -151,12 +151,12 @@ class Supply:
         """The artifact of the order, once everything is here.
 
         Raises:
-            ArtifactError: a file is damaged; the next order brings it anew.
+            ArtifactError: a file is damaged; the next order pulls the artifact again.
         """
         return self._shelf.open(self.order.artifact.digest)
 
     def _intact(self) -> bool:
-        """Whether the artifact is here and whole; a damaged one is removed, to be pulled again."""
+        """Whether the artifact is here and intact; a damaged one is removed and pulled again."""
         if not self._shelf.has(self.order.artifact.digest):
             return False
         try:
@@ -169,7 +169,7 @@ class Supply:
     def _check(self, ref: BlobRef) -> None:
         if ref.size > self._max_bytes:
             raise TransferError(
-                f"blob {ref.digest:.12} has {ref.size} bytes, this device takes at most "
+                f"blob {ref.digest:.12} has {ref.size} bytes, this device accepts at most "
                 f"{self._max_bytes}; raise max_download_bytes in agent.toml"
             )
 
@@ -199,8 +199,8 @@ class Supply:
         building = folder.with_suffix(".new")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        named = {name: f.sha256 for name, f in manifest.files.items()}
-        for name, digest in {"manifest.json": self.order.artifact.digest, **named}.items():
+        digests = {name: f.sha256 for name, f in manifest.files.items()}
+        for name, digest in {"manifest.json": self.order.artifact.digest, **digests}.items():
             shutil.copyfile(self._blobs.path(digest), building / name)
         building.rename(folder)
         self._assembled = True

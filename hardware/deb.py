@@ -1,12 +1,12 @@
 """The edge agent as a Debian package: `python -m hardware.deb --arch arm64 --python 3.11`.
 
-The package has a Python environment of its own under /opt/stillhouse: a link to the system's
-interpreter, the agent, and the wheels of its dependencies for the target, in the versions of
-`constraints.txt`, as their makers built them; and what `edge-agent measure` measures by itself. No
-machine code is compiled, here or on the device, so any machine with dpkg-deb and the environment of
-`make` builds for all. A package is for one Python: 3.11 is that of Debian 12 and
-Raspberry Pi OS Bookworm, 3.13 that of Debian 13 and Trixie, 3.12 that of Ubuntu 24.04. There is
-none for armhf: ONNX Runtime has no wheels for it.
+The package installs a separate Python environment under /opt/stillhouse: a link to the system's
+interpreter, the agent, the published wheels of its dependencies for the target (in the versions of
+`constraints.txt`), and the artifact that `edge-agent measure` measures by default. No machine code
+is compiled, here or on the device, so any machine with dpkg-deb and the environment of `make`
+builds for all targets. A package is for one Python: 3.11 for Debian 12 and Raspberry Pi OS
+Bookworm, 3.12 for Ubuntu 24.04, 3.13 for Debian 13 and Trixie. armhf is not supported, because
+ONNX Runtime has no wheels for it.
 """
 
 import argparse
@@ -35,12 +35,12 @@ MAINTAINER = "Stillhouse <maintainers@stillhouse.example>"
 OURS = ("edge_agent", "ondevice", "wire")
 MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
 PYTHONS = ("3.11", "3.12", "3.13")
-# What the agent imports, and no more: ONNX Runtime asks for sympy and others for tools of its own.
+# What the agent imports, and no more: ONNX Runtime requires sympy and others only for its tools.
 WHEELS = ("cffi", "cryptography", "msgpack", "numpy", "onnxruntime", "paho-mqtt", "pillow",
           "safetensors", "threadpoolctl", "zstandard")  # fmt: skip
 DEPENDS = ("adduser", "libc6 (>= 2.28)", "libstdc++6", "libgcc-s1")
-# Of no use to the agent: tests, stubs, headers, what builds and tests other packages, a second
-# copy of ONNX Runtime for C programs, and a second backend of zstandard.
+# Files that the agent does not need: tests, stubs, headers, tools to build and test other packages,
+# a second copy of ONNX Runtime for C programs, and a second backend of zstandard.
 PRUNED = ("**/tests", "**/*.pyi", "numpy/_core/include", "numpy/_core/lib/*.a", "numpy/f2py",
           "numpy/distutils", "numpy/testing/print_coercion_tables.py", "onnxruntime/transformers",
           "onnxruntime/quantization", "onnxruntime/tools", "onnxruntime/datasets",
@@ -53,16 +53,15 @@ class PackageError(StillhouseError):
 
 
 def build(architecture: str, python: str, out: Path) -> Path:
-    """Build the package; returns its path.
+    """Build the package; return its path.
 
     Args:
         architecture: "arm64" or "amd64".
         python: the target's version, "3.11".
-        out: folder that the .deb goes to.
+        out: the folder for the .deb.
 
     Raises:
-        PackageError: a wheel is missing for the target, or a tool fails; the message holds its
-            last words.
+        PackageError: a wheel is missing for the target, or a tool fails; the message quotes it.
     """
     if shutil.which("dpkg-deb") is None:
         raise PackageError("dpkg-deb is missing: sudo apt install dpkg")
@@ -91,7 +90,7 @@ def build(architecture: str, python: str, out: Path) -> Path:
 
 
 def _version(python: str) -> str:
-    """A package for another Python is another version, so that each upgrades its own."""
+    """The package's version; it names the Python, so that a package replaces one for the same."""
     return f"{__version__}+py{python.replace('.', '')}"
 
 
@@ -117,7 +116,7 @@ def _install_wheels(site: Path, architecture: str, python: str) -> None:
 
 
 def _pinned(names: Sequence[str]) -> list[str]:
-    """Names with the versions of `constraints.txt`, or those that are installed here."""
+    """The names with their versions in `constraints.txt`, or else those installed here."""
     listed = dict(re.findall(r"(?m)^([\w.-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text()))
     known = {_plain(name): version for name, version in listed.items()}
     return [f"{name}=={known.get(_plain(name)) or metadata.version(name)}" for name in names]
@@ -127,19 +126,19 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _environment(prefix: Path, made: Build) -> None:
-    """A virtual environment, as `python -m venv` makes one on the target, and what it is of."""
+def _environment(prefix: Path, target: Build) -> None:
+    """Write what `python -m venv` would write on the target, and the package's description."""
     (prefix / "pyvenv.cfg").write_text(
-        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {made.python}\n"
+        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {target.python}\n"
     )
-    (prefix / "package.json").write_text(json.dumps(records.plain(made)) + "\n")
-    _link(prefix / "bin/python3", f"/usr/bin/python{made.python}")
+    (prefix / "package.json").write_text(json.dumps(records.plain(target)) + "\n")
+    _link(prefix / "bin/python3", f"/usr/bin/python{target.python}")
     for command in ("edge-agent", "stillhouse-update"):
         _put(prefix / "bin" / command, FILES / command, mode=0o755)
 
 
 def measured_artifact(folder: Path) -> None:
-    """Export what `edge-agent measure` measures by itself: ResNet-8 as FedGKT's devices train it.
+    """Export what `edge-agent measure` measures by default: ResNet-8 as FedGKT's devices train it.
 
     Raises:
         PackageError: PyTorch is missing here.
@@ -151,8 +150,8 @@ def measured_artifact(folder: Path) -> None:
         from tools.export import export
     except ImportError as fault:
         raise PackageError(
-            f"{fault.name} is missing: build in the environment of `make`, for an artifact is "
-            "compiled into the package"
+            f"{fault.name} is missing: build in the environment of `make`, because the package "
+            "holds an artifact that is compiled with it"
         ) from fault
     folder.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -193,8 +192,8 @@ def _control(tree: Path, architecture: str, python: str) -> None:
     for script in ("postinst", "prerm", "postrm"):
         _put(folder / script, FILES / script, mode=0o755)
     listed = [path for path in sorted(tree.rglob("*")) if path.is_file() and not path.is_symlink()]
-    own = [path for path in listed if folder not in path.parents]
-    sums = _run(["md5sum", *(str(path.relative_to(tree)) for path in own)], "md5sum", folder=tree)
+    installed = [str(path.relative_to(tree)) for path in listed if folder not in path.parents]
+    sums = _run(["md5sum", *installed], "md5sum", folder=tree)
     (folder / "md5sums").write_text(sums)
 
 
@@ -228,8 +227,8 @@ def _link(path: Path, target: str) -> None:
 
 
 def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
-    """Standard output of a command; PackageError with its last words where it fails."""
-    # dpkg-deb holds times in the archive to this, so that one source gives one package.
+    """Standard output of a command; if it fails, PackageError with the last it printed."""
+    # dpkg-deb limits times in the archive to this, so that one source gives one package.
     environment = {"SOURCE_DATE_EPOCH": _epoch()} | os.environ
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -240,7 +239,7 @@ def _run(command: Sequence[str], what: str, folder: Path | None = None) -> str:
 
 
 def _epoch() -> str:
-    """The time of the last commit, or of this file."""
+    """The time of the last commit, or else of this file, in Unix seconds."""
     done = subprocess.run(
         ["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -248,7 +247,7 @@ def _epoch() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build; 0, or 2 with one line on what is wrong."""
+    """Build; return 0, or 2 after one line on what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m hardware.deb", description=__doc__)
     parser.add_argument("--arch", choices=tuple(MACHINES), default="arm64", help="of the target")
     parser.add_argument("--python", choices=PYTHONS, default="3.11", help="of the target")

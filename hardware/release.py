@@ -1,8 +1,9 @@
 """Sign packages for updates over the air: `python -m hardware.release DEB ... --key KEY.pem`.
 
-Beside each package goes DEB.release.json, what devices take it by (`wire/release.py`). The key is
-made where there is none; keep it off the orchestrator's computer. Devices are given the public key
-that is printed (`orchestrator enroll --release-key`, or `[release] key` in run.toml).
+DEB.release.json is written beside each package; without it devices do not accept the package
+(`wire/release.py`). The key is created if there is none; keep it off the orchestrator's computer.
+Give the public key that is printed to the devices (`orchestrator enroll --release-key`, or
+`[release] key` in run.toml).
 """
 
 import argparse
@@ -21,10 +22,10 @@ from wire.release import Package
 
 
 def describe(deb: Path) -> Package:
-    """What there is to sign of a package file.
+    """The description of a package file that is to be signed.
 
     Raises:
-        ReleaseError: it is no package of the agent.
+        ReleaseError: the file is not a package of the agent.
     """
     fields = {}
     try:
@@ -57,10 +58,10 @@ def describe(deb: Path) -> Package:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Sign; 0, or 2 with one line on what is wrong."""
+    """Sign; return 0, or 2 after one line on what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m hardware.release", description=__doc__)
     parser.add_argument("debs", type=Path, nargs="+", metavar="DEB")
-    parser.add_argument("--key", type=Path, required=True, help="PEM; made where there is none")
+    parser.add_argument("--key", type=Path, required=True, help="PEM; created if missing")
     chosen = parser.parse_args(arguments)
     try:
         packages = [describe(deb) for deb in chosen.debs]

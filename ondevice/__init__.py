@@ -1,5 +1,9 @@
-"""What a device is and does, whoever does it: the edge agent, or the server that simulates devices.
+"""What a device does, whoever does it: the edge agent, or the server that simulates devices.
 
-Settings of a device, reading of its images, the work that an order asks for, and inference on a
-photo. It imports nothing but `wire`, numpy, onnxruntime, safetensors and, for photos, Pillow.
+It holds a device's settings, reads its images, does the work of an order, and classifies photos. It
+needs `wire`, numpy, onnxruntime, safetensors and, for photos, Pillow.
 """
+
+from wire import __version__  # before onnxruntime, because importing wire turns off its reports
+
+__all__ = ["__version__"]

@@ -1,7 +1,7 @@
-"""What an exported network says about itself: how it is asked, and what its answers mean.
+"""The card of an exported network: how to use it, and what its answers mean.
 
-`orchestrator export` writes the card into the ONNX file's `metadata_props`, one key a field: text
-as it is, all else as JSON. docs/in-use.md lists the keys.
+`orchestrator export` writes the card into the ONNX file's `metadata_props`, one key a field. Texts
+are written as they are, all other values as JSON. docs/in-use.md lists the keys.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from wire import classes, records
 from wire.errors import ArtifactError
 
 PREFIX = "stillhouse."
-FORMAT = 1  # of the keys; raised when a reader of today would misunderstand them
-DRAFT = 2  # a JPEG may be decoded at a scale that is this many times the network's longer side
+FORMAT = 1  # of the keys; raised when today's reader would misunderstand them
+DRAFT = 2  # a JPEG may be decoded at a smaller scale, down to this many times the network's side
 REMEDY = "name a file that `orchestrator export RUN --out model.onnx` wrote"
 
 
 @dataclass(frozen=True)
 class Resize:
-    """How a photo is brought to the network's size."""
+    """How a photo is resized for the network."""
 
     filter: Literal["bilinear"] = "bilinear"
     antialias: bool = True
@@ -32,23 +32,24 @@ class Resize:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """How an exported graph is asked, what its answers mean, and where it comes from.
+    """How to use an exported graph, what its answers mean, and where it comes from.
 
     Attributes:
-        format: of this record.
-        classes: names in the order of the logits; numbers where the run gave no names.
+        format: format of this record.
+        classes: names in the order of the logits; numbers if the run has no names.
         input: type of the input `image`.
         layout: order of its axes.
         channels: 1 is grey, 3 is RGB.
         size: height and width.
-        resize: how a photo is brought to that size.
+        resize: how a photo is resized to that size.
         scale: the value of a white pixel.
-        mean, std: by channel; the graph itself computes (image / scale - mean) / std.
-        version: of the Stillhouse that wrote the file.
-        run, strategy, round: what it was learnt by, and after which round.
-        device: whose network, or whose extractor under the large network; "" for one of all.
+        mean, std: one for each channel; the graph itself computes (image / scale - mean) / std.
+        version: the version of Stillhouse that wrote the file.
+        run, strategy, round: the run and strategy that trained it, and after which round.
+        device: the device whose network this is, or whose extractor is under the large network;
+            "" for a network of all devices.
         model: what the graph is made of.
-        accuracy: share of held-out images that it recognized after that round, where known.
+        accuracy: share of held-out images that it recognized after that round, if known.
     """
 
     classes: tuple[str, ...]
@@ -81,7 +82,7 @@ class ModelCard:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """As the file holds it: text as it is, all else as JSON; what is unknown is left out."""
+        """The card as the file holds it: texts as they are, other values as JSON, None left out."""
         plain: dict[str, object] = records.plain(self)
         return {
             PREFIX + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -91,7 +92,7 @@ class ModelCard:
 
 
 def numbers(count: int) -> tuple[str, ...]:
-    """What classes without names are called."""
+    """The names of classes that have none: their numbers."""
     return tuple(map(str, range(count)))
 
 

@@ -1,8 +1,9 @@
-"""PyTorch beside us: the same training step in turns, in a process whose memory is its own.
+"""Measures PyTorch at the same training step, in turns with our engine.
 
-The process is `python -m tools.pytorch_step`, which comes with the orchestrator's packages; nothing
-of it is imported here. Both sides begin with the artifact's weights, see the same batch, and must
-tell the same first loss. While one computes, the other waits on a pipe.
+PyTorch runs in a separate process, so that its memory can be told from ours:
+`python -m tools.pytorch_step`, which comes with the orchestrator's packages and is not imported
+here. Both sides begin with the artifact's weights, see the same batch, and must report the same
+first loss. While one computes, the other waits on a pipe.
 """
 
 import contextlib
@@ -30,22 +31,22 @@ from wire.manifest import Manifest
 
 PACKAGES = ("torch", "models", "tools")
 TURNS, TURN_S = 7, 1.0
-LIMIT_S = 300.0  # for PyTorch to be imported and to do its first steps on a small board
+LIMIT_S = 300.0  # enough to import PyTorch and do its first steps on a small board
 SAME_LOSS = 1e-3
-# A rate so small that random labels do not let the weights run away.
+# The learning rate is so small that random labels do not make the weights diverge.
 SETTINGS = {"lr": 1e-6, "alpha": 1.0, "temperature": 3.0}
 
 
 def batch(manifest: Manifest) -> dict[str, NDArray[Any]]:
     """Random samples of an artifact: x (B, *input), y (B,), and for distillation teacher (B, C)."""
     rng, size, classes = np.random.default_rng(0), manifest.batch, manifest.model.classes
-    made: dict[str, NDArray[Any]] = {
+    samples: dict[str, NDArray[Any]] = {
         "x": rng.standard_normal((size, *manifest.model.input), np.float32),
         "y": rng.integers(classes, size=size),
     }
     if manifest.task == "distill":
-        made["teacher"] = rng.standard_normal((size, classes), np.float32)
-    return made
+        samples["teacher"] = rng.standard_normal((size, classes), np.float32)
+    return samples
 
 
 def check() -> None:
@@ -66,19 +67,19 @@ def check() -> None:
 def race(
     artifact: Artifact, step: Callable[[], float], *, threads: int, model: str = ""
 ) -> dict[str, Any]:
-    """Measure PyTorch and us in turns.
+    """Measure PyTorch and our engine in turns.
 
     Args:
-        artifact: that PyTorch's process reads.
-        step: does one of our steps; returns its loss.
-        threads: of both; 0 leaves PyTorch its own number.
-        model: the network's name for PyTorch's process; "": as the manifest has it.
+        artifact: PyTorch's process reads it.
+        step: does one step of our engine, and returns its loss.
+        threads: for both; 0 leaves the number to PyTorch.
+        model: the network's name for PyTorch's process; "": the name in the manifest.
 
     Returns:
-        What `wire.measurement.Peer` holds.
+        The fields of `wire.measurement.Peer`.
 
     Raises:
-        SettingsError: PyTorch cannot do this step, or does another one; the message says why.
+        SettingsError: PyTorch cannot do this step, or does a different one; the message says why.
     """
     first = step()
     ours: list[float] = []
@@ -88,16 +89,16 @@ def race(
         if abs(ready["loss"] / first - 1) > SAME_LOSS:
             raise SettingsError(
                 f"--with-pytorch: not the same step: expected a first loss near {first:.6f}, got "
-                f"{ready['loss']:.6f} of PyTorch"
+                f"{ready['loss']:.6f} from PyTorch"
             )
         for _ in range(TURNS):
-            done, began = 0, time.perf_counter()
+            steps, began = 0, time.perf_counter()
             while (seconds := time.perf_counter() - began) < TURN_S:
                 step()
-                done += 1
-            ours.append(done * artifact.manifest.batch / seconds)
-            assert process.stdin is not None  # noqa: S101 - a pipe, as asked for below
-            with contextlib.suppress(BrokenPipeError):  # it has ended: _answer says so
+                steps += 1
+            ours.append(steps * artifact.manifest.batch / seconds)
+            assert process.stdin is not None  # noqa: S101 - a pipe, as requested below
+            with contextlib.suppress(BrokenPipeError):  # the process has ended; _answer says so
                 print(TURN_S, file=process.stdin, flush=True)
             theirs.append(_answer(process, errors)["images_per_s"])
         peak = meter.resident_bytes("VmHWM", process.pid)
@@ -114,16 +115,16 @@ def race(
 def _process(
     artifact: Artifact, threads: int, model: str
 ) -> Iterator[tuple["subprocess.Popen[str]", IO[bytes]]]:
-    # The same packages whatever the folder this is started in; a network of one's own behind them.
-    places = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    # Our packages come first, whatever the current folder; a user's own network may come after.
+    places = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
-    held = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    thread_limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     arguments = [str(artifact.folder), str(threads), model]
     command = [sys.executable, "-m", "tools.pytorch_step", *arguments]
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            env={**os.environ, **paths, **held},
+            env={**os.environ, **paths, **thread_limit},
         )  # fmt: skip
         try:
             yield process, errors
@@ -134,16 +135,16 @@ def _process(
 
 def _answer(process: "subprocess.Popen[str]", errors: IO[bytes]) -> dict[str, Any]:
     pipe = process.stdout
-    assert pipe is not None  # noqa: S101 - a pipe, as asked for above
+    assert pipe is not None  # noqa: S101 - a pipe, as requested above
     if not select.select([pipe], [], [], LIMIT_S)[0]:
-        raise SettingsError(f"--with-pytorch: no answer of its process within {LIMIT_S:g} s")
+        raise SettingsError(f"--with-pytorch: no answer from its process within {LIMIT_S:g} s")
     if line := pipe.readline():
         answer: dict[str, Any] = json.loads(line)
         fault = answer.get("failed")
     else:
         errors.seek(0)
-        said = errors.read().decode(errors="replace").strip() or "it ended without a word"
-        fault = said.splitlines()[-1]
+        printed = errors.read().decode(errors="replace").strip() or "it ended without a message"
+        fault = printed.splitlines()[-1]
     if fault:
         raise SettingsError(f"--with-pytorch: its process failed: {fault}; leave it out")
     return answer

@@ -1,10 +1,10 @@
-"""What is on a photo: the names of the likeliest classes, each with its probability.
+"""Names what is on photos: the likeliest classes of each, with their probabilities.
 
-It asks a file that `orchestrator export` wrote (`Exported`), or the small network that a device
-trained last (`edge_agent.own_network`), and needs neither torch nor onnx. A photo is brought to
-pixels by the code that reads training images, so that the network sees what it learnt from.
+It uses a file that `orchestrator export` wrote (`Exported`), or the small network that a device
+trained last (`edge_agent.own_network`), and needs neither torch nor onnx. The code that reads
+training images also reads the photos, so that the network sees the same kind of pixels.
 
-An exported file says itself how it is asked and what its answers mean (`ondevice.card`).
+The metadata of an exported file say how to use it and what its answers mean (`ondevice.card`).
 """
 
 import json
@@ -28,12 +28,12 @@ Floats = NDArray[np.float32]
 
 
 class Network(Protocol):
-    """What answers.
+    """A network that classifies images.
 
     Attributes:
         classes: names in the order of the logits.
         shape: channels, height and width of an image.
-        batch: images that it takes at once.
+        batch: how many images it takes at once.
     """
 
     classes: tuple[str, ...]
@@ -45,13 +45,13 @@ class Network(Protocol):
 
 
 class Exported:
-    """A file that `orchestrator export` wrote.
+    """The network in a file that `orchestrator export` wrote.
 
     Raises:
-        ArtifactError: it cannot be read, or is another kind of file.
+        ArtifactError: the file cannot be read, or is of another kind.
     """
 
-    batch = 1  # the same photo has the same answer, whatever else is asked
+    batch = 1  # so that a photo's answer does not depend on the other photos
 
     def __init__(self, path: Path) -> None:
         import onnxruntime as ort
@@ -63,10 +63,10 @@ class Exported:
         except OSError as fault:
             raise ArtifactError(f"{path}: cannot be read ({fault.strerror}); {REMEDY}") from fault
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is raised, and need not be logged as well
+        options.log_severity_level = 4  # errors are raised; they need not be logged as well
         try:
             session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        except Exception as fault:  # onnxruntime raises its own classes, one a status code
+        except Exception as fault:  # onnxruntime has an exception class for each status code
             raise ArtifactError(
                 f"{path}: expected an .onnx file, got one that onnxruntime {ort.__version__} "
                 f"cannot load ({_line(fault)}); {REMEDY}"
@@ -80,7 +80,7 @@ class Exported:
         """Logits (N, classes) of images, uint8 (N, H, W, C).
 
         Raises:
-            ArtifactError: the graph is not what its metadata say.
+            ArtifactError: the graph does not fit its metadata.
         """
         image: NDArray[Any] = pixels
         if self.card.input == "float32":
@@ -90,7 +90,7 @@ class Exported:
         expected = (len(pixels), len(self.classes))
         try:
             (logits,) = self._session.run(["logits"], {"image": np.ascontiguousarray(image)})
-        except Exception as fault:  # onnxruntime raises its own classes, one a status code
+        except Exception as fault:  # onnxruntime has an exception class for each status code
             raise ArtifactError(
                 f"{self._path}: the graph does not take what its metadata say ({_line(fault)}); "
                 f"{REMEDY}"
@@ -100,13 +100,13 @@ class Exported:
                 f"{self._path}: expected logits {list(expected)} by its metadata, got "
                 f"{list(logits.shape)}; {REMEDY}"
             )
-        found: Floats = logits
-        return found
+        answer: Floats = logits
+        return answer
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is on one photo: (name, probability) of the likeliest classes, or why it is unknown."""
+    """The likeliest classes of a photo as (name, probability), or the error in reading it."""
 
     photo: Path
     classes: tuple[tuple[str, float], ...] = ()
@@ -114,38 +114,38 @@ class Prediction:
 
     @property
     def plain(self) -> dict[str, object]:
-        """As --json prints it."""
+        """The prediction as --json prints it."""
         if self.error:
             return {"photo": str(self.photo), "error": self.error}
-        found = [{"name": name, "probability": p} for name, p in self.classes]
-        return {"photo": str(self.photo), "classes": found}
+        classes = [{"name": name, "probability": p} for name, p in self.classes]
+        return {"photo": str(self.photo), "classes": classes}
 
     @property
     def line(self) -> str:
-        """As a person reads it."""
+        """The prediction as a line for people."""
         names = "  ".join(f"{name} {100 * p:.1f} %" for name, p in self.classes)
         return _printable(self.error or f"{self.photo}  {names}")
 
 
 def photos(paths: Iterable[Path]) -> Iterator[Path]:
-    """Files as they are named; of a folder its pictures, those in sub-folders included.
+    """The photos that paths name: files as they are, and all pictures in and below folders.
 
-    A folder without any, or one that cannot be read, stands for itself.
+    A folder without pictures, or one that cannot be read, is returned itself.
     """
     for path in paths:
         yield from _pictures(path) or [path]
 
 
 def _pictures(path: Path) -> list[Path]:
-    """Pictures in a folder, and sub-folders that cannot be read; none where it is no folder."""
+    """The pictures in a folder, and the sub-folders that cannot be read; [] for a file."""
     if not _is_folder(path):
         return []
-    found: list[Path] = []
-    walk = os.walk(path, onerror=lambda fault: found.append(Path(fault.filename)))
+    pictures: list[Path] = []
+    walk = os.walk(path, onerror=lambda fault: pictures.append(Path(fault.filename)))
     for folder, inner, files in walk:
         inner[:] = sorted(name for name in inner if not name.startswith("."))
-        found += (Path(folder, name) for name in sorted(files) if _is_picture(name))
-    return found
+        pictures += (Path(folder, name) for name in sorted(files) if _is_picture(name))
+    return pictures
 
 
 def _is_folder(path: Path) -> bool:
@@ -182,13 +182,13 @@ def predict(network: Network, files: Sequence[Path], top: int = 1) -> Iterator[P
 
 
 def _pixels(file: Path, shape: tuple[int, int, int]) -> Pixels | str:
-    """A photo as the network takes it, uint8 (H, W, C), or what is wrong with it."""
+    """The pixels of a photo for the network, uint8 (H, W, C), or a message about its fault."""
     channels, height, width = shape
     try:
         if file.is_dir():
             next(file.iterdir(), None)
             kinds = " ".join(picture.suffixes())
-            return f"{file}: expected pictures ({kinds}), got a folder without; name another"
+            return f"{file}: expected pictures ({kinds}), got a folder without any; name another"
         file.stat()
     except OSError as fault:
         return f"{file}: cannot be read ({fault.strerror}); check the name, and who may read it"
@@ -213,47 +213,51 @@ def report(
     top: int,
     as_json: bool,
 ) -> int:
-    """Print what is on each photo; the exit code, 1 where one could not be read.
+    """Print what is on each photo; return the exit code, 1 if one could not be read.
 
     Args:
-        network: that is asked.
+        network: classifies the photos.
         paths: photos, and folders of photos.
-        top: how many classes of each.
-        as_json: one JSON list instead of a line a photo.
+        top: how many classes to print for each.
+        as_json: print one JSON list instead of a line a photo.
 
     Raises:
         ArtifactError: the network cannot answer.
-        StillhouseError: `top` is no number of classes.
+        StillhouseError: `top` is less than 1.
     """
     if top < 1:
         raise StillhouseError(f"--top: expected 1 or more classes, got {top}")
-    found, failed = [], 0
-    for one in predict(network, list(photos(paths)), top):
-        failed += bool(one.error)
+    rows, failed = [], 0
+    for prediction in predict(network, list(photos(paths)), top):
+        failed += bool(prediction.error)
         if as_json:
-            found.append(one.plain)
+            rows.append(prediction.plain)
         else:
-            print(one.line, file=sys.stderr if one.error else sys.stdout)
+            print(prediction.line, file=sys.stderr if prediction.error else sys.stdout)
     if as_json:
-        print(_printable(json.dumps(found, ensure_ascii=False, indent=1)))
+        print(_printable(json.dumps(rows, ensure_ascii=False, indent=1)))
     return 1 if failed else 0
 
 
 def photos_shape(shape: tuple[int, ...], where: str) -> tuple[int, int, int]:
-    """The shape of an image, where photos have such."""
+    """An image's shape, checked to be one that photos can have.
+
+    Raises:
+        ArtifactError: it is not.
+    """
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ArtifactError(
             f"{where}: expected a network for grey images or RGB, (1, H, W) or (3, H, W), got one "
-            f"for {shape}; photos have no such form, ask it with onnxruntime"
+            f"for {shape}; photos cannot have that shape; use the network with onnxruntime"
         )
     return shape[0], shape[1], shape[2]
 
 
 def _printable(text: str) -> str:
-    """Text whose file names need not be UTF-8."""
+    """A text that can be printed, though its file names may not be UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def _line(fault: Exception) -> str:
-    """The first line of what onnxruntime says."""
+    """The first line of an error from onnxruntime."""
     return str(fault).partition("\n")[0][:300]

@@ -1,12 +1,12 @@
-"""The roofline (Williams, Waterman, Patterson 2009): what bounds each layer, and how near it came.
+"""The roofline (Williams, Waterman, Patterson 2009): what limits each layer, and how near it came.
 
     intensity      FLOPs / bytes moved
     roof           min(peak, intensity x bandwidth), GFLOP/s
-    of roof        the least time that the machine allows, over the time that was taken:
+    of roof        the shortest time that the machine allows, divided by the measured time:
                    max(FLOPs / peak, bytes / bandwidth) / seconds
 
-The peak is that of numpy's matrix product, the bandwidth that of a copy; bytes are those that nodes
-read and write, so what a cache held is over 100 %.
+The peak is measured with numpy's matrix product, the bandwidth with a copy. Bytes are those that
+nodes read and write, so a layer whose data stay in a cache may be over 100 %.
 """
 
 import itertools
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 SHOWN, LABELLED = 12, 8
-LEAST = 0.005  # of the step; what takes less is not drawn
+LEAST = 0.005  # of the step's time; a layer that takes less is not drawn
 COLOURS = {"forward": "#0072b2", "backward": "#d55e00", "update": "#009e73"}
 MARKERS = {"forward": "o", "backward": "s", "update": "^"}
 INK, PALE = "#333333", "#9a9a9a"
 
 
 class Point(NamedTuple):
-    """One layer and phase under the roof; `intensity` 0 where nothing is multiplied."""
+    """One layer and phase under the roof; `intensity` is 0 if it multiplies nothing."""
 
     label: str
     phase: str
@@ -46,13 +46,13 @@ class Point(NamedTuple):
 
 
 def of_roof(row: LayerTime, machine: Machine) -> float:
-    """The share of the machine's best that a layer reached, by what bounds it; see the text."""
+    """The share of its roof that a layer reached; see the module's docstring."""
     least = max(row.flops / machine.gemm_gflops, row.bytes / machine.copy_gbytes) / 1e9
     return least / row.seconds if row.seconds else 0.0
 
 
 def longest(layers: Iterable[LayerTime], number: int = SHOWN) -> list[LayerTime]:
-    """The layers and phases that take most time, the longest first."""
+    """The layers and phases that take most time, slowest first."""
     return sorted(layers, key=lambda row: -row.seconds)[:number]
 
 
@@ -76,22 +76,22 @@ def table(report: Measurement) -> list[str]:
 
 
 def check(path: Path) -> None:
-    """Return if a picture can be drawn into a file.
+    """Return if a picture can be drawn to a file of this name.
 
     Raises:
-        SettingsError: matplotlib is missing, or it is no .png.
+        SettingsError: matplotlib is missing, or the name does not end in .png.
     """
     if path.suffix != ".png":
         raise SettingsError(f"--roofline {path}: expected a name that ends in .png")
     if util.find_spec("matplotlib") is None:
         raise SettingsError(
-            "--roofline: matplotlib is not installed here; the terminal tells the same, or write "
-            "--json and draw elsewhere: orchestrator measure-report"
+            "--roofline: matplotlib is not installed here; the terminal shows the same numbers, or "
+            "write --json and draw elsewhere: orchestrator measure-report"
         )
 
 
 def draw(path: Path, report: Measurement) -> None:
-    """The picture of one device: its roof, and every layer and phase that multiplies."""
+    """Draw the picture of one device: its roof, and every layer and phase that multiplies."""
     figure, axes = canvas()
     points = [_point(row) for row in longest(report.layers, len(report.layers))]
     whole = sum(point.seconds for point in points)
@@ -101,40 +101,40 @@ def draw(path: Path, report: Measurement) -> None:
     _frame(axes, [report.machine], shown)
     _roof(axes, report.machine, INK)
     for phase in PHASES:
-        mine = [point for point in shown if point.phase == phase]
+        dots = [point for point in shown if point.phase == phase]
         axes.scatter(
-            [p.intensity for p in mine], [p.gflops for p in mine],
-            s=[24 + 1200 * p.seconds / whole for p in mine], color=COLOURS[phase],
+            [p.intensity for p in dots], [p.gflops for p in dots],
+            s=[24 + 1200 * p.seconds / whole for p in dots], color=COLOURS[phase],
             marker=MARKERS[phase], alpha=0.8, linewidths=0.6, edgecolors="white", zorder=3,
         )  # fmt: skip
         axes.scatter([], [], s=50, color=COLOURS[phase], marker=MARKERS[phase], label=phase)
     legend = axes.legend(loc="lower right", frameon=False, title="area: share of the step")
     hidden = sum(point.seconds for point in points if not point.intensity)
-    made, platform = report.artifact, report.platform
+    artifact, platform = report.artifact, report.platform
     axes.set_title(
-        f"{label(made.model.name, 30)}, batch {made.batch}, on {label(platform.model, 40)} "
+        f"{label(artifact.model.name, 30)}, batch {artifact.batch}, on {label(platform.model, 40)} "
         f"({label(platform.machine, 10)}, {report.threads or 'all'} threads)\n"
         f"not shown: layers that multiply nothing, {100 * hidden / whole:.0f} % of the time, and "
         f"those that take under {100 * LEAST:g} %",
         loc="left", fontsize=10, color=INK,
     )  # fmt: skip
-    figure.canvas.draw()  # the layout is settled only then
-    told = _name_roof(axes, report.machine)
-    _label(axes, shown[:LABELLED], shown, [legend, *told])
+    figure.canvas.draw()  # only this settles the layout
+    bounds = _name_roof(axes, report.machine)
+    _label(axes, shown[:LABELLED], shown, [legend, *bounds])
     figure.savefig(path)
 
 
 def draw_fleet(path: Path, reports: Mapping[str, Measurement]) -> None:
-    """The picture of several devices: each one's roof, and its phases as sums over the layers."""
+    """Draw the picture of several devices: each one's roof, and its phases summed over layers."""
     import matplotlib as mpl
 
     figure, axes = canvas()
-    found = {name: _phases(report) for name, report in reports.items()}
-    everything = list(itertools.chain.from_iterable(found.values()))
+    phases = {name: _phases(report) for name, report in reports.items()}
+    everything = list(itertools.chain.from_iterable(phases.values()))
     _frame(axes, [report.machine for report in reports.values()], everything)
     colours = mpl.colormaps["viridis"]
-    for number, (name, points) in enumerate(found.items()):
-        colour = colours(0.9 * number / max(len(found) - 1, 1))
+    for number, (name, points) in enumerate(phases.items()):
+        colour = colours(0.9 * number / max(len(phases) - 1, 1))
         _roof(axes, reports[name].machine, colour)
         for point in points:
             axes.scatter(
@@ -144,27 +144,27 @@ def draw_fleet(path: Path, reports: Mapping[str, Measurement]) -> None:
         axes.plot([], [], color=colour, label=label(name, 24))
     for phase in PHASES:
         axes.scatter([], [], s=50, color=PALE, marker=MARKERS[phase], label=phase)
-    axes.legend(loc="lower right", frameon=False, fontsize=8, ncols=1 + len(found) // 16)
+    axes.legend(loc="lower right", frameon=False, fontsize=8, ncols=1 + len(phases) // 16)
     figure.savefig(path)
 
 
 def canvas(height: float = 6.0) -> tuple["Figure", "Axes"]:
-    """An empty picture of the width that all of these have; inches."""
+    """An empty picture; the height is in inches, the width the same for all our pictures."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, height), layout="constrained", dpi=144)
-    FigureCanvasAgg(figure)  # which can say how large a text will be
+    FigureCanvasAgg(figure)  # this canvas can measure texts
     return figure, figure.subplots()
 
 
 def label(text: str, most: int, otherwise: str = "?") -> str:
-    """A text from elsewhere as matplotlib draws it: in one line, as it stands, and not too long.
+    """A text from elsewhere, made safe for matplotlib: one line, literal, and not too long.
 
     Args:
-        text: with `$` and backslashes as themselves, not as a formula.
-        most: characters; what is longer lacks its middle.
-        otherwise: what to draw where the font has none of the text's characters.
+        text: may hold `$` and backslashes; they are not read as a formula.
+        most: characters; a longer text loses its middle.
+        otherwise: the label if the font has none of the text's characters.
     """
     from matplotlib import font_manager
 
@@ -174,7 +174,7 @@ def label(text: str, most: int, otherwise: str = "?") -> str:
     if len(shown) > most:  # names often differ at their ends
         begin = 2 * most // 3
         shown = f"{shown[:begin]}\N{HORIZONTAL ELLIPSIS}{shown[len(shown) - most + begin + 1 :]}"
-    # A legend leaves out what begins with an underscore.
+    # A legend leaves out labels that begin with an underscore.
     return ("\N{ZERO WIDTH SPACE}" if shown[0] == "_" else "") + shown.replace("$", r"\$")
 
 
@@ -185,18 +185,19 @@ def _point(row: LayerTime) -> Point:
 
 
 def _phases(report: Measurement) -> list[Point]:
-    made = []
+    """The sums of each phase over its layers."""
+    points = []
     for phase in PHASES:
         rows = [row for row in report.layers if row.phase == phase]
         flops, moved = sum(row.flops for row in rows), sum(row.bytes for row in rows)
         seconds = sum(row.seconds for row in rows)
         if flops and moved and seconds:
-            made.append(Point(phase, phase, flops / moved, flops / seconds / 1e9, seconds))
-    return made
+            points.append(Point(phase, phase, flops / moved, flops / seconds / 1e9, seconds))
+    return points
 
 
 def _frame(axes: "Axes", machines: Sequence[Machine], points: Sequence[Point]) -> None:
-    """Logarithmic axes that hold the points and the knees of all roofs."""
+    """Make the axes logarithmic, and wide enough for the points and the knees of all roofs."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     knees = [machine.gemm_gflops / machine.copy_gbytes for machine in machines]
@@ -227,7 +228,7 @@ def _roof(axes: "Axes", machine: Machine, colour: Any) -> None:
 
 
 def _name_roof(axes: "Axes", machine: Machine) -> list["Annotation"]:
-    """Write both bounds on their lines; the layout must be settled."""
+    """Write both bounds along their lines; the layout must be settled."""
     right, peak, copy = axes.get_xlim()[1], machine.gemm_gflops, machine.copy_gbytes
     low = max(axes.get_xlim()[0], axes.get_ylim()[0] / copy) * 1.2
     (x0, y0), (x1, y1) = axes.transData.transform([(low, low * copy), (2 * low, 2 * low * copy)])
@@ -246,13 +247,13 @@ def _name_roof(axes: "Axes", machine: Machine) -> list["Annotation"]:
 def _label(
     axes: "Axes", chosen: Sequence[Point], points: Sequence[Point], others: Sequence["Artist"]
 ) -> None:
-    """Name points; each name takes the nearest place that nothing else is in.
+    """Write the names of points, each at the nearest free place.
 
     Args:
         axes: with a settled layout.
-        chosen: the points to name, in the order of their claims.
-        points: all that are drawn.
-        others: what names must not cover either.
+        chosen: the points to name; earlier ones choose their places first.
+        points: all points that are drawn.
+        others: other things that names must not cover.
     """
     from matplotlib.transforms import Bbox
 
@@ -280,8 +281,8 @@ def _label(
             text.set_horizontalalignment("left" if place[0] > 0 else "right")
             text.update_positions(renderer)
             box = text.get_window_extent(renderer).padded(2)
-            held = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 < box.y1 < frame.y1
-            if held and not box.count_overlaps([*taken, *marks]):
+            inside = frame.x0 < box.x0 < box.x1 < frame.x1 and frame.y0 < box.y0 < box.y1 < frame.y1
+            if inside and not box.count_overlaps([*taken, *marks]):
                 break
         text.remove()
         side = "left" if place[0] > 0 else "right"

@@ -1,14 +1,21 @@
-"""What both sides of the broker agree on: frames, messages, topics, codecs, blobs, errors.
+"""What both sides of the broker agree on, and the tools that every other folder builds on.
 
-The ground floor: standard library, numpy, msgpack, and each in one file alone zstandard
-(`wire.codecs.entropy`), paho-mqtt (`wire.link`) and cryptography (`wire.signing`). It imports
-nothing else of Stillhouse.
+    on the wire     `frames`, `messages/`, `topics`, `link`, `address`
+    payloads        `tensors`, `codecs/`, `blobs`
+    artifacts       `artifact`, `manifest/`, `costs`, `names`, `classes`
+    signed          `signing`, `release`, `measurement`
+    on disk         `storage`, `locks`
+    in a process    `records`, `logs`, `stopping`, `extras`, `seeds`, `errors`
+
+It needs the standard library, numpy and msgpack. Three more packages are imported in one file each:
+zstandard (`wire.codecs.entropy`), paho-mqtt (`wire.link`) and cryptography (`wire.signing`).
+Nothing else of Stillhouse is imported here.
 """
 
 import os
 
 __version__ = "0.1.0"
 
-# From 1.29 on ONNX Runtime's wheels for Linux report to their maker what is run, unless this is set
-# before they are imported; whatever process of ours imports them has imported this before.
+# Since 1.29 ONNX Runtime's wheels for Linux report to their maker what is run, unless this is set
+# before they are imported. Each of our programs imports this package first.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,7 +1,7 @@
-"""Where a broker is: the part of a connection that configurations hold.
+"""A broker's address, as configurations hold it.
 
-A URL is read once, by `parse`; what is done (TLS or not, which port) follows from what was read and
-not from the text. A secret that somebody wrote into a URL is in no message.
+`parse` reads a URL once. Whether to use TLS, and which port, follows from what it read, never from
+the text. No message repeats a secret that somebody wrote into a URL.
 """
 
 import ipaddress
@@ -19,7 +19,7 @@ _URL = re.compile(r"([^:/?#@\[\]]+)://(\[[^\[\]]*\]|[^/?#\[\]]*?)(?::([^:/?#\[\]
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _ZONE = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # of an IPv6 address: an interface's name or number
 _AT = "(?:[@\uff20\ufe6b]|%40)"
-# What may be a password: the host was forgotten.
+# What stands in the port's place but may be a password, because the host was forgotten.
 _NO_PORT = r":(?!//)(?![\d+_. -]{0,8}(?:[/?#\s]|$))"
 _TLS_SCHEMES = ("ssl", "tls", "mqtt+ssl", "mqtt+tls", "mqtts+ssl", "secure-mqtt")
 _PLAIN_SCHEMES = ("tcp", "mqtt+tcp")
@@ -27,7 +27,7 @@ _WEB_SCHEMES = ("ws", "wss", "http", "https")
 
 
 class Endpoint(NamedTuple):
-    """What a broker's URL says; `host` is a name, or an address without brackets."""
+    """A broker's URL, taken apart; `host` is a name, or an address without brackets."""
 
     scheme: str
     host: str
@@ -35,19 +35,20 @@ class Endpoint(NamedTuple):
 
     @property
     def url(self) -> str:
-        """The URL in its one form: lower case, with the port."""
+        """The URL in its canonical form: lower case, with the port."""
         return f"{self.scheme}://{bracketed(self.host)}:{self.port}"
 
 
 def bracketed(host: str) -> str:
-    """A host as it stands in a URL: an IPv6 address in brackets."""
+    """A host as a URL has it: an IPv6 address gets brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def redacted(text: str) -> str:
-    """A URL without what may be a secret; what is odd is escaped.
+    """A URL that is safe to show: secrets become `***`, and odd characters are escaped.
 
-    That is user info, query, fragment, and what stands in a port's place and looks like none.
+    User info, query and fragment may be secrets, and so may whatever stands in the port's place
+    and does not look like a port.
     """
     text = re.sub(
         rf"^(\s*[^:/?#@\s]*:/*)?.*{_AT}",
@@ -66,7 +67,8 @@ def parse(url: str) -> Endpoint:
     """Read a broker's URL.
 
     Raises:
-        ValueError: it is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]; the message has the remedy.
+        ValueError: it is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]; the message says what to
+            write.
     """
     shown = redacted(url)
     if url != url.strip():
@@ -78,27 +80,29 @@ def parse(url: str) -> Endpoint:
         )
     if not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError(f"url {shown}: {EXPECTED}, in ASCII and without spaces{_ascii_hint(url)}")
-    found = _URL.fullmatch(url)
-    if found is None:
+    match = _URL.fullmatch(url)
+    if match is None:
         raise ValueError(f"url {shown}: {EXPECTED}{_hint(url)}")
-    scheme, host, port, rest = found.groups()
+    scheme, host, port, rest = match.groups()
     scheme = scheme.lower()
     if scheme not in PORTS:
         raise ValueError(f"url {shown}: scheme {scheme!r}: {EXPECTED}{_scheme_hint(scheme)}")
     try:
-        made = Endpoint(scheme, _host(host), PORTS[scheme] if port is None else parse_port(port))
+        endpoint = Endpoint(
+            scheme, _host(host), PORTS[scheme] if port is None else parse_port(port)
+        )
     except ValueError as fault:
         raise ValueError(f"url {shown}: {fault}") from fault
     if rest not in (None, "/"):
         raise ValueError(f"url {shown}: {EXPECTED}, and nothing after the host and port")
-    return made
+    return endpoint
 
 
 def parse_port(text: str) -> int:
-    """A port's number.
+    """The number of a port.
 
     Raises:
-        ValueError: not a number from 1 to 65535.
+        ValueError: the text is not a number from 1 to 65535.
     """
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= 65535:
         shown = "" if re.match(_NO_PORT, f":{text}") else f" {text!r}"
@@ -107,10 +111,10 @@ def parse_port(text: str) -> int:
 
 
 def check_host(host: str) -> str:
-    """A host's name or address (IPv6 without brackets), in lower case, without a dot at its end.
+    """A host's name or address (IPv6 without brackets) in lower case, without a dot at its end.
 
     Raises:
-        ValueError: it can be neither.
+        ValueError: it is neither a name nor an address.
     """
     plain, percent, zone = host.partition("%")
     if not percent or _ZONE.fullmatch(zone):
@@ -127,7 +131,7 @@ def check_host(host: str) -> str:
 
 
 def is_local(host: str) -> bool:
-    """Whether a host, of `check_host`, is this machine for whoever names it."""
+    """Whether a host that `check_host` returned is the machine that connects to it."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -137,7 +141,7 @@ def is_local(host: str) -> bool:
 
 
 def _host(text: str) -> str:
-    """The host of a URL: IPv6 is in brackets there."""
+    """The host of a URL, where an IPv6 address stands in brackets."""
     if not text:
         raise ValueError("the host is missing")
     if text.startswith("["):
@@ -158,7 +162,7 @@ def _host(text: str) -> str:
         address = check_host(text)
     if address in ("0.0.0.0", "::"):  # noqa: S104 - refused
         raise ValueError(
-            f"host {address} stands for all addresses of a machine, and is none to connect to; "
+            f"host {address} stands for all addresses of a machine; nothing can connect to it: "
             "write the broker's name or address"
         )
     return address
@@ -170,7 +174,7 @@ def _hint(url: str) -> str:
 
 
 def _ascii_hint(url: str) -> str:
-    """The form of an international name that travels, where the rest of the URL is right."""
+    """A hint with the ASCII form of an international host name; "" if more is wrong than that."""
     scheme, _, host = url.partition("://")
     try:
         text = f"{scheme}://{host.encode('idna').decode('ascii')}"
@@ -187,21 +191,21 @@ def _scheme_hint(scheme: str) -> str:
         return "; write mqtt"
     if scheme in _WEB_SCHEMES:
         return (
-            "; HTTP and WebSockets are not spoken here: name the broker's own MQTT port, 1883 or "
-            "8883 as a rule"
+            "; HTTP and WebSockets are not spoken here: name the broker's own MQTT port, "
+            "usually 1883 or 8883"
         )
     return ""
 
 
 @dataclass(frozen=True)
 class BrokerAddress:
-    """Where the broker is and who we are there.
+    """Where the broker is, and who we are there.
 
     Attributes:
-        url: mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS; kept in its one form.
-        username, password: where the broker asks for them.
-        ca_file, cert_file, key_file: PEM, for mqtts; the key may be in `cert_file`.
-        scheme, host, port: of the URL.
+        url: mqtt://HOST[:PORT], or mqtts://HOST[:PORT] for TLS; kept in its canonical form.
+        username, password: if the broker asks for them.
+        ca_file, cert_file, key_file: PEM files for mqtts; the key may be in `cert_file`.
+        scheme, host, port: the parts of the URL.
     """
 
     url: str
@@ -216,16 +220,15 @@ class BrokerAddress:
 
     def __post_init__(self) -> None:
         endpoint = parse(self.url)
-        made = {**endpoint._asdict(), "url": endpoint.url}
-        for name, value in made.items():
+        for name, value in {**endpoint._asdict(), "url": endpoint.url}.items():
             object.__setattr__(self, name, value)
         files = [name for name in ("ca_file", "cert_file", "key_file") if getattr(self, name)]
         if files and not self.secure:
             raise ValueError(f"{files[0]} is for TLS, and url {self.url} is not: write mqtts://")
         if self.key_file and not self.cert_file:
-            raise ValueError("key_file without cert_file: name the certificate that the key is of")
+            raise ValueError("key_file without cert_file: name the key's certificate too")
         if self.password and not self.username:
-            raise ValueError("password without username: MQTT has none without the other")
+            raise ValueError("password without username: MQTT does not allow that")
         for name in ("username", "password"):
             text = getattr(self, name)
             if "\0" in text or len(text.encode()) > MAX_SECRET_BYTES:
@@ -233,14 +236,14 @@ class BrokerAddress:
 
     @property
     def secure(self) -> bool:
-        """Whether TLS is spoken."""
+        """Whether the connection uses TLS."""
         return self.scheme == "mqtts"
 
     def beside(self, folder: Path) -> Self:
-        """The same with relative files taken as relative to a folder, and `~` as the user's.
+        """The same address, with files relative to a folder, and `~` as the user's home.
 
         Raises:
-            ValueError: a file is not there.
+            ValueError: a file does not exist.
         """
         files = {}
         for name in ("ca_file", "cert_file", "key_file"):

@@ -1,12 +1,12 @@
-"""A training artifact: a folder with compiled graphs, initial weights and the manifest of it all.
+"""A training artifact: a folder with compiled graphs, initial weights and their manifest.
 
-    manifest.json       what the rest is; its SHA-256 is the artifact's digest
+    manifest.json       describes the other files; its SHA-256 is the artifact's digest
     train.onnx          batch, hyperparameters and state -> loss, correct, next state
     eval.onnx           x, parameters, buffers -> logits
     extract.onnx        x, parameters, buffers -> features, logits (split models only)
     init.safetensors    the initial value of every state tensor
 
-What comes from the network is checked before use: see wire.manifest.
+An artifact may come from the network, so it is checked before use; see `wire.manifest`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Artifact:
     digest: str
 
     def path(self, graph: Literal["train", "eval", "extract"]) -> Path:
-        """Where a graph lies.
+        """The file of a graph.
 
         Raises:
             ArtifactError: the artifact has no such graph.
@@ -41,7 +41,7 @@ class Artifact:
 
     @property
     def weights(self) -> Path:
-        """Where the initial state lies (safetensors)."""
+        """The file of the initial state (safetensors)."""
         return self.folder / WEIGHTS
 
 
@@ -53,7 +53,7 @@ def open_artifact(
     Args:
         folder: where manifest.json lies.
         expect_digest: the digest that a work order names.
-        verify: read every file and compare its SHA-256; without it only the sizes are compared.
+        verify: read every file and compare its SHA-256; otherwise compare only the sizes.
 
     Raises:
         ArtifactError: a file is missing, damaged or foreign; the message names it.

@@ -1,13 +1,14 @@
-"""A folder of blobs by content, and the pull protocol that fills it.
+"""A folder of blobs, named by their content, and the pull protocol that fills it.
 
-The receiver asks (`Want`), the sender answers chunk by chunk (`Chunk`, or `Gone`) and remembers
-nothing. So a transfer resumes after a lost connection, a power cut or a restart of either side by
-asking for what is missing, and the receiver alone decides how much is under way: a device keeps a
-small window, an orchestrator shares one budget among all devices.
+The receiver asks (`Want`). The sender answers chunk by chunk (`Chunk`, or `Gone`) and remembers
+nothing. After a lost connection, a power cut or a restart of either side, the receiver asks for
+what is missing. It alone decides how much is on the way at a time: a device keeps a small window,
+an orchestrator shares one budget among all devices.
 
-On disk a whole blob is a file named by its digest. A blob under way is `<digest>.*.part`, beside it
-`<digest>.*.have`, one byte a chunk; a chunk is marked after its bytes are written, and the whole is
-verified against the digest before it takes its name, so that neither file needs to be trusted.
+On disk a whole blob is a file named by its digest. A blob on the way is two files:
+`<digest>.*.part` holds its bytes, `<digest>.*.have` one byte for each chunk. A chunk is marked
+there after its bytes are written. The whole is verified against the digest before it gets its
+name, so neither file needs to be trusted.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from wire.errors import TransferError
 from wire.messages import BlobRef, Chunk, Gone, Want
 from wire.storage import Patience, sync_folder
 
-TRIES = 3  # so often a chunk is asked for, and none comes, before it is asked for a small piece
+TRIES = 3  # requests for a chunk, with no chunk arriving, before a small piece is asked for
 PROBE_BYTES = 1024
 
 T = TypeVar("T")
@@ -34,12 +35,12 @@ class BlobStore:
     """Blobs in a folder.
 
     Args:
-        folder: is made where it is not there.
-        chunk_bytes: the chunk size of the refs it makes.
-        patience: waits where `put` and `create` find the disk full; without it they raise.
+        folder: is created if it does not exist.
+        chunk_bytes: the chunk size in the refs that this store returns.
+        patience: waits while `put` and `create` find the disk full; without it they raise.
 
     Raises:
-        StorageError: the folder cannot be made.
+        StorageError: the folder cannot be created.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class BlobStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
-        """Where a blob lies, if it is here."""
+        """Where a blob lies if it is here."""
         return self.folder / digest
 
     def has(self, digest: str) -> bool:
@@ -64,7 +65,7 @@ class BlobStore:
         return BlobRef(digest, self.path(digest).stat().st_size, self.chunk_bytes)
 
     def put(self, data: bytes) -> BlobRef:
-        """Store bytes."""
+        """Store bytes as a blob; its ref."""
         with self.create() as sink:
             sink.write(data)
         return sink.ref
@@ -74,7 +75,7 @@ class BlobStore:
         """Write a blob piece by piece; `ref` is set when the block ends without an exception.
 
         Raises:
-            StorageError: the disk takes no more.
+            StorageError: the disk is full, or cannot be written.
         """
         partial = self.folder / f"new-{os.getpid()}-{id(self):x}-{os.urandom(4).hex()}"
         try:
@@ -93,20 +94,20 @@ class BlobStore:
             partial.unlink(missing_ok=True)
 
     def _patiently(self, work: Callable[[], T]) -> T:
-        def told() -> T:
+        def attempt() -> T:
             with storage.at(self.folder):
                 return work()
 
-        return self._patience.attempt(told) if self._patience else told()
+        return self._patience.attempt(attempt) if self._patience else attempt()
 
     def keep_only(self, digests: set[str]) -> None:
-        """Delete every other blob, and transfers that were given up."""
+        """Delete every other blob, and every other transfer's files."""
         for path in self.folder.iterdir():
             if path.name.split(".")[0] not in digests:
                 path.unlink(missing_ok=True)
 
     def answer(self, want: Want, send: Send) -> None:
-        """Send the chunks that are wanted, or `Gone`."""
+        """Send the chunks that were asked for, or `Gone` if the blob is not here."""
         try:
             with self.path(want.digest).open("rb") as file:
                 for index in want.chunks:
@@ -117,7 +118,11 @@ class BlobStore:
 
 
 class Sink:
-    """A blob being written; `write` takes a part of some bytes, and says how many."""
+    """A blob being written.
+
+    Args:
+        write: writes the first of some bytes, and returns how many it has written.
+    """
 
     def __init__(self, write: Callable[[memoryview], int]) -> None:
         self._write = write
@@ -126,23 +131,29 @@ class Sink:
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
-        left = memoryview(data)
-        while left:
-            left = left[self._write(left) :]
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[self._write(remaining) :]
         self.digest.update(data)
 
 
 class Fetch:
     """One blob being pulled into a store.
 
-    Feed it the sender's answers (`chunk`, `gone`) and ask it for `wants` whenever something
-    happened; it is done when `done` is true. Times are monotonic seconds, passed in. Where several
-    senders may offer one blob, `owner` keeps what each has sent apart. `settings` names the file
-    that the sender's `chunk_bytes` is in, for people.
+    Pass the sender's answers to `chunk` and `gone`, and call `wants` whenever something has
+    happened, until `done` is true. Times are monotonic seconds, passed in.
 
-    A broker may drop large messages, and nobody is told. So when chunks were asked for `TRIES`
-    times and none came, the first `PROBE_BYTES` of the blob are asked for in their place. If these
-    come, twice, the sender is there and the chunks are too large.
+    A broker may drop large messages without telling anybody. So if chunks were asked for `TRIES`
+    times and none came, the first `PROBE_BYTES` of the blob are asked for instead. If these arrive
+    twice, the sender is there and the chunks are too large.
+
+    Args:
+        store: where the blob goes.
+        ref: the blob.
+        window: at most so many chunks are on the way at a time.
+        retry_s: a chunk that has not come by then is asked for again.
+        owner: the sender; keeps apart what several senders of one blob have sent.
+        settings: the file with the sender's `chunk_bytes`, for messages.
     """
 
     def __init__(
@@ -158,15 +169,15 @@ class Fetch:
         self.store, self.ref = store, ref
         self._settings = settings
         self._tried: Counter[int] = Counter()  # how often each chunk was asked for
-        self._largest = min(ref.chunk_bytes, ref.size)  # bytes of a chunk that is not the last
-        self._arrived = False  # one of these has: they are not too large
+        self._largest = min(ref.chunk_bytes, ref.size)  # bytes of every chunk but the last
+        self._arrived = False  # whether such a chunk has: then they are not too large
         self._probed_s: float | None = None
         self._suspected = False
         self.window, self.retry_s = window, retry_s
         self.done = store.has(ref.digest)
         self._asked: dict[int, float] = {}
         self._spoiled = False
-        self._digest, self._digested = hashlib.sha256(), 0  # of so many chunks from the first on
+        self._digest, self._digested = hashlib.sha256(), 0  # SHA-256 of the first so many chunks
         self._part = store.folder / f"{ref.digest}.{owner}.part"
         self._have_path = store.folder / f"{ref.digest}.{owner}.have"
         self._have = bytearray()
@@ -176,7 +187,7 @@ class Fetch:
             self._resume()
 
     def _resume(self) -> None:
-        """Take what came before; else begin."""
+        """Go on with what came before, or begin."""
         ref = self.ref
         resumable = self._have_path.exists() and self._part.exists()
         if resumable and self._part.stat().st_size == ref.size:
@@ -194,15 +205,15 @@ class Fetch:
 
     @property
     def in_flight(self) -> int:
-        """Chunks asked for and not yet here."""
+        """How many chunks were asked for and are not here yet."""
         return len(self._asked)
 
     def wants(self, now: float, *, room: int | None = None) -> Want | None:
-        """What to ask for now: new chunks while the window has room, late ones again.
+        """What to ask for now: new chunks if the window has room, and late ones again.
 
         Args:
             now: monotonic seconds.
-            room: at most so many more chunks, where a budget is shared among transfers.
+            room: at most so many more chunks, if transfers share a budget.
         """
         if self.done:
             return None
@@ -212,8 +223,8 @@ class Fetch:
         free = self.window - len(self._asked)
         room = free if room is None else min(free, room)
         # Half a window at a time keeps the pipe full without a question for every chunk.
-        left = min(self.window, self.ref.chunks - self._have.count(1) - len(self._asked))
-        if room < min(2, left) or free < min(max(2, self.window // 2), left):
+        unasked = min(self.window, self.ref.chunks - self._have.count(1) - len(self._asked))
+        if room < min(2, unasked) or free < min(max(2, self.window // 2), unasked):
             return None
         self._look_around()
         if self.done:
@@ -225,7 +236,7 @@ class Fetch:
                 missing.append(index)
             index = self._have.find(0, index + 1)
         if not missing:
-            if not self._asked:  # all is here, and the disk did not take its end
+            if not self._asked:  # all chunks came, but the disk was full at the end
                 with storage.at(self.store.folder):
                     self._finish()
             return None
@@ -234,24 +245,24 @@ class Fetch:
         return Want(self.ref.digest, self.ref.chunk_bytes, tuple(missing))
 
     def expire(self, now: float) -> bool:
-        """Chunks that have not come after `retry_s` are on their way no longer; if there are."""
+        """Give up waiting for chunks that did not come within `retry_s`; whether there were any."""
         late = [index for index, asked in self._asked.items() if now - asked > self.retry_s]
         for index in late:
             del self._asked[index]
         return bool(late)
 
     def forget_asked(self) -> None:
-        """The connection was lost, or the sender is back: whatever was asked must be asked anew."""
+        """Forget what was asked for: the connection was lost, or the sender has started again."""
         self._asked.clear()
         self._probed_s = None
 
     def chunk(self, message: Chunk, body: memoryview) -> None:
-        """Take one chunk; one that is here already is passed over.
+        """Store one chunk; a chunk that is here already is ignored.
 
         Raises:
-            TransferError: wrong number or length, the whole failed its digest twice, or chunks are
-                too large for the broker.
-            StorageError: the disk takes it not; a full one may take it later.
+            TransferError: its number or length is wrong, the whole blob failed its digest twice,
+                or chunks are too large for the broker.
+            StorageError: the disk cannot store it; a full disk may do so later.
         """
         self._look_around()
         if self.done:
@@ -263,7 +274,7 @@ class Fetch:
         at = message.index * self.ref.chunk_bytes
         expected = min(self.ref.chunk_bytes, self.ref.size - at)
         if len(body) == PROBE_BYTES < expected and message.index == 0:
-            self._probe_came()
+            self._probe_arrived()
             return
         if len(body) != expected:
             raise TransferError(
@@ -301,8 +312,8 @@ class Fetch:
         self._probed_s = now
         return Want(self.ref.digest, PROBE_BYTES, (0,))
 
-    def _probe_came(self) -> None:
-        """The sender is there. It may have come just now: the chunks are asked for once more."""
+    def _probe_arrived(self) -> None:
+        """The sender is there. It may only just be back, so ask for the chunks once more."""
         if self._probed_s is None:
             return
         if self._suspected:
@@ -317,7 +328,7 @@ class Fetch:
         self._tried.clear()
 
     def _look_around(self) -> None:
-        """Another transfer may have brought the same blob."""
+        """Be done if another transfer has brought the same blob."""
         if not self.done and self.store.has(self.ref.digest):
             self.done = True
             self._asked.clear()
@@ -336,16 +347,17 @@ class Fetch:
     def _finish(self) -> None:
         if self._have.count(0):
             return
-        whole = self._digest.copy()  # if the disk is full at the end, this is done again
+        whole = self._digest.copy()  # a copy: if the disk is full at the end, this is done again
         with self._part.open("rb") as file:
-            # What came in order is in the digest; what did not, or came before a restart, is read.
+            # Chunks that came in order are in the digest. Those that did not, or came before a
+            # restart, are read here.
             file.seek(self._digested * self.ref.chunk_bytes)
             while piece := file.read(self.ref.chunk_bytes):
                 whole.update(piece)
             os.fsync(file.fileno())
         digest = whole.hexdigest()
         if digest != self.ref.digest:
-            # A power cut may have kept the marks and lost the bytes: once, all is pulled again.
+            # A power cut may have kept the marks and lost the bytes, so pull all again, once.
             self._restart()
             if self._spoiled:
                 raise TransferError(
@@ -361,7 +373,7 @@ class Fetch:
 
 
 def _write_at(path: Path, at: int, data: bytes | memoryview) -> None:
-    """Overwrite a part of a file that is there."""
+    """Overwrite a part of an existing file."""
     handle = os.open(path, os.O_WRONLY)
     try:
         while len(data):

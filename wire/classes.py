@@ -1,7 +1,7 @@
-"""Names of classes, by which labels are told apart on every device of a run.
+"""Names of classes: what labels mean, the same on every device of a run.
 
-A name is text in Unicode's normal form C: a Mac's copy of a folder spells "Schlüssel" with another
-sequence of code points than the original (form D), and means the same. Capitals and spaces count.
+A name is text in Unicode's normal form C. When a Mac copies a folder "Schlüssel", the copy's name
+has different code points (form D) but means the same. Capitals and spaces count.
 """
 
 import difflib
@@ -11,38 +11,40 @@ from collections.abc import Iterable, Sequence
 
 MAX_NAME = 256
 MAX_CLASSES = 1 << 16
-MAX_TOLD_BYTES = 1 << 16  # of all names in a birth message: brokers take 128 KiB and more
-_JOINERS = str.maketrans("", "", "\u200c\u200d")  # of Persian, Hindi and emoji; not `isprintable`
+MAX_TOLD_BYTES = 1 << 16  # for all names in a birth message: brokers take 128 KiB and more
+_JOINERS = str.maketrans("", "", "\u200c\u200d")  # for Persian, Hindi, emoji; not `isprintable`
 _LISTED, _LISTED_CHARACTERS = 20, 400  # how much of a list a message shows
-_EXPLAINED, _COMPARED = 3, 1000  # names that get a nearest one, and among how many
+_EXPLAINED, _COMPARED = 3, 1000  # unknown names that get a suggestion; candidates for one
 
 
 def normalized(names: Iterable[str]) -> tuple[str, ...]:
-    """The names in normal form C, in the order that was given.
+    """The names in normal form C, in the same order.
 
     Raises:
         ValueError: one is empty, too long or not printable, or two are equal.
     """
-    found: dict[str, str] = {}
+    unique: set[str] = set()
+    result: list[str] = []
     for name in names:
         plain = unicodedata.normalize("NFC", name)
         if not plain.strip() or len(plain) > MAX_NAME or not printable(plain):
             raise ValueError(
                 f"class names: expected 1 to {MAX_NAME} printable characters, got {name!r:.80}"
             )
-        if plain in found:
+        if plain in unique:
             raise ValueError(
                 f"class names: {plain!r:.80} is there twice; name each once (Unicode has two "
                 "spellings of some letters, which are the same here)"
             )
-        found[plain] = name
-    if len(found) > MAX_CLASSES:
-        raise ValueError(f"class names: expected at most {MAX_CLASSES}, got {len(found)}")
-    return tuple(found)
+        unique.add(plain)
+        result.append(plain)
+    if len(result) > MAX_CLASSES:
+        raise ValueError(f"class names: expected at most {MAX_CLASSES}, got {len(result)}")
+    return tuple(result)
 
 
 def printable(name: str) -> bool:
-    """Whether a name may be shown as it is. Joiners, which shape letters and emoji, may."""
+    """Whether a name may be shown as it is; joiners, which shape letters and emoji, may be."""
     return name.translate(_JOINERS).isprintable()
 
 
@@ -50,7 +52,7 @@ def places(names: Sequence[str], known: Sequence[str]) -> tuple[int, ...]:
     """The place of each name in `known`.
 
     Raises:
-        ValueError: some are not there; see `difference`.
+        ValueError: some are not in `known`; see `difference`.
     """
     if problem := difference(names, known):
         raise ValueError(problem)
@@ -59,20 +61,20 @@ def places(names: Sequence[str], known: Sequence[str]) -> tuple[int, ...]:
 
 
 def difference(names: Sequence[str], known: Sequence[str]) -> str:
-    """Which names are not in `known`, the nearest that is, and both lists; "" where all are."""
+    """A message about names that are not in `known`, with the nearest ones; "" if all are."""
     known_set = set(known)
     unknown = [name for name in names if name not in known_set]
     if not unknown:
         return ""
-    said = ", ".join(f"{name!r}{_nearest(name, known)}" for name in unknown[:_EXPLAINED])
+    shown = ", ".join(f"{name!r}{_nearest(name, known)}" for name in unknown[:_EXPLAINED])
     rest = len(unknown) - _EXPLAINED
-    said += f" and {rest} more" if rest > 0 else ""
+    shown += f" and {rest} more" if rest > 0 else ""
     what = "classes are" if len(unknown) > 1 else "a class is"
-    return f"{what} not known: {said}; expected names among {listed(known)}, got {listed(names)}"
+    return f"{what} not known: {shown}; expected names among {listed(known)}, got {listed(names)}"
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names for a message, in quotes so that spaces show; a long list is cut."""
+    """The names in quotes, so that spaces show; a long list is cut. For messages."""
     shown: list[str] = []
     for name in names[:_LISTED]:
         shown.append(repr(name))
@@ -83,17 +85,17 @@ def listed(names: Sequence[str]) -> str:
 
 
 def size(names: Sequence[str]) -> int:
-    """Bytes of all names as a message has them: UTF-8, and up to three for the length of each."""
+    """Bytes of all names in a message: their UTF-8, and up to three for the length of each."""
     return sum(len(name.encode()) + 3 for name in names)
 
 
 def told(names: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
-    """What a birth message says of names: them, or their digest where they are too many."""
+    """`classes` and `classes_digest` of a birth message: the names, or a digest of too many."""
     return (names, "") if size(names) <= MAX_TOLD_BYTES else ((), digest(names))
 
 
 def digest(names: Sequence[str]) -> str:
-    """SHA-256 (hex) of the names in their order, "" for none."""
+    """SHA-256 (hex) of the names in their order; "" if there are none."""
     return hashlib.sha256("\0".join(names).encode()).hexdigest() if names else ""
 
 

@@ -1,19 +1,19 @@
-"""What a graph costs, counted when it is compiled: by layer and phase, and by node.
+"""The cost of one run of a graph, counted when it is compiled: by layer and phase, and by node.
 
-    flops               2 x multiply-adds of convolutions and matrix products, of one run;
-                        what else a node computes is not in this column
+    flops               2 x multiply-adds of convolutions and matrix products; other work is not
+                        counted
     bytes               read and written by the nodes; a view (a reshape, say) moves none
-    activation_bytes    what the forward pass makes and the backward pass still reads, counted where
-                        it is made
+    activation_bytes    results of the forward pass that the backward pass reads, counted at the
+                        node that makes them
 
-A run is one of the graph: of the batch, or of one of its micro-batches.
+A run is of the whole batch, or of one micro-batch if there are several.
 
-Phases: `forward` is the model, the loss and its metric, `backward` the gradients, `update` the
-optimizer, running statistics and sums over micro-batches. Layers are the paths of the model's
-modules (the work that a module does itself, not in its submodules), "" for the model as a whole,
-`loss` and `optimizer`.
+Phases: `forward` is the model, the loss and its metric; `backward` the gradients; `update` the
+optimizer, running statistics and sums over micro-batches. A layer is the path of one of the model's
+modules, and stands for the work that the module does itself, not in its submodules. Further layers
+are "" (the model as a whole), `loss` and `optimizer`.
 
-Nodes stand in columns; entry n of each is that of the node named `n<n>` in the ONNX file, so that a
+Nodes stand in columns. Entry n of each column is the node named `n<n>` in the ONNX file, so that a
 profile can be joined with the table. The table comes from the network: sums and sizes are checked.
 """
 
@@ -33,7 +33,7 @@ _LAYER = re.compile(r"[!-~]{0,256}")
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs in one phase."""
+    """The cost of one layer in one phase; `nodes` counts its nodes."""
 
     name: str
     phase: Phase
@@ -51,7 +51,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class NodeCosts:
-    """One entry a node in each column; `row` is the place of its layer and phase in that table."""
+    """The costs of all nodes, in columns; `row` is the row of a node's layer and phase."""
 
     row: tuple[int, ...]
     flops: tuple[int, ...]
@@ -68,7 +68,7 @@ class NodeCosts:
 
 
 def layer_costs(places: Sequence[tuple[str, Phase]], nodes: NodeCosts) -> tuple[LayerCost, ...]:
-    """The table of layers that the nodes add up to; places: name and phase of each row."""
+    """The table of layers that the nodes add up to, for rows with these names and phases."""
     sums = [[0, 0, 0, 0] for _ in places]
     columns = (nodes.flops, nodes.bytes, nodes.activation_bytes)
     for row, *sizes in zip(nodes.row, *columns, strict=True):
@@ -79,7 +79,7 @@ def layer_costs(places: Sequence[tuple[str, Phase]], nodes: NodeCosts) -> tuple[
 
 
 def total(layers: Iterable[LayerCost], phase: Phase) -> LayerCost:
-    """The sums of a phase, under the name ""."""
+    """The sums of one phase over all layers, under the name ""."""
     chosen = [layer for layer in layers if layer.phase == phase]
     return LayerCost(
         "",

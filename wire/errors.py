@@ -1,23 +1,23 @@
 """What can go wrong, as one small tree.
 
-StillhouseError            bad input or a broken promise; command lines print it and exit with 2
+StillhouseError            bad input or a broken promise; commands print it and exit with code 2
 ├── SettingsError          a configuration file: unknown key, wrong type, value out of range
 ├── DataError              images or labels that cannot be used
 ├── ArtifactError          a training artifact that is damaged, foreign or unfit for the data
 ├── WireError              bytes from the network that break the protocol
 │   ├── FrameError         a frame: magic, version, sizes, digest, header
-│   ├── OrderError         an order that asks for what the device does not know
+│   ├── OrderError         an order that the device cannot read
 │   ├── CodecError         a codec spec, or an encoded tensor
 │   └── TransferError      a blob: chunks, sizes, digest, or its sender no longer has it
 ├── LinkError              the broker cannot be reached or refuses us for good
-├── SignatureError         a key that is none, or what its owner did not sign
+├── SignatureError         a damaged key, or data that its owner did not sign
 ├── ReleaseError           a package of the agent that a device must not install
 ├── BrokerError            a broker that the orchestrator runs itself
 ├── ExportError            a module that cannot be compiled to a training step
 ├── AdmissionError         a result that must not enter the aggregate; its text goes to the device
 ├── StorageError           a disk: read-only, not ours to write, failing
-│   ├── StalledError       no room, or another program holds a file: it is tried again
-│   └── DamagedError       a journal that is not what was written
+│   ├── StalledError       no room, or another program holds a file; trying again may help
+│   └── DamagedError       a journal that holds something else than was written
 └── RunError               a run directory: missing, taken, damaged, or of another configuration
 
 A message says what was expected, what came, from where, and what to do.
@@ -49,7 +49,7 @@ class FrameError(WireError):
 
 
 class OrderError(WireError):
-    """An order cannot be read; `run`, `sequence` and `round` are those that it states."""
+    """An order cannot be read; `run`, `sequence` and `round` say which one."""
 
     def __init__(self, text: str, run: str, sequence: int, round_: int) -> None:
         super().__init__(text)
@@ -73,7 +73,7 @@ class SignatureError(StillhouseError):
 
 
 class ReleaseError(StillhouseError):
-    """A package is no release, or not one for this device."""
+    """A file is not a release, or not one for this device."""
 
 
 class BrokerError(StillhouseError):
@@ -93,11 +93,11 @@ class StorageError(StillhouseError):
 
 
 class StalledError(StorageError):
-    """A disk has no room, or another program holds a file: what was tried may be tried again."""
+    """A disk has no room, or another program holds a file; trying again may help."""
 
 
 class DamagedError(StorageError):
-    """A journal is not what was written."""
+    """A journal holds something else than was written."""
 
 
 class RunError(StillhouseError):

@@ -1,4 +1,4 @@
-"""What the base install lacks: the orchestrator and the exporter come with an extra."""
+"""Checks that the extra `orchestrator` is installed, which the server and the exporter need."""
 
 import sys
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ COMMANDS = ("-m", "orchestrator")  # sys.argv[0] while a package of a command is
 
 
 def check(package: str, modules: Sequence[str] = MODULES) -> None:
-    """Return if what a package needs of the extra `orchestrator` is installed.
+    """Return if the modules that a package needs are installed.
 
-    A command ends with one line on standard error and exit code 2. A program that imports the
-    package may do with less (a simulation needs no broker), but for torch.
+    If some are missing, a command ends with one line on standard error and exit code 2. A program
+    that imports the package may need fewer (a simulation needs no broker); only torch is required.
 
     Args:
-        package: that needs it.
-        modules: what it needs; all that the extra brings, if nothing is named.
+        package: needs the modules.
+        modules: by default, all that the extra brings.
 
     Raises:
-        ModuleNotFoundError: torch is missing, and no command is run.
+        ModuleNotFoundError: torch is missing, and the process is not one of our commands.
     """
     missing = [name for name in modules if util.find_spec(name) is None]
     if not missing:

@@ -1,4 +1,4 @@
-"""The frame: how every message and every payload record looks in bytes.
+"""The frame: the bytes of every message and of every payload record.
 
     offset  size  field
     0       4     magic, b"STLH"
@@ -10,9 +10,8 @@
     18+h    b     body
     18+h+b  32    SHA-256 of all bytes before it
 
-A frame ends exactly with its digest. Declared sizes are checked against the bytes that are there,
-and against the caller's limit, before anything is allocated for them. A file of frames is frames
-one after another.
+Nothing follows the digest. Declared sizes are checked against the actual bytes and the caller's
+limit before memory is allocated for them. A file of frames holds them one after another.
 """
 
 import hashlib
@@ -35,7 +34,7 @@ MAX_MESSAGE_BYTES = 1 << 20
 
 
 class Kind(IntEnum):
-    """What a frame carries; the numbers are part of the format."""
+    """What a frame holds; the numbers are part of the format."""
 
     BIRTH = 1
     DEATH = 2
@@ -54,7 +53,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame, taken apart. `body` is a view of the bytes it came in."""
+    """The content of one frame; `body` is a view of the frame's bytes."""
 
     kind: Kind
     header: dict[str, Any]
@@ -62,7 +61,7 @@ class Frame:
 
 
 def encode(kind: Kind, header: Mapping[str, Any], *body: bytes | memoryview) -> bytes:
-    """The bytes of one frame; its body may come in parts.
+    """The bytes of one frame; the parts of its body are joined.
 
     Raises:
         FrameError: the header is over `MAX_HEADER_BYTES`.
@@ -81,10 +80,10 @@ def encode(kind: Kind, header: Mapping[str, Any], *body: bytes | memoryview) -> 
 
 
 def decode(data: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Frame:
-    """Take one whole frame apart.
+    """The frame in these bytes.
 
     Raises:
-        FrameError: not exactly one intact frame of at most `max_bytes`.
+        FrameError: the bytes are not exactly one intact frame of at most `max_bytes`.
     """
     if len(data) > max_bytes:
         raise FrameError(f"frame of {len(data)} bytes, limit {max_bytes}")
@@ -96,10 +95,10 @@ def decode(data: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Frame:
 
 
 def read(file: BinaryIO, *, max_bytes: int) -> Iterator[Frame]:
-    """The frames of a file, one in memory at a time.
+    """The frames of a file; only one is in memory at a time.
 
     Raises:
-        FrameError: a record is damaged, cut off, or larger than `max_bytes`.
+        FrameError: a frame is damaged, cut off, or larger than `max_bytes`.
     """
     while prefix := file.read(PREFIX.size):
         kind, header_bytes, body_bytes = _prefix(prefix)

@@ -1,11 +1,11 @@
 """The connection to the broker: the one file that touches paho.
 
-MQTT 3.1.1 only, so that any broker serves. A thread of its own keeps the connection: when it
-breaks it is made again after a full-jitter back-off, uniform on (0, min(cap, base * 2^attempt)), so
-that a fleet does not come back all at once. The back-off begins anew only when a connection has
-stood for `STEADY_S`, longer than any back-off: two clients of one name, whom the broker takes over
-from each other, slow each other down. What happens is handed to `emit` in that thread; callers put
-it in a queue.
+It speaks MQTT 3.1.1 only, so that any broker serves. A separate thread keeps the connection. When
+the connection breaks, the thread connects again after a full-jitter back-off, uniform on
+(0, min(cap, base * 2^attempt)), so that a fleet does not come back all at once. The back-off starts
+over only after a connection has lasted for `STEADY_S`, longer than any back-off: two clients with
+the same name, which take the connection from each other, slow each other down. The thread passes
+events to `emit`; callers put them in a queue.
 """
 
 import random
@@ -28,18 +28,19 @@ KEEPALIVE_S = 30
 BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 60.0
 STEADY_S = 1.5 * BACKOFF_CAP_S
-CUTS = 3  # connections in a row that the broker ended early, before a cause is named
-LARGE_BYTES = 4096  # a message that some brokers refuse; all others are far smaller
-AT_ONCE_S = 5.0  # a broker that takes no such message ends the connection within that
-# Refusals that no waiting mends (MQTT 3.1.1, table 3.1): protocol, client id, credentials, rights.
+CUTS = 3  # connections in a row that the broker must end early before a cause is named
+LARGE_BYTES = 4096  # some brokers refuse such messages; all our other messages are far smaller
+AT_ONCE_S = 5.0  # a broker that refuses such a message ends the connection within this time
+# Refusals that waiting does not mend (MQTT 3.1.1, table 3.1): protocol, client id, credentials,
+# rights.
 _FINAL = {"Unsupported protocol version", "Client identifier not valid",
           "Bad user name or password", "Not authorized"}  # fmt: skip
 _ACCEPTED = "Success"
-_CLOSED = "Unspecified error"  # paho's word for: the other side closed the connection
+_CLOSED = "Unspecified error"  # paho's name for: the other side closed the connection
 
 
 class Arrived(NamedTuple):
-    """A message came."""
+    """A message arrived."""
 
     topic: str
     payload: bytes
@@ -61,24 +62,25 @@ LinkEvent = Arrived | Connected | Lost
 class Backoff:
     """How long to wait before the next attempt, and why connections end early.
 
-    MQTT 3.1.1 gives no reason when a broker ends a connection. If it does so `CUTS` times in a row,
-    each time soon after it had accepted us, then because of a message that is too large for it,
-    where each end follows one at once, and else most likely because of another client of our name.
+    MQTT 3.1.1 gives no reason when a broker ends a connection. If a broker ends `CUTS` connections
+    in a row, each soon after it had accepted us, there are two likely causes. If each one ended
+    right after a large message, the message is too large for the broker. If none did, another
+    client probably uses our name.
 
     Args:
         client_id: our name at the broker.
-        rival: what to do if somebody else has it.
+        rival: what a person should do if another client has that name.
     """
 
     def __init__(self, client_id: str, rival: str) -> None:
         self._client_id, self._rival = client_id, rival
         self._attempt = 0
-        self._since_s: float | None = None  # the connection stands
-        self._large = (0.0, 0)  # when the first large message of it was sent; the largest's bytes
-        self._cuts: list[int] = []  # bytes of the large message that went before each; 0: none did
+        self._since_s: float | None = None  # when the connection was made
+        self._large = (0.0, 0)  # when its first large message was sent; bytes of its largest
+        self._cuts: list[int] = []  # for each early end: bytes of the large message before it, or 0
 
     def ceiling_s(self) -> float:
-        """The longest wait before the next attempt; it doubles with each."""
+        """The longest wait before the next attempt; it doubles with each attempt."""
         ceiling = min(BACKOFF_CAP_S, BACKOFF_BASE_S * (1 << self._attempt))
         self._attempt = min(self._attempt + 1, 10)
         return ceiling
@@ -94,12 +96,12 @@ class Backoff:
             self._large = (first_s if largest else now_s, max(size, largest))
 
     def unreachable(self) -> None:
-        """An attempt failed: it is the broker that comes and goes."""
+        """An attempt failed: the cause is the broker, which comes and goes."""
         self._since_s = None
         self._cuts.clear()
 
     def ended(self, now_s: float, *, by_broker: bool) -> str:
-        """The connection ended; the likely cause, or "" where none can be told."""
+        """The likely cause of a connection's end; "" if none is known."""
         since_s, self._since_s = self._since_s, None
         if since_s is None:
             return ""
@@ -134,12 +136,13 @@ class Link:
 
     Args:
         address: the broker.
-        client_id: stable, so that the broker keeps the session where `persistent`.
-        subscriptions: (topic filter, QoS), subscribed at each connection.
+        client_id: our name at the broker.
+        subscriptions: (topic filter, QoS) to subscribe to at each connection.
         emit: called with each event, in the connection's thread.
-        will: called before each attempt; the (topic, payload) the broker publishes, retained,
-            when the connection breaks.
-        rival: what to do if another client uses the client id.
+        will: called before each attempt; returns the (topic, payload) that the broker publishes,
+            retained, when the connection breaks.
+        persistent: the broker keeps the session of this client id between connections.
+        rival: what a person should do if another client uses the client id.
 
     Raises:
         LinkError: a certificate or key cannot be used.
@@ -162,7 +165,7 @@ class Link:
         self.refused: LinkError | None = None
         self._subscriptions = list(subscriptions)
         self._emit, self._will = emit, will
-        self._answer = ""  # the broker's, to the attempt under way
+        self._answer = ""  # the broker's answer to the current attempt
         self._closing = threading.Event()
         self._settled = threading.Event()  # connected once, or refused for good
         self._backoff = Backoff(client_id, rival)
@@ -175,8 +178,8 @@ class Link:
         client.on_connect, client.on_disconnect = self._connected, self._disconnected
         client.on_message = self._received
         client.on_socket_open = _without_delay
-        # Without this callback paho writes to the socket in whatever thread publishes as well, and
-        # a message that one thread has sent in part is torn by what the other sends.
+        # Without this callback paho also writes to the socket in the thread that publishes, and
+        # two threads may then mix the bytes of two messages.
         client.on_socket_register_write = _leave_to_loop
         client.max_queued_messages_set(0)
         if address.username:
@@ -187,7 +190,7 @@ class Link:
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
 
     def start(self) -> None:
-        """Begin to connect, in the background."""
+        """Start to connect in the background."""
         self._thread.start()
 
     def wait_connected(self, timeout_s: float) -> bool:
@@ -203,7 +206,7 @@ class Link:
 
     @property
     def connected(self) -> bool:
-        """Whether the connection stands now."""
+        """Whether there is a connection now."""
         return self._client.is_connected()
 
     def subscribe(self, subscriptions: Sequence[tuple[str, int]]) -> None:
@@ -213,7 +216,7 @@ class Link:
             self._client.subscribe(list(subscriptions))
 
     def publish(self, topic: str, payload: bytes, *, qos: int = 1, retain: bool = False) -> None:
-        """Publish. QoS 1 waits for a connection in memory; QoS 0 is dropped without one."""
+        """Publish a message. Without a connection, QoS 1 waits in memory and QoS 0 is dropped."""
         if qos == 0 and not self.connected:
             return
         self.bytes_out += len(payload)
@@ -221,7 +224,7 @@ class Link:
         self._client.publish(topic, payload, qos=qos, retain=retain)
 
     def close(self, last: tuple[str, bytes] | None = None) -> None:
-        """End the connection properly; `last` is published before, retained."""
+        """End the connection in good order; publish `last` before that, retained."""
         self._closing.set()
         if last and self.connected:
             self.bytes_out += len(last[1])
@@ -239,12 +242,12 @@ class Link:
                     topic, payload = self._will()
                     self._client.will_set(topic, payload, qos=1, retain=True)
                 self._client.connect(self.address.host, self.address.port, KEEPALIVE_S)
-                # Not loop_forever(): only loop() makes what lets publish() wake it from its wait.
+                # Not loop_forever(): only loop() makes the socket by which publish() wakes it.
                 while self._client.loop() == paho.MQTT_ERR_SUCCESS:
                     pass
             except Exception as fault:  # noqa: BLE001 - the next attempt may do better
                 self._backoff.unreachable()
-                why = _told(fault, secure=self.address.secure)
+                why = _reason(fault, secure=self.address.secure)
                 self._emit(Lost(f"broker {self.address.url} cannot be reached: {why}"))
             if self.refused is None:
                 self._closing.wait(random.uniform(0, self._backoff.ceiling_s()))
@@ -300,19 +303,20 @@ def _set_tls(client: paho.Client, address: BrokerAddress) -> None:
             ca,
             cert,
             key,
-            # Else OpenSSL asks at the terminal for the password of a key that has one.
+            # Without a password here, OpenSSL asks for one at the terminal.
             keyfile_password="",
             tls_version=ssl.PROTOCOL_TLS_CLIENT,
         )
     except (OSError, ValueError) as fault:
         raise LinkError(
             f"no connection to {address.url} with these files: {fault}; ca_file, cert_file and "
-            "key_file: PEM, readable, the last two of one pair, the key without a password"
+            "key_file must be readable PEM files, the key must fit the certificate and have no "
+            "password"
         ) from fault
 
 
-def _told(fault: Exception, *, secure: bool) -> str:
-    """What went wrong; a port that hears TLS and does not speak it answers in many ways."""
+def _reason(fault: Exception, *, secure: bool) -> str:
+    """What went wrong. A port without TLS may fail in many ways when it is spoken to in TLS."""
     plain = (ssl.SSLCertVerificationError, ConnectionRefusedError, socket.gaierror)
     if secure and not isinstance(fault, plain):
         return f"{fault}; does it speak TLS on that port?"
@@ -325,4 +329,4 @@ def _without_delay(_c: paho.Client, _u: object, stream: Any) -> None:
 
 
 def _leave_to_loop(_c: paho.Client, _u: object, _s: object) -> None:
-    """Nothing to do: paho wakes the connection's thread, which writes."""
+    """Do nothing: paho wakes the connection's thread, and that writes."""

@@ -1,4 +1,4 @@
-"""A lock file that one process holds at a time; the system lets go of it when the process ends."""
+"""A lock file that one process holds at a time; the system releases it when the process ends."""
 
 import fcntl
 from contextlib import suppress
@@ -7,16 +7,16 @@ from typing import TextIO
 
 
 def hold(path: Path, who: str) -> TextIO | None:
-    """Take a lock, until the file returned is closed; None where another process has it.
+    """Take a lock and hold it until the returned file is closed; None if another process has it.
 
     Args:
-        path: of the lock file; it is made, and stays where it could be taken.
-        who: what `holder` tells others.
+        path: the lock file. It is created, and stays after the lock is released.
+        who: the text that `holder` returns to others.
 
     Raises:
-        OSError: the file cannot be made or locked.
+        OSError: the file cannot be created or locked.
     """
-    made = not path.exists()
+    is_new = not path.exists()
     file = path.open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -27,16 +27,16 @@ def hold(path: Path, who: str) -> TextIO | None:
         file.close()
         return None
     except OSError:
-        if made:
+        if is_new:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # what was to be written is tried once more
+        with suppress(OSError):  # closing tries once more to write the text
             file.close()
         raise
     return file
 
 
 def holder(path: Path) -> str:
-    """Who holds a lock, as it said; "" where that cannot be read."""
+    """The text that a lock's holder gave `hold`; "" if it cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:

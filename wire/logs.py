@@ -1,9 +1,9 @@
-r"""Log lines of both programs: one line each, whatever a text holds.
+r"""Log lines of both programs: every record is one line, whatever its text holds.
 
     2026-11-22T05:04:03+01:00 WARNING pi-3: result refused: its network has 12 classes, not 10
 
-A text that came from elsewhere may hold line breaks, colour codes or what moves a terminal's
-cursor: such characters are written as Python writes them in a string, `\n` and `\x1b`.
+A text from elsewhere may hold line breaks, or codes that set a terminal's colours or move its
+cursor. Such characters are escaped as in a Python string: `\n` and `\x1b`.
 """
 
 import logging
@@ -33,14 +33,14 @@ class OneLine(logging.Formatter):
         return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="seconds")
 
     def formatException(self, ei: _Raised) -> str:  # noqa: N802 - logging's name
-        """What was raised, and by which lines: `ValueError: odd (by data.py:40, work.py:7)`."""
+        """The exception and the lines it passed: `ValueError: odd (by data.py:40, work.py:7)`."""
         _, fault, trace = ei
         frames = reversed(traceback.extract_tb(trace))
         places = (f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames)
         return f"{type(fault).__name__}: {fault} (by {', '.join(places)})"
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; what was raised follows the message."""
+        """The record as one line; an exception follows the message."""
         record.message, record.asctime = record.getMessage(), self.formatTime(record)
         line = self.formatMessage(record)
         if record.exc_info:
@@ -56,6 +56,6 @@ def to_stream(stream: IO[str] | None = None, level: int = logging.INFO) -> None:
 
 
 def to_handler(handler: logging.Handler, level: int = logging.INFO) -> None:
-    """Log to a handler, unless a test or a program around this one has said where to."""
+    """Log to a handler, unless a test or a calling program has already set up logging."""
     logging.basicConfig(level=level, handlers=[handler])
     logging.captureWarnings(capture=True)

@@ -1,10 +1,11 @@
-"""What training costs on a device, as one JSON object that the device signs.
+"""A measurement of what training costs on a device: one JSON object, signed by the device.
 
     {"format": "stillhouse-measure/2", "device": "ed25519:...", ..., "signature": "..."}
 
-`device` is the device's public key. `signature` is over the canonical JSON of all other keys
-(sorted, no spaces, ASCII, numbers as Python writes them) in the context of the format's name; see
-`wire.signing`. `docs/measure.md` describes the keys. FLOPs are 2 x MAC, times seconds, sizes bytes.
+`device` is the device's public key. `signature` signs the canonical JSON of all other keys (sorted,
+no spaces, ASCII, numbers as Python writes them); the context is the name of the format, see
+`wire.signing`. `docs/measure.md` describes the keys. FLOPs are 2 x MAC; times are in seconds, sizes
+in bytes.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 FORMAT = "stillhouse-measure/2"
-MAX_BYTES = 128 << 10  # some 1,100 rows of layers, and what a broker takes as a chunk
+MAX_BYTES = 128 << 10  # about 1,100 rows of layers; a broker that takes our chunks takes this too
 MAX_NUMBER = 1 << 62
 MAX_TEXT = 256
 _UTC = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\dZ", re.ASCII)
@@ -33,7 +34,10 @@ _UTC = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\dZ", re.ASCII)
 
 @dataclass(frozen=True)
 class Compiled:
-    """The artifact that was measured; `step_flops` of a whole step, activations of one run."""
+    """The artifact that was measured.
+
+    `step_flops` counts a whole step, `activation_bytes` one run of the graph.
+    """
 
     digest: str
     model: ModelInfo
@@ -47,7 +51,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine can do: a float32 matrix product, and a copy of what no cache holds."""
+    """The machine's speed at a float32 matrix product, and at a copy too large for its caches."""
 
     gemm_gflops: float
     copy_gbytes: float
@@ -59,7 +63,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Step:
-    """The timed steps."""
+    """Speed of the timed steps."""
 
     timed: int
     median_s: float
@@ -74,7 +78,7 @@ class Step:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer in one phase of a whole step."""
+    """Cost and time of one layer in one phase of a whole step."""
 
     name: str
     phase: Phase
@@ -86,7 +90,7 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Resident memory; peaks are VmHWM; 0 where the kernel tells none."""
+    """Resident memory in bytes; peaks are VmHWM; 0 if the kernel does not report a value."""
 
     idle_bytes: int
     loaded_bytes: int
@@ -102,7 +106,7 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Energy:
-    """Of the timed steps; None where nothing measures."""
+    """Energy of the timed steps; None if the machine has no sensor."""
 
     sensor: str | None
     joules_per_sample: float | None
@@ -111,7 +115,7 @@ class Energy:
 
 @dataclass(frozen=True)
 class Heat:
-    """Degrees by thermal zone, and what held the processor back."""
+    """Degrees Celsius by thermal zone, and what slowed the processor down."""
 
     celsius_before: Mapping[str, float]
     celsius_after: Mapping[str, float]
@@ -122,7 +126,10 @@ class Heat:
 
 @dataclass(frozen=True)
 class Peer:
-    """PyTorch at the same step in turns with ours; `ratio` is ours over its, median of turns."""
+    """PyTorch at the same step, in turns with our engine.
+
+    `ratio` is our speed divided by PyTorch's, the median over the turns.
+    """
 
     version: str
     images_per_s: float
@@ -133,7 +140,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A device's measurement. `name` is that of its agent.toml, "" where it has none."""
+    """A device's measurement; `name` is the device's name in agent.toml, or ""."""
 
     format: Literal["stillhouse-measure/2"]
     device: str
@@ -164,32 +171,32 @@ class Measurement:
             _check(where, value)
 
     def to_bytes(self) -> bytes:
-        """The whole as canonical JSON."""
+        """The measurement as canonical JSON, with its signature."""
         return _canonical(records.plain(self))
 
 
 def sign(key: "Ed25519PrivateKey", report: Mapping[str, Any]) -> Measurement:
-    """A device's report, with its public key and signature.
+    """The measurement of a report: with the public key, and signed.
 
     Raises:
-        WireError: the report is not what its format says.
+        WireError: the report does not fit its format.
     """
-    given = {**report, "device": signing.public(key), "signature": ""}
-    built = records.build(Measurement, given, where="measurement", error=WireError)
-    plain = records.plain(built)
+    content = {**report, "device": signing.public(key), "signature": ""}
+    unsigned = records.build(Measurement, content, where="measurement", error=WireError)
+    plain = records.plain(unsigned)
     del plain["signature"]
-    return dataclasses.replace(built, signature=signing.sign(key, FORMAT, _canonical(plain)))
+    return dataclasses.replace(unsigned, signature=signing.sign(key, FORMAT, _canonical(plain)))
 
 
 def verify(data: bytes, *, where: str) -> Measurement:
-    """The measurement in a JSON text, if whoever owns the key in it signed it.
+    """The measurement in a JSON text, after a check that the owner of its key signed it.
 
     Args:
         data: the JSON text, as a file or a message holds it.
         where: how to name it in messages.
 
     Raises:
-        WireError: it is no such JSON, or not of this format.
+        WireError: the text is not JSON, or not of this format.
         SignatureError: it is not signed by the key that it names.
     """
     if len(data) > MAX_BYTES:
@@ -204,13 +211,13 @@ def verify(data: bytes, *, where: str) -> Measurement:
             f"{where}: expected format {FORMAT}, got {version!r:.40}; measure with an agent of "
             "this version, or update this side"
         )
-    built = records.build(Measurement, content, where=where, error=WireError)
+    measurement = records.build(Measurement, content, where=where, error=WireError)
     signed = {name: value for name, value in content.items() if name != "signature"}
     try:
-        signing.verify(built.device, FORMAT, _canonical(signed), built.signature)
+        signing.verify(measurement.device, FORMAT, _canonical(signed), measurement.signature)
     except SignatureError as fault:
         raise SignatureError(f"{where}: {fault}") from fault
-    return built
+    return measurement
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
@@ -222,7 +229,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _whole(digits: str) -> int:
-    if len(digits) > len(str(MAX_NUMBER)):  # more than a float may hold
+    if len(digits) > len(str(MAX_NUMBER)):  # a longer one may overflow a float
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
@@ -237,7 +244,7 @@ def _leaves(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check(where: str, value: object) -> None:
-    """Raise ValueError unless a number or a text may stand in a table and a picture."""
+    """Raise ValueError unless a table and a picture can show this number or text."""
     if isinstance(value, str) and (len(value) > MAX_TEXT or not value.isprintable()):
         raise ValueError(f"{where}: expected up to {MAX_TEXT} printable, got {value!r:.80}")
     if isinstance(value, int | float) and not where.startswith("heat."):

@@ -1,14 +1,14 @@
-"""Plain mappings to frozen dataclasses, strictly, for everything that comes from outside.
+"""Builds frozen dataclasses from plain mappings, for everything that comes from outside.
 
-TOML tables (configuration) and msgpack maps (messages) pass through the same door: every key must
-be known (but in most messages, see there), every required key present, every value of the annotated
-type. Inside, types are trusted.
+TOML tables (configuration) and msgpack maps (messages) are checked in the same way. Every key must
+be known (most messages are laxer, see `wire.messages`), every required key must be there, and every
+value must have the annotated type. Inside, types are trusted.
 
-Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str; `~` is
-the home folder), Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, X | tuple[Y, ...] (a
-list is the tuple), Mapping[str, X], and nested dataclasses. A dataclass states its own ranges in
-`__post_init__` by raising ValueError. What is `init=False` there is neither read nor written, and
-what is `repr=False` is a secret: text that no message repeats.
+Annotations may be bool, int, float (an int is accepted), str, bytes, Path (from str; `~` is the
+home folder), Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, X | tuple[Y, ...] (a list
+becomes the tuple), Mapping[str, X], and nested dataclasses. A dataclass checks its ranges in
+`__post_init__`, and raises ValueError. A field with `init=False` is neither read nor written. A
+field with `repr=False` is a secret text, which no message repeats.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ def build(
     error: type[StillhouseError],
     strict: bool = True,
 ) -> T:
-    """Make a `cls` of `mapping`.
+    """The `cls` that `mapping` describes.
 
     Args:
         cls: a dataclass.
-        mapping: what came from outside.
+        mapping: comes from outside.
         where: how to name the mapping in messages ("agent.toml", "birth message of pi-3").
         error: the class to raise.
-        strict: refuse unknown keys; else they are passed over, in nested dataclasses too.
+        strict: refuse unknown keys; otherwise ignore them, in nested dataclasses too.
 
     Raises:
-        error: an unknown, missing or ill-typed key; the message names it, and the nearest known
-            key where one is near.
+        error: a key is unknown or missing, or its value has the wrong type; the message names the
+            key, and for an unknown one the nearest known key.
     """
     if not isinstance(mapping, Mapping):
         raise error(f"{where}: expected a table of settings, got {type(mapping).__name__}")
@@ -71,7 +71,7 @@ def build(
             except error:
                 if field.repr:
                     raise
-                got = type(mapping[field.name]).__name__  # what `repr` hides is in no message
+                got = type(mapping[field.name]).__name__  # a secret: no message shows its value
                 raise error(f"{place}: expected text in quotes, got {got}") from None
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"{where}: key {field.name!r} is missing")
@@ -82,10 +82,11 @@ def build(
 
 
 def load(cls: type[T], path: Path) -> T:
-    """Make a `cls` of a TOML file.
+    """The `cls` that a TOML file describes.
 
     Raises:
-        SettingsError: no such file, not TOML, or not a `cls`; the message names the file.
+        SettingsError: the file does not exist, is not TOML, or does not fit `cls`; the message
+            names the file.
     """
     try:
         table = tomllib.loads(path.read_text())
@@ -99,17 +100,17 @@ def load(cls: type[T], path: Path) -> T:
 
 
 def _nan(value: object, at: str = "") -> str:
-    """The key of a value that TOML calls a number and is none: every comparison lets it pass."""
+    """The key of a NaN, which TOML allows as a number, and checks of ranges let pass; or ""."""
     if isinstance(value, float) and math.isnan(value):
         return at
     inner = dict(enumerate(value)) if isinstance(value, list) else value
     items = inner.items() if isinstance(inner, dict) else ()
-    found = (_nan(item, f"{at}.{key}" if at else str(key)) for key, item in items)
-    return next(filter(None, found), "")
+    keys = (_nan(item, f"{at}.{key}" if at else str(key)) for key, item in items)
+    return next(filter(None, keys), "")
 
 
 def plain(record: object) -> Any:
-    """The mapping that `build` would make `record` of: dataclasses become dicts, tuples lists."""
+    """The mapping from which `build` makes `record`: dataclasses become dicts, tuples lists."""
     if dataclasses.is_dataclass(record):
         return {
             f.name: plain(getattr(record, f.name)) for f in dataclasses.fields(record) if f.init
@@ -122,20 +123,20 @@ def plain(record: object) -> Any:
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with `~` expanded in paths, which shells leave in `--option=~/x`.
+    """Command-line arguments with `~` expanded, also in `--option=~/x`, where shells leave it.
 
     Raises:
-        SettingsError: `~user` of a user who is not known here.
+        SettingsError: an argument is `~user`, and there is no such user here.
     """
-    made = []
+    result = []
     for argument in arguments:
         option, value = "", argument
         if argument.startswith("--") and "=" in argument:
             option, _, value = argument.partition("=")
         if value.startswith("~"):
             value = str(_path(value, option or "command line", SettingsError))
-        made.append(f"{option}={value}" if option else value)
-    return made
+        result.append(f"{option}={value}" if option else value)
+    return result
 
 
 def _path(text: str, where: str, error: type[StillhouseError]) -> Path:
@@ -191,7 +192,7 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
 
 
 def _named(hint: Any) -> str:
-    """A type in a message, of a union all members that a file can hold."""
+    """The name of a type for messages; of a union, all members that a file can hold."""
     if typing.get_origin(hint) is types.UnionType:
         members = (m for m in typing.get_args(hint) if m is not types.NoneType)
         return " or ".join(map(_named, members))
@@ -201,12 +202,12 @@ def _named(hint: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value in a message; what stands before an @ in a URL may be a password."""
+    """A value for messages, without what stands before an @ in a URL: it may be a password."""
     return re.sub(r"//.*(@|%40)", r"//***\1", repr(value), flags=re.DOTALL)[:60]
 
 
 def _member(hint: Any, value: object) -> Any:
-    """The member of X | None or of X | tuple[Y, ...] that a value is meant for."""
+    """The member of X | None or of X | tuple[Y, ...] that fits a value."""
     if typing.get_origin(hint) is not types.UnionType:
         return hint
     members = typing.get_args(hint)

@@ -1,7 +1,8 @@
 """Releases of the agent's package, signed by a key that its operator keeps offline.
 
-A device installs what was released for its architecture and Python, never what the orchestrator or
-the broker alone say. What is signed is the canonical JSON of `Package` (keys sorted, no spaces).
+A device installs only what was released for its architecture and Python; the word of the
+orchestrator or the broker is not enough. The signed bytes are the canonical JSON of `Package` (keys
+sorted, no spaces).
 """
 
 import json
@@ -35,7 +36,7 @@ def _check_build(version: str, architecture: str, python: str) -> None:
 
 @dataclass(frozen=True)
 class Build:
-    """What a package was built for, and its version: "0.1.0+py311", "arm64", "3.11"."""
+    """A package's version, and what it was built for: "0.1.0+py311", "arm64", "3.11"."""
 
     version: str
     architecture: str
@@ -47,7 +48,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Package:
-    """One package file: its control fields, size (bytes), SHA-256 (hex), and time of signing."""
+    """A package file: its control fields, size (bytes), SHA-256 (hex), and time of signing."""
 
     name: str
     version: str
@@ -68,22 +69,22 @@ class Package:
 
 @dataclass(frozen=True)
 class Release:
-    """A package and the signature of whoever released it."""
+    """A package, and the signature of its operator."""
 
     package: Package
     signature: str
 
 
 def sign(key: "Ed25519PrivateKey", package: Package) -> Release:
-    """Release a package."""
+    """The release of a package: signs it."""
     return Release(package, signing.sign(key, CONTEXT, _canonical(package)))
 
 
 def parse(data: bytes, where: str) -> Release:
-    """The release in a file's bytes; its signature is not looked at.
+    """The release in a file's bytes; its signature is not checked here.
 
     Raises:
-        ReleaseError: it is none; the message names `where`.
+        ReleaseError: the bytes are not a release; the message names `where`.
     """
     try:
         table = json.loads(data)
@@ -93,12 +94,12 @@ def parse(data: bytes, where: str) -> Release:
 
 
 def beside(deb: Path) -> Path:
-    """Where the release of a package file lies."""
+    """The path of a package file's release, beside it."""
     return deb.with_name(f"{deb.name}.release.json")
 
 
 def dump(release: Release) -> bytes:
-    """A release as a file."""
+    """The bytes of a release file."""
     return json.dumps(records.plain(release), indent=1).encode() + b"\n"
 
 
@@ -106,23 +107,23 @@ def verify(release: Release, key: str) -> None:
     """Return if the owner of a public key released this.
 
     Raises:
-        SignatureError: they did not.
+        SignatureError: somebody else did, or nobody.
     """
     signing.verify(key, CONTEXT, _canonical(release.package), release.signature)
 
 
-def check(release: Release, own: Build, *, key: str, refused: dict[str, str]) -> None:
-    """Return if a device may take this release.
+def check(release: Release, installed: Build, *, key: str, refused: dict[str, str]) -> None:
+    """Return if a device may install this release.
 
     Args:
-        release: from anywhere.
-        own: the package that is installed.
-        key: the release key of the device's settings, "" for none.
-        refused: versions that are not tried again, and why.
+        release: may come from anywhere.
+        installed: the package that is installed now.
+        key: the release key in the device's settings; "" for none.
+        refused: versions that must not be tried again, and why.
 
     Raises:
-        SignatureError: it is not signed by the key.
-        ReleaseError: it is for another device, no newer, or was refused before.
+        SignatureError: the release is not signed with the key.
+        ReleaseError: it is for other devices, not newer, or was refused before.
     """
     package = release.package
     if not key:
@@ -132,11 +133,11 @@ def check(release: Release, own: Build, *, key: str, refused: dict[str, str]) ->
     if package.name != NAME:
         raise ReleaseError(f"{what}: expected a package {NAME}")
     for field in ("architecture", "python"):
-        expected, got = getattr(own, field), getattr(package, field)
+        expected, got = getattr(installed, field), getattr(package, field)
         if expected != got:
             raise ReleaseError(f"{what} is for {field} {got}, this device has {expected}")
-    if not newer(package.version, own.version):
-        raise ReleaseError(f"{what} is no newer than {own.version}, which is installed")
+    if not newer(package.version, installed.version):
+        raise ReleaseError(f"{what} is no newer than {installed.version}, which is installed")
     if package.version in refused:
         raise ReleaseError(f"{what} was refused before: {refused[package.version]}")
 
@@ -158,9 +159,10 @@ _END = ([0], 0)
 
 
 def _order(version: str) -> tuple[list[tuple[list[int], int]], ...]:
-    """What versions are compared by: upstream's, then the revision; each text and number in turn.
+    """The sort key of a version: the upstream version, then the revision.
 
-    A tilde comes before the end of a text, the end before letters, letters before all else.
+    In each, texts and numbers are compared in turn. In a text, a tilde comes before the end, the
+    end before letters, and letters before all else.
     """
     upstream, dash, revision = version.rpartition("-")
     return tuple(map(_turns, (upstream, revision) if dash else (version, "")))

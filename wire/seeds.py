@@ -1,7 +1,8 @@
 """Randomness that both sides can repeat: the Philox counter generator's raw 64-bit output.
 
-numpy promises the raw stream of a bit generator across versions; it does not promise the methods
-of `Generator`. Everything random that must agree on two machines is made of these integers.
+numpy promises that the raw stream of a bit generator is the same in every version. It does not
+promise that for the methods of `Generator`. So everything random that two machines must agree on is
+made from these integers.
 """
 
 import numpy as np
@@ -11,7 +12,7 @@ MASK64 = (1 << 64) - 1
 
 
 def source(seed: int, stream: int) -> np.random.Philox:
-    """A stream from its start, to be drawn from piece by piece; (seed, stream) is the key."""
+    """A stream, to be drawn from piece by piece; (seed, stream) is its key."""
     key = np.array([seed & MASK64, stream & MASK64], dtype=np.uint64)
     return np.random.Philox(key=key)
 

@@ -1,9 +1,9 @@
-"""Ed25519 signatures (RFC 8032) of what is trusted beyond the broker: releases, measurements.
+"""Ed25519 signatures (RFC 8032), for what must not rest on the broker: releases and measurements.
 
-A private key is a PKCS #8 PEM file that its owner alone reads. A public key is written as
-`ed25519:` and the base64 of its 32 bytes, a signature as the base64 of its 64. What is signed
-begins with its context (a name and a zero byte), so that a signature of one kind of thing is never
-one of another. `cryptography` is imported at first use: an agent at rest needs none of it.
+A private key is a PKCS #8 PEM file that only its owner can read. A public key is written as
+`ed25519:` and the base64 of its 32 bytes, a signature as the base64 of its 64. The signed bytes
+begin with a context (a name and a zero byte), so that the signature of a release is never valid for
+a measurement. `cryptography` is imported at first use, because an idle agent does not need it.
 """
 
 import base64
@@ -22,17 +22,17 @@ PREFIX = "ed25519:"
 
 
 def own_key(path: Path) -> "Ed25519PrivateKey":
-    """The private key in a file; it is made there where there is none.
+    """The private key in a file; if there is no file, it is created with a new key.
 
     Raises:
-        SignatureError: the file is no such key, or cannot be read or made.
+        SignatureError: the file does not hold such a key, or cannot be read or created.
     """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
         if not path.exists():
-            made = Ed25519PrivateKey.generate().private_bytes(
+            pem = Ed25519PrivateKey.generate().private_bytes(
                 serialization.Encoding.PEM,
                 serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
@@ -40,7 +40,7 @@ def own_key(path: Path) -> "Ed25519PrivateKey":
             partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "wb") as file:
-                file.write(made)
+                file.write(pem)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -61,23 +61,23 @@ def public(key: "Ed25519PrivateKey") -> str:
 
 def sign(key: "Ed25519PrivateKey", context: str, message: bytes) -> str:
     """The signature of a message, as text."""
-    return base64.b64encode(key.sign(_signed(context, message))).decode()
+    return base64.b64encode(key.sign(_in_context(context, message))).decode()
 
 
 def verify(by: str, context: str, message: bytes, signature: str) -> None:
-    """Return if the owner of a public key signed this very message in this context.
+    """Return if the owner of a public key signed this message in this context.
 
     Raises:
-        SignatureError: the key or the signature is malformed, or it is not theirs.
+        SignatureError: the key or signature is malformed, or the owner did not sign this.
     """
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     check_public(by)
     try:
-        given = base64.b64decode(signature, validate=True)
+        signature_bytes = base64.b64decode(signature, validate=True)
         key = Ed25519PublicKey.from_public_bytes(base64.b64decode(by.removeprefix(PREFIX)))
-        key.verify(given, _signed(context, message))
+        key.verify(signature_bytes, _in_context(context, message))
     except (ValueError, InvalidSignature) as fault:
         raise SignatureError(f"{context}: this is not signed by {by}") from fault
 
@@ -86,7 +86,7 @@ def check_public(text: str) -> None:
     """Return if a text is a public key.
 
     Raises:
-        SignatureError: it is not; the message shows the form.
+        SignatureError: it is not; the message shows what one looks like.
     """
     try:
         size = len(base64.b64decode(text.removeprefix(PREFIX), validate=True))
@@ -96,5 +96,5 @@ def check_public(text: str) -> None:
         raise SignatureError(f"expected a public key, {PREFIX} and 44 characters; got {text!r:.80}")
 
 
-def _signed(context: str, message: bytes) -> bytes:
+def _in_context(context: str, message: bytes) -> bytes:
     return context.encode() + b"\0" + message

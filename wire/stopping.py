@@ -1,13 +1,13 @@
-"""Ctrl-C and SIGTERM: the first is answered at once and ends in good order; the second ends all.
+"""Ctrl-C and SIGTERM: the first ends a program in good order, the second ends it at once.
 
-A thread of its own hears signals, so that the answer comes while the main thread is in the midst of
-a computation. What the first one does:
+A separate thread hears signals, so that the program answers even while its main thread is busy
+computing. The first signal does this:
 
-    while a program is imported, or ends   it ends at once
-    as a rule                              `Interrupted` is raised in the main thread
+    while a program is imported, or ends   the program ends at once
     within `instead`                       a function is called, and the program ends when it can
+    otherwise                              `Interrupted` is raised in the main thread
 
-Nothing is installed in a process that was not started as a program of ours.
+Nothing is installed in a process that was not started as one of our programs.
 """
 
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import subprocess
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ANSWER_S = 5.0  # at most, that the end waits for the answer
+ANSWER_S = 5.0  # longest time that the program's end waits for the answer to be printed
 _SHOW_CURSOR = b"\x1b[?25h"  # a live view hides it
 
 asked = threading.Event()  # a first signal came
@@ -35,7 +35,7 @@ _listening = False
 
 
 class Interrupted(BaseException):
-    """The first signal; the exit code is 128 and its number."""
+    """The first signal came; the exit code is 128 plus its number."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__(number)
@@ -48,10 +48,12 @@ class _Instead(NamedTuple):
 
 
 def early(package: str, script: str = "") -> None:
-    """Listen from here on, if this process was started as a program of a package.
+    """Listen from here on if this process was started as a program of a package.
+
+    Call this first in the package's __init__.py.
 
     Args:
-        package: as in `python -m PACKAGE...`; to be called first in its __init__.py.
+        package: as in `python -m PACKAGE...`.
         script: the name of its command, if it has one.
     """
     command = sys.orig_argv
@@ -61,7 +63,7 @@ def early(package: str, script: str = "") -> None:
 
 
 def listen() -> None:
-    """Hear both signals from here on; each ends the process at once, until `run`."""
+    """Hear both signals from here on; until `run` is called, each ends the process at once."""
     global _listening  # noqa: PLW0603
     if _listening or threading.current_thread() is not threading.main_thread():
         return
@@ -76,9 +78,9 @@ def listen() -> None:
 
 
 def run(work: Callable[[], int | None]) -> int:
-    """Do the work of a program's `main`; its exit code, also after a signal that is heard.
+    """Do the work of a program's `main`, and return the exit code, also after a signal.
 
-    Where nobody reads what it prints any more (`| head`), it ends without a word.
+    If nobody reads what the program prints any more (`| head`), it ends silently.
     """
     global _raises  # noqa: PLW0603
     _raises = True
@@ -88,7 +90,7 @@ def run(work: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         if not _unread():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is still in the buffer
         return 128 + signal.SIGPIPE
     except Interrupted as stop:
         _answered.wait(ANSWER_S)
@@ -101,15 +103,16 @@ def run(work: Callable[[], int | None]) -> int:
 
 @contextmanager
 def instead(say: Callable[[], str], stop: Callable[[], None] | None = None) -> Iterator[None]:
-    """Within the block, what the first signal says, and does in place of raising.
+    """Within the block, change what the first signal prints and does.
 
     Args:
-        say: what is kept and how to go on; called in another thread.
-        stop: called in the main thread, in the midst of anything. None: `Interrupted` is raised.
+        say: returns the text to print: what is kept, and how to go on. Called in another thread.
+        stop: called in the main thread instead of raising `Interrupted`, in the middle of whatever
+            it does. None: `Interrupted` is raised.
 
     Raises:
-        Interrupted: a first signal came before, and the work went on: a library swallowed what was
-            raised, or another block ended as its work was done.
+        Interrupted: a first signal came earlier, but the work went on: a library swallowed the
+            exception, or another block ended because its work was done.
     """
     if asked.is_set():
         raise Interrupted
@@ -118,19 +121,19 @@ def instead(say: Callable[[], str], stop: Callable[[], None] | None = None) -> I
         yield
     finally:
         if asked.is_set():
-            _answered.wait(ANSWER_S)  # with what this block has to say
+            _answered.wait(ANSWER_S)  # the answer is still this block's
         _instead.pop()
 
 
 def at_once() -> None:
-    """From here on the first signal ends the process as well."""
+    """From here on the first signal, too, ends the process at once."""
     global _raises  # noqa: PLW0603
     _raises = False
 
 
 @contextmanager
 def ends_with_us(child: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Within the block, a child process that ends when this one ends at once."""
+    """Within the block, kill the child process if this process is ended at once."""
     _children.add(child)
     try:
         yield
@@ -139,7 +142,7 @@ def ends_with_us(child: "subprocess.Popen[bytes]") -> Iterator[None]:
 
 
 def command() -> str:
-    """The command line that this process was started by, to be typed again."""
+    """The command line that started this process, in a form that can be typed again."""
     import shlex
 
     program, command = sys.argv[0].rpartition("/")[2], sys.orig_argv
@@ -156,7 +159,7 @@ def _unread() -> bool:
 
 
 def _handle(number: int, _frame: object) -> None:
-    """In the main thread."""
+    """Handle a signal in the main thread."""
     if asked.is_set() or not _raises:
         return  # `_hear` ends the process
     asked.set()
@@ -167,7 +170,7 @@ def _handle(number: int, _frame: object) -> None:
 
 
 def _hear(signals: int) -> None:
-    """In the thread of its own: the answer to each signal."""
+    """Answer each signal; the body of the listening thread."""
     heard = 0
     while number := os.read(signals, 1)[0]:
         if number not in SIGNALS:
@@ -176,7 +179,7 @@ def _hear(signals: int) -> None:
         if heard > 1 or not _raises:
             _leave(128 + number)
         say = _instead[-1].say if _instead else lambda: "stopping"
-        with suppress(Exception):  # the answer must not keep the second signal from being heard
+        with suppress(Exception):  # a failing answer must not keep us from hearing the next signal
             print(f"{say()} (Ctrl-C again ends at once)", file=sys.stderr, flush=True)
         _answered.set()
 

@@ -1,7 +1,7 @@
-"""Faults of disks, told apart: full, held by another program, damaged, not to be written.
+"""Writing to a disk, and its faults told apart: full, in use, damaged, not writable.
 
-`sqlite3.Error` is no OSError, and an OSError of `write` names no file: `at` makes one kind of
-error of both, which names the place and the remedy. A full disk is waited for (`Patience`).
+`sqlite3.Error` is not an OSError, and an OSError from `write` names no file. `at` turns both into
+one kind of error that names the place and the remedy. `Patience` waits for a full disk.
 """
 
 import errno
@@ -21,8 +21,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
-LITTLE = 64 * 1024  # bytes; SQLite tells some full disks as an I/O error
-SET_ASIDE = 3  # damaged journals that are kept; a card that fails again and again fills no disk
+LITTLE = 64 * 1024  # bytes: less than this is a full disk; SQLite may report it as an I/O error
+SET_ASIDE = 3  # damaged journals to keep, so that a card that fails again and again fills no disk
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DISK = {*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENXIO, errno.ENODEV,
          errno.ESTALE}  # fmt: skip
@@ -31,27 +31,27 @@ _CODES = 0xFF  # SQLite's extended codes keep the kind in their lowest byte
 
 @contextmanager
 def at(path: Path) -> Iterator[None]:
-    """Turn faults of the disk that `path` lies on into errors of ours.
+    """Turn faults of the disk that `path` lies on into our errors.
 
-    An OSError that is none of a disk's (no such file, say) passes unchanged.
+    An OSError that is not a fault of the disk (no such file, say) passes unchanged.
 
     Raises:
-        StalledError: no room, or another program holds the file.
+        StalledError: the disk is full, or another program holds the file.
         DamagedError: SQLite finds the file damaged.
-        StorageError: it cannot be written, or the disk fails.
+        StorageError: the file cannot be written, or the disk fails.
     """
     try:
         yield
     except sqlite3.Error as fault:
-        raise told(fault, path) from fault
+        raise as_error(fault, path) from fault
     except OSError as fault:
         if fault.errno not in _DISK:
             raise
-        raise told(fault, path) from fault
+        raise as_error(fault, path) from fault
 
 
-def told(fault: OSError | sqlite3.Error, path: Path) -> StorageError:
-    """The error to raise in place of a fault that was met at `path`."""
+def as_error(fault: OSError | sqlite3.Error, path: Path) -> StorageError:
+    """The error to raise instead of a fault at `path`."""
     if isinstance(fault, OSError):
         place = Path(os.fsdecode(fault.filename)) if fault.filename else path
         if fault.errno in _FULL:
@@ -77,7 +77,7 @@ def create(path: Path, text: str, mode: int = 0o666) -> None:
     Raises:
         FileExistsError: it is there already.
         StalledError: the disk is full.
-        StorageError: it cannot be written there.
+        StorageError: the file cannot be written there.
     """
     with at(path):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -90,7 +90,7 @@ def create(path: Path, text: str, mode: int = 0o666) -> None:
 
 
 def write(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Write a file so that it is whole or as it was before, after a power cut too."""
+    """Write a file so that even a power cut leaves either the new content or the old."""
     partial = path.with_name(f"{path.name}.new")
     try:
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -116,10 +116,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def claim(path: Path, who: str) -> IO[str]:
-    """Lock a file, and with it the folder that it lies in, until it is closed.
+    """Lock a file, and with it the folder that it lies in, until the returned file is closed.
+
+    Args:
+        path: the lock file.
+        who: what has such a folder, for the message: "run", say.
 
     Raises:
-        StorageError: another process has; or the file cannot be made (StalledError: no room).
+        StorageError: another process has the lock, or the file cannot be created (StalledError:
+            the disk is full).
     """
     with at(path):
         file = locks.hold(path, f"process {os.getpid()}")
@@ -132,24 +137,24 @@ def claim(path: Path, who: str) -> IO[str]:
 
 
 def prepare(db: sqlite3.Connection) -> None:
-    """Make a journal of a database: what is committed survives a power cut. To be called in `at`.
+    """Make a database a journal: what is committed survives a power cut. Call it within `at`.
 
     Raises:
-        DamagedError: it is not whole.
+        DamagedError: the database is damaged.
     """
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
-    ((found, *_),) = db.execute("PRAGMA quick_check(1)").fetchmany(1)
-    if found != "ok":
+    ((report, *_),) = db.execute("PRAGMA quick_check(1)").fetchmany(1)
+    if report != "ok":
         (_, _, path), *_ = db.execute("PRAGMA database_list").fetchall()
-        raise DamagedError(f"{path} is damaged ({' '.join(found.split())})")
-    # On a read-only file system a journal opens, and is refused at its first write.
+        raise DamagedError(f"{path} is damaged ({' '.join(report.split())})")
+    # On a read-only file system a journal opens, but its first write fails.
     db.execute("BEGIN IMMEDIATE")
     db.rollback()
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged journal and what SQLite keeps beside it; the new name of the first."""
+    """Rename a damaged journal and SQLite's files beside it; return the journal's new path."""
     names = [path.with_name(f"{path.name}.damaged-{n}") for n in range(1, SET_ASIDE + 1)]
     aside = next((name for name in names if not name.exists()), names[-1])
     for end in ("-wal", "-shm", ""):
@@ -159,11 +164,11 @@ def set_aside(path: Path) -> Path:
 
 
 class Patience:
-    """Waits where a disk has no room; says so once, and again when there is. For any thread.
+    """Repeats work until the disk has room; logs when the waiting begins and ends. Thread-safe.
 
     Args:
-        say: is told what is waited for, and "" when that is over.
-        stopped: waits for so many seconds; true when we are to stop.
+        say: called with what is waited for, and with "" when the waiting is over.
+        stopped: waits for so many seconds, and returns whether to stop.
     """
 
     def __init__(
@@ -177,19 +182,19 @@ class Patience:
 
     @property
     def waiting(self) -> bool:
-        """Whether something is waited for now."""
+        """Whether any work is waiting for the disk now."""
         return bool(self._stalled)
 
     def attempt(self, work: Callable[[], T]) -> T:
-        """Do `work`, as often as it takes.
+        """What `work` returns; it is repeated until the disk has room.
 
         Raises:
-            StalledError: we are to stop.
+            StalledError: the disk is full, and we were told to stop.
         """
         key = object()
         while True:
             try:
-                done = work()
+                result = work()
             except StalledError as fault:
                 self.met(fault, key)
                 if self._stopped(RETRY_S):
@@ -199,10 +204,10 @@ class Patience:
                 raise
             else:
                 self.over(key)
-                return done
+                return result
 
     def met(self, fault: StalledError, key: object) -> None:
-        """What `key` stands for cannot be done now; said for the first of them."""
+        """The work that `key` stands for must wait; logs it unless other work waits already."""
         with self._lock:
             first = not self._stalled
             self._stalled.add(key)
@@ -211,7 +216,7 @@ class Patience:
             self._say(str(fault))
 
     def over(self, key: object) -> None:
-        """What `key` stands for is done, or given up; said when that was the last."""
+        """The work that `key` stands for is done or given up; logs it if no other work waits."""
         with self._lock:
             last = self._stalled == {key}
             self._stalled.discard(key)
@@ -221,23 +226,23 @@ class Patience:
 
 
 def full(path: Path) -> StalledError | None:
-    """The error to raise if the disk that a path lies on has next to no room."""
+    """The error to raise if the disk that a path lies on is full or nearly full; else None."""
     return _full(path) if _free(path) < LITTLE else None
 
 
 def _full(path: Path, *, quota: bool = False) -> StalledError:
-    found = _stat(path)
+    disk = _stat(path)
     what = f"{_free(path):,} bytes are free"
     if quota:
         what = "this user's quota is used up"
-    elif found is not None and found.f_files and not found.f_favail:
+    elif disk is not None and disk.f_files and not disk.f_favail:
         what = "it takes no more files: all inodes are in use"
     return StalledError(f"the disk is full at {path.absolute()} ({what}); make room")
 
 
 def _unwritable(path: Path, why: str) -> StorageError:
-    found = _stat(path)
-    if found is not None and found.f_flag & os.ST_RDONLY:
+    disk = _stat(path)
+    if disk is not None and disk.f_flag & os.ST_RDONLY:
         return StorageError(
             f"{path}: the file system is read-only; mount it for writing, or name another folder. "
             "A card that became so by itself is failing: look at dmesg"
@@ -253,7 +258,7 @@ def _unwritable(path: Path, why: str) -> StorageError:
 
 
 def gone(folder: Path) -> StorageError:
-    """The error to raise where a folder is not there any more."""
+    """The error to raise if a folder no longer exists."""
     return StorageError(
         f"{folder} is gone: it was removed while it was in use, or its disk was taken out; start "
         "again when that is mended"
@@ -268,18 +273,18 @@ def _stat(path: Path) -> os.statvfs_result | None:
 
 
 def _free(path: Path) -> int:
-    """Bytes that this user may still write on the disk of a path."""
-    found = _stat(path)
-    return LITTLE if found is None else found.f_bavail * found.f_frsize
+    """Bytes that this user may still write on the disk that a path lies on."""
+    disk = _stat(path)
+    return LITTLE if disk is None else disk.f_bavail * disk.f_frsize
 
 
 def holders(path: Path) -> str:
-    """Which other processes have a file open, as far as this user may see, for a message."""
-    found = []
+    """The other processes that have a file open, as far as this user may see; for messages."""
+    names = []
     for process in Path("/proc").glob("[0-9]*"):
         if process.name == str(os.getpid()):
             continue
         with suppress(OSError):
             if any(os.path.realpath(fd) == str(path.resolve()) for fd in process.glob("fd/*")):
-                found.append(f"process {process.name} ({(process / 'comm').read_text().strip()})")
-    return ", ".join(found) or "another process"
+                names.append(f"process {process.name} ({(process / 'comm').read_text().strip()})")
+    return ", ".join(names) or "another process"

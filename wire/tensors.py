@@ -1,13 +1,14 @@
-"""Named tensors in a frame: how weights, updates, features and logits travel and rest.
+"""Named tensors in a frame: the form in which weights, updates, features and logits are sent.
 
-Header: `seed`, and for each tensor its name, dtype, shape and codec spec, in body order; and its
-`size`, the bytes it takes, where its codec has no fixed size (`zstd`). The body is the encoded
-tensors one after another, without gaps. Integers travel raw (spec "raw").
+The header holds `seed` and a list of the tensors in the order of the body. Each entry has name,
+dtype, shape and codec spec; if its codec has no fixed size (`zstd`), also `size`, the bytes that it
+takes. The body holds the encoded tensors one after another, without gaps. Integers are sent as they
+are (spec "raw").
 
-**Policy** MATRICES[/VECTORS], such as `hadamard|q=4` or `eden|b=2/float16`: weight matrices and
-filters, with two dimensions or more, go by the first codec, biases and norm parameters by the
-second, `float32` unless said. Caldas et al. 2018, section 3: the small vectors are sensitive and
-cost next to nothing.
+A **policy**, MATRICES[/VECTORS], names the codecs of a model's tensors: `hadamard|q=4`, or
+`eden|b=2/float16`. The first codec is for weight matrices and filters, which have two dimensions or
+more; the second is for biases and norm parameters, and is `float32` by default. Caldas et al. 2018,
+section 3: the small vectors are sensitive and cost next to nothing.
 """
 
 import hashlib
@@ -33,31 +34,31 @@ RAW_DTYPES = ("int64", "int32", "uint16", "uint8")
 KNOWN_DTYPES = ("float32", *RAW_DTYPES)
 MAX_TENSORS = 4096
 MAX_NAME = 256
-MAX_VALUES = 1 << 26  # of all tensors of a frame together: 256 MiB as float32
+MAX_VALUES = 1 << 26  # for all tensors of a frame together: 256 MiB as float32
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which codec a float tensor of a model goes by."""
+    """The codecs for a model's float tensors."""
 
     matrices: Codec
     vectors: Codec
 
     @property
     def spec(self) -> str:
-        """The text that `policy` makes this of."""
+        """The text from which `policy` makes this."""
         return f"{self.matrices.spec}/{self.vectors.spec}"
 
     def codec(self, axes: int) -> Codec:
-        """The codec of a tensor with so many axes."""
+        """The codec for a tensor with so many axes."""
         return self.matrices if axes >= 2 else self.vectors
 
 
 def policy(spec: str) -> Policy:
-    """Read MATRICES[/VECTORS].
+    """The policy that MATRICES[/VECTORS] names.
 
     Raises:
-        CodecError: a codec that does not exist, or more than two.
+        CodecError: a codec does not exist, or there are more than two.
     """
     matrices, *others = spec.split("/")
     if len(others) > 1:
@@ -70,7 +71,7 @@ def policy(spec: str) -> Policy:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor's place in the header."""
+    """One tensor's entry in the header."""
 
     name: str
     dtype: str
@@ -111,12 +112,12 @@ class Entry:
 
     @property
     def fixed_size(self) -> bool:
-        """Whether shape and spec say how long the encoded tensor is."""
+        """Whether shape and spec determine the length of the encoded tensor."""
         return self.spec == "raw" or codecs.parse(self.spec).fixed_size
 
     @property
     def bytes(self) -> int:
-        """Length of the encoded tensor."""
+        """Length of the encoded tensor in bytes."""
         return self._largest if self.size is None else self.size
 
     @property
@@ -138,7 +139,7 @@ class Part:
         """The tensor.
 
         Raises:
-            CodecError: the body is not what its entry says.
+            CodecError: the body does not fit its entry.
         """
         entry = self.entry
         if entry.spec == "raw":
@@ -151,10 +152,10 @@ class Part:
         return flat.reshape(entry.shape)
 
     def lattice(self) -> Lattice | None:
-        """The tensor as it was quantized, where its codec has levels; see `Codec.lattice`.
+        """The tensor as it was quantized, if its codec has levels; see `Codec.lattice`.
 
         Raises:
-            CodecError: the body is not what its entry says.
+            CodecError: the body does not fit its entry.
         """
         entry = self.entry
         if entry.spec == "raw":
@@ -178,21 +179,21 @@ def weights(state: Mapping[str, Array], spec: str) -> list[Named]:
     """The tensors of a model, each with its codec by the policy `spec`.
 
     Raises:
-        CodecError: `spec` is no policy.
+        CodecError: `spec` is not a policy.
     """
-    by = policy(spec)
-    return [(name, array, by.codec(array.ndim).spec) for name, array in state.items()]
+    rule = policy(spec)
+    return [(name, array, rule.codec(array.ndim).spec) for name, array in state.items()]
 
 
 def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
-    """One TENSORS frame.
+    """The bytes of one TENSORS frame.
 
     Args:
         tensors: name, array (float32 or an integer dtype), codec spec ("raw" for integers).
-        seed: of the codecs' random signs and roundings.
+        seed: seeds the codecs' random signs and roundings.
 
     Raises:
-        CodecError: NaN or infinity, an unknown spec, or a dtype that does not travel.
+        CodecError: a value is NaN or infinite, a spec is unknown, or a dtype cannot be sent.
     """
     entries, bodies = [], []
     for name, array, spec in tensors:
@@ -201,9 +202,9 @@ def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
             codec = codecs.parse(spec)
             body = codec.encode(array.reshape(-1), seed=_seed(seed, name), name=name)
             size = None if codec.fixed_size else len(body)
-            spec = codec.spec  # noqa: PLW2901 - one spelling of each
+            spec = codec.spec  # noqa: PLW2901 - its canonical spelling
         else:
-            spec = "raw"  # noqa: PLW2901 - whatever was asked for: integers have no other
+            spec = "raw"  # noqa: PLW2901 - integers have no other codec
             body = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
         try:
             entries.append(Entry(name, dtype, array.shape, spec, size))
@@ -220,10 +221,10 @@ def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
 def load(
     path: Path, *, where: str, most: int = MAX_VALUES, spec: Agreed = None
 ) -> dict[str, Array]:
-    """The tensors of a file that is one frame; arguments as `unpack` has them.
+    """The tensors of a file that holds one frame; for the arguments see `unpack`.
 
     Raises:
-        WireError: the file is not one intact frame, or as `unpack`.
+        WireError: the file is not one intact frame, or `unpack` refuses it.
     """
     with path.open("rb") as file:
         try:
@@ -243,23 +244,24 @@ def unpack(
     Args:
         frame: of kind TENSORS.
         where: how to name it in messages.
-        most: values that all tensors may have together. It is checked before anything is decoded:
-            a subsampled or compressed body may be thousands of times smaller than its values.
-        spec: the policy by which float tensors must have come, or the codec of each by its name,
-            float32 unless said; None takes any.
+        most: how many values all tensors together may have. This is checked before anything is
+            decoded: a subsampled or compressed body may be thousands of times smaller than its
+            values.
+        spec: the policy that the float tensors must follow, or the codec of each by its name
+            (float32 for a name that is missing). None accepts any codec.
 
     Raises:
-        CodecError: the header is not one, the values are too many, a codec is not the one agreed
-            on, or a body is not what it says.
+        CodecError: the header is malformed, there are too many values, a codec is not the agreed
+            one, or a body does not fit its entry.
     """
-    found = parts(frame, where=where, most=most, spec=spec)
-    return {name: part.array() for name, part in found.items()}
+    encoded = parts(frame, where=where, most=most, spec=spec)
+    return {name: part.array() for name, part in encoded.items()}
 
 
 def parts(
     frame: Frame, *, where: str, most: int = MAX_VALUES, spec: Agreed = None
 ) -> dict[str, Part]:
-    """The tensors of a frame, not decoded yet; arguments and errors as `unpack` has them."""
+    """The tensors of a frame, not decoded yet; for arguments and errors see `unpack`."""
     if frame.kind is not Kind.TENSORS:
         raise CodecError(f"{where}: expected a TENSORS frame, got {frame.kind.name}")
     header = records.build(_Header, frame.header, where=where, error=CodecError)
@@ -271,11 +273,11 @@ def parts(
         raise CodecError(f"{where}: the tensors take {declared} bytes, got {len(frame.body)}")
     if spec is not None:
         _agree(header.tensors, spec, where)
-    found, at = {}, 0
+    encoded, at = {}, 0
     for entry in header.tensors:
-        found[entry.name] = Part(entry, frame.body[at : at + entry.bytes], header.seed)
+        encoded[entry.name] = Part(entry, frame.body[at : at + entry.bytes], header.seed)
         at += entry.bytes
-    return found
+    return encoded
 
 
 def _agree(entries: tuple[Entry, ...], agreed: str | Mapping[str, str], where: str) -> None:
@@ -289,5 +291,5 @@ def _agree(entries: tuple[Entry, ...], agreed: str | Mapping[str, str], where: s
 
 
 def _seed(seed: int, name: str) -> int:
-    """Another stream for each tensor of a frame."""
+    """The seed of one tensor: each tensor of a frame draws from a different stream."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")

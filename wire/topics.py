@@ -1,10 +1,10 @@
 """MQTT topics: `stillhouse/1/<fleet>/<device>/<channel>`.
 
-The device stands at a fixed level, so that a broker's access list can be one pattern. A device
-writes `birth`, `death` (both retained), `result`, `telemetry` (where a measurement is retained
-until the orchestrator has it) and `up`; it reads `order` and `down`. What all devices read is under
-the reserved name `all`, and what orchestrators say to each other under `all/run`. `up` and `down`
-carry blob traffic.
+The device's name is always at the same level, so that a broker's access list can be one pattern. A
+device writes `birth`, `death` (both retained), `result`, `telemetry` (where a measurement is
+retained until the orchestrator has it) and `up`. It reads `order` and `down`. `up` and `down` carry
+blobs. The reserved name `all` stands for all devices; under `all/run` orchestrators talk to each
+other.
 """
 
 import re
@@ -29,10 +29,10 @@ class Address(NamedTuple):
 
 
 def check_name(name: str, what: str) -> str:
-    """`name`, if it may stand in a topic, a file name and a certificate.
+    """Return `name` if a topic, a file name and a certificate may hold it.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: they may not.
     """
     if not _NAME.fullmatch(name) or name in _RESERVED:
         raise ValueError(
@@ -51,7 +51,7 @@ def parse(text: str) -> Address:
     """The parts of a topic.
 
     Raises:
-        WireError: not one of ours.
+        WireError: it is not one of our topics.
     """
     parts = text.split("/")
     if len(parts) != 5 or "/".join(parts[:2]) != ROOT:

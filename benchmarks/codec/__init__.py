@@ -1,1 +1,1 @@
-"""Codecs of payloads: their bits, errors and speed; the command is in `__main__`."""
+"""Benchmark of the payload codecs: their bits, errors and speed; see `__main__`."""

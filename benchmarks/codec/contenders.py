@@ -1,9 +1,9 @@
-"""Who encodes: Stillhouse's codecs, and peers that do a part of the same work.
+"""The contenders: Stillhouse's codecs, and peers that do a part of the same work.
 
 PyTorch's Hadamard transform is the in-place butterfly of log2(n) passes that the published code of
-DRIVE and EDEN uses, here with our blocks of 4,096, as many of them at a time, and our quantizer,
-minimum to maximum with stochastic rounding, two levels a byte. Like ours it draws signs and
-roundings from a seed, by PyTorch's own generator. It leaves out a last block that is not whole.
+DRIVE and EDEN uses. Here it has our blocks of 4,096, as many at a time as ours, and our quantizer:
+from minimum to maximum with stochastic rounding, two levels a byte. Like ours it draws signs and
+roundings from a seed, but by PyTorch's generator. It leaves out an incomplete last block.
 """
 
 import math
@@ -45,13 +45,13 @@ FEATURES = (
 
 @dataclass(frozen=True)
 class Contender:
-    """One of those who take turns.
+    """A contender.
 
     Attributes:
         name: a codec's spec, or a peer's name.
-        encode: the work on the way out; what it returns is sent.
-        decode: the way back, to float32 values.
-        values: in one piece of work.
+        encode: returns what would be sent.
+        decode: turns that back into float32 values.
+        values: how many values one call handles.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Contender:
 
 
 def ours(spec: str, values: Floats) -> Contender:
-    """A codec on a vector."""
+    """Our codec on a vector."""
     codec = codecs.parse(spec)
 
     def encode() -> bytes:
@@ -74,7 +74,7 @@ def ours(spec: str, values: Floats) -> Contender:
 
 
 def peers(values: Floats) -> list[Contender]:
-    """The others, on the same vector: the transform, and the bytes themselves."""
+    """The peers on the same vector: PyTorch's transform, a copy, and general compression."""
     return [
         pytorch(values),
         Contender(COPY, values.copy, np.copy, len(values)),
@@ -136,13 +136,13 @@ def pytorch(values: Floats) -> Contender:
         return sent
 
     def decode(sent: list[tuple[Tensor, Tensor, Tensor]]) -> Floats:
-        random, found = torch.Generator().manual_seed(1), []
+        random, decoded_groups = torch.Generator().manual_seed(1), []
         for low, step, packed in sent:
             rows = torch.stack((packed & 15, packed >> 4), dim=2).view(len(packed), BLOCK).float()
             turned = signs(len(rows), random)
-            torch.rand(rows.shape, generator=random)  # what the roundings drew in between
-            found.append(butterfly(rows.mul_(step).add_(low)).mul_(turned))
-        decoded: Floats = torch.cat(found).view(-1).numpy()
+            torch.rand(rows.shape, generator=random)  # skip what the roundings drew
+            decoded_groups.append(butterfly(rows.mul_(step).add_(low)).mul_(turned))
+        decoded: Floats = torch.cat(decoded_groups).view(-1).numpy()
         return decoded
 
     return Contender(TORCH, encode, decode, len(whole))

@@ -1,4 +1,4 @@
-"""Figures of codecs, for people and for programs."""
+"""Figures of the codecs, for people and for programs."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Size:
-    """What one codec makes of one kind of values: real bytes, real errors.
+    """Size and error of one codec on one kind of values, both measured.
 
     Attributes:
-        bits: of the encoded bytes, a value.
-        error: squared error over squared norm (vNMSE).
+        bits: bits a value of the encoded bytes.
+        error: squared error divided by squared norm (vNMSE).
     """
 
     bits: float
@@ -35,8 +35,8 @@ class Rate:
     """Values a second in one direction: median, lowest, highest of the rounds.
 
     Attributes:
-        to_pytorch, to_copy: median over the rounds of the ratio to PyTorch's Hadamard transform
-            with 4 bits, and to a copy of the values in memory, in the same direction.
+        to_pytorch, to_copy: the ratio to PyTorch's Hadamard transform with 4 bits, and to a copy
+            of the values in memory, in the same direction; medians over the rounds.
     """
 
     median: float
@@ -47,7 +47,7 @@ class Rate:
 
 
 def vector(spec: str, values: Floats) -> Size:
-    """A codec on a vector."""
+    """The size and error of a codec on a vector."""
     codec = codecs.parse(spec)
     body = codec.encode(values, seed=2, name=spec)
     decoded = codec.decode(body, len(values), seed=2, name=spec)
@@ -55,24 +55,24 @@ def vector(spec: str, values: Floats) -> Size:
 
 
 def update(spec: str, state: Mapping[str, Floats]) -> Size:
-    """A codec on a model's tensors by the policy: matrices by `spec`, vectors as they are.
+    """The size and error of a codec on a model's tensors: matrices by `spec`, vectors as they are.
 
-    The whole frame counts.
+    The size is that of the whole frame.
     """
     data = tensors.pack(tensors.weights(state, spec), seed=2)
     back = tensors.unpack(frames.decode(data, max_bytes=len(data)), where=spec)
-    given = np.concatenate([array.reshape(-1) for array in state.values()])
+    original = np.concatenate([array.reshape(-1) for array in state.values()])
     decoded = np.concatenate([back[name].reshape(-1) for name in state])
-    return Size(8 * len(data) / len(given), _vnmse(given, decoded))
+    return Size(8 * len(data) / len(original), _vnmse(original, decoded))
 
 
-def _vnmse(given: Floats, decoded: Floats) -> float:
-    exact = given.astype(np.float64)
+def _vnmse(original: Floats, decoded: Floats) -> float:
+    exact = original.astype(np.float64)
     return float(np.square(decoded - exact).sum() / np.square(exact).sum())
 
 
 def sizes(samples: Samples) -> dict[str, dict[str, Size]]:
-    """By kind of values and codec."""
+    """The sizes by kind of values and codec."""
     return {
         "normal": {spec: vector(spec, samples.normal) for spec in contenders.UPDATES},
         "lognormal": {spec: vector(spec, samples.lognormal) for spec in contenders.UPDATES},
@@ -82,7 +82,7 @@ def sizes(samples: Samples) -> dict[str, dict[str, Size]]:
 
 
 def rates(courses: Sequence[Course]) -> dict[str, dict[str, Rate]]:
-    """By contender and direction."""
+    """The rates by contender and direction."""
     by_name = {course.name: course for course in courses}
     torch, copy = by_name[contenders.TORCH], by_name[contenders.COPY]
     return {
@@ -94,30 +94,30 @@ def rates(courses: Sequence[Course]) -> dict[str, dict[str, Rate]]:
     }
 
 
-def _rate(own: Sequence[float], torch: Sequence[float], copy: Sequence[float]) -> Rate:
+def _rate(turns: Sequence[float], torch: Sequence[float], copy: Sequence[float]) -> Rate:
     return Rate(
-        statistics.median(own),
-        min(own),
-        max(own),
-        statistics.median(a / b for a, b in zip(own, torch, strict=True)),
-        statistics.median(a / b for a, b in zip(own, copy, strict=True)),
+        statistics.median(turns),
+        min(turns),
+        max(turns),
+        statistics.median(a / b for a, b in zip(turns, torch, strict=True)),
+        statistics.median(a / b for a, b in zip(turns, copy, strict=True)),
     )
 
 
 def kashin(of: Mapping[str, Size]) -> dict[int, float]:
-    """Kashin's error over Hadamard's at the same bytes, for q = 1 to 4: below 1, Kashin is better.
+    """Kashin's error over Hadamard's at equal bytes, for q = 1 to 4; below 1 Kashin is better.
 
-    Kashin's bits a value lie between those of Hadamard at q and at q + 1 bits. As many bytes are
-    spent where some blocks have q bits and the others q + 1, and their mean is Hadamard's error.
+    Kashin's bits a value lie between those of Hadamard at q and at q + 1 bits. Hadamard would take
+    as many bytes with some blocks at q bits and the others at q + 1; its error is their mean.
     """
-    found = {}
+    ratios = {}
     for q in range(1, 5):
         ours, coarse, fine = (
             of[spec] for spec in (f"kashin|q={q}", f"hadamard|q={q}", f"hadamard|q={q + 1}")
         )
         share = (ours.bits - coarse.bits) / (fine.bits - coarse.bits)
-        found[q] = ours.error / (share * fine.error + (1 - share) * coarse.error)
-    return found
+        ratios[q] = ours.error / (share * fine.error + (1 - share) * coarse.error)
+    return ratios
 
 
 def head(machine: Mapping[str, object], options: Mapping[str, Any], samples: Samples) -> str:
@@ -133,7 +133,7 @@ def head(machine: Mapping[str, object], options: Mapping[str, Any], samples: Sam
 
 
 def updates_table(size: Mapping[str, Mapping[str, Size]], rate: Mapping[str, Any]) -> Table:
-    """Codecs of weights and updates."""
+    """The table of the codecs for weights and updates."""
     table = _table("Weights and updates", "error: normal", "log-normal", "update", "bits, update")
     for spec in contenders.UPDATES:
         errors = [f"{size[kind][spec].error:.3g}" for kind in ("normal", "lognormal", "update")]
@@ -154,10 +154,10 @@ def features_table(size: Mapping[str, Size], rate: Mapping[str, Any]) -> Table:
 
 
 def peers_table(rate: Mapping[str, Any], bits: Mapping[str, float]) -> Table:
-    """The others."""
+    """The table of the peers."""
     table = _table("Peers")
-    for name, own in bits.items():
-        table.add_row(name, f"{own:.3f}", *_speed(rate[name]))
+    for name, peer_bits in bits.items():
+        table.add_row(name, f"{peer_bits:.3f}", *_speed(rate[name]))
     return table
 
 

@@ -1,4 +1,4 @@
-"""What is encoded: random values, a network's real update, a network's real feature maps."""
+"""The values to encode: random ones, a network's real update, a network's real feature maps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ MAPS = 64  # samples of feature maps, 16 x 32 x 32 values each
 
 @dataclass(frozen=True)
 class Samples:
-    """Everything that is encoded.
+    """All values to encode.
 
     Attributes:
-        normal, lognormal: vectors of one length; the second exp(z) with random signs.
-        update: by tensor, what `caldas_cnn` changed by in its last steps.
+        normal, lognormal: vectors of the same length; the second is exp(z) with random signs.
+        update: by tensor, the change of `caldas_cnn` in its last steps.
         maps: (N, 16, 32, 32), behind the ReLU of `resnet8`'s extractor.
     """
 
@@ -34,12 +34,12 @@ class Samples:
 
 
 def make(data: str, *, values: int, steps: int) -> Samples:
-    """Draw and train.
+    """Draw random values, and train networks for the others.
 
     Args:
         data: what `orchestrator.datasets.read` takes: a name, or the path of an `.npz`.
         values: length of the vectors.
-        steps: of training, each network; the update is what the last half of them changes.
+        steps: training steps of each network; the update is the change in the last half of them.
 
     Raises:
         DataError: the data cannot be read.
@@ -85,7 +85,7 @@ def _train(net: object, images: Images, steps: int) -> None:
     import torch
     from torch.nn import functional as F
 
-    assert isinstance(net, torch.nn.Module)  # noqa: S101 - so that torch is imported here alone
+    assert isinstance(net, torch.nn.Module)  # noqa: S101 - torch is not imported above
     sgd = torch.optim.SGD(net.parameters(), LR, momentum=0.9)
     random = np.random.default_rng(SEED)
     net.train()

@@ -1,9 +1,8 @@
-"""Contenders in turns, each for a moment in every round, on one thread.
+"""Lets contenders take turns, each for a moment in every round, on one thread.
 
-`benchmarks.race` gives every contender a process of its own, for a second and its memory. Here
-there are some forty functions of a few milliseconds, which share one process, and a round is in an
-order of its own likewise: what the machine does to one it does to all, and ratios are taken within
-a round.
+`benchmarks.race` gives every contender a process, for turns of a second and to measure its memory.
+Here about forty functions of a few milliseconds share one process. As there, the order changes from
+round to round, and ratios are taken within a round, so that a slow moment hits all alike.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ def run(contenders: Sequence[Contender], *, rounds: int, seconds: float) -> list
     courses = [Course(contender.name) for contender in contenders]
     sent = [contender.encode() for contender in contenders]
     for contender, body in zip(contenders, sent, strict=True):
-        contender.decode(body)  # tables are made at the first call
+        contender.decode(body)  # the first call makes tables
     with one_thread():
         for number in range(rounds):
             for i in random.Random(number).sample(range(len(contenders)), len(contenders)):
@@ -42,7 +41,7 @@ def run(contenders: Sequence[Contender], *, rounds: int, seconds: float) -> list
 
 
 def _rate(work: Callable[[], object], values: int, seconds: float) -> float:
-    """Values a second, of at least one piece of work."""
+    """Values a second, from at least one call."""
     done, elapsed, began = 0, 0.0, time.perf_counter()
     while not done or elapsed < seconds:
         work()
@@ -53,7 +52,7 @@ def _rate(work: Callable[[], object], values: int, seconds: float) -> float:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Hold numpy's and PyTorch's thread pools to one thread."""
+    """Within the block, limit numpy's and PyTorch's thread pools to one thread."""
     import torch
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 

@@ -1,37 +1,39 @@
-"""How near to the image is what a FedGKT device sends, and what does hiding it cost?
+"""How much of an image shows in what a FedGKT device sends, and what does hiding it cost?
 
     python -m benchmarks.leak --data cifar10 --public cifar100 --out leak --json leak.json
 
-A device sends a feature map H of each image. H lies one 3x3 convolution, batch norm and ReLU behind
-the image: 16 values a pixel where the image has 3, every edge in its place. H after one convolution
-is close to the image, and no codec here makes it anything else.
+A device sends a feature map H of each image. Only a 3x3 convolution, batch norm and ReLU lie
+between the image and H. H has 16 values a pixel, where the image has 3, and every edge is in its
+place. So H is close to the image, and no codec here changes that.
 
-The attacker is the server, or who reads its disk. He knows the extractor, whose weights travel, and
-has images of his own (--public). On these he trains a decoder from H, as it comes out of the codec,
-to images, and applies it to the H of the victims: held-out images of --data, which neither he nor
-the extractor has seen. The extractor is that of a `resnet8` trained on --images of --data.
+The attacker is the server, or whoever reads its disk. They know the extractor, whose weights are
+sent, and have their own images (--public). On these they train a decoder that turns H, as the codec
+returns it, into images. Then they apply it to the H of the victims: held-out images of --data,
+which neither they nor the extractor have seen. The extractor is that of a `resnet8` trained on
+--images of --data.
 
-    bytes       of H on its way, a sample
-    PSNR        dB, mean over the victims; pixels from 0 to 1. Higher is nearer to the image
-    SSIM        likewise, structural similarity; 1 is the image
-    accuracy    the cost: of a `resnet10` trained on H and labels of the same --images of --data, on
-                H of held-out images, which came the same way
-    epsilon     of (epsilon, 1e-5)-differential privacy of one H; and of 20 H of one image
+    bytes       bytes of H as it is sent, for each sample
+    PSNR        dB, mean over the victims; pixels from 0 to 1. Higher is closer to the image
+    SSIM        structural similarity, mean over the victims; 1 is the image itself
+    accuracy    what hiding costs: accuracy of a `resnet10` on H of held-out images; it is trained
+                on H and labels of the same --images of --data, sent in the same way
+    epsilon     for (epsilon, 1e-5)-differential privacy of one H, and of 20 H of one image
 
-    q=4 ...     the codec `relu|q=4|zstd`; otherwise float32
-    noise S     H is scaled down to an L2 norm of C where it is above, N(0, (S C)^2) is added to
-                each value, then ReLU, which is post-processing; C is the median norm of public H.
-                Neighbours differ in one sample replaced by another: sensitivity 2 C. Accounted by
-                dp-accounting's Renyi accountant. It covers H alone: not the label, logits and
-                weights that the device sends as well, and not the extractor's training
-    block1 ...  the extractor goes on to the first (second) block of `resnet8`: H has 64 channels
+    q=4 ...     the codec `relu|q=4|zstd`; all others send float32
+    noise S     H is scaled down to an L2 norm of C if it is longer, N(0, (S C)^2) is added to each
+                value, then comes ReLU, which is post-processing. C is the median norm of public H.
+                Neighbouring data sets differ in one replaced sample, so the sensitivity is 2 C.
+                Epsilon comes from dp-accounting's Renyi accountant. It covers only H: not the
+                label, logits and weights that the device also sends, nor the extractor's training
+    block1 ...  the extractor reaches to the first (second) block of `resnet8`; H has 64 channels
 
 A decoder of three layers, trained for a minute and shown one H of each image, is a weak attacker:
-PSNR and SSIM are lower bounds of what leaks. A weak score is no protection; only epsilon bounds
-every attacker. The noise is torch's seeded one, so that a run can be repeated; a device must draw
-it from the operating system's generator, since noise that can be guessed can be subtracted.
+PSNR and SSIM are lower bounds of what leaks. A low score is no protection; only epsilon bounds
+every attacker. Here the noise comes from torch's seeded generator, so that a run can be repeated. A
+device must draw it from the operating system's generator, since noise that can be guessed can be
+subtracted.
 
-Measured: see docs/fedgkt.md. The whole takes 14 minutes of processor time.
+Measured: see docs/fedgkt.md. All settings together take 14 minutes of processor time.
 """
 
 import argparse
@@ -60,7 +62,7 @@ from wire.errors import SettingsError
 
 VICTIMS, SHOWN = 500, 8
 SIZE = (32, 32)
-PART = 64  # images of a pass without training
+PART = 64  # images in a pass without training
 
 
 class Pictures(NamedTuple):
@@ -72,10 +74,10 @@ class Pictures(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """What all settings share: the trained `resnet8`, the device's images, the attacker's."""
+    """What all settings share: the trained `resnet8`, and the images of device and attacker."""
 
     device: nn.Module
-    own: Pictures
+    train: Pictures
     test: Pictures
     public: Pictures
     classes: int
@@ -87,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser("leak", __doc__)
     parser.add_argument("--data", default="cifar10", help="a data set, or the path of an .npz")
     parser.add_argument("--heldout", type=Path, help="its held-out set, where --data is a path")
-    parser.add_argument("--public", default="cifar100", help="likewise, the attacker's images")
+    parser.add_argument("--public", default="cifar100", help="the attacker's images, likewise")
     parser.add_argument("--images", type=command.count, default=3500,
-                        help="of --data, and of --public; default: %(default)s")  # fmt: skip
+                        help="from --data, and from --public; default: %(default)s")  # fmt: skip
     parser.add_argument("--epochs", type=command.count, default=3, help="of each training")
     parser.add_argument("--settings", default=";".join(s.name for s in SETTINGS),
                         help="by ; default: %(default)s")  # fmt: skip
@@ -121,11 +123,11 @@ def _measure(options: argparse.Namespace) -> None:
     accuracy = _accuracy(scene.device, _normalised(scene.test.x), scene.test.y)
     minutes = (time.monotonic() - began) / 60
     settings = {name: str(value) for name, value in vars(options).items()}
-    for name in ("data", "heldout", "public"):  # where they lie is nobody else's
+    for name in ("data", "heldout", "public"):  # folders are nobody else's business
         settings[name] = Path(settings[name]).name
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(
-        f"images: {len(scene.own.y)} of {settings['data']} and {len(scene.public.y)} of "
+        f"images: {len(scene.train.y)} of {settings['data']} and {len(scene.public.y)} of "
         f"{settings['public']}; victims: {len(victims)}; epochs: {options.epochs}\nresnet8: "
         f"{100 * accuracy:.1f} %; the mean public image for every victim: {blind['psnr']:.1f} dB, "
         f"SSIM {blind['ssim']:.3f}\n{machine['cpu']}, threads: {options.threads}, "
@@ -138,7 +140,7 @@ def _measure(options: argparse.Namespace) -> None:
         "benchmark": "leak",
         "machine": machine,
         "options": settings,
-        "images": {"own": len(scene.own.y), "public": len(scene.public.y),
+        "images": {"own": len(scene.train.y), "public": len(scene.public.y),
                    "test": len(scene.test.y), "victims": len(victims)},
         "device_accuracy": accuracy,
         "mean_public_image": blind,
@@ -151,19 +153,19 @@ def _measure(options: argparse.Namespace) -> None:
 
 
 def _scene(options: argparse.Namespace) -> Scene:
-    train, held = datasets.read(options.data, heldout=options.heldout, seed=0)
-    own, test = (_pictures(half, options.images) for half in (train, held))
+    halves = datasets.read(options.data, heldout=options.heldout, seed=0)
+    train, test = (_pictures(half, options.images) for half in halves)
     public = _pictures(datasets.read(options.public, seed=0)[0], options.images)
-    classes = max(2, len(train.classes))
+    classes = max(2, len(halves[0].classes))
     command.say("resnet8")
     torch.manual_seed(0)
     device = models.build("resnet8", classes=classes)
-    fit(device, _normalised(own.x), own.y, F.cross_entropy, options)
-    return Scene(device, own, test, public, classes, options)
+    fit(device, _normalised(train.x), train.y, F.cross_entropy, options)
+    return Scene(device, train, test, public, classes, options)
 
 
 def _try(setting: Setting, scene: Scene) -> tuple[dict[str, Any], Tensor]:
-    """The figures of a setting, and the victims' images as the attacker sees them."""
+    """The figures of a setting, and the victims' images as the attacker reconstructs them."""
     extractor = _cut(scene, setting.model)
 
     def maps(images: Pictures) -> Tensor:
@@ -184,8 +186,8 @@ def _try(setting: Setting, scene: Scene) -> tuple[dict[str, Any], Tensor]:
     torch.manual_seed(2)
     shape = (sent.maps.shape[1], *SIZE)
     server = models.build("resnet10", classes=scene.classes, input_shape=shape)
-    own = sending.send(maps(scene.own), setting, clip=clip, seed=3).maps
-    fit(server, own, scene.own.y, F.cross_entropy, scene.options)
+    received = sending.send(maps(scene.train), setting, clip=clip, seed=3).maps
+    fit(server, received, scene.train.y, F.cross_entropy, scene.options)
     figure = {
         **asdict(setting),
         "bytes": sent.bytes_a_sample,
@@ -222,7 +224,7 @@ def fit(
     batch: int = 32,
     lr: float = 5e-3,
 ) -> None:
-    """Train in place with Adam; the rate rises over a fifth of all steps, then falls to 0."""
+    """Train in place with Adam; the rate rises for a fifth of all steps, then falls to 0."""
     steps = options.epochs * math.ceil(len(x) / batch)
     rise = max(1, steps // 5)
     adam = torch.optim.Adam(net.parameters(), lr, fused=True)
@@ -253,7 +255,7 @@ def _normalised(x: Tensor) -> Tensor:
 
 
 def _cut(scene: Scene, model: str) -> nn.Module:
-    """The trained network's extractor up to the cut of `model`, which has the same tensors."""
+    """The trained network's extractor up to the cut of `model`, a network with the same tensors."""
     net: Any = models.build(model, classes=scene.classes)
     trained = scene.device.state_dict().values()
     net.load_state_dict(dict(zip(net.state_dict(), trained, strict=True)))

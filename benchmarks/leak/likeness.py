@@ -1,4 +1,4 @@
-"""How near an image is to another: PSNR and SSIM."""
+"""Similarity of images: PSNR and SSIM."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ SSIM_WINDOW, SSIM_SIGMA, SSIM_C1, SSIM_C2 = 11, 1.5, 0.01**2, 0.03**2
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio, dB, (N,) of images (N, C, H, W) from 0 to 1."""
+    """Peak signal-to-noise ratio in dB, (N,), of images (N, C, H, W) from 0 to 1."""
     return -10 * torch.log10((a - b).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 

@@ -1,4 +1,4 @@
-"""What became of the settings: the table on the terminal, and the picture."""
+"""The results of the settings: a table on the terminal, and a picture."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from benchmarks.leak.sending import RELEASES
 
 
 def table(figures: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a setting."""
+    """A table with one row a setting."""
     shown = Table(box=None)
     for title in ("setting", "bytes", "PSNR, dB", "SSIM", "accuracy, %", "epsilon",
                   f"of {RELEASES}"):  # fmt: skip
@@ -30,7 +30,7 @@ def table(figures: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def draw(path: Path, rows: Mapping[str, Tensor]) -> None:
-    """One row a setting, one column a victim; the originals first."""
+    """Draw the images, one row a setting and one column a victim, with the originals first."""
     from matplotlib.figure import Figure
 
     columns = len(next(iter(rows.values())))

@@ -1,4 +1,4 @@
-"""The ways to send H: cut, codec and noise, and what privacy the noise gives."""
+"""The ways to send H (cut, codec and noise), and the privacy that the noise gives."""
 
 import difflib
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from wire import frames, tensors
 from wire.errors import SettingsError
 
 DELTA, RELEASES = 1e-5, 20
-RECORD = 32  # samples of a payload's record, as an agent sends them
+RECORD = 32  # samples in a payload's record, as an agent sends them
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to send H: the network whose extractor makes it, its codec, and noise."""
+    """One way to send H: the network whose extractor makes it, the codec, and the noise."""
 
     name: str
     model: str = "resnet8"
@@ -38,17 +38,17 @@ SETTINGS = (
 
 
 class Sent(NamedTuple):
-    """H (N, C, 32, 32) as the server decoded them, and what they took."""
+    """H (N, C, 32, 32) as the server decodes them, and their size as sent."""
 
     maps: Tensor
     bytes_a_sample: float
 
 
 def find(names: str) -> list[Setting]:
-    """The settings of --settings.
+    """The settings that --settings names.
 
     Raises:
-        SettingsError: there is none of such a name; the message names the nearest.
+        SettingsError: a name is unknown; the message shows the nearest one.
     """
     known = {setting.name: setting for setting in SETTINGS}
     for name in names.split(";"):
@@ -65,10 +65,10 @@ def send(maps: Tensor, setting: Setting, *, clip: float, seed: int) -> Sent:
     """H (N, C, H, W) after noise and codec.
 
     Args:
-        maps: as the extractor gives them.
+        maps: the extractor's output.
         setting: how they are sent.
-        clip: the L2 norm C that noise clips a map to.
-        seed: of the noise.
+        clip: the L2 norm C to which maps are clipped before noise is added.
+        seed: seeds the noise.
     """
     random = torch.Generator().manual_seed(seed)
     size, arrived = 0, []
@@ -93,14 +93,17 @@ def noised(maps: Tensor, sigma: float, clip: float, random: torch.Generator) -> 
 
 
 def epsilon(sigma: float, releases: int = 1) -> float:
-    """Of (epsilon, DELTA)-DP after `releases` of one sample, each with noise sigma * C.
+    """Epsilon of (epsilon, DELTA)-DP after `releases` of one sample, each with noise sigma * C.
 
-    Two maps of norm C or less are at most 2 C apart, so the noise is sigma / 2 of the sensitivity.
+    Two maps of norm C or less are at most 2 C apart, so the noise is sigma / 2 times the
+    sensitivity.
     """
     import dp_accounting
     from dp_accounting import rdp
 
-    orders = (1 + np.logspace(-4, 3, 400)).tolist()  # strong noise has its best far up, weak near 1
+    orders = (
+        1 + np.logspace(-4, 3, 400)
+    ).tolist()  # the best order is high for strong noise, near 1 for weak
     accountant = rdp.RdpAccountant(orders, dp_accounting.NeighboringRelation.REPLACE_ONE)
     accountant.compose(dp_accounting.GaussianDpEvent(sigma / 2), releases)
     return float(accountant.get_epsilon(DELTA))

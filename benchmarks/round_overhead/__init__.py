@@ -1,1 +1,1 @@
-"""What a round costs beyond training: python -m benchmarks.round_overhead."""
+"""Benchmark of what a round costs beyond training; see `__main__`."""

@@ -2,25 +2,25 @@
 
     python -m benchmarks.round_overhead --devices 4 --rounds 10 --turns 3 --json round.json
 
-The server sends the 1,663,370 float32 values of `caldas_cnn` (6.65 MB) to each device; devices
-train nothing and return as many at once; the server averages them. Nothing is compressed.
+The server sends the 1,663,370 float32 values of `caldas_cnn` (6.65 MB) to each device. Devices
+train nothing, and return as many values at once. The server averages them. Nothing is compressed.
 
-    mosquitto   Stillhouse over a Mosquitto of ours
+    mosquitto   Stillhouse over a Mosquitto that it starts
     embedded    Stillhouse over the embedded broker, pure Python, meant for demonstrations
-    flower      flwr 1.41.0 as it is recommended: a SuperLink and SuperNodes, FedAvg of its message
-                API without evaluation, from PyPI, in an environment of its own
+    flower      flwr 1.41.0 in its recommended form: a SuperLink and SuperNodes, FedAvg with its
+                message API, without evaluation; from PyPI, in a separate environment
 
-Agents, orchestrator, broker, SuperLink and SuperNodes are processes of their own on one machine,
-over loopback and without TLS. Stillhouse journals and syncs to disk as always; Flower keeps its
-state in memory, which is its default. Contenders take turns, each from a fresh start, in an order
-that changes; nobody else runs meanwhile.
+Agents, orchestrator, broker, SuperLink and SuperNodes are separate processes on one machine, over
+loopback and without TLS. Stillhouse journals and syncs to disk as always; Flower keeps its state in
+memory, which is its default. Contenders take turns, each from a fresh start, in an order that
+changes; only one runs at a time.
 
-    s a round     from the end of one round to the end of the next, the server's own work included;
+    s a round     from the end of one round to the end of the next, including the server's work;
                   median of all rounds but the first of each turn
-    of Flower's   a turn's median over Flower's in the same turn, the median of that
-    up, down      MQTT payloads of a round, all devices together
-    memory        from /proc, in turns of their own that are not timed, of the device whose
-                  processes take most: RSS and, since processes share libraries, PSS
+    of Flower's   a turn's median divided by Flower's in the same turn; the median over the turns
+    up, down      MQTT payloads of a round, for all devices together
+    memory        from /proc, in separate turns that are not timed, for the device whose processes
+                  take most: RSS and, since processes share libraries, PSS
 
 Measured: see docs/benchmarks.md.
 """
@@ -51,10 +51,12 @@ WEIGHED_ROUNDS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 0, or 2 where the input is bad or Stillhouse itself fails."""
+    """Measure; return 0, or 2 if the input is bad or Stillhouse itself fails."""
     parser = command.parser("round_overhead", __doc__)
     parser.add_argument("--devices", type=command.count, default=4)
-    parser.add_argument("--rounds", type=command.count, default=10, help="of a turn, and a first")
+    parser.add_argument(
+        "--rounds", type=command.count, default=10, help="in a turn, after a first one"
+    )
     parser.add_argument("--turns", type=command.count, default=3)
     parser.add_argument("--without", action="append", default=[], choices=ALL, metavar="NAME",
                         help=f"leave one out: {', '.join(ALL)}")  # fmt: skip
@@ -93,7 +95,7 @@ def _measure(options: argparse.Namespace) -> None:
 def _entries(
     options: argparse.Namespace, scratch: Path
 ) -> tuple[dict[str, Contender], list[Course]]:
-    """Who takes part, and a course for each of them and for who would but cannot."""
+    """The contenders, and a course for each, also for those that cannot take part."""
     contenders: dict[str, Contender] = {}
     courses = [Course(name) for name in ALL if name not in options.without]
     for course in courses:
@@ -114,7 +116,7 @@ def _run(
     contenders: dict[str, Contender], courses: Sequence[Course], options: argparse.Namespace,
     scratch: Path,
 ) -> None:  # fmt: skip
-    """Let everybody take turns; Flower leaves if it fails, the others must not."""
+    """Let all take turns; if Flower fails it is left out, if another fails the benchmark ends."""
     running = [course for course in courses if course.name in contenders]
     timed = Plan(options.devices, options.rounds)
     weighed = Plan(options.devices, min(options.rounds, WEIGHED_ROUNDS), weighed=True)
@@ -134,7 +136,7 @@ def _run(
 
 @contextlib.contextmanager
 def _leaving(course: Course) -> Iterator[None]:
-    """A peer that fails is left out; ours ends the benchmark."""
+    """Within the block, a failure of Flower is noted; one of ours ends the benchmark."""
     try:
         yield
     except (ContenderError, BrokerError) as fault:

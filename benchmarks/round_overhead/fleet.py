@@ -1,7 +1,7 @@
-"""Stillhouse for one turn: a broker, agents and an orchestrator, each a process of its own.
+"""Stillhouse for one turn: a broker, agents and an orchestrator, each in a separate process.
 
-The agents are `edge-agent run` with a configuration as `edge-agent init` writes it, journal and
-all. The orchestrator is `orchestrate`, which leaves out training and nothing else.
+The agents are `edge-agent run` with a configuration like that of `edge-agent init`, and with their
+journals. The orchestrator is `orchestrate`, which leaves out training and nothing else.
 """
 
 import json
@@ -55,7 +55,7 @@ class Fleet:
     """Stillhouse over one kind of broker."""
 
     def __init__(self, kind: broker.Kind, artifact: Path) -> None:
-        """`artifact` is where the compiled training step lies; the first turn puts it there."""
+        """`artifact` is the folder of the compiled training step; the first turn writes it."""
         self._kind: broker.Kind = kind
         self._artifact = artifact
 
@@ -65,9 +65,9 @@ class Fleet:
         Raises:
             ContenderError, BrokerError: why it could not be done.
         """
-        own = folder / "runs" / "run" / "artifact"
+        run_artifact = folder / "runs" / "run" / "artifact"
         if self._artifact.exists():
-            shutil.copytree(self._artifact, own)
+            shutil.copytree(self._artifact, run_artifact)
         pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 28, 28, 1), np.uint8)
         np.savez(folder / "images.npz", x=pixels, y=np.arange(SAMPLES) % 10)
         with (
@@ -76,7 +76,7 @@ class Fleet:
         ):
             turn = _play(plan, processes, running.url)
         if not self._artifact.exists():
-            shutil.copytree(own, self._artifact)
+            shutil.copytree(run_artifact, self._artifact)
         return turn
 
 
@@ -107,5 +107,5 @@ def _play(plan: Plan, processes: Processes, url: str) -> Turn:
     else:
         start()
         finish()
-    done = json.loads((folder / "rounds.json").read_text())
-    return Turn(**{key: tuple(values) for key, values in done.items()}, weights=weights)
+    rounds = json.loads((folder / "rounds.json").read_text())
+    return Turn(**{key: tuple(values) for key, values in rounds.items()}, weights=weights)

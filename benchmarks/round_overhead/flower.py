@@ -1,7 +1,7 @@
-"""Flower for one turn: a SuperLink and SuperNodes as processes, as its documentation starts them.
+"""Flower for one turn: a SuperLink and SuperNodes, started as its documentation says.
 
-State in memory, no TLS, loopback; a SuperNode starts a process of its own for each message to its
-ClientApp (isolation "subprocess", the default). The app is `flower_app`.
+State is in memory, without TLS, over loopback. A SuperNode starts a separate process for each
+message to its ClientApp (isolation "subprocess", the default). The app is `flower_app`.
 """
 
 import json
@@ -51,10 +51,10 @@ insecure = true
 
 
 def environment(cache: Path) -> Path:
-    """Flower's own virtual environment, made once and kept; the folder of its programs.
+    """The folder of programs in Flower's virtual environment, which is created once.
 
     Raises:
-        ContenderError: it cannot be made; the message says why.
+        ContenderError: it cannot be created; the message says why.
     """
     folder = cache / "flower"
     mark, wanted = folder / "complete.txt", "\n".join(REQUIREMENTS)
@@ -67,7 +67,7 @@ def environment(cache: Path) -> Path:
 
 
 class Flower:
-    """Flower's deployment, from the environment that `environment` made."""
+    """Flower's deployment, from the environment that `environment` creates."""
 
     def __init__(self, programs: Path) -> None:
         self._programs = programs
@@ -105,8 +105,8 @@ class Flower:
             processes.wait("SuperLink", lambda: _listens(link))
             nodes = []
             for number, port in enumerate(ports):
-                own = ("--port", str(port), "--node-config", f"partition-id={number}")
-                command = ["flower-supernode", *local, *own, "--superlink", address]
+                node = ("--port", str(port), "--node-config", f"partition-id={number}")
+                command = ["flower-supernode", *local, *node, "--superlink", address]
                 nodes.append(processes.start(f"supernode-{number}", command))
             names = [f"supernode-{number}" for number in range(plan.devices)]
             processes.wait(
@@ -127,8 +127,8 @@ class Flower:
             else:
                 start()
                 finish()
-        done = json.loads(out.read_text())
-        return Turn(tuple(done["seconds"]), tuple(done["returned"]), weights=weights)
+        rounds = json.loads(out.read_text())
+        return Turn(tuple(rounds["seconds"]), tuple(rounds["returned"]), weights=weights)
 
 
 def _free_ports(count: int) -> list[int]:

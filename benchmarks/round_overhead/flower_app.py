@@ -1,7 +1,7 @@
-"""The app that Flower runs, in its own environment: FedAvg over arrays that come back at once.
+"""The app that Flower runs in its environment: FedAvg over arrays that come back at once.
 
-Each node adds a number of its own to the arrays, because updates differ in life: Flower stores
-what it has seen by its hash, and would send four equal updates as one.
+Each node adds a different number to the arrays, because real updates differ: Flower stores objects
+by their hash, and would send four equal updates as one.
 """
 
 # mypy: disable-error-code="import-not-found, untyped-decorator"
@@ -22,9 +22,9 @@ server = ServerApp()
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
-    """Return what came, changed as little as makes it another."""
-    own = np.float32(1e-3 * (1 + int(context.node_config["partition-id"])))
-    arrays = [array + own for array in message.content["arrays"].to_numpy_ndarrays()]
+    """Return the arrays that came, with a small change that differs from node to node."""
+    change = np.float32(1e-3 * (1 + int(context.node_config["partition-id"])))
+    arrays = [array + change for array in message.content["arrays"].to_numpy_ndarrays()]
     metrics = MetricRecord({"num-examples": 8})
     content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics})
     return Message(content=content, reply_to=message)
@@ -32,7 +32,7 @@ def train(message: Message, context: Context) -> Message:
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    """Do the rounds; their seconds and how many nodes returned go to a file."""
+    """Do the rounds; write their seconds, and how many nodes returned, to a file."""
     config = context.run_config
     ends: list[float] = []
     strategy = FedAvg(
@@ -48,7 +48,7 @@ def main(grid: Grid, context: Context) -> None:
         num_rounds=config["rounds"],
         evaluate_fn=lambda _round, _arrays: ends.append(time.perf_counter()),
     )
-    done = {  # ends[0] is before the first round
+    rounds = {  # ends[0] is before the first round
         "seconds": [end - begin for begin, end in pairwise(ends[1:])],
         "returned": [
             int(result.train_metrics_clientapp[number]["returned"])
@@ -56,5 +56,5 @@ def main(grid: Grid, context: Context) -> None:
         ],
     }
     partial = Path(config["out"] + ".new")
-    partial.write_text(json.dumps(done))
+    partial.write_text(json.dumps(rounds))
     partial.rename(config["out"])

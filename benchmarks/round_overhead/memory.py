@@ -1,7 +1,7 @@
-"""Memory of a process and all that it started, as the kernel counts it.
+"""Memory of a process and its descendants, as the kernel counts it.
 
-RSS counts a page in every process that has it mapped. PSS (proportional set size) divides it by
-their number: it adds up, and depends on who else has mapped the same libraries.
+RSS counts a page in every process that maps it. PSS (proportional set size) divides the page by the
+number of these processes. So it adds up, but it depends on who else maps the same libraries.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, and of how many processes."""
+    """Bytes of memory, and the number of processes that have them."""
 
     rss: int = 0
     pss: int = 0
@@ -31,7 +31,7 @@ class Memory:
         return Memory(self.rss + other.rss, self.pss + other.pss, self.processes + other.processes)
 
     def highest(self, other: "Memory") -> "Memory":
-        """Each figure's own maximum."""
+        """The maximum of each figure."""
         return Memory(
             max(self.rss, other.rss),
             max(self.pss, other.pss),
@@ -53,12 +53,12 @@ class Weights:
 
 
 def weigh(devices: Sequence[int], start: Callable[[], int], finish: Callable[[], None]) -> Weights:
-    """Look at processes before, while and after something is done.
+    """The memory of processes before, during and after some work.
 
     Args:
-        devices: process ids.
-        start: sets it going; the server's process id.
-        finish: waits for its end.
+        devices: their process ids.
+        start: starts the work, and returns the server's process id.
+        finish: waits until the work is done.
     """
     time.sleep(SETTLE_S)
     fresh = of(devices)
@@ -76,7 +76,7 @@ def weigh(devices: Sequence[int], start: Callable[[], int], finish: Callable[[],
 
 
 def of(roots: Iterable[int]) -> dict[int, Memory]:
-    """The memory now of each root with all its descendants; zeros where there is no procfs."""
+    """The current memory of each root with all its descendants; zeros without a procfs."""
     children = defaultdict(list)
     for entry in _PROC.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -100,9 +100,9 @@ def _one(pid: int) -> Memory:
 
 
 class Watch:
-    """Looks every 20 ms, in a thread, and keeps each root's highest figures in `peak`.
+    """Measures every 20 ms, in a thread, and keeps each root's highest figures in `peak`.
 
-    Looking costs time on the processor, so what is watched is not timed.
+    This takes processor time, so work that is watched is not timed.
     """
 
     def __init__(self, roots: Iterable[int]) -> None:

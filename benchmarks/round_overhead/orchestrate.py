@@ -1,10 +1,10 @@
-"""The orchestrator of a turn: FedAvg as it is, but its orders ask for no training.
+"""The orchestrator of a turn: FedAvg whose orders ask for no training.
 
     python -m benchmarks.round_overhead.orchestrate RUN.TOML
 
-Devices then subtract the weights they were given from themselves, and pack, journal and send the
-zeros like any other update: float32 is four bytes a value, whatever the value. The seconds of each
-round, and what the report says of it, go to rounds.json beside the configuration.
+Devices then subtract the order's weights from themselves, and pack, journal and send the zeros like
+any other update: float32 is four bytes a value, whatever the value. The seconds of each round, and
+figures from the report, go to rounds.json beside the configuration.
 """
 
 import json
@@ -31,7 +31,7 @@ class NoTraining(FedAvg):
     def orders(
         self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
-        """The orders of FedAvg, less their epochs."""
+        """The orders of FedAvg, with no epochs."""
         orders = super().orders(state, round_, sequence, cohort)
         return {name: replace(order, epochs=0) for name, order in orders.items()}
 

@@ -1,4 +1,4 @@
-"""A contender's processes: each with a log of its own, all ended with the turn."""
+"""A contender's processes: each writes its own log, and all are ended with the turn."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ class Processes:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, command: Sequence[str]) -> int:
-        """Start a command, in a process group of its own; its process id."""
+        """Start a command in a new process group; return its process id."""
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command,
@@ -39,21 +39,21 @@ class Processes:
         self._running[name] = process
         return process.pid
 
-    def wait(self, what: str, there: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-        """Wait until `there` holds.
+    def wait(self, what: str, holds: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+        """Wait until `holds` returns true.
 
         Raises:
-            ContenderError: a process failed, or the time is over; with the last line it wrote.
+            ContenderError: a process failed, or the time is over; quotes the last line it wrote.
         """
         deadline = time.monotonic() + limit_s
         while True:
-            holds = there()
+            is_there = holds()
             for name, process in self._running.items():
                 if process.poll():
                     raise ContenderError(
                         f"{name} ended with {process.returncode}: {self.end(name)}"
                     )
-            if holds:
+            if is_there:
                 return
             if time.monotonic() > deadline:
                 ends = "; ".join(f"{name}: {self.end(name)}" for name in self._running)
@@ -61,13 +61,13 @@ class Processes:
             time.sleep(0.05)
 
     def says(self, name: str, text: str) -> int:
-        """How often a process has written `text` so far."""
+        """How many times a process has written `text` so far."""
         return (self.folder / f"{name}.log").read_bytes().count(text.encode())
 
     def end(self, name: str) -> str:
         """The last line that a process wrote."""
-        said = (self.folder / f"{name}.log").read_text(errors="replace").strip()
-        return said.splitlines()[-1] if said else "it said nothing"
+        output = (self.folder / f"{name}.log").read_text(errors="replace").strip()
+        return output.splitlines()[-1] if output else "it said nothing"
 
     def ended(self, name: str) -> bool:
         """Whether a process has ended."""

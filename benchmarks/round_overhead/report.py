@@ -1,4 +1,4 @@
-"""From turns to figures for people and programs."""
+"""Turns what contenders did into figures for people and programs."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,17 +25,17 @@ class Course:
 
 @dataclass(frozen=True)
 class Figure:
-    """A contender's figures; where it failed, why, and nothing else.
+    """A contender's figures; if it failed, only the reason.
 
     Attributes:
-        name, note: of the contender.
+        name, note: the contender's name, and a note about it.
         failed: why it has no figures, or "".
-        seconds: of each round, turn by turn.
-        median, lowest, highest: of all rounds.
-        of_flower: the median round over Flower's of the same turn, the median of that.
-        returned: devices whose update was taken in, by round, all turns.
-        bytes_up, bytes_down: of a round, all devices together, median; None where nobody counts.
-        weights: memory in a turn of its own.
+        seconds: duration of each round, turn by turn.
+        median, lowest, highest: seconds of all rounds.
+        of_flower: a turn's median round divided by Flower's of the same turn; the median of these.
+        returned: how many devices' updates were aggregated in each round, for all turns.
+        bytes_up, bytes_down: bytes of a round for all devices together, median; None if unknown.
+        weights: memory, from a separate turn.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Figure:
 
 
 def summarize(courses: Sequence[Course]) -> list[Figure]:
-    """The figures of all who took part."""
+    """The figures of all contenders."""
     flower = next((c for c in courses if c.name == FLOWER and not c.failed), None)
     return [_figure(course, flower) for course in courses]
 
@@ -65,8 +65,8 @@ def _figure(course: Course, flower: Course | None) -> Figure:
     ratio = None
     if flower:
         ratio = statistics.median(
-            statistics.median(own.seconds) / statistics.median(other.seconds)
-            for own, other in zip(course.turns, flower.turns, strict=True)
+            statistics.median(turn.seconds) / statistics.median(other.seconds)
+            for turn, other in zip(course.turns, flower.turns, strict=True)
         )
     return Figure(
         course.name,
@@ -98,7 +98,7 @@ def head(machine: Mapping[str, object], devices: int, rounds: int, turns: int) -
 
 
 def table(figures: Sequence[Figure]) -> Table:
-    """One line a contender."""
+    """A table with one line a contender."""
     shown = Table(box=None, pad_edge=False, header_style="")
     shown.add_column("")
     for title in ("s a round", "lowest - highest", "of Flower's", "up", "down", "idle", "after",
@@ -121,12 +121,12 @@ def table(figures: Sequence[Figure]) -> Table:
 
 
 def notes(figures: Sequence[Figure]) -> str:
-    """What the table leaves out."""
-    explained = (
+    """An explanation of the table, and why contenders were left out."""
+    explanation = (
         "idle, after, peak: MB of a device's processes together, RSS/PSS, before the first order, "
-        "after the last, and the most; server: the most"
+        "after the last, and at most; server: at most"
     )
-    lines = [explained]
+    lines = [explanation]
     for figure in figures:
         if figure.failed:
             lines.append(f"{figure.name} left out: {figure.failed}")

@@ -1,4 +1,4 @@
-"""What a contender is asked for, and what it hands back after its turn."""
+"""The plan of a contender's turn, and its result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ VALUES = 1_663_370
 
 @dataclass(frozen=True)
 class Plan:
-    """So many devices do so many rounds after a first one; `weighed` looks at their memory."""
+    """A number of devices, and of rounds after a first one; `weighed` measures their memory."""
 
     devices: int
     rounds: int
@@ -24,13 +24,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn came to.
+    """The result of a turn.
 
     Attributes:
-        seconds: of each round after the first, from the end of the one before it to its own.
-        returned: devices whose update is in the average, by round.
-        bytes_up, bytes_down: of all devices together, by round; empty where nobody counts them.
-        weights: where they were asked for.
+        seconds: for each round after the first, the time from the end of the round before to its
+            own end.
+        returned: for each round, how many devices' updates are in the average.
+        bytes_up, bytes_down: for each round, bytes of all devices together; empty if not counted.
+        weights: memory, if the plan asked for it.
     """
 
     seconds: tuple[float, ...]

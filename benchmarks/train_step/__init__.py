@@ -1,1 +1,1 @@
-"""One training step of a device's network, against its peers; the command is in `__main__`."""
+"""Benchmark of one training step of a device's network; see `__main__`."""

@@ -6,23 +6,24 @@
     pytorch                  eager, NCHW
     pytorch-channels-last    eager, NHWC
     pytorch-compile          torch.compile with inductor; needs a C++ compiler
-    onnxruntime-training     1.19.2, the last; plain SGD, for its package has no momentum
+    onnxruntime-training     1.19.2, the last version; plain SGD, since its package has no momentum
 
-A step is forward pass, device's objective (cross entropy; to distil plus alpha * T^2 * KL to a
-teacher), backward pass, and SGD with Nesterov momentum 0.9 and weight decay 5e-4, on one batch that
-lies in memory. All start from the same weights, and a contender whose first loss is not
-Stillhouse's is not reported. Each is a process that takes turns with the others (`race`).
+A step is the forward pass, the device's objective (cross entropy; for distillation plus
+alpha * T^2 * KL to a teacher), the backward pass, and SGD with Nesterov momentum 0.9 and weight
+decay 5e-4, on one batch in memory. All contenders start from the same weights; if the first loss
+differs from Stillhouse's, a contender is not reported. Each is a process that takes turns with the
+others (`race`).
 
     images/s       median over the rounds, lowest and highest
-    x stillhouse   images/s over Stillhouse's in the same round, the median of that
-    x eager        likewise over the better of PyTorch's two eager layouts
+    x stillhouse   images/s divided by Stillhouse's in the same round; median over the rounds
+    x eager        images/s divided by those of the better of PyTorch's two eager layouts, likewise
     of peak        images/s x FLOPs of a step on one image (2 x multiply-adds, as PyTorch's
                    FlopCounterMode counts them; one figure for all), as a share of the best float32
                    matrix product that PyTorch reached here in any round
-    memory         peak resident memory of the process, from its start on (VmHWM)
+    memory         peak resident memory of the process since its start (VmHWM)
 
 "agent" is the memory of a whole edge agent, with images, blob store, journal and MQTT client, that
-trains on an order; "stillhouse" is a bare process with the training step.
+does an order's training; "stillhouse" is a bare process with the training step.
 
 Measured: see docs/benchmarks.md.
 """
@@ -51,14 +52,16 @@ SAME_LOSS = 1e-3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 0, or 2 where the input is bad or Stillhouse itself fails."""
+    """Measure; return 0, or 2 if the input is bad or Stillhouse itself fails."""
     parser = command.parser("train_step", __doc__)
     command.add_model(parser)
-    parser.add_argument("--task", choices=get_args(Task), help="default: distill if it is split")
+    parser.add_argument(
+        "--task", choices=get_args(Task), help="default: distill if the network is split"
+    )
     parser.add_argument("--batch", type=command.count, default=32)
     parser.add_argument("--threads", type=_counts, default=(1,), help="such as 1,2")
     parser.add_argument("--rounds", type=command.count, default=5)
-    parser.add_argument("--seconds", type=command.seconds, default=1.0, help="of a turn")
+    parser.add_argument("--seconds", type=command.seconds, default=1.0, help="length of a turn")
     parser.add_argument("--without", action="append", default=[], choices=PEERS, metavar="NAME",
                         help=f"leave a peer out: {', '.join(PEERS)}")  # fmt: skip
     command.add_cache(parser)
@@ -105,7 +108,7 @@ def _measure(options: argparse.Namespace) -> None:
 def _entries(
     chosen: Setting, folder: Path, options: argparse.Namespace
 ) -> tuple[list[Entry], list[Course]]:
-    """Who takes part, and who would have but cannot."""
+    """The contenders, and a course for each one that cannot take part."""
     entries = [_ours(name, folder) for name in (GEMM, STILLHOUSE)]
     entries += [_ours(name, folder) for name in EAGER if name not in options.without]
     if COMPILE not in options.without:
@@ -124,7 +127,7 @@ def _entries(
         environment.call([str(python), "-m", module, "generate", str(folder)])
     except ContenderError as fault:
         return entries, [Course(entry, failed=str(fault))]
-    except Exception as fault:  # noqa: BLE001 - torch.onnx raises what it likes; it is reported
+    except Exception as fault:  # noqa: BLE001 - torch.onnx may raise anything; it is reported
         return entries, [Course(entry, failed=one_line(fault))]
     return [*entries, replace(entry, python=str(python))], []
 
@@ -136,7 +139,7 @@ def _ours(name: str, folder: Path) -> Entry:
 def _run(
     threads: int, entries: Sequence[Entry], folder: Path, options: argparse.Namespace
 ) -> tuple[list[Course], Course]:
-    """The race, and after it the agent."""
+    """Run the race, and then the agent."""
     courses = race.run(
         entries, threads=threads, rounds=options.rounds, seconds=options.seconds, logs=folder,
         say=command.say,

@@ -1,8 +1,8 @@
 """The contenders that run in this environment, each in a process: `NAME FOLDER THREADS`.
 
 All start from the same weights and batch, treat denormals as zero, and read the loss after every
-step. PyTorch's take its own fused SGD, the fastest that it has for a CPU. What a contender does not
-need it does not import, since its memory is measured.
+step. PyTorch's use its fused SGD, the fastest that it has for a CPU. A contender imports only what
+it needs, since its memory is measured.
 """
 
 import sys
@@ -56,8 +56,8 @@ def stillhouse(folder: Path, threads: int) -> Prepared:
 def agent(folder: Path, threads: int) -> Prepared:
     """The agent as a device starts it, at work on an order, but without a broker.
 
-    Its images, blob store and journal are there, batches are augmented, the trained state is packed
-    to be sent. Features are not extracted.
+    It has images, blob store and journal, augments batches, and packs the trained state to be sent.
+    It extracts no features.
     """
     from edge_agent import main as _main  # noqa: F401 - what the command imports takes memory too
     from edge_agent.agent import Agent
@@ -93,7 +93,7 @@ def agent(folder: Path, threads: int) -> Prepared:
 
 
 def pytorch(variant: Variant) -> Callable[[Path, int], Prepared]:
-    """PyTorch in one of its ways."""
+    """PyTorch in one of its variants."""
 
     def prepare(folder: Path, threads: int) -> Prepared:
         import torch
@@ -126,7 +126,7 @@ def pytorch(variant: Variant) -> Callable[[Path, int], Prepared]:
 
 
 def gemm(_folder: Path, threads: int) -> Prepared:
-    """The fastest of square float32 matrix products: what the machine can do at best."""
+    """The fastest of several square float32 matrix products: the machine's peak."""
     import torch
 
     torch.set_num_threads(threads)
@@ -156,7 +156,7 @@ PREPARE: dict[str, Callable[[Path, int], Prepared]] = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be the contender of that name."""
+    """Work as the contender of that name."""
     name, folder, threads = arguments
     return worker.serve(lambda: PREPARE[name](Path(folder), int(threads)))
 

@@ -1,4 +1,4 @@
-"""The environment of onnxruntime-training, made once and kept: its wheels end with Python 3.11."""
+"""The environment of onnxruntime-training, created once; its wheels end with Python 3.11."""
 
 import os
 import shutil
@@ -15,10 +15,10 @@ LIMIT_S = 1800.0
 
 
 def onnxruntime_training(cache: Path) -> Path:
-    """The Python of the environment, which is made if it is not there.
+    """The Python of the environment, which is created if it does not exist.
 
     Raises:
-        ContenderError: it cannot be made; the message says why.
+        ContenderError: it cannot be created; the message says why.
     """
     folder = cache / "onnxruntime-training"
     python, mark = folder / "bin" / "python", folder / "complete.txt"
@@ -36,7 +36,7 @@ def call(command: Sequence[str]) -> None:
     """Run a command to its end.
 
     Raises:
-        ContenderError: it failed; the message is its last line that names an error.
+        ContenderError: it failed; the message quotes its last line that names an error.
     """
     try:
         done = subprocess.run(
@@ -56,10 +56,10 @@ def _interpreter() -> str:
     if sys.version_info[:2] <= PYTHON:
         return sys.executable
     name = f"python{PYTHON[0]}.{PYTHON[1]}"
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         raise ContenderError(
             f"its wheels end with Python {PYTHON[0]}.{PYTHON[1]}, this is "
             f"{sys.version_info[0]}.{sys.version_info[1]}, and there is no {name} on PATH"
         )
-    return found
+    return path

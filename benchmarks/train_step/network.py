@@ -1,4 +1,4 @@
-"""The network with the device's objective in PyTorch, what a step of it costs, and its exports."""
+"""The network with the device's objective in PyTorch, its FLOPs, and its exports."""
 
 import json
 import warnings
@@ -23,11 +23,11 @@ from benchmarks.train_step.setting import (
 )
 from wire.names import title
 
-OPSET = 17  # what onnxruntime-training 1.19 has gradients for
+OPSET = 17  # onnxruntime-training 1.19 has gradients for this one
 
 
 class Objective(nn.Module):
-    """The loss of a batch, as tools.export.tracing.step has it; the same weights at every call."""
+    """The loss of a batch, as in tools.export.tracing.step; always built with the same weights."""
 
     def __init__(self, chosen: Setting) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Objective(nn.Module):
         self.net = models.build(chosen.model, classes=CLASSES, input_shape=chosen.input)
 
     def forward(self, x: Tensor, y: Tensor, teacher: Tensor | None = None) -> Tensor:
-        """Mean cross entropy, with a teacher plus alpha * T^2 * KL."""
+        """Mean cross entropy; with a teacher, plus alpha * T^2 * KL."""
         logits = self.net(x)
         ce = F.cross_entropy(logits, y)
         if teacher is None:
@@ -85,8 +85,8 @@ def export_forward(chosen: Setting, folder: Path) -> None:
     whole = Objective(chosen).train()
     batch = {key: torch.from_numpy(array) for key, array in chosen.load_batch(folder).items()}
     with warnings.catch_warnings():
-        # The newer exporter writes CastLike, for which onnxruntime-training has no gradient; the
-        # older one warns that it is old.
+        # The newer exporter writes CastLike, for which onnxruntime-training has no gradient. The
+        # older one warns that it is deprecated.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             whole,

@@ -1,7 +1,7 @@
 """onnxruntime-training's own training step: `generate FOLDER`, then `train FOLDER THREADS`.
 
-Runs in the environment that `environment` makes. 1.19.2 is the last version of the package. Its SGD
-has neither momentum nor weight decay, so its step does a little less than the others'.
+It runs in the environment that `environment` creates. 1.19.2 is the last version of the package.
+Its SGD has neither momentum nor weight decay, so its step does a little less than the others'.
 """
 
 import json
@@ -20,8 +20,8 @@ from tools.worker import Prepared
 def _skip_torch() -> None:
     """Let the package's parts be imported without its `__init__`.
 
-    That imports torch for parts that are not used here, which would count in the memory: some
-    200 MB that a device with this package does not need.
+    The `__init__` imports torch for parts that are not used here. That would add about 200 MB to
+    the memory, which a device with this package does not need.
     """
     package = types.ModuleType("onnxruntime.training")
     package.__path__ = [str(Path(onnxruntime.__file__).parent / "training")]
@@ -29,27 +29,27 @@ def _skip_torch() -> None:
 
 
 def generate(folder: Path) -> None:
-    """Differentiate the forward graph ahead of time, as on-device training does."""
+    """Differentiate the forward graph ahead of time, as the package's on-device training does."""
     import onnx
     from onnxruntime.training import artifacts
 
-    made = folder / "training"
-    made.mkdir()
+    training = folder / "training"
+    training.mkdir()
     model = onnx.load(folder / "forward.onnx")
     for node in model.graph.node:
-        # Its gradient reads the second output, which the package adds in some graphs only.
+        # The gradient reads the second output, which the package adds only in some graphs.
         if node.op_type == "SoftmaxCrossEntropyLoss" and len(node.output) == 1:
             node.output.append("log_prob")
     artifacts.generate_artifacts(
         model,
         requires_grad=json.loads((folder / "trained.json").read_text()),
         optimizer=artifacts.OptimType.SGD,
-        artifact_directory=made,
+        artifact_directory=training,
     )
 
 
 def train(folder: Path, threads: int) -> Prepared:
-    """Steps on the generated artifacts; batches lie in ONNX Runtime's own memory."""
+    """Training steps on the generated artifacts; the batch lies in ONNX Runtime's memory."""
     from onnxruntime.training.api import CheckpointState, Module, Optimizer
 
     options = onnxruntime.SessionOptions()
@@ -57,13 +57,13 @@ def train(folder: Path, threads: int) -> Prepared:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    chosen, made = setting.load(folder), folder / "training"
+    chosen, training = setting.load(folder), folder / "training"
     module = Module(
-        made / "training_model.onnx",
-        CheckpointState.load_checkpoint(made / "checkpoint"),
+        training / "training_model.onnx",
+        CheckpointState.load_checkpoint(training / "checkpoint"),
         session_options=options,
     )
-    sgd = Optimizer(made / "optimizer_model.onnx", module)
+    sgd = Optimizer(training / "optimizer_model.onnx", module)
     sgd.set_learning_rate(setting.LR)
     batch = chosen.load_batch(folder)
     inputs = [
@@ -80,7 +80,7 @@ def train(folder: Path, threads: int) -> Prepared:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Generate, or be the contender."""
+    """Generate, or work as the contender."""
     _skip_torch()
     command, folder, *threads = arguments
     if command == "generate":

@@ -1,4 +1,4 @@
-"""From what contenders did to figures for people and programs."""
+"""Turns what contenders did into figures for people and programs."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,19 +14,19 @@ EAGER = ("pytorch", "pytorch-channels-last")
 
 @dataclass(frozen=True)
 class Figure:
-    """A contender's figures; where it failed, why, and zeros.
+    """A contender's figures; if it failed, the reason, and zeros.
 
     Attributes:
-        name: of the contender.
+        name: the contender's name.
         note: how its step differs from the others'.
         failed: why it has no figures, or "".
-        images_per_s: by round.
+        images_per_s: one for each round.
         median, lowest, highest: of `images_per_s`.
-        to_stillhouse, to_eager: median over the rounds of the ratio of images/s to Stillhouse's,
-            and to the better eager layout's, where that took part.
-        gemm_share: of the machine's peak, 0 to 1.
-        peak_bytes: of resident memory.
-        first_loss: before any update.
+        to_stillhouse, to_eager: ratio of images/s to Stillhouse's, and to the better eager
+            layout's, if one took part; medians over the rounds.
+        gemm_share: share of the machine's peak, 0 to 1.
+        peak_bytes: peak of resident memory.
+        first_loss: the loss before any update.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """All figures at one number of threads; `gemm_flops_per_s` by round."""
+    """All figures for one number of threads; `gemm_flops_per_s` has one value a round."""
 
     threads: int
     gemm_flops_per_s: tuple[float, ...]
@@ -54,7 +54,7 @@ class Run:
 
 
 def summarize(threads: int, courses: Sequence[Course], agent: Course, flops: float) -> Run:
-    """The figures of a race; `flops` are those of a step on one image."""
+    """The figures of a race; `flops` counts a step on one image."""
     by_name = {course.entry.name: course for course in courses}
     gemm = by_name.pop(GEMM)
     eager = [by_name[name] for name in EAGER if name in by_name and not by_name[name].failed]
@@ -103,7 +103,7 @@ def head(
 
 
 def table(run: Run) -> str:
-    """One line a contender."""
+    """The figures as text, one line a contender."""
     threads = f"{run.threads} thread" + ("s" if run.threads > 1 else "")
     titles = f"{'':<22}{'images/s':>9}{'lowest - highest':>19}{'x stillhouse':>14}{'x eager':>9}"
     lines = [

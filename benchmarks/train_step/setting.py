@@ -1,14 +1,15 @@
 """What is trained, and the folder of files that all contenders start from.
 
-    setting.json    this
+    setting.json    the `Setting`
     batch.npz       x float32 (B, *input), y int64 (B), teacher float32 (B, classes)
-    images.npz      x uint8 (N, H, W, C), y: what the agent trains on
+    images.npz      x uint8 (N, H, W, C), y: the agent trains on these
     artifact/       the compiled training step
-    forward.onnx    network and objective, for onnxruntime-training, which differentiates them
-    trained.json    names of the parameters in it
-    training/       what onnxruntime-training makes of both
+    forward.onnx    network and objective, for onnxruntime-training to differentiate
+    trained.json    names of the parameters in forward.onnx
+    training/       what onnxruntime-training generates from both
 
-Standard library and numpy alone: onnxruntime-training reads it in an environment of its own.
+This file needs only the standard library and numpy, because onnxruntime-training's separate
+environment imports it too.
 """
 
 import json
@@ -23,8 +24,8 @@ Task = Literal["distill", "classify"]
 
 SEED = 0
 CLASSES = 10
-# Every step sees the same batch: at a learning rate this small the loss, and with it the share of
-# zeros behind the ReLUs, stays that of a network in training over thousands of steps.
+# Every step sees the same batch. The learning rate is so small that over thousands of steps the
+# loss, and with it the share of zeros behind the ReLUs, stays that of a network in training.
 LR = 1e-4
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -68,6 +69,6 @@ class Setting:
 
 
 def load(folder: Path) -> Setting:
-    """The setting of a folder."""
+    """The setting in a folder."""
     values = json.loads((folder / "setting.json").read_text())
     return Setting(**values | {"input": tuple(values["input"])})

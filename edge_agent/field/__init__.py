@@ -1,1 +1,1 @@
-"""What training costs on this very device: `edge-agent measure`, signed, drawn and submitted."""
+"""`edge-agent measure`: measures what training costs on this device, signs it, and submits it."""

@@ -1,10 +1,10 @@
-"""Which device this is when it signs: its configuration, and the key that it made once.
+"""The identity with which a device signs: its configuration, and a key that it creates once.
 
-    agent.toml is at hand    KEY in its `state` folder, and its device name
-    otherwise                KEY in $XDG_STATE_HOME/stillhouse (~/.local/state/stillhouse), no name
+    with agent.toml       KEY in its `state` folder, and its device name
+    without               KEY in $XDG_STATE_HOME/stillhouse (~/.local/state/stillhouse), no name
 
-Whoever has the state folder has the key: it proves that a report comes from where the first one
-came from, no more.
+Whoever has the state folder has the key. So the key proves only that two reports come from the same
+folder.
 """
 
 import os
@@ -19,7 +19,7 @@ KEY = "device.pem"
 
 
 def settings(named: Path | None) -> AgentConfig | None:
-    """The configuration that was named, or the installed one where this user may read it.
+    """The named configuration, or the installed one if this user may read it; else None.
 
     Raises:
         SettingsError: the file is wrong, or the named one cannot be read.
@@ -28,7 +28,7 @@ def settings(named: Path | None) -> AgentConfig | None:
         return None
     try:
         return config.load(named or INSTALLED)
-    except OSError as fault:  # a folder on the way to a certificate
+    except OSError as fault:  # a folder above a certificate is closed to this user
         raise SettingsError(
             f"{named or INSTALLED}: {fault.filename} cannot be read: {fault.strerror}; "
             "run this as the agent's user: sudo -u stillhouse edge-agent ..."
@@ -36,10 +36,10 @@ def settings(named: Path | None) -> AgentConfig | None:
 
 
 def key_file(chosen: AgentConfig | None) -> Path:
-    """Where this device's key is, or will be; its folder is there then.
+    """The path of this device's key, which may not exist yet; its folder is created.
 
     Raises:
-        SignatureError: this user can neither read a key there nor make one.
+        SignatureError: this user can neither read a key there nor create one.
     """
     base = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
     folder = chosen.state if chosen else base / "stillhouse"
@@ -47,12 +47,12 @@ def key_file(chosen: AgentConfig | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.geteuid() == 0 and folder.stat().st_uid != 0:
-            # Its owner could have root write wherever a link of theirs leads.
+            # By a link, the folder's owner could make root write anywhere.
             raise SignatureError(f"{folder} is not root's; {_remedy(chosen)}")
-        place, wanted = (path, os.R_OK) if path.exists() else (folder, os.W_OK | os.X_OK)
+        place, access = (path, os.R_OK) if path.exists() else (folder, os.W_OK | os.X_OK)
     except OSError as fault:
         raise SignatureError(f"{folder}: {fault.strerror}; {_remedy(chosen)}") from fault
-    if not os.access(place, wanted):
+    if not os.access(place, access):
         raise SignatureError(f"{path}: no key can be read or made there; {_remedy(chosen)}")
     return path
 

@@ -1,16 +1,16 @@
-"""`edge-agent measure`: what a training artifact costs on this very device.
+"""`edge-agent measure`: measures what a training artifact costs on this device.
 
-    machine     peak GFLOP/s of a float32 matrix product by numpy, and memory bandwidth of a copy
+    machine     peak GFLOP/s of numpy's float32 matrix product, and memory bandwidth of a copy
     step        milliseconds of a training step, images a second
-    layers      FLOPs and bytes that the exporter counted, joined by node with the times of ONNX
-                Runtime's own profile: achieved GFLOP/s and GB/s, as shares of the machine's
-    memory      resident bytes before, after loading, and peaks (VmHWM) of training, extraction and
-                evaluation, beside what the exporter foretold
-    energy      joules a sample, where the board measures them; and whether it was held back
-    pytorch     if asked for: PyTorch at the same step in turns with ours, in its own process
+    layers      FLOPs and bytes that the exporter counted, joined by node with the times in ONNX
+                Runtime's profile: GFLOP/s and GB/s, and their share of what the machine can do
+    memory      resident bytes before and after loading, and peaks (VmHWM) of training, extraction
+                and evaluation, beside what the exporter foretold
+    energy      joules a sample, if the board measures them; and whether heat or power slowed it
+    pytorch     if asked for: PyTorch at the same step, in turns with ours, in a separate process
 
 Inputs are random numbers, since no cost depends on them; nothing here learns. FLOPs are 2 x MAC of
-convolutions and matrix products. Times of nodes come from runs of their own: a profile costs time.
+convolutions and matrix products. Nodes are timed in separate runs, because profiling takes time.
 """
 
 import json
@@ -38,9 +38,9 @@ from wire.errors import ArtifactError
 from wire.manifest import Graph, Manifest
 from wire.measurement import FORMAT, Measurement
 
-# The package lays it there; in a checkout's environment tools.export does.
+# The package installs it there; in a checkout, tools.export writes it there.
 INSTALLED = Path(sys.prefix) / "share/stillhouse/resnet8"
-WARM, PROFILED = 3, 5
+WARM, PROFILED = 3, 5  # steps
 GEMM, COPIED = 768, 1 << 26  # rows of the matrices; bytes of the array
 
 
@@ -54,20 +54,21 @@ def measure(
     with_pytorch: bool = False,
     model: str = "",
 ) -> dict[str, Any]:
-    """Measure an artifact; see the module's text.
+    """Measure an artifact; see the module's docstring.
 
     Args:
         artifact: opened and verified.
-        threads: of ONNX Runtime and numpy; 0 takes all cores.
-        steps: that are timed, after a few that are not.
-        budget: bytes that the process may take, for the largest batch; 0: what is available now.
-        name: the device's.
-        with_pytorch: measure PyTorch beside.
-        model: the network's name for it, of one's own: `nets.py:make`; "": as the artifact has it.
+        threads: for ONNX Runtime and numpy; 0 takes all cores.
+        steps: how many steps to time, after a few that are not timed.
+        budget: bytes that the process may take, to find the largest batch; 0: what is available
+            now.
+        name: the device's name.
+        with_pytorch: measure PyTorch too.
+        model: the name of a user's own network for PyTorch, `nets.py:make`; "": the artifact's.
 
     Returns:
-        What `wire.measurement` signs: all keys but `device` and `signature`. "valid" is False where
-        something held the processor back before, after or, as far as the board tells, meanwhile.
+        What `wire.measurement` signs: all keys but `device` and `signature`. "valid" is False if
+        something slowed the processor down before, after or, as far as the board knows, meanwhile.
 
     Raises:
         SettingsError: PyTorch cannot be measured.
@@ -137,7 +138,7 @@ def measure(
         "images_per_s": manifest.batch / median,
         "gflops": train.flops * manifest.micro_batches / median / 1e9,
     }
-    # Twice, for other work on the machine may fall on one of them.
+    # Twice, because other work on the machine may disturb one of them.
     first = (_gemm(), _copy(threads))
     report["layers"] = _layers(train, _node_times(artifact, state, threads), manifest.micro_batches)
     report["machine"] = {
@@ -164,21 +165,21 @@ def measure(
 
 
 def default_artifact(state: Path | None) -> Path:
-    """The folder of the artifact that is measured where none is named.
+    """The folder of the artifact to measure if none is named.
 
-    That is the installed one, or else the one that this device got last from an orchestrator.
+    That is the installed one, or else the newest that this device got from an orchestrator.
 
     Args:
-        state: of the agent, where its settings are known.
+        state: the agent's state folder, if its settings are known.
 
     Raises:
-        ArtifactError: there is none; the message says how to come by one.
+        ArtifactError: there is none; the message says how to get one.
     """
     if INSTALLED.is_dir():
         return INSTALLED
-    got = list(state.glob("artifacts/*/manifest.json")) if state else []
-    if got:
-        return max(got, key=lambda path: path.stat().st_mtime).parent
+    manifests = list(state.glob("artifacts/*/manifest.json")) if state else []
+    if manifests:
+        return max(manifests, key=lambda path: path.stat().st_mtime).parent
     where = f", nor in {state}/artifacts" if state else ""
     raise ArtifactError(
         f"no training artifact is here: none in {INSTALLED}{where}. One comes with a device's "
@@ -189,14 +190,14 @@ def default_artifact(state: Path | None) -> Path:
 
 
 def _quartiles(times: list[float]) -> list[float]:
-    """Three, none below the shortest time: of few times, which differ, others would be negative."""
+    """The three quartiles; "inclusive" keeps them from being negative when there are few times."""
     if len(times) == 1:
         return times * 3
     return statistics.quantiles(times, n=4, method="inclusive")
 
 
 def _largest_batch(manifest: Manifest, budget: int) -> int:
-    """Samples at once whose tensors fit into a budget, the rest of the process beside them."""
+    """The largest batch that fits into a budget, beside the rest of the process."""
     rest, each = manifest.memory.process - manifest.memory.tensors, manifest.memory.tensors
     return max(0, (budget - rest) * manifest.micro_batch // max(each, 1))
 
@@ -216,7 +217,7 @@ def _step(
 def _beside(
     artifact: Artifact, state: Mapping[str, NDArray[Any]], threads: int, model: str
 ) -> dict[str, Any]:
-    """PyTorch and us in turns, both from the artifact's own weights."""
+    """PyTorch and our engine in turns, both from the artifact's initial weights."""
     step = _step(artifact, state, threads)
 
     def once() -> float:
@@ -256,9 +257,9 @@ def _node_times(
 
 
 def _layers(graph: Graph, times: Mapping[int, float], runs: int) -> list[dict[str, Any]]:
-    """The exporter's table of layers with the seconds of their nodes; one row a layer and phase.
+    """The exporter's table of layers, one row a layer and phase, with the seconds of their nodes.
 
-    Of a whole step, which takes so many runs of the graph; activations live for one of them.
+    The rows are for a whole step, which takes `runs` runs of the graph; activations live for one.
     """
     seconds = [0.0] * len(graph.layers)
     for number, row in enumerate(graph.nodes.row):
@@ -270,9 +271,9 @@ def _layers(graph: Graph, times: Mapping[int, float], runs: int) -> list[dict[st
             "flops": runs * layer.flops,
             "bytes": runs * layer.bytes,
             "activation_bytes": layer.activation_bytes,
-            "seconds": runs * own,
+            "seconds": runs * layer_seconds,
         }
-        for layer, own in zip(graph.layers, seconds, strict=True)
+        for layer, layer_seconds in zip(graph.layers, seconds, strict=True)
     ]
 
 
@@ -284,7 +285,7 @@ def _gemm() -> float:
 
 
 def _copy(threads: int) -> float:
-    """GB/s read and written by a copy that no cache holds, in so many threads; best of several."""
+    """GB/s read and written by a copy too large for caches, in threads; the best of several."""
     number = threads or os.cpu_count() or 1
     sources = np.ones((number, COPIED // 4), np.float32)
     targets = np.empty_like(sources)
@@ -294,21 +295,22 @@ def _copy(threads: int) -> float:
 
 
 def _best(work: Callable[[], object], times: int = 7) -> float:
-    found = []
+    seconds = []
     for _ in range(times):
         began = time.perf_counter()
         work()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def text(report: Measurement) -> str:
-    """The report for people: what it is of, the layers that take longest, memory, energy."""
-    made, step, machine = report.artifact, report.step, report.machine
+    """The report for people: artifact and machine, the slowest layers, memory, energy."""
+    artifact, step, machine = report.artifact, report.step, report.machine
     memory, energy, heat, platform = report.memory, report.energy, report.heat, report.platform
     lines = [
         (
-            f"{made.model.name}, batch {made.batch}, on {platform.model} ({platform.machine}, "
+            f"{artifact.model.name}, batch {artifact.batch}, on {platform.model} "
+            f"({platform.machine}, "
             f"{platform.cores} cores, onnxruntime {platform.onnxruntime}, "
             f"{report.threads or 'all'} threads)"
         ),
@@ -318,7 +320,7 @@ def text(report: Measurement) -> str:
         ),
         (
             f"step      {1e3 * step.median_s:.1f} ms, {step.images_per_s:.0f} images/s, "
-            f"{made.step_flops / 1e9:.2f} GFLOP, {step.gflops:.1f} GFLOP/s, "
+            f"{artifact.step_flops / 1e9:.2f} GFLOP, {step.gflops:.1f} GFLOP/s, "
             f"{100 * step.gflops / machine.gemm_gflops:.0f} % of the peak"
         ),
         *(_phase_line(report, phase) for phase in PHASES),
@@ -357,8 +359,8 @@ def text(report: Measurement) -> str:
         )
     if not report.valid:
         was, while_, now = (
-            ", ".join(held) or "nothing"
-            for held in (heat.held_back_before, heat.held_back_meanwhile, heat.held_back_after)
+            ", ".join(causes) or "nothing"
+            for causes in (heat.held_back_before, heat.held_back_meanwhile, heat.held_back_after)
         )
         lines.append(
             f"NOT VALID: held back by {was} before, by {while_} meanwhile, by {now} after; see to "

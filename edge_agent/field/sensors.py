@@ -1,11 +1,11 @@
-"""What boards tell of their power, heat and clocks; a sensor that is missing is None.
+"""A board's sensors for power, heat and clocks; None stands for a missing sensor.
 
-    Raspberry Pi 5   `vcgencmd pmic_read_adc`: volts and amperes of each rail of its power chip. The
-                     5 V that USB devices and hats draw are not among them.
-    Jetson           INA3221 monitors under hwmon, by the labels of their rails; VDD_IN is the board
-    x86              RAPL: a counter of microjoules for each processor package.
+    Raspberry Pi 5   `vcgencmd pmic_read_adc`: volts and amperes of each rail of its power chip,
+                     without the 5 V that USB devices and hats draw
+    Jetson           INA3221 monitors under hwmon, with labels for their rails; VDD_IN is the board
+    x86              RAPL: a counter of microjoules for each processor package
 
-A Raspberry Pi 4 and older ones measure no power.
+A Raspberry Pi 4 and its predecessors do not measure power.
 """
 
 import logging
@@ -24,25 +24,26 @@ log = logging.getLogger("edge-agent")
 
 EVERY_S = 0.1
 BOARD_RAILS = ("VDD_IN", "POM_5V_IN")  # Orin Nano, Orin NX and Xavier NX; Nano and TX2
-# Cooling devices: what moves air, and a setting of Intel's firmware that is rarely 0.
+# Cooling devices that do not slow the processor: fans, and a setting of Intel's firmware that is
+# rarely 0.
 NO_BRAKES = ("fan", "tcc offset")
-# Bits of get_throttled that hold now, and since boot (the same, 16 higher).
+# Bits of get_throttled for what holds now; the bits for what held since boot are 16 higher.
 THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
 
 Run = Callable[[str], str]
 
 
 class Power(Protocol):
-    """Where joules come from: a name, and what has been used since some fixed moment."""
+    """A source of joules: its name, and the energy used since some fixed moment."""
 
     name: str
 
     def joules(self) -> float:
-        """Energy so far; its differences are what counts. Call it at least ten times a second."""
+        """Energy so far; only differences mean something. Call it at least ten times a second."""
 
 
 class Rapl:
-    """Counters of an x86 processor's packages, which begin anew at their `max_energy_range_uj`."""
+    """Counters of an x86 processor's packages, which wrap around at `max_energy_range_uj`."""
 
     name = "RAPL"
 
@@ -53,7 +54,7 @@ class Rapl:
         self._total = 0
 
     def joules(self) -> float:
-        """Energy of all packages since this was made."""
+        """Energy of all packages since this object was created."""
         now = self._read()
         for new, old, most in zip(now, self._last, self._range, strict=True):
             self._total += new - old if new >= old else new - old + most
@@ -65,7 +66,7 @@ class Rapl:
 
 
 class Integral:
-    """Joules of a board that tells watts: the trapezoids between two readings."""
+    """Joules of a board that reports watts, by the trapezoidal rule between readings."""
 
     def __init__(
         self, name: str, watts: Callable[[], float], clock: Callable[[], float] = time.monotonic
@@ -74,7 +75,7 @@ class Integral:
         self._at, self._last, self._total = clock(), watts(), 0.0
 
     def joules(self) -> float:
-        """Energy since this was made."""
+        """Energy since this object was created."""
         now, watts = self._clock(), self._watts()
         self._total += (now - self._at) * (watts + self._last) / 2
         self._at, self._last = now, watts
@@ -82,16 +83,16 @@ class Integral:
 
 
 def power(root: Path = Path("/"), run: Run | None = None) -> Power | None:
-    """What measures this machine's power; None where nothing does.
+    """The sensor of this machine's power, or None.
 
     Args:
-        root: where /sys is looked for.
-        run: runs a command line and returns what it prints; raises OSError where it cannot.
+        root: the folder that holds /sys.
+        run: runs a command line and returns what it prints; raises OSError if it cannot.
     """
     run = run or _run
     with suppress(OSError, ValueError):
         domains = sorted((root / "sys/class/powercap").glob("intel-rapl:*"))
-        # Others are a part of a package (core, dram), or the whole platform beside it (psys).
+        # Other domains are a part of a package (core, dram), or the whole platform (psys).
         packages = [d for d in domains if (d / "name").read_text().startswith("package")]
         if packages:
             return Rapl(packages)
@@ -120,7 +121,7 @@ def _board_rail(folder: Path) -> _Rail:
     """The rail that feeds the whole board.
 
     Raises:
-        ValueError: none of the labels is one.
+        ValueError: no label names such a rail.
     """
     for path in sorted(folder.glob("in*_label")):
         label, number = path.read_text().strip(), path.name[2:].removesuffix("_label")
@@ -129,34 +130,34 @@ def _board_rail(folder: Path) -> _Rail:
     raise ValueError(f"{folder}: no rail of the whole board")
 
 
-def watts(told: str) -> float:
-    """The sum over all rails of what `vcgencmd pmic_read_adc` printed.
+def watts(printed: str) -> float:
+    """The watts of all rails together, from what `vcgencmd pmic_read_adc` printed.
 
     Raises:
-        ValueError: there is no rail of which both volts and amperes are told.
+        ValueError: no rail has both volts and amperes.
     """
-    found: dict[str, dict[str, float]] = {}
-    for rail, kind, value in re.findall(r"(\w+)_[AV] (current|volt)\(\d+\)=([\d.]+)[AV]", told):
-        found.setdefault(rail, {})[kind] = float(value)
-    both = [rail["current"] * rail["volt"] for rail in found.values() if len(rail) == 2]
-    if not both:
+    rails: dict[str, dict[str, float]] = {}
+    for rail, kind, value in re.findall(r"(\w+)_[AV] (current|volt)\(\d+\)=([\d.]+)[AV]", printed):
+        rails.setdefault(rail, {})[kind] = float(value)
+    each = [rail["current"] * rail["volt"] for rail in rails.values() if len(rail) == 2]
+    if not each:
         raise ValueError("vcgencmd pmic_read_adc tells of no rail")
-    return sum(both)
+    return sum(each)
 
 
 def throttling(
     root: Path = Path("/"), run: Run | None = None, *, ever: bool = False
 ) -> tuple[str, ...]:
-    """What holds the processor back now, in words; empty where nothing does, or nothing is told.
+    """What slows the processor down now, in words; empty if nothing does, or nothing is known.
 
-    With `ever`, what a Raspberry Pi tells of the time since it was started.
+    With `ever`, what has slowed a Raspberry Pi down since it started.
     """
-    found = []
+    causes = []
     with suppress(OSError, ValueError):
         bits = int((run or _run)("vcgencmd get_throttled").partition("=")[2], 16)
-        found += [name for bit, name in THROTTLED.items() if bits >> (bit + 16 * ever) & 1]
+        causes += [name for bit, name in THROTTLED.items() if bits >> (bit + 16 * ever) & 1]
     if ever:
-        return tuple(found)
+        return tuple(causes)
     for zone in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         with suppress(OSError, ValueError):
             kind = (zone / "type").read_text().strip()
@@ -164,25 +165,25 @@ def throttling(
                 not any(word in kind.lower() for word in NO_BRAKES)
                 and int((zone / "cur_state").read_text()) > 0
             ):
-                found.append(f"cooling by {kind}")
-    return tuple(found)
+                causes.append(f"cooling by {kind}")
+    return tuple(causes)
 
 
 def celsius(root: Path = Path("/")) -> dict[str, float]:
-    """The temperature of each thermal zone, by its type."""
-    found = {}
+    """The temperature of each thermal zone, by the zone's type."""
+    zones = {}
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         with suppress(OSError, ValueError):
-            found[(zone / "type").read_text().strip()] = int((zone / "temp").read_text()) / 1e3
-    return found
+            zones[(zone / "type").read_text().strip()] = int((zone / "temp").read_text()) / 1e3
+    return zones
 
 
 class Watch:
     """Reads a power sensor in the background while a block runs.
 
     Attributes:
-        joules: of the block; None without a sensor, or where it could not be read all the time.
-        seconds: of the block.
+        joules: energy of the block; None without a sensor, or if a reading failed.
+        seconds: duration of the block.
     """
 
     def __init__(self, sensor: Power | None) -> None:
@@ -213,7 +214,7 @@ class Watch:
         while self._sensor and not self._done.wait(EVERY_S):
             try:
                 self._sensor.joules()
-            except (OSError, ValueError) as fault:  # a sum with a hole is no sum
+            except (OSError, ValueError) as fault:  # a sum with a gap would be wrong
                 log.warning("%s cannot be read any more: %s", self._sensor.name, fault)
                 self._failed = True
                 return
@@ -223,7 +224,7 @@ def _run(line: str) -> str:
     """What a command prints.
 
     Raises:
-        OSError: it is not there, or fails.
+        OSError: the command does not exist, or fails.
     """
     try:
         done = subprocess.run(line.split(), capture_output=True, text=True, check=False, timeout=10)

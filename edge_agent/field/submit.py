@@ -1,8 +1,8 @@
-"""A signed measurement on its way to the orchestrator, while the agent itself may be at work.
+"""Submits a signed measurement to the orchestrator; the agent may be running meanwhile.
 
-The report is published retained under the device's own `telemetry`, so the broker keeps it until an
-orchestrator has read it: that one answers with a receipt and takes it from the broker. The client
-id is not the agent's, whose session stays as it is; the agent passes over receipts of reports.
+The report is published, retained, under the device's `telemetry`. So the broker keeps it until an
+orchestrator has read it, answers with a receipt, and removes it from the broker. The client id
+differs from the agent's, so that the agent stays connected. The agent ignores receipts of reports.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ TICK_S = 0.25
 
 
 def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
-    """Hand a report to the orchestrator, and wait for its receipt.
+    """Send a report to the orchestrator, and wait for the receipt.
 
     Raises:
         SettingsError: the report is too large for one message, or the orchestrator refuses it.
@@ -31,7 +31,7 @@ def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
     if len(body) > MAX_BYTES:
         raise SettingsError(
             f"--submit: the report has {len(body):,} bytes with its {len(report.layers)} rows of "
-            f"layers, limit {MAX_BYTES:,}; write it with --json and hand over the file"
+            f"layers, limit {MAX_BYTES:,}; write it with --json and send the file instead"
         )
     digest = hashlib.sha256(body).hexdigest()
     payload = messages.encode(Measured(chosen.device, digest), body)
@@ -42,12 +42,12 @@ def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
         subscriptions=[(topics.topic(chosen.fleet, chosen.device, "order"), 1)],
         emit=events.put,
     )
-    ends, said, sent = time.monotonic() + timeout_s, "", False
+    ends, lost_reason, sent = time.monotonic() + timeout_s, "", False
     link.start()
     try:
-        while (left := ends - time.monotonic()) > 0:
+        while (remaining := ends - time.monotonic()) > 0:
             try:
-                event = events.get(timeout=min(left, TICK_S))
+                event = events.get(timeout=min(remaining, TICK_S))
             except queue.Empty:
                 if link.refused:
                     raise link.refused from None
@@ -58,7 +58,7 @@ def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
                     link.publish(topic, payload, retain=True)
                     sent = True
                 case Lost(reason):
-                    said = reason
+                    lost_reason = reason
                 case Arrived(_, message) if receipt := _receipt(message, digest):
                     if receipt.accepted:
                         return
@@ -67,17 +67,18 @@ def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
         link.close()
     if not sent:
         raise LinkError(
-            said or f"broker {chosen.broker.url} does not answer in {timeout_s:g} s; is it running?"
+            lost_reason
+            or f"broker {chosen.broker.url} does not answer in {timeout_s:g} s; is it running?"
         )
     raise LinkError(
         f"no receipt in {timeout_s:g} s: no orchestrator of fleet {chosen.fleet!r} is at work, or "
         "the broker's access list does not let this device write its telemetry. The broker keeps "
-        "the report, and an orchestrator takes it when it next starts; or hand over --json's file"
+        "the report, and an orchestrator takes it when it next starts; or send --json's file"
     )
 
 
 def _receipt(payload: bytes, digest: str) -> Receipt | None:
-    """The receipt of this report; None for whatever else the orchestrator sends the device."""
+    """The receipt of this report; None for any other message to the device."""
     try:
         message, _ = messages.decode(payload, sender="the orchestrator")
     except WireError:  # newer than this agent, and not for this command

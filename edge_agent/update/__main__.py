@@ -1,8 +1,8 @@
-"""Root's first half of an update, `python -m edge_agent.update`: may this be installed at all?
+"""Root's first half of an update, `python -m edge_agent.update`: checks what the agent staged.
 
-It takes the staged files into its own folder, and believes what is there then: the signature by the
-key of /etc/stillhouse/agent.toml, the digest, the control fields. It keeps the installed package,
-and hands over to the copy of `install.py`.
+It copies the staged files into root's folder, and checks the copies: the signature by the key in
+/etc/stillhouse/agent.toml, the digest, the control fields. It keeps the installed package as a
+file, and then runs the copy of `install.py`.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from wire.release import Build, Package, Release
 
 SETTINGS = Path("/etc/stillhouse/agent.toml")
 MAX_RELEASE_BYTES = 1 << 16
-MARGIN_BYTES = 64 << 20  # that stay free
+MARGIN_BYTES = 64 << 20  # must stay free
 _PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Trusted:
-    """What root takes from agent.toml, which says what each is; the rest is the agent's affair."""
+    """The settings that root reads from agent.toml, where they are explained."""
 
     release_key: str = ""
     update_minutes: float = 5.0
@@ -39,20 +39,21 @@ class Trusted:
             raise ValueError(f"update_minutes: expected over 0 to a day, got {self.update_minutes}")
 
 
-def prepare(told: Release, settings: Path, cache: Path, staged: Path) -> None:
-    """Note a staged update for `install.resume`; dpkg's lock is held.
+def prepare(staged_release: Release, settings: Path, cache: Path, staged: Path) -> None:
+    """Check a staged update, and note it for `install.resume`; the caller holds dpkg's lock.
 
     Raises:
-        StillhouseError: it is not to be installed.
-        OSError: there is no room, a staged file is not there or is none, or a tool fails.
+        StillhouseError: it must not be installed.
+        OSError: there is no room, a staged file is missing or not a file, or a tool fails.
     """
-    chosen, package = trusted(settings), told.package
+    chosen, package = trusted(settings), staged_release.package
     version, architecture = install.installed()
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     table = {"version": version, "architecture": architecture, "python": python}
-    own = records.build(Build, table, where="the installed package", error=ReleaseError)
-    release.check(told, own, key=chosen.release_key, refused=install.refused(cache))
-    # Beside each other: what is packed up, its copy, and what is unpacked, which may be as long.
+    current = records.build(Build, table, where="the installed package", error=ReleaseError)
+    refused = install.refused(cache)
+    release.check(staged_release, current, key=chosen.release_key, refused=refused)
+    # There is room for the new package, the tree and file of the old one, and the unpacked files.
     needed = package.size + 3 * _installed_bytes() + MARGIN_BYTES
     for folder in (cache, Path(sys.prefix)):
         check_room(folder, needed)
@@ -60,25 +61,25 @@ def prepare(told: Release, settings: Path, cache: Path, staged: Path) -> None:
         take(staged, package, cache / "new.deb")
         check_fields(cache / "new.deb", package, cache)
         repack(release.NAME, cache / "old.deb")
-        install.begin(Update(package.version, own.version, chosen.update_minutes), cache)
+        install.begin(Update(package.version, current.version, chosen.update_minutes), cache)
     except (StillhouseError, OSError):
         (cache / "new.deb").unlink(missing_ok=True)
         raise
 
 
 def trusted(path: Path) -> Trusted:
-    """What the agent's settings say of updates, if root alone can have written them.
+    """The agent's settings for updates, if only root can have written them.
 
     Raises:
-        SettingsError: someone else may write the file or its folder; or they are wrong.
+        SettingsError: others may write the file or its folder, or the settings are wrong.
     """
     path = path.resolve()
     for each in (path, path.parent):
         try:
-            found = each.stat()
+            status = each.stat()
         except OSError as fault:
             raise SettingsError(f"{each}: {fault.strerror}; there is no release key") from fault
-        if found.st_uid != 0 or found.st_mode & 0o022:
+        if status.st_uid != 0 or status.st_mode & 0o022:
             raise SettingsError(
                 f"{each} can be written by others than root, and holds the release key: "
                 f"chown root {each} && chmod go-w {each}"
@@ -95,7 +96,7 @@ def check_room(folder: Path, needed: int) -> None:
     """Return if a folder's disk has so many bytes free.
 
     Raises:
-        OSError: it has not.
+        OSError: there is less room.
     """
     if (free := shutil.disk_usage(folder).free) < needed:
         raise OSError(
@@ -112,25 +113,26 @@ def _installed_bytes() -> int:
 
 
 def take(staged: Path, package: Package, path: Path) -> None:
-    """Copy the staged package file, as far as it may be long.
+    """Copy the staged package file; read at most one byte more than it should have.
 
     Raises:
         ReleaseError: it is not the file that was released.
-        OSError: it is not there, or no file, or there is no room.
+        OSError: it is missing, or not a file, or there is no room.
     """
-    partial, digest, left = path.with_name(path.name + ".part"), hashlib.sha256(), package.size + 1
+    partial, digest = path.with_name(path.name + ".part"), hashlib.sha256()
+    remaining = package.size + 1
     try:
         with install.open_staged(staged, PACKAGE) as source, partial.open("wb") as target:
             os.fchmod(target.fileno(), 0o600)
-            while piece := source.read(min(_PIECE, left)):
-                left -= len(piece)
+            while piece := source.read(min(_PIECE, remaining)):
+                remaining -= len(piece)
                 digest.update(piece)
                 target.write(piece)
             target.flush()
             os.fsync(target.fileno())
-        if (got := package.size + 1 - left) != package.size:
-            more = "more" if left == 0 else f"{got}"
-            raise ReleaseError(f"{PACKAGE}: expected {package.size} bytes, got {more}")
+        if (size := package.size + 1 - remaining) != package.size:
+            got = "more" if remaining == 0 else f"{size}"
+            raise ReleaseError(f"{PACKAGE}: expected {package.size} bytes, got {got}")
         if digest.hexdigest() != package.sha256:
             raise ReleaseError(
                 f"{PACKAGE}: expected SHA-256 {package.sha256}, got {digest.hexdigest()}"
@@ -141,11 +143,11 @@ def take(staged: Path, package: Package, path: Path) -> None:
 
 
 def check_fields(deb: Path, package: Package, cache: Path) -> None:
-    """Return if a package file is what it was released as; else it is refused for good.
+    """Return if a package file's control fields match its release; else refuse it for good.
 
     Raises:
         ReleaseError: a control field differs.
-        OSError: dpkg-deb does not read it.
+        OSError: dpkg-deb cannot read the file.
     """
     for field in ("Package", "Version", "Architecture"):
         done = subprocess.run(
@@ -157,26 +159,26 @@ def check_fields(deb: Path, package: Package, cache: Path) -> None:
         expected = package.name if field == "Package" else getattr(package, field.lower())
         if done.stdout.strip() != expected:
             reason = f"released as {field} {expected}, and is {done.stdout.strip()!r:.80}"
-            # It was released and came whole: it will be no better the next time.
+            # It was released like this and arrived intact, so trying again would not help.
             install.refuse(cache, package.version, reason)
             raise ReleaseError(reason)
 
 
 def main(settings: Path = SETTINGS, cache: Path = CACHE, staged: Path = STAGED) -> int:
-    """Prepare what is staged; 0, or 1 with one line on why it is not installed."""
+    """Prepare the staged update; return 0, or 1 after one line on why it is not installed."""
     version = ""
     try:
         cache.mkdir(mode=0o755, exist_ok=True)
         with install.open_staged(staged, RELEASE) as file:
-            told = release.parse(file.read(MAX_RELEASE_BYTES), str(staged / RELEASE))
-        version = told.package.version
+            staged_release = release.parse(file.read(MAX_RELEASE_BYTES), str(staged / RELEASE))
+        version = staged_release.package.version
         with install.dpkg_to_ourselves():
-            prepare(told, settings, cache, staged)
+            prepare(staged_release, settings, cache, staged)
     except (StillhouseError, OSError) as fault:
         install.fail(cache, version, str(fault))
         return 1
     finally:
-        # systemd would start this again and again while it is there.
+        # systemd would start this program again and again while `ready` is there.
         install.remove_staged(staged, READY, RELEASE, PACKAGE)
     return 0
 

@@ -1,18 +1,19 @@
-"""The half of an update that must survive what it does: install, wait for health, or roll back.
+"""Root's second half of an update: install, wait until the agent is well, or roll back.
 
-Root runs a copy of this file in /var/cache/stillhouse, with the standard library alone: meanwhile
-dpkg replaces what lies under /opt/stillhouse, and a power cut may leave it of two versions. There
-lie as well
+It must survive its own work: dpkg replaces the files under /opt/stillhouse meanwhile, and a power
+cut may leave a mixture of two versions there. So root runs a copy of this file, which needs only
+the standard library, in /var/cache/stillhouse. Beside the copy lie
 
-    new.deb, old.deb    what is installed, and what was before
-    update.json         the update under way: each step is noted before it is done, may be done
-                        again, and is where the next start goes on
+    new.deb, old.deb    the new package, and the one that it replaces
+    update.json         the current update. Each step is noted before it is done and may be
+                        repeated; the next start goes on there
     refused.json        versions that are not tried again, and why; all may read it
-    last.json           what failed last and speaks against no version; all may read it
+    last.json           the last failure that was no version's fault; all may read it
 
-An update is well when the agent has written its version to the file `healthy` in its own folder. A
-file `up` there says that it runs: then it may be the broker that is away, and the wait goes on, for
-a day at most. Only what speaks against a version refuses it; the rest is tried again after a day.
+An update is well when the agent has written its version to the file `healthy` in the agent's
+folder. A file `up` there says only that the agent runs. Then the broker may be away, and the wait
+goes on, for a day at most. A version is refused only for its own faults; after any other failure it
+is tried again a day later.
 """
 
 import errno
@@ -35,7 +36,7 @@ CACHE = Path("/var/cache/stillhouse")
 STAGED = Path("/var/lib/stillhouse/update")
 READY, PACKAGE, RELEASE = "ready", "package.deb", "release.json"
 UP, HEALTHY = "up", "healthy"
-RUNS = 3  # an update that was interrupted so often is given up
+RUNS = 3  # an update is given up after so many interruptions
 POLL_S = 1.0
 DAY_S = 86400.0
 DPKG_S = 1800.0
@@ -49,16 +50,16 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Update:
-    """An update under way.
+    """The state of an update.
 
     Attributes:
-        version: that is installed.
+        version: the version to install.
         before: the version that it replaces.
-        minutes: that the agent has to say that it is well.
+        minutes: how long the agent has to say that it is well.
         step: what comes next.
-        runs: how often this was begun.
+        runs: how often the update was started or resumed.
         reason: why it is rolled back.
-        refuse: that speaks against the version, which is not tried again.
+        refuse: the reason is the version's fault, so the version is not tried again.
     """
 
     version: str
@@ -71,14 +72,14 @@ class Update:
 
 
 class Failure(NamedTuple):
-    """Why dpkg failed; `refuse` where that speaks against the package."""
+    """Why an update failed; `refuse` says that it is the package's fault."""
 
     reason: str
     refuse: bool
 
 
 class Last(NamedTuple):
-    """What failed last: version ("" for none in particular), why, and when (seconds of the epoch).
+    """The last failure: version ("" for none in particular), reason, and time (Unix seconds).
 
     A device asks for that version again after a day.
     """
@@ -88,22 +89,22 @@ class Last(NamedTuple):
     at: float
 
     def waits(self, version: str) -> bool:
-        """Whether it is too early to try a version again; a clock that went back ends that."""
+        """Whether it is too early to try a version again; not if the clock was set back."""
         return version == self.version and 0 <= time.time() - self.at < DAY_S
 
 
 class _OvertakenError(Exception):
-    """Somebody has installed a version that is not of this update."""
+    """Somebody else has installed another version meanwhile."""
 
 
 def begin(update: Update, cache: Path) -> None:
-    """Note an update whose packages lie in the cache; from here on a power cut ends in `resume`."""
+    """Note an update whose packages lie in the cache; after a power cut `resume` goes on."""
     write(cache / "install.py", Path(__file__).read_bytes())
     write(cache / "update.json", json.dumps(asdict(update)).encode())
 
 
 def resume(cache: Path = CACHE, staged: Path = STAGED) -> int:
-    """Finish the update that is noted; 0, or 1 where what was before cannot be installed again."""
+    """Finish the noted update; return 0, or 1 if that fails or the old version cannot come back."""
     try:
         update = Update(**json.loads((cache / "update.json").read_text()))
     except (OSError, ValueError, TypeError) as fault:
@@ -113,8 +114,8 @@ def resume(cache: Path = CACHE, staged: Path = STAGED) -> int:
         return 1
     try:
         return _go_on(update, cache, staged)
-    except _OvertakenError as found:
-        _say(f"{found} was installed meanwhile; it is left alone")
+    except _OvertakenError as other:
+        _say(f"{other} was installed meanwhile; it is left alone")
         _end(cache)
         return 0
     except OSError as fault:
@@ -133,7 +134,7 @@ def _go_on(update: Update, cache: Path, staged: Path) -> int:
     if update.step == "wait":
         (cache / "last.json").unlink(missing_ok=True)
     else:
-        # Before the agent of the old version starts, which reads it.
+        # Before the old version's agent starts, because it reads this.
         _record(update, cache)
         if failure := _put(cache / "old.deb", update):
             reason = f"{update.before} cannot be installed again: {failure.reason}"
@@ -163,18 +164,18 @@ def _install(update: Update, cache: Path, staged: Path) -> Update:
 def _wait(update: Update, cache: Path, staged: Path) -> Update:
     began_s, first_s = time.monotonic(), 60 * update.minutes
     within_s = first_s
-    while _said(staged, HEALTHY) != update.version:
+    while _version_in(staged, HEALTHY) != update.version:
         if time.monotonic() - began_s >= within_s:
             if (now := installed()[0]) != update.version:
                 raise _OvertakenError(now)
-            if _said(staged, UP) != update.version:
+            if _version_in(staged, UP) != update.version:
                 reason = f"not healthy in {update.minutes:g} minutes"
                 return _give_up(update, Failure(reason, refuse=True), cache)
             if within_s >= DAY_S:
                 reason = "it runs, and has not stayed connected to the broker for a day"
                 return _give_up(update, Failure(reason, refuse=False), cache)
             if within_s == first_s:
-                _say(f"{update.version} runs, not connected; it is waited for, a day at most")
+                _say(f"{update.version} runs, but is not connected; waiting, for a day at most")
             within_s = min(within_s + first_s, DAY_S)
         time.sleep(POLL_S)
     _say(f"{update.version} is well")
@@ -182,7 +183,7 @@ def _wait(update: Update, cache: Path, staged: Path) -> Update:
 
 
 def _give_up(update: Update, failure: Failure, cache: Path) -> Update:
-    # First: what follows may need the room.
+    # Remove this first, since the rest may need the room.
     with suppress(OSError):
         (cache / "new.deb").unlink()
     back = replace(update, step="rollback", reason=failure.reason, refuse=failure.refuse)
@@ -190,7 +191,7 @@ def _give_up(update: Update, failure: Failure, cache: Path) -> Update:
 
 
 def _record(update: Update, cache: Path) -> None:
-    """Say what speaks against the version, or what failed; going back matters more."""
+    """Record the refusal of the version, or the failure; if that fails, go on rolling back."""
     if not update.refuse:
         fail(cache, update.version, update.reason)
         return
@@ -200,8 +201,8 @@ def _record(update: Update, cache: Path) -> None:
         _say(f"{update.version} cannot be refused: {fault}")
 
 
-def _said(staged: Path, name: str) -> str:
-    """The version that the agent has written to one of its files."""
+def _version_in(staged: Path, name: str) -> str:
+    """The version that the agent has written to one of its files; "" without one."""
     try:
         with open_staged(staged, name) as file:
             return str(json.loads(file.read(4096))["version"])
@@ -210,7 +211,7 @@ def _said(staged: Path, name: str) -> str:
 
 
 def installed() -> tuple[str, str]:
-    """Version and architecture of the package as it is installed; "" where there is none."""
+    """Version and architecture of the installed package; "" if there is none."""
     done = subprocess.run(
         ["dpkg-query", "--show", "--showformat", "${Version} ${Architecture}", NAME],
         env=ENVIRONMENT, capture_output=True, text=True, check=False,
@@ -220,10 +221,10 @@ def installed() -> tuple[str, str]:
 
 
 def _put(deb: Path, update: Update) -> Failure | None:
-    """Install a package file over one of this update's versions, or over none.
+    """Install a package file over one of this update's two versions, or over none.
 
     Raises:
-        _OvertakenError: another one is installed.
+        _OvertakenError: another version is installed.
     """
     with dpkg_to_ourselves():
         now = installed()[0]
@@ -233,7 +234,7 @@ def _put(deb: Path, update: Update) -> Failure | None:
 
 
 def _dpkg(deb: Path, command: tuple[str, ...] = ("dpkg", "--install")) -> Failure | None:
-    """Run dpkg, with its last words where it fails; in `DPKG_S` it ends, or is ended."""
+    """Run dpkg for `DPKG_S` at most; if it fails, return the last it printed."""
     with subprocess.Popen(
         [*command, str(deb)],
         env=ENVIRONMENT | {"DPKG_FRONTEND_LOCKED": "true"},
@@ -241,31 +242,31 @@ def _dpkg(deb: Path, command: tuple[str, ...] = ("dpkg", "--install")) -> Failur
         text=True, errors="replace", start_new_session=True,
     ) as running:  # fmt: skip
         try:
-            _, said = running.communicate(timeout=DPKG_S)
+            _, printed = running.communicate(timeout=DPKG_S)
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)  # its scripts as well
+            os.killpg(running.pid, signal.SIGKILL)  # with the package's scripts
             return Failure(f"dpkg did not end in {DPKG_S / 60:g} minutes", refuse=True)
     if running.returncode == 0:
         return None
     if running.returncode < 0:  # out of memory, say
         return Failure(f"dpkg was ended by signal {-running.returncode}", refuse=False)
-    refuse = os.strerror(errno.ENOSPC) not in said
-    return Failure(said.strip()[-400:] or "dpkg failed", refuse)
+    refuse = os.strerror(errno.ENOSPC) not in printed
+    return Failure(printed.strip()[-400:] or "dpkg failed", refuse)
 
 
 @contextmanager
 def dpkg_to_ourselves() -> Iterator[None]:
-    """Wait until apt and others are done, as they wait for each other; not to be nested."""
+    """Hold dpkg's lock, after waiting for apt and others; do not nest this."""
     with DPKG_LOCK.open("ab") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         yield
 
 
 def open_staged(folder: Path, name: str) -> BinaryIO:
-    """A file of the agent's folder, which may hold anything: regular, and no link is followed.
+    """A file of the agent's folder, which may hold anything: no link is followed.
 
     Raises:
-        OSError: it is not there, or something else.
+        OSError: the file is missing, or not a regular file.
     """
     at = _folder(folder)
     try:
@@ -281,7 +282,7 @@ def open_staged(folder: Path, name: str) -> BinaryIO:
 
 
 def remove_staged(folder: Path, *names: str) -> None:
-    """Remove files of the agent's folder, or what lies in their place."""
+    """Remove files of the agent's folder, or whatever has their names."""
     with suppress(OSError):
         at = _folder(folder)
         try:
@@ -306,13 +307,13 @@ def refused(cache: Path) -> dict[str, str]:
 
 
 def refuse(cache: Path, version: str, reason: str) -> None:
-    """Do not try a version again."""
+    """Note that a version must not be tried again."""
     known = {**refused(cache), version: reason}
     write(cache / "refused.json", json.dumps(known, indent=1).encode())
 
 
 def last(cache: Path) -> Last | None:
-    """What failed last, if an update has not come to a good end since."""
+    """The last failure; None if an update has succeeded since."""
     try:
         table = json.loads((cache / "last.json").read_text())
         return Last(str(table["version"]), str(table["reason"]), float(table["at"]))
@@ -321,17 +322,17 @@ def last(cache: Path) -> Last | None:
 
 
 def fail(cache: Path, version: str, reason: str) -> None:
-    """Say what failed, here and to the agent, which tells it; tried again after a day."""
+    """Print a failure, and note it for the agent, which reports it; retried after a day."""
     _say(reason)
-    said = Last(version, reason, time.time())._asdict()
+    failure = Last(version, reason, time.time())._asdict()
     try:
-        write(cache / "last.json", json.dumps(said, indent=1).encode())
+        write(cache / "last.json", json.dumps(failure, indent=1).encode())
     except OSError as fault:
         _say(f"last.json cannot be written: {fault}")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that all may read, whole or not at all, after a power cut too."""
+    """Write a file that all may read; even a power cut leaves all of it or nothing."""
     partial = path.with_name(path.name + ".new")
     with partial.open("wb") as file:
         os.fchmod(file.fileno(), 0o644)
@@ -347,7 +348,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _note(update: Update, cache: Path) -> Update:
-    """Note the next step; without the note the one before is done again."""
+    """Note the next step; if that fails, a restart repeats the step before."""
     try:
         write(cache / "update.json", json.dumps(asdict(update)).encode())
     except OSError as fault:

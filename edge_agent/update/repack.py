@@ -1,4 +1,4 @@
-"""The installed package as a package file again, so that there is a way back without a network."""
+"""Turns the installed package into a package file again, for a way back without a network."""
 
 import os
 import shutil
@@ -13,11 +13,11 @@ _INFO = Path("/var/lib/dpkg/info")
 def repack(name: str, out: Path) -> None:
     """Write a package file with the files, control fields and scripts that dpkg knows.
 
-    It takes the file contents as they are now, and no file that dpkg does not list (bytecode).
+    File contents are taken as they are now. Files that dpkg does not list (bytecode) are left out.
 
     Args:
-        name: of the package.
-        out: the file to write; the folder is where the tree is built, of links where it can.
+        name: the package's name.
+        out: the file to write. The tree is built beside it, from hard links where possible.
 
     Raises:
         OSError: there is no room, a file is missing, or a tool fails; the message says which.
@@ -36,7 +36,7 @@ def repack(name: str, out: Path) -> None:
         partial.replace(out)
     except OSError as fault:
         raise OSError(
-            f"{name} cannot be kept for a way back: {fault}; make room, or install it anew"
+            f"{name} cannot be kept for a way back: {fault}; make room, or install it again"
         ) from fault
     finally:
         shutil.rmtree(tree, ignore_errors=True)

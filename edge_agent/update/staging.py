@@ -1,7 +1,7 @@
-"""The agent's half of an update: what it is told of, pulled piece by piece, and laid out for root.
+"""The agent's half of an update: it pulls a new package, and lays it out for root.
 
-A release is pulled as orders' blobs are, so that it goes on after a restart; but only while the
-device has no order. The file `ready` comes last: what it stands beside is whole.
+The package is pulled like an order's blobs, so it goes on after a restart; but only while the
+device has no order. The file `ready` is written last, when the files beside it are complete.
 """
 
 import json
@@ -35,11 +35,11 @@ STAGED_S = 1800.0
 
 
 class Updates:
-    """What this device does about newer packages; nothing where it was not installed by one.
+    """Checks, pulls and stages newer packages; does nothing if no package installed the agent.
 
     Args:
-        config: of the agent.
-        prefix: of its Python environment, where the package says what it is.
+        config: the agent's settings.
+        prefix: the Python environment, where the package has written its description.
     """
 
     def __init__(self, config: AgentConfig, prefix: Path = Path(sys.prefix)) -> None:
@@ -53,20 +53,20 @@ class Updates:
 
     @property
     def word(self) -> str:
-        """What became of an update that is not installed: of the one told last, or by root."""
+        """Why the last update is not installed, as the agent or root has found; else ""."""
         if self._fault or self.own is None:
             return self._fault
-        own, known = self.own.version, refused(self.config.updates_kept)
-        later = [version for version in known if release.newer(version, own)]
+        current, known = self.own.version, refused(self.config.updates_kept)
+        later = [version for version in known if release.newer(version, current)]
         if later:
             return f"{later[-1]} is refused: {known[later[-1]]}"
         failed = last(self.config.updates_kept)
-        if failed and (not failed.version or release.newer(failed.version, own)):
+        if failed and (not failed.version or release.newer(failed.version, current)):
             return f"{failed.version} failed: {failed.reason}".lstrip()
         return self._forgotten()
 
     def told(self, update: Update) -> bool:
-        """There is a newer package; whether the device has something to say about it."""
+        """Hear of a newer package; return whether `word` now says something new."""
         if self.own is None or (self._fetch and self._update == update):
             return False
         self._update, self._fetch, self._fault = update, None, ""
@@ -76,7 +76,7 @@ class Updates:
             release.check(update.release, self.own, key=self.config.release_key, refused=known)
             if package.size > self.config.max_download_bytes:
                 raise ReleaseError(
-                    f"{package.version} has {package.size} bytes, this device takes at most "
+                    f"{package.version} has {package.size} bytes, this device accepts at most "
                     f"{self.config.max_download_bytes}; raise max_download_bytes in agent.toml"
                 )
             failed = last(self.config.updates_kept)
@@ -86,7 +86,7 @@ class Updates:
                     "when last.json is removed"
                 )
             if (self.config.updates / READY).exists():
-                return bool(self._forgotten())  # or root is at it
+                return bool(self._forgotten())  # if "", root is working on it
             store = BlobStore(self.config.updates / "blobs")
             store.keep_only({package.sha256})
             self._fetch = Fetch(
@@ -94,11 +94,11 @@ class Updates:
             )
         except (StillhouseError, OSError) as fault:
             return self._failed(fault)
-        log.info("update: %s is there; pulling it", package.version)
+        log.info("update: %s is available; pulling it", package.version)
         return False
 
     def wants(self, now_s: float) -> Iterator[Want]:
-        """What to ask for now, while there is nothing else to do; stages what is whole."""
+        """What to ask for now; stages the package when it is complete. For an idle device."""
         if self._fetch is None:
             return
         try:
@@ -112,7 +112,7 @@ class Updates:
             yield want
 
     def take(self, message: Chunk | Gone, body: memoryview) -> bool:
-        """Take an answer; whether it was one to this."""
+        """Take an answer; return whether it belongs to the update."""
         if self._fetch is None or message.digest != self._fetch.ref.digest:
             return False
         try:
@@ -125,38 +125,38 @@ class Updates:
         return True
 
     def pause(self) -> None:
-        """The connection is lost: what was asked must be asked again, and nothing is well yet."""
+        """The connection is lost: ask again for everything, and restart the time to `healthy`."""
         self._since = None
         if self._fetch:
             self._fetch.forget_asked()
 
     def turns(self, now_s: float) -> None:
-        """The agent's loop turns; after `UP_S` of that, root is told that it is up."""
+        """Note that the agent's loop runs; after `UP_S` root is told that the agent is up."""
         self._began = now_s if self._began is None else self._began
         if not self._up and now_s - self._began >= UP_S:
             self._up = True
             self._tell(UP)
 
     def lives(self, now_s: float) -> None:
-        """The agent is connected; after `HEALTHY_S` of that, root is told that it is well."""
+        """Note that the agent is connected; after `HEALTHY_S` root is told that it is well."""
         self._since = now_s if self._since is None else self._since
         if not self._well and now_s - self._since >= HEALTHY_S:
             self._well = True
             self._tell(HEALTHY)
 
     def _tell(self, name: str) -> None:
-        """Tell root, or never: it is tried once."""
+        """Tell root by a file; this is tried only once."""
         if self.own is None:
             return
-        said = {"version": self.own.version, "at": time.time()}
+        content = {"version": self.own.version, "at": time.time()}
         try:
             self.config.updates.mkdir(parents=True, exist_ok=True)
-            write(self.config.updates / name, json.dumps(said).encode())
+            write(self.config.updates / name, json.dumps(content).encode())
         except OSError as fault:
-            log.warning("update: nobody can be told that this version is %s: %s", name, fault)
+            log.warning("update: root cannot be told that this version is %s: %s", name, fault)
 
     def _forgotten(self) -> str:
-        """What is wrong if root has let a staged package lie."""
+        """A message if root has not taken a staged package for too long; else ""."""
         try:
             at = (self.config.updates / READY).stat().st_mtime
         except OSError:
@@ -169,7 +169,7 @@ class Updates:
         )
 
     def _stage(self) -> None:
-        assert self._update is not None  # noqa: S101 - it is what is fetched
+        assert self._update is not None  # noqa: S101 - it is being fetched
         assert self._fetch is not None  # noqa: S101
         folder, fetch = self.config.updates, self._fetch
         fetch.store.path(fetch.ref.digest).replace(folder / PACKAGE)
@@ -185,10 +185,10 @@ class Updates:
 
 
 def installed(prefix: Path) -> Build | None:
-    """The package that a Python environment came by, if one says so.
+    """The package that installed a Python environment; None if none did.
 
     Raises:
-        SettingsError: its description is damaged, or cannot be read.
+        SettingsError: the package's description is damaged, or cannot be read.
     """
     path = prefix / "package.json"
     try:

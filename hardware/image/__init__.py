@@ -1,17 +1,17 @@
-"""Images to flash: a Raspberry Pi OS image with the agent, and one device's identity on it.
+"""Images to flash: Raspberry Pi OS with the agent, and the identity of one device.
 
     build        a vendor's image + the package  ->  an image for the whole fleet
-    personalize  one device's kit, onto an image, a card, or a card's mounted boot partition
-    fleet        the same for each line of a CSV file, and a list for Raspberry Pi Imager
+    personalize  writes one device's kit to an image, a card, or a card's mounted boot partition
+    fleet        does the same for each line of a CSV file, and lists the images for Raspberry Pi
+                 Imager
 
 `build` adds three small files to the root file system: a systemd unit, its link, and the script
-that it runs, first-boot. All else lies in the folder `stillhouse` of the FAT boot partition, which
-any computer can write to: the package, and the kit. At each boot for which that folder holds
-something, first-boot installs the package, moves the kit to where it belongs, and takes both from
-the boot partition. What it could not do it writes there, to ERROR.txt.
+first-boot that it runs. The package and the kit lie in the folder `stillhouse` of the FAT boot
+partition, which any computer can write to. When that folder holds something at boot, first-boot
+installs the package, moves the kit to its place, and removes both from the boot partition. If
+something fails, it writes ERROR.txt there.
 
-So nothing depends on how a release customizes itself (firstrun.sh on Bookworm, cloud-init on
-Trixie), and Raspberry Pi Imager's own settings (user, Wi-Fi, SSH) work as ever. Partitions and file
-systems are read and written by sfdisk, mtools and debugfs; nothing is mounted, and root is not
-needed but for a card.
+So nothing depends on how a release is customized (firstrun.sh on Bookworm, cloud-init on Trixie),
+and Raspberry Pi Imager's settings (user, Wi-Fi, SSH) still work. sfdisk, mtools and debugfs read
+and write partitions and file systems. Nothing is mounted, and only a card needs root.
 """

@@ -34,7 +34,7 @@ from wire.errors import StillhouseError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 2 with one line on what is wrong."""
+    """Run the command line; return 0, or 2 after one line on what is wrong."""
     chosen = _parser().parse_args(arguments)
     before = os.umask(0o077)  # kits hold passwords
     try:
@@ -60,40 +60,40 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("build", help="a vendor's image and the package become one image")
+    one = commands.add_parser("build", help="join a vendor's image and the package")
     one.add_argument("--base", type=Path, required=True, help="Raspberry Pi OS, .img or .img.xz")
-    one.add_argument("--deb", type=Path, required=True, help="what `make deb` built")
+    one.add_argument("--deb", type=Path, required=True, help="the package from `make deb`")
     one.add_argument("--out", type=Path, required=True, help="the image to write")
-    one.add_argument("--fleet", default="", help="that kits must be of; default any")
+    one.add_argument("--fleet", default="", help="the fleet of all kits; default any")
     one.add_argument("--list", type=Path, help="write a list for Raspberry Pi Imager there")
-    one.add_argument("--url", default="", help="where the list says that the image is")
-    one = commands.add_parser("personalize", help="one device's kit onto an image or a card")
+    one.add_argument("--url", default="", help="address of the image in the list")
+    one = commands.add_parser("personalize", help="write one device's kit to an image or a card")
     one.add_argument("target", type=Path, help="an image, a card's /dev/..., or where its boot "
                                                "partition is mounted")  # fmt: skip
-    one.add_argument("--device", required=True, help="the name it is enrolled under")
+    one.add_argument("--device", required=True, help="its name in the fleet")
     one.add_argument("--out", type=Path, help="write to a copy of the image there instead")
     _identity_options(one)
-    one = commands.add_parser("fleet", help="the same for each line of a CSV file")
+    one = commands.add_parser("fleet", help="personalize an image for each line of a CSV file")
     one.add_argument("devices", type=Path, help="columns: device, and any of "
                      + ", ".join(f.name for f in fields(Identity)[1:]))  # fmt: skip
-    one.add_argument("--image", type=Path, required=True, help="what `build` made")
-    one.add_argument("--out", type=Path, required=True, help="folder of what is written")
+    one.add_argument("--image", type=Path, required=True, help="the image from `build`")
+    one.add_argument("--out", type=Path, required=True, help="folder to write")
     one.add_argument("--folders", action="store_true",
-                     help="no images, but a folder a device, to be copied onto the boot partition "
-                          "of its card")  # fmt: skip
+                     help="write no images, but a folder for each device, to be copied to the boot "
+                          "partition of its card")  # fmt: skip
     one.add_argument("--list", type=Path, help="write a list for Raspberry Pi Imager there")
-    one.add_argument("--url", default="", help="where the list says that the images are")
+    one.add_argument("--url", default="", help="address of the images in the list")
     _identity_options(one)
     return parser
 
 
 def _identity_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kit", type=Path, required=True, help="folder of DEVICE.toml, which "
+    parser.add_argument("--kit", type=Path, required=True, help="folder with DEVICE.toml, which "
                         "`orchestrator enroll --packaged` writes, and its PEM files")  # fmt: skip
-    parser.add_argument("--wifi", default="", help="the network's name")
+    parser.add_argument("--wifi", default="", help="name of the Wi-Fi network")
     parser.add_argument("--wifi-password", default="", type=_secret,
                         help="its password; @FILE reads it from a file")  # fmt: skip
-    parser.add_argument("--country", default="", help="of the radio, two capitals")
+    parser.add_argument("--country", default="", help="country of the radio, two capitals")
 
 
 def _secret(text: str) -> str:
@@ -112,10 +112,11 @@ def _defaults(chosen: argparse.Namespace) -> dict[str, str]:
 
 
 def _build(chosen: argparse.Namespace) -> None:
-    made = build(chosen.base, chosen.deb, chosen.out, chosen.fleet)
-    print(f"{chosen.out}: {made.system} with the agent {made.package}; next: personalize, or fleet")
+    image = build(chosen.base, chosen.deb, chosen.out, chosen.fleet)
+    what = f"{image.system} with the agent {image.package}"
+    print(f"{chosen.out}: {what}; next: personalize, or fleet")
     if chosen.list:
-        listing.write(chosen.list, {"Stillhouse": (chosen.out, made)}, chosen.url)
+        listing.write(chosen.list, {"Stillhouse": (chosen.out, image)}, chosen.url)
         print(f"{chosen.list}: rpi-imager --repo {chosen.list}")
 
 
@@ -130,7 +131,7 @@ def _personalize(chosen: argparse.Namespace) -> None:
 
 
 def _copy(image: Path, identity: Identity, kit: Path, out: Path) -> None:
-    """A copy of an image with a device's kit on it, whole or not at all."""
+    """Write a copy of an image with a device's kit on it, all of it or nothing."""
     if not image.is_file():
         raise ImageError(f"{image}: no such image")
     if out.exists():
@@ -149,13 +150,13 @@ def _copy(image: Path, identity: Identity, kit: Path, out: Path) -> None:
 
 
 def _fleet(chosen: argparse.Namespace) -> None:
-    made = about(boot_of(chosen.image), chosen.image)
+    image = about(boot_of(chosen.image), chosen.image)
     devices = read_devices(chosen.devices, _defaults(chosen))
     for identity in devices:
-        read_kit(identity, chosen.kit, made.fleet)
+        read_kit(identity, chosen.kit, image.fleet)
     taken = [each.device for each in devices if _place(chosen, each).exists()]
     if taken:
-        raise ImageError(f"{chosen.out}: {', '.join(taken)} there already; nothing was written")
+        raise ImageError(f"{chosen.out}: has {', '.join(taken)} already; nothing was written")
     try:
         chosen.out.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -166,10 +167,10 @@ def _fleet(chosen: argparse.Namespace) -> None:
     for identity in devices:
         place = _place(chosen, identity)
         if chosen.folders:
-            write_kit(place / DEVICE, identity, chosen.kit, made.fleet)
+            write_kit(place / DEVICE, identity, chosen.kit, image.fleet)
         else:
             _copy(chosen.image, identity, chosen.kit, place)
-            images[identity.device] = (place, made)
+            images[identity.device] = (place, image)
     print(f"{chosen.out}: {len(devices)} devices")
     if chosen.list and images:
         listing.write(chosen.list, images, chosen.url)
@@ -182,12 +183,12 @@ def _place(chosen: argparse.Namespace, identity: Identity) -> Path:
 
 
 def _check_space(image: Path, out: Path, number: int) -> None:
-    """Raise unless so many copies have room, should this file system not share their blocks."""
-    wanted, free = number * image.stat().st_blocks * 512, shutil.disk_usage(out).free
-    if wanted > free:
+    """Raise ImageError unless so many copies fit, even if their blocks are not shared."""
+    needed, free = number * image.stat().st_blocks * 512, shutil.disk_usage(out).free
+    if needed > free:
         raise ImageError(
-            f"{out}: {number} images take {wanted / 1e9:.0f} GB, {free / 1e9:.0f} are free; "
-            "--folders writes what differs alone, for cards that all hold the same image"
+            f"{out}: {number} images take {needed / 1e9:.0f} GB, {free / 1e9:.0f} are free; "
+            "--folders writes only what differs, for cards that all hold the same image"
         )
 
 

@@ -1,4 +1,4 @@
-"""`build`: a vendor's image and the package become one image for the whole fleet."""
+"""`build`: joins a vendor's image and the package into one image for the whole fleet."""
 
 import json
 import lzma
@@ -18,18 +18,18 @@ FILES = Path(__file__).parent
 FOLDER = "stillhouse"  # on the boot partition
 UNIT = "stillhouse-first-boot.service"
 SCRIPT = "/usr/local/lib/stillhouse/first-boot"
-SPARE = 4 << 20  # bytes of the boot partition that are left for kits, and for what boots
+SPARE = 4 << 20  # bytes of the boot partition to leave free for kits, and for booting
 
 
 @dataclass(frozen=True)
 class About:
-    """What an image says of itself, in `stillhouse/image.json` of its boot partition.
+    """An image's description, in `stillhouse/image.json` on its boot partition.
 
     Attributes:
         base: the file it was built from.
-        system: PRETTY_NAME of its /etc/os-release.
+        system: PRETTY_NAME in its /etc/os-release.
         package: version of the agent's package.
-        fleet: that its devices belong to; empty: any.
+        fleet: its devices belong to this fleet; empty: any.
         init_format: how Raspberry Pi Imager customizes it.
     """
 
@@ -41,7 +41,7 @@ class About:
 
 
 def about(boot: Boot, where: Path) -> About:
-    """What an image or card says of itself.
+    """The description on an image or card.
 
     Raises:
         ImageError: it was not built by `build`.
@@ -66,11 +66,11 @@ def build(base: Path, package: Path, out: Path, fleet: str = "") -> About:
         base: an image of Raspberry Pi OS, 64-bit, Bookworm or Trixie; .img or .img.xz.
         package: the agent's, for the same system.
         out: the image to write.
-        fleet: that kits must be of; empty: any.
+        fleet: the fleet that kits must belong to; empty: any.
 
     Raises:
-        ImageError: the base is no such image, or not for this package; its boot partition is too
-            small; there is `out` already. Nothing is left of what was begun.
+        ImageError: the base is not such an image, or does not fit this package; its boot partition
+            is too small; `out` exists already. Nothing half-written stays.
     """
     _check(base, package, out, fleet)
     fields = _fields(package)
@@ -79,20 +79,21 @@ def build(base: Path, package: Path, out: Path, fleet: str = "") -> About:
         _copy(base, partial)
         boot, root = open_disk(partial)
         system = _suits(root, base, package, fields)
-        wanted, free = package.stat().st_size + SPARE, boot.free()
-        if free < wanted:
+        needed, free = package.stat().st_size + SPARE, boot.free()
+        if free < needed:
             raise ImageError(
-                f"{base}: its boot partition is too small: {free:,} bytes are free, {wanted:,} "
-                "wanted; take an image whose first partition has 512 MB, as those since Bookworm"
+                f"{base}: its boot partition is too small: {free:,} bytes are free, {needed:,} "
+                "are needed; take an image whose first partition has 512 MB, as those since "
+                "Bookworm"
             )
         init_format = _init_format(root)
-        made = About(base.name, system, fields["Version"], fleet, init_format)
-        _write(boot, root, package, made)
-        partial.chmod(0o644)  # it holds nobody's kit
+        description = About(base.name, system, fields["Version"], fleet, init_format)
+        _write(boot, root, package, description)
+        partial.chmod(0o644)  # it holds no kit, so all may read it
         partial.rename(out)
     finally:
         partial.unlink(missing_ok=True)
-    return made
+    return description
 
 
 def _check(base: Path, package: Path, out: Path, fleet: str) -> None:
@@ -111,8 +112,9 @@ def _check(base: Path, package: Path, out: Path, fleet: str) -> None:
 
 
 def _fields(package: Path) -> dict[str, str]:
-    told = run(["dpkg-deb", "--field", str(package)], f"{package}: no Debian package")
-    fields = dict(re.findall(r"(?m)^([\w-]+): (.*)$", told))
+    """The control fields of the agent's package."""
+    control = run(["dpkg-deb", "--field", str(package)], f"{package}: not a Debian package")
+    fields = dict(re.findall(r"(?m)^([\w-]+): (.*)$", control))
     if fields.get("Package") != deb.NAME:
         raise ImageError(
             f"{package}: expected the package {deb.NAME}, got {fields.get('Package')}; make deb"
@@ -121,7 +123,7 @@ def _fields(package: Path) -> dict[str, str]:
 
 
 def _copy(base: Path, to: Path) -> None:
-    """A copy with holes where zeros are, unpacked if it is packed."""
+    """Copy an image, with holes in place of zeros; a packed one is unpacked."""
     if base.suffix != ".xz":
         run(["cp", "--reflink=auto", "--sparse=always", str(base), str(to)], f"{base}")
         return
@@ -140,27 +142,27 @@ def _copy(base: Path, to: Path) -> None:
 
 
 def _suits(root: Root, base: Path, package: Path, fields: dict[str, str]) -> str:
-    """The system's name, if the package can be installed there without a network."""
+    """The system's name; ImageError unless the package can be installed without a network."""
     release = (root.read("/etc/os-release") or root.read("/usr/lib/os-release") or b"").decode()
-    found = re.search(r'(?m)^PRETTY_NAME="?([^"\n]*)', release)
+    name = re.search(r'(?m)^PRETTY_NAME="?([^"\n]*)', release)
     status = (root.read("/var/lib/dpkg/status") or b"").decode(errors="replace")
-    if not found or not status:
+    if not name or not status:
         raise ImageError(
             f"{base}: expected an image of Raspberry Pi OS; its second partition holds no Debian "
             "system"
         )
-    system, installed, own = found[1], set(_installed(status)), fields["Architecture"]
-    if ("libc6", own) not in installed:
+    system, installed, target = name[1], set(_installed(status)), fields["Architecture"]
+    if ("libc6", target) not in installed:
         known = ", ".join(sorted(of for name, of in installed if name == "libc6"))
         raise ImageError(
             f"{base}: {system} for {known or 'an unknown machine'}, but {package.name} is for "
-            f"{own}; take the 64-bit image"
+            f"{target}; take the 64-bit image"
         )
-    wanted = [re.split(r"[ (|:]", each.strip())[0] for each in fields["Depends"].split(",")]
-    missing = [name for name in wanted if not {(name, own), (name, "all")} & installed]
+    needed = [re.split(r"[ (|:]", each.strip())[0] for each in fields["Depends"].split(",")]
+    missing = [each for each in needed if not {(each, target), (each, "all")} & installed]
     if missing:
-        there = [name for name, _ in installed if re.fullmatch(r"python3\.\d+", name)]
-        hint = f"; it has {there[0]}: make deb TARGET_PYTHON={there[0][6:]}" if there else ""
+        pythons = [each for each, _ in installed if re.fullmatch(r"python3\.\d+", each)]
+        hint = f"; it has {pythons[0]}: make deb TARGET_PYTHON={pythons[0][6:]}" if pythons else ""
         raise ImageError(
             f"{base}: {system} has no {', '.join(missing)}, which {package.name} needs{hint}"
         )
@@ -168,7 +170,7 @@ def _suits(root: Root, base: Path, package: Path, fields: dict[str, str]) -> str
 
 
 def _installed(status: str) -> Iterator[tuple[str, str]]:
-    """Names and architectures of what dpkg has installed."""
+    """Names and architectures of the packages that dpkg has installed."""
     for entry in status.split("\n\n"):
         fields = dict(re.findall(r"(?m)^(Package|Status|Architecture): (.*)$", entry))
         if fields.get("Status", "").endswith(" installed"):
@@ -181,18 +183,19 @@ def _init_format(root: Root) -> Literal["systemd", "cloudinit-rpi", "none"]:
     return "systemd" if root.exists("/usr/lib/raspberrypi-sys-mods") else "none"
 
 
-def _write(boot: Boot, root: Root, package: Path, made: About) -> None:
+def _write(boot: Boot, root: Root, package: Path, description: About) -> None:
     root.write(SCRIPT, (FILES / "first-boot").read_bytes(), 0o755)
     root.write(f"/etc/systemd/system/{UNIT}", (FILES / UNIT).read_bytes(), 0o644)
     wants = "/etc/systemd/system/multi-user.target.wants"
     if not root.exists(wants):
-        raise ImageError(f"{made.base}: its system has no {wants}; expected one with systemd")
+        base = description.base
+        raise ImageError(f"{base}: its system has no {wants}; expected one with systemd")
     root.link(f"{wants}/{UNIT}", f"/etc/systemd/system/{UNIT}")
     with TemporaryDirectory(prefix="stillhouse-image-") as scratch:
         folder = Path(scratch) / FOLDER
         folder.mkdir()
         shutil.copyfile(package, folder / package.name)
-        text = json.dumps(records.plain(made), indent=1) + "\n"
+        text = json.dumps(records.plain(description), indent=1) + "\n"
         (folder / "image.json").write_text(text)
         boot.put(Path(scratch))
     _verify(boot, package)

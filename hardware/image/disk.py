@@ -1,7 +1,7 @@
 """The two file systems of a Raspberry Pi OS image or card: FAT to boot from, ext4 for the rest.
 
-sfdisk reads the partition table, mtools the FAT, debugfs the ext4, each at its offset in the file
-or block device; nothing is mounted.
+sfdisk reads the partition table; mtools and debugfs work on FAT and ext4 at their offsets in the
+file or block device. Nothing is mounted.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Protocol
 from wire.errors import StillhouseError
 
 TOOLS = {"sfdisk": "fdisk", "mcopy": "mtools", "mdir": "mtools", "debugfs": "e2fsprogs"}
-# Where Debian keeps some of them, which is not on every user's path.
+# Debian keeps some of them here, outside many users' path.
 SYSTEM = "/usr/sbin:/sbin"
 FAT, LINUX = ("b", "c", "e"), ("83",)  # partition types of a DOS label
 
@@ -31,19 +31,19 @@ class Boot(Protocol):
     """A boot partition, wherever it is; names are relative to it, with `/` between folders."""
 
     def read(self, name: str) -> bytes | None:
-        """A file's content, None where there is none; ImageError where it cannot be read."""
+        """A file's content; None if it does not exist, ImageError if it cannot be read."""
 
     def put(self, folder: Path) -> None:
-        """Copy what is in a folder, folders and all, over what is there."""
+        """Copy the content of a folder, with its sub-folders, over what is there."""
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with what is in it; nothing happens where there is none."""
+        """Remove a file, or a folder with its content; it need not exist."""
 
     def rename(self, name: str, new: str) -> None:
-        """Rename a file or a folder; nothing has the new name."""
+        """Rename a file or a folder; nothing may have the new name yet."""
 
     def free(self) -> int:
-        """Bytes that are free."""
+        """How many bytes are free."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class FatBoot:
     """A FAT file system in an image or on a card, through mtools.
 
     Attributes:
-        path: of the image or block device.
-        offset: in bytes.
+        path: the image or block device.
+        offset: where the file system begins in it, in bytes.
     """
 
     path: Path
@@ -91,14 +91,14 @@ class FatBoot:
 
     def free(self) -> int:
         """See `Boot`."""
-        told = run(["mdir", *self._at, "::/"], f"{self.path}: its boot partition")
-        found = re.search(r"([\d ]+) bytes free", told)
-        return int(found[1].replace(" ", "")) if found else 0
+        listing = run(["mdir", *self._at, "::/"], f"{self.path}: its boot partition")
+        match = re.search(r"([\d ]+) bytes free", listing)
+        return int(match[1].replace(" ", "")) if match else 0
 
 
 @dataclass(frozen=True)
 class MountedBoot:
-    """A boot partition that is mounted, as desktops do with a card that is put in."""
+    """A mounted boot partition; desktops mount a card when it is inserted."""
 
     path: Path
 
@@ -116,21 +116,21 @@ class MountedBoot:
         try:
             shutil.copytree(folder, self.path, dirs_exist_ok=True, copy_function=shutil.copyfile)
             os.sync()
-        except OSError as fault:  # shutil.Error as well
+        except OSError as fault:  # shutil.Error is one
             raise ImageError(f"{self.path}: cannot be written: {fault}") from fault
 
     def remove(self, name: str) -> None:
-        """See `Boot`; contents are overwritten first, as far as the card lets them be."""
-        gone = self.path / name
+        """See `Boot`; contents are overwritten first, as far as the card allows."""
+        doomed = self.path / name
         try:
-            for path in [gone, *gone.rglob("*")]:
+            for path in [doomed, *doomed.rglob("*")]:
                 if path.is_file():
                     with path.open("r+b") as file:
                         file.write(b"\0" * path.stat().st_size)
             os.sync()
-            if gone.is_dir():
-                shutil.rmtree(gone)
-            gone.unlink(missing_ok=True)
+            if doomed.is_dir():
+                shutil.rmtree(doomed)
+            doomed.unlink(missing_ok=True)
         except OSError as fault:
             raise ImageError(f"{self.path}: cannot be written: {fault}") from fault
 
@@ -152,15 +152,15 @@ class Root:
     """The ext4 file system of an image, through debugfs.
 
     Attributes:
-        path: of the image.
-        offset: in bytes.
+        path: the image or block device.
+        offset: where the file system begins in it, in bytes.
     """
 
     path: Path
     offset: int
 
     def read(self, name: str) -> bytes | None:
-        """A file's content, None where there is none."""
+        """A file's content; None if it does not exist."""
         with tempfile.TemporaryDirectory(prefix="stillhouse-root-") as folder:
             copy = Path(folder) / "file"
             self._debugfs([f"dump {name} {copy}"])
@@ -171,7 +171,7 @@ class Root:
         return "Inode:" in self._debugfs([f"stat {name}"])
 
     def write(self, name: str, content: bytes, mode: int) -> None:
-        """A new file of root's; one that was there before is replaced.
+        """Write a file that belongs to root, over an older one if there is one.
 
         Raises:
             ImageError: the file system is full, damaged, or was not cleanly unmounted.
@@ -180,7 +180,7 @@ class Root:
         with tempfile.TemporaryDirectory(prefix="stillhouse-root-") as scratch:
             source = Path(scratch) / "file"
             source.write_bytes(content)
-            told = self._debugfs(
+            output = self._debugfs(
                 [
                     *(f"mkdir {parent}" for parent in _parents(folder) if not self.exists(parent)),
                     *([f"rm {name}"] if self.exists(name) else []),
@@ -194,11 +194,11 @@ class Root:
         if self.read(name) != content:
             raise ImageError(
                 f"{self.path}: {name} cannot be written to its root file system, which is full or "
-                f"damaged; debugfs said: {told.strip()[-300:]}"
+                f"damaged; debugfs said: {output.strip()[-300:]}"
             )
 
     def link(self, name: str, target: str) -> None:
-        """A symbolic link; a new one or the one that is there."""
+        """Make a symbolic link, unless something has its name already."""
         if not self.exists(name):
             self._debugfs([f"symlink {name} {target}"], write=True)
         if not self.exists(name):
@@ -209,14 +209,14 @@ class Root:
         done = _tried(["debugfs", *(["-w"] if write else []), "-f", "-", at], commands)
         if "Could not open" in done.stderr:
             raise ImageError(
-                f"{self.path}: its second partition is no ext4 file system that can be read: "
+                f"{self.path}: its second partition is not an ext4 file system that can be read: "
                 f"{done.stderr.strip()[-300:]}"
             )
         return done.stdout + done.stderr
 
 
 def _parents(folder: str) -> list[str]:
-    """`/a/b` -> /a, /a/b."""
+    """A folder's parents and itself: `/a/b` gives /a, /a/b."""
     parts = folder.strip("/").split("/")
     return ["/" + "/".join(parts[: n + 1]) for n in range(len(parts))]
 
@@ -225,14 +225,14 @@ def open_disk(path: Path) -> tuple[FatBoot, Root]:
     """The boot partition and the root file system of an image or a card.
 
     Raises:
-        ImageError: a tool is missing; no such file; a partition is mounted; or its partitions are
-            not those of a Raspberry Pi OS image: FAT, then Linux.
+        ImageError: a tool or the file is missing, a partition is mounted, or its partitions are
+            not those of a Raspberry Pi OS image (FAT, then Linux).
     """
     require_tools()
     if not path.exists():
         raise ImageError(f"{path}: no such image or card")
     if not os.access(path, os.R_OK):
-        raise ImageError(f"{path}: not for this user; a card is written as root: "
+        raise ImageError(f"{path}: this user may not read it; write a card as root: "
                          "sudo .venv/bin/python -m hardware.image ...")  # fmt: skip
     _refuse_mounted(path)
     done = _tried(["sfdisk", "--json", str(path)])
@@ -245,8 +245,8 @@ def open_disk(path: Path) -> tuple[FatBoot, Root]:
     kinds = [str(each["type"]).lower() for each in partitions]
     if len(kinds) < 2 or kinds[0] not in FAT or kinds[1] not in LINUX:
         shown = ", ".join(kinds) or "none"
-        raise ImageError(f"{path}: {expected}; it has partitions of types {shown}. Of a card name "
-                         "the whole, /dev/sdX or /dev/mmcblk0")  # fmt: skip
+        raise ImageError(f"{path}: {expected}; it has partitions of types {shown}. For a card name "
+                         "the whole device, /dev/sdX or /dev/mmcblk0")  # fmt: skip
     size = path.stat().st_size
     end = (partitions[1]["start"] + partitions[1]["size"]) * sector
     if path.is_file() and end > size:
@@ -270,7 +270,7 @@ def _refuse_mounted(path: Path) -> None:
 
 
 def require_tools() -> None:
-    """Raise ImageError unless all tools are here; the message says how to install them."""
+    """Raise ImageError if tools are missing; the message says how to install them."""
     path = f"{os.environ.get('PATH', '/usr/bin:/bin')}:{SYSTEM}"
     missing = sorted({of for tool, of in TOOLS.items() if shutil.which(tool, path=path) is None})
     if missing:
@@ -278,11 +278,11 @@ def require_tools() -> None:
 
 
 def run(command: Sequence[str], what: str) -> str:
-    """Standard output of a command; ImageError with its last words where it fails."""
+    """Standard output of a command; if it fails, ImageError with the last it printed."""
     done = _tried(command)
     if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
-        raise ImageError(f"{what}: {command[0]} failed: {said[-300:]}")
+        printed = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise ImageError(f"{what}: {command[0]} failed: {printed[-300:]}")
     return done.stdout
 
 
@@ -290,7 +290,7 @@ def _tried(command: Sequence[str], lines: Sequence[str] = ()) -> "subprocess.Com
     environment = {
         "PATH": f"{os.environ.get('PATH', '/usr/bin:/bin')}:{SYSTEM}",
         "LC_ALL": "C.UTF-8",
-        # mtools wants a FAT's size to fit its track layout, which those of cards need not.
+        # mtools expects a FAT's size to fit its track layout, but a card's FAT may not.
         "MTOOLS_SKIP_CHECK": "1",
     }
     return subprocess.run(

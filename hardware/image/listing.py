@@ -1,6 +1,6 @@
 """A list of images for Raspberry Pi Imager: its `os_list`, with sizes and checksums.
 
-The fields are those that the schema in Imager's repository (doc/json-schema) wants of an entry.
+The fields of an entry follow the schema in Imager's repository (doc/json-schema).
 """
 
 import hashlib
@@ -21,12 +21,12 @@ def write(path: Path, images: Mapping[str, tuple[Path, About]], base_url: str) -
     """Write the list.
 
     Args:
-        path: of the JSON file.
-        images: files by the name that Imager shows, with what they say of themselves.
-        base_url: that the files will be found under; empty: they are read where they are.
+        path: the JSON file to write.
+        images: for each name that Imager shows, the file and its description.
+        base_url: where the files can be downloaded; empty: they are read from this machine.
 
     Raises:
-        ImageError: it cannot be written.
+        ImageError: the list cannot be written.
     """
     entries = [_entry(name, *image, base_url) for name, image in images.items()]
     try:

@@ -6,8 +6,9 @@
 #                                           from the deadsnakes archive, beside the system's own
 #
 # The package brings ONNX Runtime for the CPU. --gpu takes a wheel of onnxruntime-gpu that NVIDIA
-# built for this JetPack and this Python, lays it before the package's, and lets the service at the
-# GPU. An update of the package leaves it; without --gpu it is taken out again. See docs/fleet.md.
+# built for this JetPack and this Python, puts it before the package's, and gives the service access
+# to the GPU. It survives updates of the package; running this without --gpu removes it. See
+# docs/fleet.md.
 set -eu
 
 fail() {
@@ -25,11 +26,11 @@ if [ "${1:-}" = --gpu ]; then
 fi
 
 [ "$(id -u)" = 0 ] || fail "run it as root: sudo sh install.sh $deb"
-[ "$(dpkg --print-architecture)" = arm64 ] || fail "this machine is no arm64"
+[ "$(dpkg --print-architecture)" = arm64 ] || fail "this machine is not arm64"
 [ "$(dpkg-deb --field "$deb" Architecture)" = arm64 ] || fail "$deb is not for arm64: make deb"
 [ -f /etc/nv_tegra_release ] || echo "install: no /etc/nv_tegra_release; is this a Jetson?" >&2
 
-# The package names the one Python it is for.
+# The package names the Python that it is for.
 python=$(dpkg-deb --field "$deb" Depends | grep -o 'python3\.[0-9]*' | head -n 1)
 tag=cp$(echo "${python#python}" | tr -d .)
 if [ -n "$wheel" ]; then
@@ -40,7 +41,7 @@ if [ -n "$wheel" ]; then
 fi
 
 . /etc/os-release
-# What Ubuntu 22.04 has of Python 3.11 itself is a release candidate.
+# Ubuntu 22.04's own Python 3.11 is a release candidate.
 if [ "${ID:-}-${VERSION_ID:-}" = ubuntu-22.04 ]; then
     apt-get install --yes software-properties-common
     add-apt-repository --yes ppa:deadsnakes/ppa
@@ -54,12 +55,12 @@ limits=/etc/systemd/system/stillhouse-edge-agent.service.d
 rm -rf "$local" "$site/local.pth" "$limits/gpu.conf"
 if [ -n "$wheel" ]; then
     mkdir -p "$local" "$limits"
-    # A wheel is a zip file; this one alone, since all that it needs is in the package.
+    # A wheel is a zip file. Unpacking it is enough, since the package has all that it needs.
     "$python" -m zipfile -e "$wheel" "$local"
     echo "import sys; sys.path.insert(1, '$local')" > "$site/local.pth"
     printf '[Service]\nPrivateDevices=no\nSupplementaryGroups=video render\n' > "$limits/gpu.conf"
     chmod -R go+rX "$local" "$limits"
-    # What a session of the agent's own user gets, not what the wheel was built with.
+    # Ask a session of the agent's user: the wheel may be built for CUDA and yet not open it here.
     if ! su -s /bin/sh -G video -G render stillhouse -c "/opt/stillhouse/bin/python3 -I -c '
 import edge_agent, onnxruntime as ort
 from pathlib import Path
@@ -68,9 +69,9 @@ used = ort.InferenceSession(graph, providers=ort.get_available_providers()).get_
 print(\"onnxruntime\", ort.__version__, used)
 raise SystemExit(\"CUDAExecutionProvider\" not in used)'"; then
         rm -rf "$local" "$site/local.pth" "$limits/gpu.conf"
-        fail "this wheel opens no CUDA here, and was taken out again; the CPU does the work"
+        fail "this wheel cannot use CUDA here, and was removed again; the CPU does the work"
     fi
 fi
 systemctl daemon-reload
 systemctl --no-block try-restart stillhouse-edge-agent.service
-echo "installed; next: the settings of orchestrator enroll to /etc/stillhouse/agent.toml"
+echo "installed; next: copy the settings from orchestrator enroll to /etc/stillhouse/agent.toml"

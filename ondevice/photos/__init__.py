@@ -1,10 +1,10 @@
-"""Labelled images from a folder or an `.npz`: one reader, for agents and for the server.
+"""Reads labelled images from a folder or an `.npz`, for agents and for the server.
 
-- A folder has one sub-folder for each class, named as the class is; `picture` says how a picture
-  becomes pixels. Damaged pictures are left out and named, other files are left out and counted.
+- A folder has one sub-folder for each class, with the class's name; `picture` says how a picture
+  becomes pixels. Damaged pictures are left out and named; other files are left out and counted.
 - An `.npz` holds the pixels themselves, or encoded pictures; see `archive`.
 
-The result tells what was left out, and what was done to pictures that are not plain 8-bit ones.
+The result says what was left out, and how unusual pictures (16 bits, transparent) were converted.
 """
 
 from pathlib import Path
@@ -37,13 +37,12 @@ def read(path: Path, input_shape: tuple[int, ...], *, bad_share: float = BAD_SHA
 
     Args:
         path: the folder or file.
-        input_shape: (C, H, W) that a folder's pictures are brought to, C = 1 (grey) or 3 (RGB). An
-            `.npz` comes as it is.
-        bad_share: more damaged pictures than this share of all, and than one, are an error; 0: each
-            is.
+        input_shape: (C, H, W) to which a folder's pictures are converted, C = 1 (grey) or 3 (RGB).
+            The images of an `.npz` are not converted.
+        bad_share: the share of pictures that may be damaged; one always may. With 0, none may.
 
     Raises:
-        DataError: nothing is there, it cannot be read, it is of another form, or too much of it is
+        DataError: the path does not exist or cannot be read, has another form, or too much of it is
             damaged.
     """
     if is_folder(path):
@@ -52,10 +51,10 @@ def read(path: Path, input_shape: tuple[int, ...], *, bad_share: float = BAD_SHA
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there; else it is a file.
+    """Whether the path is a folder, not a file.
 
     Raises:
-        DataError: nothing is there, or a folder above it may not be entered.
+        DataError: it does not exist, or a folder above it may not be entered.
     """
     try:
         if path.is_dir():

@@ -4,10 +4,10 @@
     y        (N,) integers, from 0
     classes  one name for each class, in the order of the labels; optional
 
-or, for x, encoded pictures as public data sets are packed:
+Instead of x it may hold encoded pictures, as some public data sets do:
 
-    webp     uint8, encoded pictures one after another, each of one square image or of a vertical
-             strip of them
+    webp     uint8, encoded pictures one after another; each is one square image, or a vertical
+             strip of several
     offsets  where each picture begins, and where the last one ends
 """
 
@@ -29,11 +29,11 @@ KNOWN = ("x", "y", "classes", "webp", "offsets")
 
 def read(path: Path) -> Photos:
     """Read an `.npz`; see `ondevice.photos.read`."""
-    stored, found = _arrays(path)
+    stored, all_names = _arrays(path)
     if "y" not in stored or not ("x" in stored or {"webp", "offsets"} <= stored.keys()):
         raise DataError(
             f"{path}: expected arrays 'x' and 'y' (or webp, offsets and y), got "
-            f"{', '.join(found) or 'none'}; {WRITE}"
+            f"{', '.join(all_names) or 'none'}; {WRITE}"
         )
     x = stored["x"] if "x" in stored else _unpack(stored["webp"], stored["offsets"], path)
     y = stored["y"]
@@ -65,14 +65,14 @@ def read(path: Path) -> Photos:
 
 
 def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
-    """The arrays that are known here, and the names of all."""
+    """The arrays with names that are known here, and the names of all arrays."""
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")  # of numpy, on what older versions wrote
+            warnings.simplefilter("ignore")  # numpy's, about files of older versions
             with np.load(file, allow_pickle=False) as arrays:
-                found = sorted(arrays)
-                return {name: np.asarray(arrays[name]) for name in KNOWN if name in found}, found
-    except DAMAGED as fault:  # foreign, cut off and pickled files, a bare .npy, any damage
+                names = sorted(arrays)
+                return {name: np.asarray(arrays[name]) for name in KNOWN if name in names}, names
+    except DAMAGED as fault:  # another kind of file, cut off, pickled, a bare .npy, any damage
         if path.suffix.lower() not in (".npz", ".npy"):
             raise DataError(
                 f"{path}: expected a folder with one sub-folder of pictures for each class, or an "
@@ -96,7 +96,8 @@ def _names(classes: NDArray[Any], path: Path) -> tuple[str, ...]:
         "".join(texts).encode()
     except UnicodeError as fault:
         raise DataError(
-            f"{path}: classes: expected names in UTF-8, got others ({reason(fault)}); write it anew"
+            f"{path}: classes: expected names in UTF-8, got others ({reason(fault)}); write the "
+            "file again"
         ) from fault
     return class_names(texts, path)
 

@@ -1,7 +1,7 @@
 """A folder of pictures, one sub-folder for each class.
 
-Class names are the folders' names in Unicode's composed form (NFC): a Mac's copy spells the same
-name in other bytes. Two folders whose names are the same in that form are one class.
+Class names are the folders' names in Unicode's composed form (NFC), because a Mac's copy of a
+folder spells its name in other bytes. Two folders with the same name in that form are one class.
 """
 
 import os
@@ -18,7 +18,7 @@ from ondevice.photos import picture
 from ondevice.photos.record import Bad, Photos, Skipped, class_names, reason, shown
 from wire.errors import DataError
 
-# Made by systems, not by people: of disks, Windows, macOS, Android, Synology and QNAP.
+# Folders that systems create, not people: disks, Windows, macOS, Android, Synology and QNAP.
 SYSTEM_FOLDERS = re.compile(
     r"lost\+found|lost\.dir|found\.\d{3}|\$recycle\.bin|recycle[rd]|system volume information"
     r"|\$winreagent|\$extend|config\.msi|__macosx|network trash folder|temporary items"
@@ -29,19 +29,19 @@ SYSTEM_FILES = ("desktop.ini", "ehthumbs.db", "thumbs.db")
 
 
 class Sizes(NamedTuple):
-    """How many pictures of a folder have each (height, width); 3 channels if any has colour."""
+    """How many of a folder's pictures have each (height, width); 3 channels if any has colour."""
 
     sizes: Counter[tuple[int, int]]
     channels: int
 
 
 def read(path: Path, input_shape: tuple[int, ...], bad_share: float) -> Photos:
-    """Read all pictures; see `ondevice.photos.read`. One is decoded at a time."""
+    """Read all pictures, one at a time; see `ondevice.photos.read`."""
     channels, height, width = input_shape
     if channels not in (1, 3):
         raise DataError(
             f"{path}: expected a model with 1 or 3 input channels, got {channels}; a folder holds "
-            "grey or colour images, give other data as an .npz"
+            "grey or colour images; give other data as an .npz"
         )
     files, names, skipped = _find(path)
     shape = (len(files), height, width, channels)
@@ -67,12 +67,12 @@ def read(path: Path, input_shape: tuple[int, ...], bad_share: float) -> Photos:
 
 
 def sizes(path: Path) -> Sizes:
-    """The sizes of a folder's pictures as they stand upright, from their heads.
+    """The sizes of a folder's pictures when upright, from the files' headers.
 
     Raises:
-        DataError: there is no picture in it, or none that can be read.
+        DataError: the folder has no picture, or none that can be read.
     """
-    found: Counter[tuple[int, int]] = Counter()
+    counts: Counter[tuple[int, int]] = Counter()
     channels = 1
     bad = []
     files, _, _ = _find(path)
@@ -82,14 +82,14 @@ def sizes(path: Path) -> Sizes:
         except picture.damaged() as fault:
             bad.append(Bad(shown(str(file.relative_to(path))), reason(fault)))
             continue
-        found[height, width] += 1
+        counts[height, width] += 1
         channels = max(channels, depth)
     _check(path, bad, len(files), 1.0)
-    return Sizes(found, channels)
+    return Sizes(counts, channels)
 
 
 def _check(path: Path, bad: list[Bad], total: int, bad_share: float) -> None:
-    """Refuse a folder of which too much is damaged. One picture is not, unless the share is 0."""
+    """Refuse a folder with too many damaged pictures; one is allowed unless the share is 0."""
     allowed = max(bad_share * total, 1) if bad_share else 0
     if len(bad) <= allowed and len(bad) < total:
         return
@@ -102,7 +102,7 @@ def _check(path: Path, bad: list[Bad], total: int, bad_share: float) -> None:
 
 
 def _find(path: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...], Skipped]:
-    """Picture files with the numbers of their classes, the classes' names, what is left out.
+    """The picture files with their class numbers, the classes' names, and what is left out.
 
     Raises:
         DataError: a folder cannot be read, or there is no picture.
@@ -132,7 +132,7 @@ def _find(path: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...], Skipped]
 
 
 def _pictures(folder: Path, path: Path, skipped: Skipped) -> list[Path]:
-    """A class folder's pictures."""
+    """The pictures of one class folder."""
     files = []
     for entry in _entries(folder):
         name = shown(str(entry.relative_to(path)))
@@ -160,7 +160,11 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _is_folder(entry: Path, *, needed: bool = False) -> bool:
-    """Whether it is a folder; of what is `needed` this must be known, for it may be a class."""
+    """Whether an entry is a folder.
+
+    Raises:
+        DataError: it cannot be told, and the entry is `needed`: it may be a class.
+    """
     try:
         return stat.S_ISDIR(entry.stat().st_mode)
     except OSError as fault:
@@ -187,7 +191,7 @@ def _class_name(folder: Path) -> str:
 
 
 def _nothing(path: Path, classes: int, skipped: Skipped) -> DataError:
-    """Why a folder has no picture where one is looked for."""
+    """The error that says why no pictures were found in a folder."""
     if archives := sorted(path.glob("*.npz")):
         return DataError(
             f"{path}: expected one sub-folder of pictures for each class, got .npz files; name one "

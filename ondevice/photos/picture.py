@@ -1,11 +1,11 @@
-"""One picture to pixels: upright, 8 bits, grey (1 channel) or RGB (3).
+"""Turns one picture into pixels: upright, 8 bits, grey (1 channel) or RGB (3).
 
-- Pixels are turned by the EXIF orientation. Where EXIF is damaged the pixels are used as stored.
-- Grey of 16 bits is divided by 257. Values of 32 bits are taken to reach to 1 (floats), 255 or
-  65,535, the least of these that the picture stays below; 8 bits of them are kept.
-- Transparent pixels are laid on white. Of an animation, or of several pages, the first is taken.
-- A picture of more than Pillow's limit of pixels is not decoded (a small file can declare any
-  size); a camera's JPEG of up to twice as many is, at a smaller scale.
+- Pixels are turned by the EXIF orientation. If EXIF is damaged, they are used as stored.
+- Grey of 16 bits is divided by 257. For values of 32 bits, white is assumed to be 1 (floats), 255
+  or 65,535: the least of these that no value exceeds. They are scaled to 8 bits.
+- Transparent pixels are laid on white. From an animation or several pages, the first is taken.
+- A picture with more pixels than Pillow's limit is not decoded, because a small file can declare
+  any size. A camera's JPEG of up to twice as many is decoded at a smaller scale.
 """
 
 import logging
@@ -35,14 +35,14 @@ FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
 
 
 def open_image(file: Path, draft: int | None = None) -> "Image":
-    """A picture, upright and without transparency, of a mode that `fit` takes.
+    """A picture, upright and without transparency, in a mode that `fit` takes.
 
     Args:
         file: the picture.
-        draft: so many pixels a side suffice, where the decoder can save work.
+        draft: a side of so many pixels is enough, if the decoder can save work by that.
 
     Raises:
-        DataError: the file does not decode.
+        DataError: the file cannot be decoded.
     """
     try:
         return _open(file, draft, Counter())
@@ -63,27 +63,27 @@ def fit(image: "Image", size: tuple[int, int], channels: int) -> Pixels:
 
 
 def decode(file: Path, size: tuple[int, int], channels: int, done: Counter[str]) -> Pixels:
-    """Pixels (height, width, channels) of a picture; `done` counts what was done to it.
+    """Pixels (height, width, channels) of a picture; `done` counts the conversions by their name.
 
     Raises:
-        one of `damaged()`: the file does not decode.
+        one of `damaged()`: the file cannot be decoded.
     """
-    # A camera's JPEG is decoded at the nearest smaller scale that suffices.
+    # A camera's JPEG is decoded at the smallest scale that is large enough.
     return fit(_open(file, 2 * max(size), done), size, channels)
 
 
 def form(file: Path) -> tuple[int, int, int]:
-    """Height, width and channels (1 or 3) of a picture that stands upright, from its head.
+    """Height, width and channels (1 or 3) of a picture when upright, from the file's header.
 
     Raises:
-        one of `damaged()`: it cannot be told.
+        one of `damaged()`: the header cannot be read.
     """
     from PIL import Image
 
     with warnings.catch_warnings(), _regular(file).open("rb") as stream:
         warnings.simplefilter("ignore")
         with Image.open(stream, formats=_formats()) as image:
-            if image.format == "TIFF":  # Pillow turns these itself, when it decodes them
+            if image.format == "TIFF":  # Pillow itself turns these when it decodes them
                 image.load()
             height, width = image.height, image.width
             if image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8):
@@ -93,7 +93,7 @@ def form(file: Path) -> tuple[int, int, int]:
 
 @cache
 def damaged() -> tuple[type[Exception], ...]:
-    """What a damaged picture may raise."""
+    """The exceptions that a damaged picture may raise."""
     from PIL.Image import DecompressionBombError
 
     return (*DAMAGED, DecompressionBombError)
@@ -105,7 +105,7 @@ def suffixes() -> tuple[str, ...]:
     from PIL import features
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an older Pillow knows no such feature
+        warnings.simplefilter("ignore")  # an older Pillow does not know these features
         missing = {f".{name}" for name in ("avif", "webp") if not features.check(name)}
     return tuple(suffix for suffix in SUFFIXES if suffix not in missing)
 
@@ -115,7 +115,7 @@ def _formats() -> tuple[str, ...]:
     from PIL import Image
 
     Image.init()
-    # It logs what it then raises, and every chunk of a file; the reason is told with the file.
+    # Pillow logs what it then raises, and every chunk of a file; we report the reason ourselves.
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -124,7 +124,7 @@ def _open(file: Path, draft: int | None, done: Counter[str]) -> "Image":
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings(), _regular(file).open("rb") as stream:
-        warnings.simplefilter("ignore")  # of damaged metadata, and of many pixels
+        warnings.simplefilter("ignore")  # about damaged metadata and many pixels
         try:
             image = Image.open(stream, formats=_formats())
         except UnidentifiedImageError:
@@ -136,7 +136,7 @@ def _open(file: Path, draft: int | None, done: Counter[str]) -> "Image":
             if most and pixels > most:
                 raise ValueError(f"has {pixels:,} pixels, more than {most:,}")
             image.load()
-            # Looking for further frames of a GIF takes away the pixels of the first.
+            # Looking for further frames of a GIF destroys the pixels of the first.
             flat, changes = _flat(image.copy() if image.format == "GIF" else image)
             upright = _turn(flat, _orientation(image))
             several = _several(image)
@@ -145,17 +145,17 @@ def _open(file: Path, draft: int | None, done: Counter[str]) -> "Image":
 
 
 def _regular(file: Path) -> Path:
-    """The file, where opening it will not wait for ever."""
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
+    """The file, if it is a regular one: opening a pipe, say, may wait for ever."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("is no regular file")
-    if not found.st_size:
+    if not status.st_size:
         raise ValueError("is empty")
     return file
 
 
 def _orientation(image: "Image") -> int:
-    """By EXIF or XMP: 1 to 8; 1 where that is damaged."""
+    """The orientation in EXIF or XMP, 1 to 8; 1 if that is damaged."""
     try:
         tag = image.getexif().get(ORIENTATION, 1)
     except damaged():
@@ -175,7 +175,7 @@ def _turn(image: "Image", orientation: int) -> "Image":
 
 
 def _several(image: "Image") -> bool:
-    """Whether frames follow the first. A camera's JPEG (MPO) may hold previews: they don't."""
+    """Whether more frames follow the first; the previews in a camera's JPEG (MPO) do not count."""
     try:
         return image.format != "MPO" and bool(getattr(image, "is_animated", False))
     except damaged():
@@ -183,7 +183,7 @@ def _several(image: "Image") -> bool:
 
 
 def _flat(image: "Image") -> tuple["Image", list[str]]:
-    """The image in 8 bits without transparency, and what was done for it."""
+    """The image in 8 bits without transparency, and the conversions that this took."""
     from PIL import Image, ImageCms
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -191,7 +191,7 @@ def _flat(image: "Image") -> tuple["Image", list[str]]:
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         rgb = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
-        assert rgb is not None  # noqa: S101 - it is, unless it was asked to work in place
+        assert rgb is not None  # noqa: S101 - None is returned only for work in place
         return rgb, []
     if not image.mode.lower().endswith("a") and "transparency" not in image.info:
         return image, []

@@ -1,4 +1,4 @@
-"""What reading gives: pixels, labels, names, and a record of what was left out."""
+"""The result of reading images: pixels, labels, names, and a record of what was left out."""
 
 import logging
 import lzma
@@ -20,25 +20,26 @@ from numpy.typing import NDArray
 from wire import classes
 from wire.errors import DataError
 
-# What Pillow and numpy raise for damaged files, found by damaging files; Warning where warnings are
-# errors. Pillow's DecompressionBombError joins in `picture`, since an `.npz` needs no Pillow.
+# What Pillow and numpy raise for damaged files, found by damaging files. Warning is there for
+# programs that turn warnings into errors. `picture` adds Pillow's DecompressionBombError, since an
+# `.npz` needs no Pillow.
 DAMAGED: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, ImportError,
     LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, Warning,
     lzma.LZMAError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-# Pictures, which their owner would miss; other files are no matter.
+# Suffixes of pictures that are not read here, but that their owner would miss.
 ELSEWHERE = (
     ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl",
     ".nef", ".orf", ".pgm", ".ppm", ".psd", ".raf", ".rw2", ".svg", ".tga", ".webp",
 )  # fmt: skip
 RENAME = "rename it (a class is a sub-folder, or a name in `classes` of an .npz)"
-FEW = 10  # images of a class; fewer are remarked on
+FEW = 10  # a class with fewer images gets a remark
 NAMED = 20  # pictures, classes or folders that one remark names
 
 
 class Remark(NamedTuple):
-    """Something to know about the images; with a remedy, something to do about."""
+    """Something to know about the images; if it has a remedy, something to do."""
 
     what: str
     remedy: str = ""
@@ -53,17 +54,17 @@ class Bad(NamedTuple):
 
 @dataclass
 class Skipped:
-    """What of a folder was left out, and what was done to pictures of other kinds.
+    """What was left out of a folder, and which pictures were converted.
 
     Attributes:
         bad: damaged pictures.
         suffixes: number of files with each suffix that is not read.
         nested: folders inside class folders.
-        loose: pictures beside the class folders.
-        hidden: names that begin with a dot.
+        loose: number of pictures beside the class folders.
+        hidden: number of names that begin with a dot.
         system: folders of operating and storage systems.
         merged: class names that two folders spell in different bytes (NFC and NFD).
-        done: pictures that something was done to, by what it was.
+        done: number of pictures with each conversion.
     """
 
     bad: list[Bad] = field(default_factory=list)
@@ -83,7 +84,7 @@ class Photos:
     Attributes:
         x: uint8 (N, H, W, C).
         y: int64 (N,), from 0.
-        names: of the classes (NFC), those of a folder sorted; empty where an `.npz` states none.
+        names: names of the classes (NFC), sorted for a folder; empty if an `.npz` has none.
         skipped: what was left out.
     """
 
@@ -94,7 +95,7 @@ class Photos:
 
     @cached_property
     def counts(self) -> Mapping[str, int]:
-        """Number of images of each class; classes without names are called by their numbers."""
+        """Number of images of each class; a class without a name goes by its number."""
         if not self.names:
             labels, numbers = np.unique(self.y, return_counts=True)
             return dict(zip(map(str, labels.tolist()), numbers.tolist(), strict=True))
@@ -112,7 +113,7 @@ class Photos:
         return f"{what}, from {counts[least]:,} ({least}) to {counts[most]:,} ({most})"
 
     def remarks(self) -> Iterator[Remark]:
-        """What to know of these images besides their number."""
+        """Remarks about what was left out, few images, and conversions."""
         skipped = self.skipped
         if skipped.bad:
             total = len(self.y) + len(skipped.bad)
@@ -152,7 +153,7 @@ class Photos:
 
 
 def tell(log: logging.Logger, source: object, remarks: Iterable[Remark]) -> None:
-    """Write remarks to a log: as a warning where something is to be done about it."""
+    """Write remarks to a log; those with a remedy are warnings."""
     for what, remedy in remarks:
         if remedy:
             log.warning("%s: %s; %s", source, what, remedy)
@@ -184,7 +185,7 @@ def reason(fault: Exception) -> str:
 
 
 def shown(text: str) -> str:
-    """A name for a message: control characters and bytes that are no UTF-8 are escaped."""
+    """A name for messages: control characters and bytes that are not UTF-8 are escaped."""
     return "".join(
         c.encode("unicode_escape").decode() if unicodedata.category(c) in ("Cc", "Cs") else c
         for c in text

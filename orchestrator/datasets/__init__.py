@@ -1,13 +1,13 @@
-"""Data sets cut into one shard for each device, for simulations, demonstrations and tests.
+"""Cuts data sets into one shard for each device, for simulations, demonstrations and tests.
 
-Real fleets hold their own images and need none of this. `python -m orchestrator.datasets --help`
-is the command; `build` is the same from Python; `partition` alone deals indices out.
+Real fleets have their own images and need none of this. `python -m orchestrator.datasets --help`
+is the command; `build` does the same from Python; `partition` only deals out indices.
 
-A run writes, and a run with the same arguments deals out the same samples, and on the same machine
-writes the same bytes:
+The files are listed below. The same arguments always deal out the same samples, and on the same
+machine write the same bytes.
 
     device-0.npz ...  x uint8 (N, H, W, C), y int64 (N,), classes (names): what an agent loads
-    heldout.npz       the same, of samples that no device has
+    heldout.npz       the same for samples that no device has
     split.json        source, seed, samples of each class on each device, SHA-256 of every file
     split.png         the split as a picture
 """
@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Shard:
-    """One written file: its name, samples, samples of each class, and SHA-256."""
+    """One written file: its name, number of samples in all and of each class, and SHA-256."""
 
     file: str
     samples: int
@@ -43,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Shards:
-    """A split as it stands on disk; `split.json` is exactly this."""
+    """A split on disk; `split.json` holds exactly this."""
 
     source: str
     source_sha256: str
@@ -72,26 +72,26 @@ def build(
     min_samples: int = MIN_SAMPLES,
     cache: Path = Path("data"),
 ) -> Shards:
-    """Read a source, deal its training set out to devices, write the folder `out`.
+    """Read a source, deal its training set out to devices, and write the folder `out`.
 
     Args:
         source: a name in `NAMED`, or the path of an `.npz` or an image folder.
-        out: the folder to write; made if missing.
+        out: the folder to write; it is created if missing.
         devices: how many shards.
         per_device: samples in each; None deals out all.
         split: `iid` or `dirichlet`; see `partition`.
         alpha: concentration of the Dirichlet.
-        seed: of the cut, the split and the choice of held-out samples.
-        size: height and width; None keeps the source's (digits: 32 x 32), but a folder's pictures
-            must all have one size then.
+        seed: seeds the cut, the split and the choice of held-out samples.
+        size: height and width; None keeps the source's (digits: 32 x 32), and then a folder's
+            pictures must all have one size.
         channels: 1 or 3; None keeps the source's (digits: 3).
-        heldout: path of the held-out set, where `source` is a path that has one.
+        heldout: path of the held-out set, if `source` is a path and there is one.
         heldout_samples: keep this many held-out samples, drawn at random; None keeps all.
         min_samples: the least a device may get.
         cache: where torchvision keeps its downloads.
 
     Raises:
-        DataError: what was asked for cannot be made; nothing was written.
+        DataError: this split cannot be made; nothing was written.
     """
     if heldout_samples is not None and heldout_samples < 1:
         raise DataError(f"expected at least 1 held-out sample, got {heldout_samples}")
@@ -100,7 +100,7 @@ def build(
     stale = [f for f in out.glob("device-*.npz") if f.name not in map(_file, range(devices))]
     if stale:
         raise DataError(
-            f"{out}: {len(stale)} shards of an earlier split with more devices stand here "
+            f"{out}: {len(stale)} shards of an earlier split with more devices are here "
             f"({min(stale).name}, ...); remove them, or write to another folder"
         )
     train, test = read(
@@ -118,7 +118,7 @@ def build(
     if heldout_samples is not None and heldout_samples < len(test.y):
         chosen = np.random.RandomState(seed).permutation(len(test.y))[:heldout_samples]
         test = test.take(chosen)
-    held = test.resized(size, channels)
+    resized_test = test.resized(size, channels)
     out.mkdir(parents=True, exist_ok=True)
     shards = Shards(
         source=source if source in NAMED else Path(source).name,
@@ -126,13 +126,13 @@ def build(
         split=split,
         alpha=alpha if split == "dirichlet" else None,
         seed=seed,
-        shape=(held.x.shape[1], held.x.shape[2], held.x.shape[3]),
+        shape=(resized_test.x.shape[1], resized_test.x.shape[2], resized_test.x.shape[3]),
         classes=train.classes,
         devices=tuple(
             _write(out / _file(k), train.take(indices).resized(size, channels))
             for k, indices in enumerate(dealt)
         ),
-        heldout=_write(out / "heldout.npz", held),
+        heldout=_write(out / "heldout.npz", resized_test),
     )
     (out / "split.json").write_text(_json(shards))
     counts = np.array([shard.counts for shard in shards.devices])
@@ -143,7 +143,7 @@ def build(
 
 
 def _json(shards: Shards) -> str:
-    """One line for each setting and each file, so that two splits can be compared by diff."""
+    """JSON with one line for each setting and file, so that diff can compare two splits."""
     record = asdict(shards)
     files = ",\n  ".join(json.dumps(shard) for shard in record["devices"])
     lines = [
@@ -158,7 +158,7 @@ def _file(device: int) -> str:
 
 
 def _write(path: Path, images: Images) -> Shard:
-    # numpy dates every member of the archive 1980-01-01: the bytes depend on the arrays alone.
+    # numpy dates every member of the archive 1980-01-01, so the bytes depend only on the arrays.
     try:
         np.savez_compressed(path, x=images.x, y=images.y, classes=np.array(images.classes))
     except OSError:

@@ -1,4 +1,4 @@
-"""`python -m orchestrator.datasets`: cut a data set into one shard for each device."""
+"""`python -m orchestrator.datasets`: cuts a data set into one shard for each device."""
 
 import enum
 import json
@@ -68,7 +68,7 @@ def shards(  # noqa: PLR0917 - typer makes options of them
     del version
     try:
         with storage.at(out):
-            made = build(
+            written = build(
                 source,
                 out,
                 devices=devices,
@@ -87,21 +87,21 @@ def shards(  # noqa: PLR0917 - typer makes options of them
         print(f"error: {fault}", file=sys.stderr)
         raise typer.Exit(2) from fault
     if as_json:
-        print(json.dumps(asdict(made)))
+        print(json.dumps(asdict(written)))
         return
-    sizes = [shard.samples for shard in made.devices]
+    sizes = [shard.samples for shard in written.devices]
     each = f"{sizes[0]:,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
-    height, width, depth = made.shape
+    height, width, depth = written.shape
     print(
         f"{out}: {len(sizes)} devices with {each} samples of {height}x{width}x{depth}, "
-        f"{made.heldout.samples:,} held out; the split is drawn in {out / 'split.png'}"
+        f"{written.heldout.samples:,} held out; the split is drawn in {out / 'split.png'}"
     )
 
 
 def main() -> int:
     """Run the command line."""
     try:
-        sys.argv[1:] = records.expanded(sys.argv[1:])  # typer.run takes no others
+        sys.argv[1:] = records.expanded(sys.argv[1:])  # typer.run reads sys.argv
     except StillhouseError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Labelled images in memory, and from files."""
+"""Labelled images in memory, and reading them from files."""
 
 import logging
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from wire import classes
 from wire.errors import DataError
 
 log = logging.getLogger("orchestrator")
-MOST_BYTES = 4 << 30  # of pictures whose size nobody has chosen
+MOST_BYTES = 4 << 30  # limit for all pictures together if nobody has chosen their size
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Images:
         return data.digest(np.ascontiguousarray(self.x), self.y)
 
     def labelled(self, names: tuple[str, ...]) -> "Images":
-        """The same with labels that index `names`, among which all of `classes` are.
+        """The same images, with labels that are places in `names`, which must hold all `classes`.
 
         Raises:
-            ValueError: one is not; the text tells both lists.
+            ValueError: a class is not in `names`; the text shows both lists.
         """
         places = np.array(classes.places(self.classes, names), np.int64)
         return Images(self.x, places[self.y], names)
 
     def resized(self, size: tuple[int, int] | None, channels: int | None) -> "Images":
-        """The images at height x width `size` (bilinear) with 1 or 3 `channels`; None keeps."""
+        """The images resized to (height, width) and 1 or 3 channels; None keeps what they have."""
         size = size or (self.x.shape[1], self.x.shape[2])
         channels = channels or self.x.shape[3]
         if (*size, channels) == self.x.shape[1:]:
@@ -63,15 +63,15 @@ def read_path(
 ) -> Images:
     """Read one file or folder, by the same rules as agents (`ondevice.photos`).
 
-    A folder's pictures are decoded to height x width `size` and `channels`. Without, all must have
-    one size, and they are grey where all are.
+    A folder's pictures are resized to (height, width) `size` and converted to `channels`. Without
+    `size`, all must have one size. Without `channels`, they are grey if all are grey, else RGB.
 
     Raises:
-        DataError: missing, damaged, or not of these forms.
+        DataError: the path is missing, damaged, or has another form.
     """
     if photos.is_folder(path) and not (size and channels):
-        found = photos.sizes(path)
-        size, channels = size or _one_size(path, found), channels or found.channels
+        pictures = photos.sizes(path)
+        size, channels = size or _one_size(path, pictures), channels or pictures.channels
     read = photos.read(path, (channels or 3, *(size or (0, 0))))
     photos.tell(log, path, read.remarks())
     if read.x.shape[3] not in {1, 3}:
@@ -92,10 +92,10 @@ def read_path(
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height and width, of "HEIGHTxWIDTH".
+    """Height and width in a text "HEIGHTxWIDTH".
 
     Raises:
-        DataError: it is not of this form.
+        DataError: the text has another form.
     """
     height, _, width = text.lower().partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
@@ -103,10 +103,10 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _one_size(path: Path, found: photos.Sizes) -> tuple[int, int]:
-    """The one size of all pictures."""
-    count, number = found.sizes.total(), len(found.sizes)
-    common = found.sizes.most_common(3)
+def _one_size(path: Path, pictures: photos.Sizes) -> tuple[int, int]:
+    """The size that all pictures have; DataError if there are several, or it is too large."""
+    count, number = pictures.sizes.total(), len(pictures.sizes)
+    common = pictures.sizes.most_common(3)
     listed = ", ".join(f"{h}x{w} ({n:,})" for (h, w), n in common) + (", ..." * (number > 3))
     side = min(32, *common[0][0])
     advice = f"choose one with --size HEIGHTxWIDTH, such as --size {side}x{side}"
@@ -114,8 +114,8 @@ def _one_size(path: Path, found: photos.Sizes) -> tuple[int, int]:
         raise DataError(
             f"{path}: expected pictures of one size, got {number:,}: {listed}; {advice}"
         )
-    (size,) = found.sizes
-    needed = size[0] * size[1] * found.channels * count
+    (size,) = pictures.sizes
+    needed = size[0] * size[1] * pictures.channels * count
     if needed > MOST_BYTES:
         raise DataError(
             f"{path}: {count:,} pictures of {listed} take {needed / 1e9:,.0f} GB of memory; "

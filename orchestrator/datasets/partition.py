@@ -1,21 +1,21 @@
-"""Which samples go to which device: pure functions of (labels, seed).
+"""Decides which samples go to which device: pure functions of (labels, seed).
 
-Two splits, as the field uses them:
+There are two splits, as the field uses them:
 
 - `iid`: a random permutation cut into equal parts.
 - `dirichlet`: label skew of concentration `alpha`; small is skewed, large tends to iid.
   - Without `per_device` (Yurochkin et al. 2019; Li et al. 2022, "Federated Learning on Non-IID Data
     Silos"): for each class c, p_c ~ Dir(alpha * 1_K) over the K devices, and the samples of c are
-    cut in these proportions. Every sample is used; sizes differ between devices. Drawn anew until
-    every device has at least `min_samples`.
+    cut in these proportions. Every sample is used; sizes differ between devices. The draw is
+    repeated until every device has at least `min_samples`.
   - With `per_device` (Hsu, Qi, Brown 2019, arXiv 1909.06335): for each device, a mixture
     q ~ Dir(alpha * C * prior) over the C classes, and `per_device` labels drawn from q without
-    replacement; a class that runs out passes its share on to the others. Hsu et al. write
-    Dir(a * prior), so their a is C * alpha; ours keeps one meaning of alpha for both, the one that
-    "Dirichlet 0.5" has in most papers.
+    replacement; a class that runs out leaves its share to the others. Hsu et al. write
+    Dir(a * prior), so their a is C * alpha. Here alpha means the same in both cases, namely what
+    "Dirichlet 0.5" means in most papers.
 
-Randomness is `numpy.random.RandomState`: NEP 19 froze its stream, the distributions included, so
-that a seed gives the same split under every numpy.
+Randomness comes from `numpy.random.RandomState`, because NEP 19 froze its stream, with the
+distributions: a seed gives the same split under every numpy.
 """
 
 from typing import Literal, get_args
@@ -30,7 +30,7 @@ Indices = NDArray[np.int64]
 
 MIN_SAMPLES = 10
 MAX_TRIES = 1000
-MIN_ALPHA = 0.01  # far below it the gamma variates of a draw underflow to 0, all of them
+MIN_ALPHA = 0.01  # far below it, all gamma variates of a draw underflow to 0
 
 
 def partition(
@@ -48,8 +48,8 @@ def partition(
     Args:
         y: labels, (N,) integers from 0.
         devices: how many, K.
-        split: see the module.
-        alpha: concentration of the Dirichlet; `iid` does not look at it.
+        split: see the module's docstring.
+        alpha: concentration of the Dirichlet; `iid` ignores it.
         seed: 0 to 2^32 - 1.
         per_device: samples for each device; None deals out all N.
         min_samples: the least a device may get (`dirichlet` without `per_device`).
@@ -98,14 +98,14 @@ def partition(
 def stratified(
     y: NDArray[np.int64], fraction: float, *, seed: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut every class in the same proportion: (indices of the rest, indices of `fraction`)."""
+    """Cut every class in the same proportion; return the rest's indices, then the fraction's."""
     rng = np.random.RandomState(seed)
-    rest, held = [], []
+    rest, chosen = [], []
     for pool in _pools(y, rng):
         cut = round(len(pool) * fraction)
-        held.append(pool[:cut])
+        chosen.append(pool[:cut])
         rest.append(pool[cut:])
-    return rng.permutation(np.concatenate(rest)), rng.permutation(np.concatenate(held))
+    return rng.permutation(np.concatenate(rest)), rng.permutation(np.concatenate(chosen))
 
 
 def _pools(y: NDArray[np.int64], rng: np.random.RandomState) -> list[Indices]:
@@ -146,32 +146,33 @@ def _mixtures(
     y: NDArray[np.int64], devices: int, per_device: int, alpha: float, rng: np.random.RandomState
 ) -> list[Indices]:
     pools = _pools(y, rng)
-    left = np.array([len(pool) for pool in pools])
-    present = left > 0
-    concentration = alpha * present.sum() * left[present] / left.sum()
+    remaining = np.array([len(pool) for pool in pools])
+    present = remaining > 0
+    concentration = alpha * present.sum() * remaining[present] / remaining.sum()
     devices_indices = []
     for _ in range(devices):
         mixture = np.zeros(len(pools))
         mixture[present] = rng.dirichlet(concentration)
-        counts = _draw(mixture, left, per_device, rng)
-        drawn = [pool[n - k : n] for pool, n, k in zip(pools, left, counts, strict=True)]
-        left = left - counts
+        counts = _draw(mixture, remaining, per_device, rng)
+        drawn = [pool[n - k : n] for pool, n, k in zip(pools, remaining, counts, strict=True)]
+        remaining = remaining - counts
         devices_indices.append(rng.permutation(np.concatenate(drawn)))
     return devices_indices
 
 
 def _draw(
     mixture: NDArray[np.float64],
-    left: NDArray[np.int64],
+    remaining: NDArray[np.int64],
     total: int,
     rng: np.random.RandomState,
 ) -> NDArray[np.int64]:
-    """How many of each class: `total` draws from `mixture`, never more than is left of a class."""
-    counts = np.zeros(len(left), np.int64)
+    """How many of each class: `total` draws from `mixture`, but no more than `remaining`."""
+    counts = np.zeros(len(remaining), np.int64)
     while (missing := total - int(counts.sum())) > 0:
-        open_ = left > counts
+        open_ = remaining > counts
         weights = np.where(open_, mixture, 0.0)
         if not weights.sum() > 1e-12:  # the mixture's classes are used up (or it underflowed)
-            weights = (left - counts).astype(np.float64)
-        counts += np.minimum(rng.multinomial(missing, weights / weights.sum()), left - counts)
+            weights = (remaining - counts).astype(np.float64)
+        more = rng.multinomial(missing, weights / weights.sum())
+        counts += np.minimum(more, remaining - counts)
     return counts

@@ -1,4 +1,4 @@
-"""The split as a picture: one stacked horizontal bar of class counts for each device."""
+"""Draws a split: one stacked horizontal bar of class counts for each device."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, RULE = "#22303c", "#687785", "#e3e8ec"
-# Neighbours differ in hue and lightness, so that a bar reads in grey print too.
+# Neighbours differ in hue and lightness, so that a bar can be read in grey print too.
 PALETTE = (
     "#264653",
     "#2a9d8f",
@@ -27,7 +27,7 @@ PALETTE = (
     "#a9b4c2",
 )
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue
-WIDTH = 8.6  # inches, as all lengths here
+WIDTH = 8.6  # inches, like all lengths here
 LEFT, RIGHT, TOP, BOTTOM = 0.95, 2.05, 0.98, 0.62
 
 
@@ -96,7 +96,7 @@ def _colours(classes: int) -> list[tuple[float, float, float]]:
 
 
 def _frame(axes: "Axes", total: NDArray[np.int64], step: int) -> None:
-    """Axes, labels and the sum at the end of each bar; every `step`-th device is named."""
+    """Draw axes, labels and the sum at the end of each bar; name every `step`-th device."""
     from matplotlib.ticker import MaxNLocator
 
     devices = len(total)
@@ -130,7 +130,7 @@ def _legend(
     classes: tuple[str, ...],
     colours: list[tuple[float, float, float]],
 ) -> None:
-    """The class names beside the bars, or a scale of class numbers where they do not fit."""
+    """Draw the class names beside the bars, or a scale of some names if they do not fit."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 

@@ -1,7 +1,7 @@
-"""Where the images come from: scikit-learn, torchvision's downloads, a file, or a folder.
+"""Sources of images: scikit-learn, torchvision's downloads, a file, or a folder.
 
-Whatever the source, the result is a training set and a held-out set. Sources that state no test
-set of their own are cut 80/20 in every class, by seed.
+Every source gives a training set and a held-out set. A source without a test set is cut 80/20 in
+every class, by seed.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ def read(
     size: tuple[int, int] | None = None,
     channels: int | None = None,
 ) -> tuple[Images, Images]:
-    """Read a source whole: (training set, held-out set).
+    """Read a whole source: (training set, held-out set).
 
     Args:
         source: a name in `NAMED`, or the path of an `.npz` file or an image folder.
         heldout: the file or folder of the held-out set, for a path.
         cache: where torchvision keeps its downloads.
-        seed: for the cut of a source without a test set.
-        size: height and width a folder's images are decoded to; other sources come as they are.
-        channels: the same for their channels, 1 or 3.
+        seed: seeds the cut of a source without a test set.
+        size: height and width to which a folder's images are resized; other sources are not.
+        channels: 1 or 3, to which a folder's images are converted; other sources are not.
 
     Raises:
         DataError: the source is unknown, unreadable, or its two halves do not fit together.
@@ -53,7 +53,7 @@ def read(
     path = Path(source)
     try:
         missing = not path.exists()
-    except OSError:  # a folder above it may not be entered, which read_path says
+    except OSError:  # a folder above it may not be entered; read_path reports that
         missing = False
     if missing:
         raise DataError(
@@ -75,13 +75,13 @@ def read(
 
 
 def _cut(images: Images, seed: int) -> tuple[Images, Images]:
-    rest, held = stratified(images.y, HELD_OUT_FRACTION, seed=seed)
-    if not len(held):
+    rest, heldout = stratified(images.y, HELD_OUT_FRACTION, seed=seed)
+    if not len(heldout):
         raise DataError(
-            f"{len(images.y)} samples are too few to hold {HELD_OUT_FRACTION:.0%} of each class "
-            "out; give a held-out set with --heldout"
+            f"{len(images.y)} samples are too few to hold out {HELD_OUT_FRACTION:.0%} of each "
+            "class; give a held-out set with --heldout"
         )
-    return images.take(rest), images.take(held)
+    return images.take(rest), images.take(heldout)
 
 
 def _digits(_cache: Path, seed: int) -> tuple[Images, Images]:
@@ -95,7 +95,7 @@ def _digits(_cache: Path, seed: int) -> tuple[Images, Images]:
 
 
 def _torchvision(name: str, cache: Path, **options: Any) -> tuple[Images, Images]:
-    """A data set class of torchvision, downloaded into `cache` unless it is there already."""
+    """A data set of torchvision by its class, downloaded into `cache` unless it is there."""
     import models  # noqa: F401 - lets torchvision be imported beside a torch of another build
 
     if find_spec("torchvision") is None:
@@ -128,7 +128,7 @@ def _torchvision(name: str, cache: Path, **options: Any) -> tuple[Images, Images
 
 
 def _emnist(cache: Path, _seed: int) -> tuple[Images, Images]:
-    """EMNIST `byclass`, 62 classes; its files hold every image transposed, this turns them."""
+    """EMNIST `byclass`, 62 classes; its files hold every image transposed, and this undoes it."""
     train, test = (
         Images(half.x.transpose(0, 2, 1, 3), half.y, half.classes)
         for half in _torchvision("EMNIST", cache, split="byclass")
@@ -137,7 +137,7 @@ def _emnist(cache: Path, _seed: int) -> tuple[Images, Images]:
 
 
 def _fashion(cache: Path, _seed: int) -> tuple[Images, Images]:
-    """Fashion-MNIST, from Debian's package `dataset-fashion-mnist` where it is installed."""
+    """Fashion-MNIST, from Debian's package `dataset-fashion-mnist` if that is installed."""
     raw = cache / "FashionMNIST" / "raw"  # where torchvision looks before it downloads
     for packed in DEBIAN_FASHION.glob("*.gz"):
         file = raw / packed.stem

@@ -1,13 +1,12 @@
-"""What a run has learnt as one inference graph: `orchestrator export RUN --out model.onnx`.
+"""Exports what a run has learnt as one inference graph: `orchestrator export RUN --out model.onnx`.
 
-For fedgkt the graph is a device's extractor with the large model on top (He et al. 2020, section
-3.3), or with `--small` the device's own network, as the large one taught it; for fedavg and
-feddropout the global model; for local, with `--small`, a device's. `orchestrator.deploy.graph`
-says what goes in and comes out.
+    fedgkt                a device's extractor with the large model on top (He et al. 2020, section
+                          3.3); with `--small` the device's own network, as the large one taught it
+    fedavg, feddropout    the global model
+    local                 with `--small`, a device's network
 
-The file's `metadata_props` tell the rest, each key with the prefix `stillhouse.`
-(`ondevice.card` writes and reads them): format, classes, input, layout, channels, size, resize,
-scale, mean, std, version, run, strategy, round, device, model, accuracy.
+`orchestrator.deploy.graph` describes input and output of the graph. The file's `metadata_props`
+hold everything else: the fields of `ondevice.card.ModelCard`, each with the prefix `stillhouse.`.
 """
 
 import json
@@ -41,13 +40,13 @@ LAYOUTS: dict[Form, Literal["NCHW", "NHWC"]] = {"float32": "NCHW", "uint8": "NHW
 
 @dataclass(frozen=True)
 class Deployed:
-    """What was written.
+    """An exported file.
 
     Attributes:
-        path: of the file.
-        card: what it says about itself.
-        difference: its largest to PyTorch.
-        replaced: whether another file was there.
+        path: the file.
+        card: its metadata.
+        difference: the largest difference between its answers and PyTorch's.
+        replaced: whether it replaced another file.
     """
 
     path: Path
@@ -57,17 +56,17 @@ class Deployed:
 
     @property
     def round(self) -> int:
-        """After which round."""
+        """The round after which the network was taken."""
         return self.card.round
 
     @property
     def device(self) -> str:
-        """Whose network or extractor, "" for one of all."""
+        """The device whose network or extractor this is; "" for a network of all devices."""
         return self.card.device
 
     @property
     def text(self) -> str:
-        """As a person reads it."""
+        """What was exported, in two lines for people."""
         about = self.card
         whose = f", {about.model}" + (f" ({about.device})" if about.device else "")
         share = f", {100 * about.accuracy:.1f} % of held-out images" if about.accuracy else ""
@@ -116,11 +115,12 @@ def export_run(
     """Write the run's model as ONNX and compare it with PyTorch through onnxruntime.
 
     Args:
-        folder: of the run.
-        out: the .onnx file to write; one that is there is replaced.
-        device: whose extractor or network; None takes the one that evaluates best.
-        small: the network that a device trains and keeps, not the large model (fedgkt, local).
-        form: of the input, see `orchestrator.deploy.graph`.
+        folder: the run's folder.
+        out: the .onnx file to write; an existing one is replaced.
+        device: whose extractor or network to take; None takes the one that evaluates best.
+        small: export the network that a device trains and keeps, not the large model (fedgkt,
+            local).
+        form: type of the input; see `orchestrator.deploy.graph`.
 
     Raises:
         RunError: no round is finished, there is no such device, the strategy has no such model,
@@ -144,7 +144,7 @@ def export_run(
     if device is not None and device not in names:
         raise RunError(f"no device {device!r} in {folder}; there are {', '.join(names)}")
     chosen = (device or _best(folder, names, small=small)) if has_devices else ""
-    parts, made_of = _parts(config, state, chosen, small=small)
+    parts, description = _parts(config, state, chosen, small=small)
     classes, preprocess = _trained_with(folder, config)
     about = ModelCard(
         classes=classes,
@@ -159,7 +159,7 @@ def export_run(
         strategy=config.strategy,
         round=round_,
         device=chosen,
-        model=made_of,
+        model=description,
         version=__version__,
         accuracy=_accuracy(folder, round_, chosen, small=small),
     )
@@ -173,7 +173,7 @@ def export_run(
 def _parts(
     config: RunConfig, state: State, device: str, *, small: bool
 ) -> tuple[list[nn.Module], str]:
-    """The networks that the graph consists of, from pixels on, and what they are called."""
+    """The networks that make up the graph, from pixels to logits, and their names in words."""
     name = config.device.model_of(device)
     model = models.build(name, classes=config.device.class_count, input_shape=config.device.input)
     if not device:
@@ -194,10 +194,10 @@ def _parts(
 
 
 def _check_out(out: Path) -> bool:
-    """Whether a file is there, which may be replaced.
+    """Whether a file exists at `out`, to be replaced.
 
     Raises:
-        RunError: nothing can be written there, or it is a file of another kind.
+        RunError: nothing can be written there, or the file is of another kind.
     """
     try:
         if out.is_dir():
@@ -213,10 +213,10 @@ def _check_out(out: Path) -> bool:
 
 
 def _trained_with(folder: Path, config: RunConfig) -> tuple[tuple[str, ...], Preprocess]:
-    """Names of the classes and normalization, as devices train by them.
+    """The class names and the normalization with which devices train.
 
-    They stand in the artifacts that devices get. A simulated run has none, and follows its
-    configuration.
+    They are those in the artifacts that devices get. A simulated run has no artifacts; then they
+    are those of its configuration.
 
     Raises:
         ArtifactError: a manifest is damaged.
@@ -235,7 +235,7 @@ def _trained_with(folder: Path, config: RunConfig) -> tuple[tuple[str, ...], Pre
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    """The entries of closed rounds, as far as the run has told them."""
+    """The entries of closed rounds that status.json holds."""
     try:
         history: list[dict[str, Any]] = json.loads((folder / "status.json").read_text())["history"]
     except (OSError, ValueError, KeyError):
@@ -244,18 +244,18 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 
 
 def _accuracy(folder: Path, round_: int, device: str, *, small: bool) -> float | None:
-    """Share of held-out images that the model recognized after a round, if that was looked at."""
+    """Share of held-out images that the model recognized after a round; None if not evaluated."""
     entry: dict[str, Any] = next((e for e in _history(folder) if e["round"] == round_), {})
-    found = entry["devices"].get(device, {}) if device and entry else entry
-    accuracy: float | None = found.get("device_accuracy" if small else "server_accuracy")
+    scores = entry["devices"].get(device, {}) if device and entry else entry
+    accuracy: float | None = scores.get("device_accuracy" if small else "server_accuracy")
     return accuracy
 
 
 def _best(folder: Path, names: list[str], *, small: bool = False) -> str:
-    """The device whose network, or extractor under the large model, did best when last looked."""
+    """The device whose network, or extractor with the large model, did best when last evaluated."""
     key = "device_accuracy" if small else "server_accuracy"
-    looked = (entry for entry in reversed(_history(folder)) if key in entry)
-    devices: dict[str, Any] = next(looked, {"devices": {}})["devices"]
+    evaluated = (entry for entry in reversed(_history(folder)) if key in entry)
+    devices: dict[str, Any] = next(evaluated, {"devices": {}})["devices"]
     return max(names, key=lambda n: devices.get(n, {}).get(key, 0.0))
 
 

@@ -2,12 +2,12 @@
 
 Its input `image` has one of two forms:
 
-- float32 (N, C, H, W), from 0 to 1. An image with a value over 1.5 is taken to be one of 0 to 255,
-  and divided by 255; other values (normalized ones, -1 to 1, 16 bits, NaN) end the run of the
-  graph with an error.
-- uint8 (N, H, W, C), as decoders of images give it.
+- float32 (N, C, H, W), from 0 to 1. If an image has a value over 1.5, it is assumed to be from 0 to
+  255, and divided by 255. Other values (normalized ones, -1 to 1, 16 bits, NaN) make the graph fail
+  with an error.
+- uint8 (N, H, W, C), as image decoders return it.
 
-Its output is `logits`, float32 (N, classes). Normalization is in the graph.
+Its output is `logits`, float32 (N, classes). The graph includes the normalization.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import onnx
 
 TOLERANCE = 1e-3
-OPSET, IR_VERSION = 18, 9  # as in training artifacts: any onnxruntime since 1.15 runs them
+OPSET, IR_VERSION = 18, 9  # as in training artifacts; every onnxruntime since 1.15 runs them
 
-# What stands before the network, in ONNX's own notation: `image` to `unit`, float32 (N, C, H, W)
-# from 0 to 1.
+# The graph before the network, in ONNX's text format: it turns `image` into `unit`, float32
+# (N, C, H, W) from 0 to 1.
 _UINT8 = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 pixels (uint8[N, {height}, {width}, {channels}] image) => (float[N, C, H, W] unit)
@@ -41,9 +41,9 @@ pixels (uint8[N, {height}, {width}, {channels}] image) => (float[N, C, H, W] uni
     unit = Div (planes, white)
 }}
 """
-# `kind` of each image is its place in `white`; values that are no pixels have no place there, and
-# Gather fails. Interpolation leaves the range of pixels by less than a quarter. The mean is there
-# for NaN, which minimum and maximum may pass over.
+# `kind` of each image is an index into `white`. For values that are not pixels it is out of range,
+# and Gather fails. The limits allow for interpolation, which leaves the range of pixels by less
+# than a quarter. The mean catches NaN, which minimum and maximum may ignore.
 _FLOAT32 = """
 <ir_version: {ir}, opset_import: ["" : {opset}]>
 pixels (float[N, {channels}, {height}, {width}] image) => (float[N, C, H, W] unit)
@@ -67,11 +67,11 @@ pixels (float[N, {channels}, {height}, {width}] image) => (float[N, C, H, W] uni
     unit = Div (image, scale)
 }}
 """
-_FAULT = "image: expected pixels from 0 to 1, or from 0 to 255"  # a node's name, told by errors
+_FAULT = "image: expected pixels from 0 to 1, or from 0 to 255"  # a node's name; errors quote it
 
 
 class _Normalized(nn.Module):
-    """A network with the normalization in front."""
+    """A network with the normalization before it."""
 
     def __init__(self, network: nn.Module, about: ModelCard) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _Normalized(nn.Module):
 
 
 def build(network: nn.Module, about: ModelCard) -> "onnx.ModelProto":
-    """The graph of a network in evaluation mode, from images as the card says to logits.
+    """The graph of a network in evaluation mode, from images in the card's form to logits.
 
     Raises:
         RunError: PyTorch cannot export the network.
@@ -97,7 +97,7 @@ def build(network: nn.Module, about: ModelCard) -> "onnx.ModelProto":
     import onnx.parser
 
     shape = (about.channels, *about.size)
-    with warnings.catch_warnings():  # torch.onnx warns of its own use of torch's older names
+    with warnings.catch_warnings():  # torch.onnx warns about its own use of deprecated names
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
@@ -115,13 +115,13 @@ def build(network: nn.Module, about: ModelCard) -> "onnx.ModelProto":
             raise RunError(f"PyTorch cannot export {about.model}: {fault}") from fault
     assert program is not None  # noqa: S101 - dynamo=True always returns a program
     proto = program.model_proto
-    for node in proto.graph.node:  # where in our files each was made
+    for node in proto.graph.node:  # paths and lines of our source files
         del node.metadata_props[:]
     text = (_UINT8 if about.input == "uint8" else _FLOAT32).format(
         ir=IR_VERSION, opset=OPSET, channels=shape[0], height=shape[1], width=shape[2]
     )
     front = onnx.parser.parse_model(text)
-    # The network's own names have no colon.
+    # The network's names contain no colon, so this prefix makes the others distinct.
     onnx.compose.add_prefix(
         front, "image:", rename_inputs=False, rename_outputs=False, inplace=True
     )
@@ -141,12 +141,13 @@ def build(network: nn.Module, about: ModelCard) -> "onnx.ModelProto":
 
 
 def difference(proto: "onnx.ModelProto", network: nn.Module, about: ModelCard) -> float:
-    """The largest between a graph's logits and PyTorch's, in units of the largest logit over 1.
+    """The largest difference between a graph's logits and PyTorch's.
 
-    PyTorch gets images as devices normalize them, the graph each form of pixels that it takes.
+    It is relative to the largest logit, if that is over 1. PyTorch gets images as devices normalize
+    them; the graph gets them in each range of pixels that it takes.
 
     Raises:
-        RunError: it is more than rounding explains, or onnxruntime cannot run the graph.
+        RunError: rounding cannot explain the difference, or onnxruntime cannot run the graph.
     """
     import onnxruntime
 
@@ -157,12 +158,12 @@ def difference(proto: "onnx.ModelProto", network: nn.Module, about: ModelCard) -
     with torch.inference_mode():
         expected = network(torch.from_numpy(x)).numpy()
     planes = pixels.transpose(0, 3, 1, 2).astype(np.float32)
-    asked = [pixels] if about.input == "uint8" else [planes / 255, planes]
+    inputs = [pixels] if about.input == "uint8" else [planes / 255, planes]
     providers = ["CPUExecutionProvider"]
     try:
         session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=providers)
-        answers = [session.run(["logits"], {"image": image})[0] for image in asked]
-    except Exception as fault:  # onnxruntime raises its own classes, one a status code
+        answers = [session.run(["logits"], {"image": image})[0] for image in inputs]
+    except Exception as fault:  # onnxruntime has an exception class for each status code
         raise RunError(f"onnxruntime cannot run the exported graph: {fault}") from fault
     most = max(float(np.abs(logits - expected).max()) for logits in answers)
     most /= max(1.0, float(np.abs(expected).max()))
@@ -172,7 +173,7 @@ def difference(proto: "onnx.ModelProto", network: nn.Module, about: ModelCard) -
 
 
 def write(proto: "onnx.ModelProto", out: Path) -> None:
-    """Write a graph, whole or not at all."""
+    """Write a graph to a file, all of it or nothing."""
     partial = out.with_name(out.name + ".new")
     try:
         partial.write_bytes(proto.SerializeToString())

@@ -1,1 +1,1 @@
-"""What people see: the report, the live view, the words for both."""
+"""What people see: the report, the live view, tables of devices, and numbers in words."""

@@ -1,4 +1,4 @@
-"""What is known of a fleet's devices, for people: a table, Markdown, JSON, and pictures."""
+"""Shows what is known of a fleet's devices: as a table, Markdown, JSON, and pictures."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,15 @@ from wire.measurement import Measurement
 COLUMNS = ("device", "model", "cores", "memory", "version", "last birth", "measured", "images/s",
            "peak memory", "J/sample")  # fmt: skip
 COSTS = COLUMNS[-4:]
-CUT = (0, 1)  # the columns whose texts are cut to fit
+CUT = (0, 1)  # columns whose texts may be cut to fit
 
 
 def cells(device: Device) -> tuple[str, ...]:
-    """A device's row under `COLUMNS`; a dash for what is not known."""
-    platform, made = device.platform, device.measured
-    joules = made.energy.joules_per_sample if made else None
+    """A device's row under `COLUMNS`; a dash stands for an unknown value."""
+    platform, report = device.platform, device.measured
+    joules = report.energy.joules_per_sample if report else None
     at = time.strftime("%Y-%m-%d %H:%M", time.gmtime(device.born_at)) if device.born_at else "-"
+    slowed = " (held back)" if report and not report.valid else ""
     return (
         device.name,
         platform.model if platform else "-",
@@ -35,15 +36,15 @@ def cells(device: Device) -> tuple[str, ...]:
         size(platform.memory_bytes) if platform else "-",
         device.birth.version if device.birth else "-",
         at,
-        made.measured_at[:16].replace("T", " ") if made else "-",
-        f"{made.step.images_per_s:.0f}{'' if made.valid else ' (held back)'}" if made else "-",
-        size(made.memory.train_peak_bytes) if made else "-",
+        report.measured_at[:16].replace("T", " ") if report else "-",
+        f"{report.step.images_per_s:.0f}{slowed}" if report else "-",
+        size(report.memory.train_peak_bytes) if report else "-",
         "-" if joules is None else f"{joules:.3g}",
     )
 
 
 def table(devices: Sequence[Device], width: int) -> Group:
-    """For a terminal of so many columns: one table, or two where one does not fit."""
+    """The devices as one table for a terminal of so many columns, or as two if one is too wide."""
     rows = [cells(device) for device in devices]
     widest = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     whole = tuple(range(len(COLUMNS)))
@@ -57,7 +58,7 @@ def table(devices: Sequence[Device], width: int) -> Group:
 
 
 def _columns(rows: Sequence[tuple[str, ...]], chosen: Sequence[int], width: int) -> Table:
-    """A table of some of `COLUMNS`; names and models are cut where the terminal is too narrow."""
+    """A table of some of `COLUMNS`; names and models are cut if the terminal is too narrow."""
     widths = {i: max(len(row[i]) for row in [COLUMNS, *rows]) for i in chosen}
     room = width - 2 * (len(chosen) - 1) - sum(widths[i] for i in chosen if i not in CUT)
     if sum(widths[i] for i in CUT if i in widths) > room:
@@ -77,7 +78,7 @@ def _columns(rows: Sequence[tuple[str, ...]], chosen: Sequence[int], width: int)
 
 
 def plain(devices: Sequence[Device]) -> list[dict[str, Any]]:
-    """For scripts: what is known of each device, null where nothing is; times are UTC."""
+    """The devices for scripts, as JSON values; None for what is unknown, times in UTC."""
     return [
         {
             "device": device.name,
@@ -94,7 +95,7 @@ def _utc(seconds: float) -> str:
 
 
 def markdown(devices: Sequence[Device]) -> str:
-    """The same as a Markdown table; times are UTC."""
+    """The devices as a Markdown table; times are UTC."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *map(cells, devices)]
     return "".join(
         f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |\n" for row in rows
@@ -102,7 +103,7 @@ def markdown(devices: Sequence[Device]) -> str:
 
 
 def write_report(devices: Sequence[Device], title: str, out: Path) -> list[Path]:
-    """Write devices.md and its pictures into a folder; the files.
+    """Write devices.md and its pictures into a folder; return the files.
 
     Raises:
         RunError: no device was measured.
@@ -119,22 +120,24 @@ def write_report(devices: Sequence[Device], title: str, out: Path) -> list[Path]
     for name, draw in pictures.items():
         draw(out / f"{name}.png", measured)
         text.append(f"![{name}]({name}.png)\n")
-    made = "; ".join(sorted({_what(report) for report in measured.values()}))
+    artifacts = "; ".join(sorted({_what(report) for report in measured.values()}))
     text.append(
-        f"Measured: {made}. Images a second are those of the median step, memory the peak of "
-        "training (VmHWM) beside what the exporter foretold.\n"
+        f"Measured: {artifacts}. Images a second are those of the median step. Memory is the peak "
+        "of training (VmHWM), beside what the exporter foretold.\n"
     )
     (out / "devices.md").write_text("\n".join(text))
     return [out / "devices.md", *(out / f"{name}.png" for name in pictures)]
 
 
 def _what(report: Measurement) -> str:
-    made = report.artifact
-    return f"{made.model.name}, {made.task}, batch {made.batch} (artifact {made.digest[:12]})"
+    """The artifact that was measured, in words."""
+    artifact = report.artifact
+    what = f"{artifact.model.name}, {artifact.task}, batch {artifact.batch}"
+    return f"{what} (artifact {artifact.digest[:12]})"
 
 
 def _draw_speed(path: Path, measured: Mapping[str, Measurement]) -> None:
-    """Bars of images a second, with the quartiles of the step times."""
+    """Draw bars of images a second, with the quartiles of the step times."""
     figure, axes = roofline.canvas(1.4 + 0.4 * len(measured))
     names = sorted(measured, key=lambda name: measured[name].step.images_per_s)
     for row, name in enumerate(names):
@@ -150,7 +153,7 @@ def _draw_speed(path: Path, measured: Mapping[str, Measurement]) -> None:
 
 
 def _draw_memory(path: Path, measured: Mapping[str, Measurement]) -> None:
-    """Bars of the peak in training, and the forecast."""
+    """Draw bars of the peak memory in training, with the forecast."""
     figure, axes = roofline.canvas(1.4 + 0.4 * len(measured))
     names = sorted(measured, reverse=True)
     for row, name in enumerate(names):

@@ -1,8 +1,8 @@
-"""What a run has done so far: for the live view, `orchestrator status` and report.json.
+"""What a run has done so far, for the live view, `orchestrator status` and report.json.
 
-Bytes are those of MQTT payloads as they were sent and received, framing and repetitions included.
-The time left is the mean of the newest `NEWEST` rounds times the rounds to go, less what the open
-round has taken.
+Bytes are those of MQTT payloads sent and received, with framing and repetitions. The time left is
+the mean time of the newest `NEWEST` rounds, times the number of rounds to go, minus the time that
+the open round has taken.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from wire.messages import Birth, Telemetry
 log = logging.getLogger("orchestrator")
 
 WRITE_S = 0.5
-SAID_S = 5.0  # between two lines of the log on who is awaited
-NEWEST = 5  # rounds that the time left is reckoned by
-NAMED = 8  # devices that a line names
-REFUSED = 100  # devices that may not take part and are shown; a stranger can have any name
+LOGGED_S = 5.0  # least time between two log lines about who is awaited
+NEWEST = 5  # rounds from which the time left is estimated
+NAMED = 8  # most devices that a line names
+REFUSED = 100  # most refused devices that are shown: strangers can come with any number of names
 
 
 class Report:
-    """Collects; `snapshot` is what a person sees, `closed` makes a round's entry.
+    """Collects what happens in a run; `snapshot` is for people, `closed` makes a round's entry.
 
     Args:
-        config: of the run.
-        store: its folder.
-        sources: digests of the source files of each network that is not ours.
-        enrolled: devices that may take part, where only they may.
+        config: the run's settings.
+        store: the run's folder.
+        sources: digests of the source files of each network that is a user's own.
+        enrolled: the devices that may take part; None allows any.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Report:
         self._faults: dict[str, str] = {}
         self._refused: dict[str, str] = {}  # devices that may not take part, and why
         self._awaited = ""
-        self._said = "", -math.inf
+        self._logged = "", -math.inf
         self._opened_at: float | None = None
         self._lock = threading.Lock()
         self._written = 0.0
@@ -70,65 +70,65 @@ class Report:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """The run's folder."""
         return self._config.folder
 
     def received(self, device: str, count: int) -> None:
-        """So many bytes came from a device."""
+        """Count bytes that came from a device."""
         self._up[device] += count
         self._store.count(device, up=count)
 
     def sent(self, device: str, count: int) -> None:
-        """So many bytes went to a device."""
+        """Count bytes that went to a device."""
         self._down[device] += count
         self._store.count(device, down=count)
 
     def born(self, device: str, birth: Birth) -> None:
-        """A device is there."""
+        """Note a device that is there."""
         self._births[device] = birth
         self._refused.pop(device, None)
 
     def turned_away(self, device: str, reason: str) -> None:
-        """A device is there and may not take part."""
+        """Note a device that is there but may not take part."""
         if device in self._refused or len(self._refused) < REFUSED:
             self._refused[device] = reason
 
     def telemetry(self, device: str, message: Telemetry) -> None:
-        """A device told how far it is."""
+        """Note how far a device is."""
         self._telemetry[device] = message
 
     def decided(self, verdict: Verdict) -> None:
-        """A device's result was accepted or refused."""
+        """Note whether a device's result was accepted or refused."""
         if verdict.accepted:
             self._faults.pop(verdict.device, None)
         else:
             self._faults[verdict.device] = verdict.reason
 
     def rounds(self, state: State) -> None:
-        """The rules' state changed; who is awaited now is logged."""
+        """Note the new state of the rules, and log who is awaited now."""
         self._state = state
         self._awaited = self._awaits()
         now = time.monotonic()
-        if self._awaited in ("", self._said[0]) or now - self._said[1] < SAID_S:
+        if self._awaited in ("", self._logged[0]) or now - self._logged[1] < LOGGED_S:
             return
-        self._said = self._awaited, now
+        self._logged = self._awaited, now
         log.info("%s", self._awaited)
 
     def opened(self) -> None:
-        """A round began: its bytes and its seconds are counted from here."""
+        """A round has begun: count its bytes and seconds from here."""
         self._up.clear()
         self._down.clear()
         self._opened_at = time.monotonic()
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """The worker thread is so far with something."""
+        """Note how far the worker thread is with its work."""
         with self._lock:
             self._work = (what, done, total)
 
     def closed(
         self, attempt: Attempt, metrics: Mapping[str, Any], seconds: float
     ) -> dict[str, Any]:
-        """The entry of a round that was aggregated; `kept` counts it."""
+        """The entry of an aggregated round; `kept` then adds it to the report."""
         devices = {
             device: {
                 **(verdict.result.metrics if verdict.accepted else {}),
@@ -151,30 +151,30 @@ class Report:
         }
 
     def kept(self, entry: dict[str, Any]) -> None:
-        """A round's entry is in the journal."""
+        """Add a round's entry, which is in the journal now."""
         self.entries.append(entry)
         self._opened_at = None
 
     def last_round(self) -> str:
-        """A line on the round that was closed last, with the time left."""
-        entry, more = self.entries[-1], words.left(self.snapshot())
+        """A line about the last closed round, with the time left."""
+        entry, more = self.entries[-1], words.time_left(self.snapshot())
         scores = [
             f"{key.removesuffix('_accuracy')} {words.percent(value)}"
             for key, value in entry.items()
             if key.endswith("accuracy")
         ]
-        told = ", ".join([*(scores or ["not evaluated"]), f"{entry['seconds']:.1f} s"])
-        return f"round {entry['round']} of {self._config.rounds}: {told}" + (more and f"; {more}")
+        what = ", ".join([*(scores or ["not evaluated"]), f"{entry['seconds']:.1f} s"])
+        return f"round {entry['round']} of {self._config.rounds}: {what}" + (more and f"; {more}")
 
     def snapshot(self) -> dict[str, Any]:
-        """The run as it stands."""
+        """The state of the run now, as JSON values."""
         with self._lock:
             work = self._work
         state = self._state
         names = sorted(
             {*state.live, *state.cohort, *self._telemetry, *self._enrolled, *self._refused}
         )
-        left_s, left_by = self._left()
+        left_s, left_by = self._time_left()
         return {
             "run": self._config.name,
             "strategy": self._config.strategy,
@@ -195,7 +195,7 @@ class Report:
         now = time.monotonic()
         if final or now - self._written >= WRITE_S:
             self._written = now
-            with contextlib.suppress(StalledError):  # a full disk is said where it holds up more
+            with contextlib.suppress(StalledError):  # a full disk is reported where it matters more
                 self._store.write_json("status.json", self.snapshot())
         if final:
             config = self._config
@@ -210,8 +210,8 @@ class Report:
             store = self._store
             store.patience.attempt(lambda: store.write_json("report.json", whole))
 
-    def _left(self) -> tuple[float | None, int]:
-        """About how many seconds the run takes yet, and by how many rounds that is reckoned."""
+    def _time_left(self) -> tuple[float | None, int]:
+        """About how many seconds the run still takes, and how many rounds that is based on."""
         newest = [entry["seconds"] for entry in self.entries[-NEWEST:]]
         if not newest:
             return None, 0
@@ -221,7 +221,10 @@ class Report:
         return max((self._config.rounds - len(self.entries)) * each - done, 0.0), len(newest)
 
     def _awaits(self) -> str:
-        """Who keeps the run waiting, in words that stay until that changes; "" for nobody."""
+        """Who keeps the run waiting, in words; "" for nobody.
+
+        The words change only when those who are awaited change, so that each is logged once.
+        """
         state, rules = self._state, self._config.cohort
         if state.phase is Phase.COLLECTING:
             open_ = state.cohort - state.returned - state.failed
@@ -272,7 +275,7 @@ class Report:
 
 
 def names_of(devices: Iterable[str]) -> str:
-    """Names in their order, `NAMED` of them at most: "pi-1, pi-2 and 38 more"."""
+    """Sorted names, at most `NAMED` of them: "pi-1, pi-2 and 38 more"."""
     names = sorted(devices)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
@@ -282,9 +285,9 @@ def said(report: Report, more: str, again: str | None = None) -> str:
     """The answer to Ctrl-C: what is kept of a run, and how to go on.
 
     Args:
-        report: of the run.
-        more: of the open round.
-        again: the command to go on with; None: this one, "": there is none.
+        report: the run's report.
+        more: what becomes of the open round.
+        again: the command to go on with; None: the current one, "": there is none.
     """
     closed = len(report.entries)
     kept = f"kept: {closed} closed round{'' if closed == 1 else 's'} in {report.folder}; {more}"

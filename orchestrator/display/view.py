@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: the run while it goes on, and its table in the end."""
+"""What a person sees in the terminal: a live view of the run, and tables at its end."""
 
 import logging
 import textwrap
@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.display.words import left, percent, progress, size
+from orchestrator.display.words import percent, progress, size, time_left
 from wire import logs
 
 if TYPE_CHECKING:
@@ -23,30 +23,31 @@ if TYPE_CHECKING:
 # What a device does, in the order in which a person should look at it.
 STANDS = ("failed", "refused", "ordered", "fetch", "train", "extract", "send", "away", "waiting",
           "returned", "idle")  # fmt: skip
-NEWEST = 5  # rounds that a live view shows
-LOG_LINES = 4  # of the terminal, that a live view leaves to the log
-ROOMY = 18  # lines of a view in which texts may take two
+NEWEST = 5  # most rounds that a live view shows
+LOG_LINES = 4  # lines of the terminal that a live view leaves to the log
+ROOMY = 18  # in a view of so many lines or more, a text may take two lines
 WORKING = ("fetch", "train", "extract", "send")
 REFRESH_S, LOGGED_S = 0.25, 30.0
 
 
 class Display:
-    """What goes on, while it goes on: a live view on a terminal, log lines alone elsewhere.
+    """Shows the run while it goes on: a live view on a terminal, only log lines elsewhere.
 
     Args:
         console: where the view and the log go.
-        simulated: one line of progress in place of the view; elsewhere it is logged now and then.
+        simulated: show one line of progress instead of the view; without a terminal it is logged
+            now and then.
     """
 
     def __init__(self, console: Console, *, simulated: bool = False) -> None:
         self._console, self._simulated = console, simulated
-        # Not console.is_terminal, which believes FORCE_COLOR: a file never gets control codes.
+        # Not console.is_terminal, which obeys FORCE_COLOR: a file must never get control codes.
         self._terminal = console.file.isatty() and not console.is_dumb_terminal
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._shown = self._logged = time.monotonic()
 
     def __enter__(self) -> Callable[["Report"], None]:
-        """Begin; gives what to call with the report whenever something happened."""
+        """Begin; return a function to call with the report whenever something has happened."""
         if not self._terminal:
             logs.to_stream(self._console.file)
             return self._log if self._simulated else lambda _: None
@@ -59,7 +60,7 @@ class Display:
         return self._show
 
     def __exit__(self, *_: object) -> None:
-        """Take the view off the terminal."""
+        """Remove the view from the terminal."""
         if self._terminal:
             self._live.stop()
 
@@ -84,10 +85,10 @@ class Display:
 
 
 def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None) -> Group:
-    """The run as it stands: a summary, failing and slowest devices, the newest rounds.
+    """A view of the run: a summary, failing and slowest devices, the newest rounds.
 
     Args:
-        snapshot: of `Report`.
+        snapshot: from `Report.snapshot`.
         width: columns of the terminal.
         height: lines that the view may take; None shows every device and round.
     """
@@ -98,7 +99,7 @@ def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None
         f"  {snapshot['strategy']}  round {snapshot['round']} of {snapshot['rounds']}  ",
         (snapshot["phase"], "cyan"),
     )
-    lines = [head, *map(Text, filter(None, [left(snapshot)]))]
+    lines = [head, *map(Text, filter(None, [time_left(snapshot)]))]
     what, done, total = snapshot["work"]
     if total:
         lines.append(Text.assemble("server ", (what, "cyan"), f" {done}/{total}"))
@@ -113,7 +114,7 @@ def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None
         lines += _wrapped(logs.clean(f"{name} {what}: {faults[name]}"), width, deep, "red")
     shown = sorted(devices)
     if height is not None:
-        # Each table has a blank line and a header; devices take what rounds leave.
+        # Each table has a blank line and a header. Devices take the lines that rounds leave.
         room = height - len(lines)
         history = history[-min(NEWEST, room // 2 - 2) :] if room >= 6 else []
         room -= len(history) + 2 if history else 0
@@ -129,20 +130,20 @@ def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None
 
 
 def stand(device: Mapping[str, Any]) -> str:
-    """What a device does now: `away`, or its stand in the round."""
+    """What a device is doing: `away`, or its stand in the round."""
     return str(device["stand"]) if device["live"] else "away"
 
 
 def summary(devices: Mapping[str, Mapping[str, Any]]) -> str:
-    """How many devices do what: `40 devices: 22 train, 3 fetch, 2 away`."""
+    """How many devices are doing what: `40 devices: 22 train, 3 fetch, 2 away`."""
     counts = Counter(stand(device) for device in devices.values())
-    told = [f"{counts[name]} {name}" for name in STANDS if counts[name]]
+    parts = [f"{counts[name]} {name}" for name in STANDS if counts[name]]
     number = f"{len(devices)} device{'s' if len(devices) > 1 else ''}"
-    return f"{number}: {', '.join(told)}"
+    return f"{number}: {', '.join(parts)}"
 
 
 def _slowest(snapshot: Mapping[str, Any]) -> list[str]:
-    """Devices: failing ones first, then those least far; who is done, waits or is away last."""
+    """All devices: failing ones first, then by progress; done, waiting and absent ones last."""
     devices = snapshot["devices"]
     before = snapshot["history"][-1]["devices"] if snapshot["history"] else {}
 
@@ -155,7 +156,7 @@ def _slowest(snapshot: Mapping[str, Any]) -> list[str]:
 
 
 def _wrapped(text: str, width: int, deep: int, style: str = "") -> list[Text]:
-    """A text in so many lines at most."""
+    """A text in `deep` lines at most."""
     lines = textwrap.wrap(
         text, max(width, 10), max_lines=deep, placeholder=" \N{HORIZONTAL ELLIPSIS}"
     )
@@ -163,7 +164,7 @@ def _wrapped(text: str, width: int, deep: int, style: str = "") -> list[Text]:
 
 
 def short(name: str, most: int) -> str:
-    """A name in so many characters, from 3: names differ at their ends."""
+    """A name in at most so many characters (3 or more); its ends stay, since names differ there."""
     if len(name) <= most:
         return name
     half = most // 2
@@ -171,7 +172,7 @@ def short(name: str, most: int) -> str:
 
 
 def _table(title: str, devices: Mapping[str, Mapping[str, Any]], width: int) -> Table:
-    """One line a device; narrow terminals lose columns, never lines."""
+    """A table with one line a device; a narrow terminal loses columns, never lines."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     most = max(width - 60, 16)
     table.add_column(title, no_wrap=True)
@@ -193,7 +194,7 @@ def _table(title: str, devices: Mapping[str, Mapping[str, Any]], width: int) -> 
 
 
 def rounds(history: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
-    """One row a round; device figures are means over those that took part."""
+    """A table with one row a round; device figures are means over the accepted devices."""
     table = Table(box=None, pad_edge=False, padding=(0, 3 if width >= 72 else 1, 0, 0))
     for title in ("round", "server", "device", "up/device", "down/device", "seconds", "devices"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -212,24 +213,24 @@ def rounds(history: Sequence[Mapping[str, Any]], width: int = 80) -> Table:
 
 
 def agents(history: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a device: what its work cost over the whole run."""
+    """A table with one row a device: the costs of its accepted work over the whole run."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for title in ("device", "samples", "peak memory", "FLOPs", "train", "up", "down"):
         table.add_column(title, justify="left" if title == "device" else "right")
     for name in sorted({name for entry in history for name in entry["devices"]}):
-        mine = [e["devices"][name] for e in history if e["devices"].get(name, {}).get("accepted")]
-        if not mine:
+        turns = [e["devices"][name] for e in history if e["devices"].get(name, {}).get("accepted")]
+        if not turns:
             continue
-        peak = max(max(d.get("train_peak_bytes", 0), d.get("extract_peak_bytes", 0)) for d in mine)
-        flops = sum(d.get("train_flops", 0) + d.get("extract_flops", 0) for d in mine)
+        peak = max(max(d.get("train_peak_bytes", 0), d.get("extract_peak_bytes", 0)) for d in turns)
+        flops = sum(d.get("train_flops", 0) + d.get("extract_flops", 0) for d in turns)
         table.add_row(
             name,
-            str(mine[-1]["samples"]),
+            str(turns[-1]["samples"]),
             size(peak),
             f"{flops / 1e9:.1f} G",
-            f"{sum(d.get('train_s', 0) for d in mine):.1f} s",
-            size(sum(d["bytes_up"] for d in mine)),
-            size(sum(d["bytes_down"] for d in mine)),
+            f"{sum(d.get('train_s', 0) for d in turns):.1f} s",
+            size(sum(d["bytes_up"] for d in turns)),
+            size(sum(d["bytes_down"] for d in turns)),
         )
     return table
 

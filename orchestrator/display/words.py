@@ -1,4 +1,4 @@
-"""Sizes, shares, times and progress in words, without what draws them on a terminal."""
+"""Sizes, shares, times and progress in words; nothing here draws on a terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ def size(count: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """An accuracy for people; a dash where there is none."""
+    """An accuracy for people; a dash if there is none."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
@@ -32,8 +32,8 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h" if hours % 24 else f"{hours // 24} d"
 
 
-def left(snapshot: Mapping[str, Any]) -> str:
-    """The time left and what it is reckoned by; "" before the first round's end and at the end."""
+def time_left(snapshot: Mapping[str, Any]) -> str:
+    """The time left, with its basis; "" before the first round has ended, and at the end."""
     seconds, by = snapshot.get("left_s"), snapshot.get("left_by", 0)
     if not seconds:
         return ""
@@ -42,11 +42,11 @@ def left(snapshot: Mapping[str, Any]) -> str:
 
 
 def progress(snapshot: Mapping[str, Any]) -> str:
-    """One line on a simulated run: its round, what is done of it, the time left."""
+    """One line about a simulated run: its round, how far that is, the time left."""
     devices = snapshot["devices"].values()
     cohort = [d for d in devices if d["stand"] != "waiting"]
     returned = sum(d["stand"] == "returned" for d in cohort)
     what, done, total = snapshot["work"]
     now = f"server: {what} {done}/{total}" if total else f"{returned} of {len(cohort)} devices done"
-    told = [f"round {snapshot['round']} of {snapshot['rounds']}", now, left(snapshot)]
-    return ", ".join(filter(None, told))
+    parts = [f"round {snapshot['round']} of {snapshot['rounds']}", now, time_left(snapshot)]
+    return ", ".join(filter(None, parts))

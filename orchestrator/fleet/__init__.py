@@ -1,1 +1,1 @@
-"""The fleet: who may take part, who is there, what is known of it, and its updates."""
+"""The fleet: which devices may take part, which are there, what is known of them, their updates."""

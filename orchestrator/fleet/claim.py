@@ -1,17 +1,17 @@
-"""Which run has a fleet: one at a time, since devices follow the newest order they hear.
+"""A run's claim on a fleet. One run has it at a time, since devices follow the newest order.
 
-On one machine a lock says it, before a broker runs. Over a broker orchestrators say it to each
-other, in `Hello` messages on the topic `all/run`:
+On one machine a lock decides, before a broker runs. Over a broker orchestrators agree by `Hello`
+messages on the topic `all/run`:
 
     newcomer                                the run that has the fleet
       | question (boot) ------------------> |
-      | <------------------ claim, retained |   as the broker kept it
+      | <------------------ claim, retained |   the broker kept it
       | <------------- answer to this boot, retained: the newcomer ends
-      | (its own question comes back to it: if no claim came before, there is none)
+      | (its own question comes back to it: if no claim came before that, there is none)
 
-A newcomer that hears no claim, or no answer to its question in `ANSWER_S` (that run ended, and its
-last will was lost), claims the fleet. Where two have claimed it, after an outage or at the same
-moment, the one that began later ends. Nothing here touches the network or the clock.
+A newcomer claims the fleet if it hears no claim, or no answer to its question within `ANSWER_S`
+(that run has ended, and its last will was lost). If two have claimed it, after an outage or at the
+same moment, the one that began later ends. Nothing here touches the network or the clock.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from wire.storage import Patience
 log = logging.getLogger("orchestrator")
 
 ANSWER_S = 10.0
-CHANNEL = "run"  # under `all`, which only orchestrators write
+CHANNEL = "run"  # under `all`; only orchestrators write there
 
 
 class Say(NamedTuple):
-    """Publish a message under `all`."""
+    """A message to publish under `all`."""
 
     channel: str
     hello: Hello
@@ -45,29 +45,29 @@ class Claim:
     Args:
         fleet: its name.
         run: the run's id, NAME.RANDOM.
-        boot: of this process; a later process has a greater one.
+        boot: names this process; a later process has a greater one.
 
     Attributes:
-        held: the fleet is ours; before that, devices are told nothing.
-        topic: that orchestrators say it on; an empty message takes a claim away.
+        held: whether the fleet is ours; before that, devices are told nothing.
+        topic: where claims are published; an empty message there ends a claim.
     """
 
     def __init__(self, fleet: str, run: str, boot: str) -> None:
         self.held = False
         self.topic = topics.topic(fleet, topics.ALL, CHANNEL)
         self._fleet, self._run, self._boot = fleet, run, boot
-        self._until_s: float | None = None  # how long an answer is waited for
+        self._until_s: float | None = None  # when waiting for an answer ends
         self._rival = ""  # the run whose claim the broker kept
 
     def connected(self, now_s: float) -> tuple[Say, ...]:
-        """The broker is there: ask who has the fleet, or say that we do."""
+        """The broker is there: ask who has the fleet, or repeat that we have it."""
         if self.held:
             return self._claimed()
         self._until_s, self._rival = now_s + ANSWER_S, ""
         return (Say(CHANNEL, Hello(self._boot)),)
 
     def arrived(self, payload: bytes) -> tuple[Say, ...]:
-        """As `heard`, of what came on the topic."""
+        """Bytes came on the topic; see `heard`."""
         if not payload:
             return self.heard(None)
         try:
@@ -78,7 +78,7 @@ class Claim:
         return self.heard(message) if isinstance(message, Hello) else ()
 
     def heard(self, hello: Hello | None) -> tuple[Say, ...]:
-        """A message on the topic; None: the broker forgot the claim that it kept.
+        """A message came on the topic. None: the broker no longer keeps a claim.
 
         Raises:
             RunError: another run has the fleet.
@@ -95,15 +95,15 @@ class Claim:
         if not hello.run:  # a question
             answer = Hello(self._boot, self._run, answers=hello.boot)
             return (Say(CHANNEL, answer, retain=True),) if self.held else ()
-        if hello.run == self._run:  # what a former process of this run left
+        if hello.run == self._run:  # from a former process of this run
             return ()
         if self.held:
-            return (Say(CHANNEL, Hello(self._boot)),)  # is it there, or kept by the broker?
+            return (Say(CHANNEL, Hello(self._boot)),)  # ask whether it is still there
         self._rival = hello.run
         return ()
 
     def ticked(self, now_s: float) -> tuple[Say, ...]:
-        """Time passed: who does not answer has gone."""
+        """Time has passed: a run that has not answered by now is gone."""
         if self.held or self._until_s is None or now_s < self._until_s:
             return ()
         if self._rival:
@@ -118,7 +118,7 @@ class Claim:
 
 
 def in_use(fleet: str, run: str) -> str:
-    """What is said to a run that comes second; `run` is the id or name of the first."""
+    """The message to a run that comes second; `run` is the id or name of the first."""
     return (
         f"fleet {fleet!r} is in use by run {run!r}, and devices follow one run at a time; start "
         "this one again when that one is finished or stopped, or give this one another fleet"
@@ -126,19 +126,19 @@ def in_use(fleet: str, run: str) -> str:
 
 
 def lock_file(runs: Path, fleet: str) -> Path:
-    """The file by which a run holds a fleet; it stays when the run ends."""
+    """The lock file by which a run holds a fleet; it stays after the run ends."""
     return runs / f"fleet-{fleet}.lock"
 
 
 @contextlib.contextmanager
 def locked(runs: Path, fleet: str, run: str, patience: Patience) -> Iterator[None]:
-    """Hold a fleet against other runs of the same folder `runs`; a full disk is waited for.
+    """Hold a fleet against other runs in the same folder `runs`; wait for a full disk.
 
     Raises:
         RunError: another run has the fleet, or this one is running already.
         StorageError: the folder cannot be written.
     """
-    path, made = lock_file(runs, fleet), not runs.exists()
+    path, is_new = lock_file(runs, fleet), not runs.exists()
 
     def hold() -> TextIO | None:
         with storage.at(path):
@@ -148,7 +148,7 @@ def locked(runs: Path, fleet: str, run: str, patience: Patience) -> Iterator[Non
     try:
         lock = patience.attempt(hold)
     except BaseException:
-        if made:
+        if is_new:
             with contextlib.suppress(OSError):
                 runs.rmdir()
         raise
@@ -162,5 +162,5 @@ def locked(runs: Path, fleet: str, run: str, patience: Patience) -> Iterator[Non
 
 
 def _order(boot: str) -> tuple[int, str]:
-    """Boots are nanoseconds in decimal: the shorter is the earlier."""
+    """Sort key of boots, which are nanoseconds in decimal: a shorter one is earlier."""
     return len(boot), boot

@@ -1,13 +1,13 @@
-"""What a run's classes are called, and which devices mean the same by them.
+"""The names of a run's classes, and the check that devices mean the same by them.
 
-    runs/NAME/classes.json    names in the order of the logits, who named them, whether labels are
-                              mapped by them
+    runs/NAME/classes.json    names in the order of the logits, who named them, and whether labels
+                              are mapped by name
 
-Names come from `device.classes` of run.toml, or else from the held-out images. They are in the
-training artifacts then, and each device finds its own classes among them by name. Where neither
-has names, labels are numbers: a device's own classes in their order. All devices must have the
-same names then; whoever of those that are there came first decides until a round is opened, and
-what was decided stands from there on.
+Names come from `device.classes` in run.toml, or else from the held-out images. Then the training
+artifacts hold them, and each device finds its own classes among them by name. If neither has names,
+labels are numbers: the places of a device's classes in their order. Then all devices must have the
+same names. Until a round is opened, the first of the devices that are there decides which; from
+then on the names stay.
 """
 
 import json
@@ -31,10 +31,11 @@ class Classes:
 
     Attributes:
         count: how many there are.
-        names: in the order of the logits; () where nobody has named them yet.
-        digest: of names that are too many for a birth message, where a device has them so.
+        names: in the order of the logits; () if nobody has named them yet.
+        digest: digest of a device's names that are too many for a birth message.
         by: who named them: run.toml, the held-out images, or a device.
-        mapped: whether devices find their classes by name; else a label is the number of a class.
+        mapped: whether devices find their classes by name; otherwise a label is the number of a
+            class.
     """
 
     count: int
@@ -49,11 +50,11 @@ class Classes:
 
     @property
     def artifact_names(self) -> tuple[str, ...]:
-        """The names that training artifacts hold."""
+        """The names for training artifacts; () if labels are numbers."""
         return self.names if self.mapped else ()
 
     def named_by(self, device: str, names: Sequence[str], digest: str = "") -> "Classes":
-        """These, with a device's names where nobody has named them yet."""
+        """These classes, with a device's names if nobody has named them yet."""
         fits = digest or len(names) == self.count
         if self.by or not fits:
             return self
@@ -63,9 +64,9 @@ class Classes:
         """Why a device with classes of these names may not take part; "" if it may.
 
         Args:
-            names: () where the device has none, or too many to tell.
-            digest: of names that are too many to tell. Where labels are mapped, the device looks
-                them over by itself, before it trains.
+            names: () if the device has none, or too many to send.
+            digest: digest of names that are too many to send. If labels are mapped, the device
+                itself checks the names before it trains.
         """
         if not names and not digest:
             return ""
@@ -101,7 +102,7 @@ class Classes:
 
 
 def read(folder: Path) -> Classes | None:
-    """What is settled for the run of a folder, or None.
+    """The classes that are settled for a folder's run, or None.
 
     Raises:
         RunError: the file is damaged.
@@ -117,7 +118,7 @@ def read(folder: Path) -> Classes | None:
 
 
 def write(folder: Path, settled: Classes) -> None:
-    """Settle it for the run of a folder, whole or not at all."""
+    """Settle the classes of a folder's run: write the file, all of it or nothing."""
     text = json.dumps(records.plain(settled), indent=1, ensure_ascii=False) + "\n"
     with storage.at(folder):
         storage.write(folder / FILE, text.encode())
@@ -126,28 +127,29 @@ def write(folder: Path, settled: Classes) -> None:
 def resolve(config: RunConfig, heldout: Sequence[str] = ()) -> Classes:
     """A run's classes before any device is there.
 
-    A run that was begun before there were names goes on with numbers: its artifacts hold none.
+    A run that an older version began without names goes on with numbers, because its artifacts
+    hold no names.
 
     Args:
-        config: as run.toml says it.
+        config: the settings in run.toml.
         heldout: the names of the held-out images' classes, if they have any.
 
     Raises:
-        RunError: what was settled before is damaged.
+        RunError: the file with the settled classes is damaged.
     """
     device, settled = config.device, read(config.folder)
     if settled is not None:
         return settled
     if device.class_names:
         return Classes(device.class_count, device.class_names, by="run.toml", mapped=True)
-    begun = any(any(config.folder.glob(made)) for made in ("artifact*", "checkpoints"))
+    begun = any(any(config.folder.glob(name)) for name in ("artifact*", "checkpoints"))
     if len(heldout) == device.class_count and config.heldout and not begun:
         return Classes(device.class_count, tuple(heldout), by=config.heldout.name, mapped=True)
     return Classes(device.class_count)
 
 
 def settle(config: RunConfig, settled: Classes) -> RunConfig:
-    """Note the classes of a run whose folder is there; its configuration with artifacts' names."""
+    """Write the classes of a run to its folder; return its configuration with these names."""
     if read(config.folder) is None:
         write(config.folder, settled)
     if settled.names:

@@ -1,12 +1,13 @@
 """What is known of a fleet's devices: who they are, and what training costs on each.
 
     runs/born-FLEET/DEVICE.json          the last birth of each device, and when it came
-    runs/measured-FLEET/DEVICE-UTC.json  measurements that devices signed (`edge-agent measure`), as
-                                         they came; the time is that of their coming
-    runs/measured-FLEET/keys.json        the key that each device signs with
+    runs/measured-FLEET/DEVICE-UTC.json  measurements that devices signed (`edge-agent measure`),
+                                         with the time of arrival
+    runs/measured-FLEET/keys.json        the key with which each device signs
 
-A device is believed by the key of its first measurement (trust on first use): the broker says who
-speaks, the key that it is still the one who spoke first. Of each device the last `KEEP` are kept.
+A device is known by the key of its first measurement (trust on first use). The broker vouches for
+the sender's name, the key for its being the same device as the first time. The last `KEEP`
+measurements of each device are kept.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ _MEASURED = re.compile(r"(.+)-\d{8}T\d{12}Z\.json")
 
 @dataclass(frozen=True)
 class Device:
-    """One device: its last birth (seconds since 1970) and measurement, where there are any."""
+    """One device: its last birth with the time (Unix seconds), and its last measurement, if any."""
 
     name: str
     birth: Birth | None
@@ -44,13 +45,13 @@ class Device:
 
     @property
     def platform(self) -> Platform | None:
-        """The machine, by the birth or else the measurement."""
+        """The machine, as the birth describes it, or else the measurement."""
         known = self.birth or self.measured
         return known.platform if known else None
 
 
 def born(runs: Path, name: str, birth: Birth) -> None:
-    """Keep a device's birth; `name` is the fleet's. Rounds go on where that cannot be."""
+    """Keep a device's birth in the fleet `name`; if it cannot be written, only log that."""
     folder = runs / f"born-{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,34 +61,35 @@ def born(runs: Path, name: str, birth: Birth) -> None:
 
 
 def take(runs: Path, name: str, device: str, data: bytes) -> Path:
-    """Keep a measurement that came from a device of the fleet `name`; the file it is in.
+    """Keep a measurement that a device of the fleet `name` sent; return its file.
 
     Raises:
-        WireError: it is no measurement, or one of another device.
-        SignatureError: it is not signed, or not by the key that this device signed with before.
+        WireError: it is not a measurement, or one of another device.
+        SignatureError: it is not signed, or with another key than this device's measurements
+            before.
         RunError: the list of keys is damaged.
     """
-    made = measurement.verify(data, where=f"measurement of {device}")
-    if made.name != device:
+    report = measurement.verify(data, where=f"measurement of {device}")
+    if report.name != device:
         raise WireError(
-            f"measurement of {device}: expected the name {device!r} in it, got {made.name!r}; "
+            f"measurement of {device}: expected the name {device!r} in it, got {report.name!r}; "
             "measure with this device's agent.toml"
         )
     folder = runs / f"measured-{name}"
     folder.mkdir(parents=True, exist_ok=True)
     keys = _keys(folder / KEYS)
-    if keys.get(device, made.device) != made.device:
+    if keys.get(device, report.device) != report.device:
         raise SignatureError(
             f"{device}: expected a measurement signed by {keys[device]}, as its first one was, got "
-            f"one by {made.device}; if its state folder was made anew, take {device!r} out of "
+            f"one by {report.device}; if its state folder was made anew, take {device!r} out of "
             f"{folder / KEYS}"
         )
     if device not in keys:
-        _write(folder / KEYS, {**keys, device: made.device})
+        _write(folder / KEYS, {**keys, device: report.device})
     for path in _files(folder).get(device, []):
         if path.stat().st_size == len(data) and path.read_bytes() == data:
-            return path  # the broker gave it again
-    # By this machine's clock: a Raspberry Pi has no battery for its own.
+            return path  # the broker delivered it again
+    # The time is this machine's, because a Raspberry Pi's clock has no battery.
     path = folder / f"{device}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S%fZ')}.json"
     _replace(path, data)
     for old in _files(folder).get(device, [])[:-KEEP]:
@@ -96,25 +98,25 @@ def take(runs: Path, name: str, device: str, data: bytes) -> Path:
 
 
 def known(runs: Path, name: str) -> list[Device]:
-    """All devices of a fleet that are enrolled, were born or were measured, by name.
+    """All devices of a fleet that are enrolled, have connected or were measured, by name.
 
     Raises:
         StillhouseError: a file is damaged; the message names it.
     """
     births = {path.stem: path for path in (runs / f"born-{name}").glob("*.json")}
     measured = _files(runs / f"measured-{name}")
-    found = []
+    devices = []
     for device in sorted({*enrolment.enrolled(runs, name), *births, *measured}):
         birth, at = _birth(births[device]) if device in births else (None, None)
         last = None
         if device in measured:
             last = _last(measured[device])
-        found.append(Device(device, birth, at, last))
-    return found
+        devices.append(Device(device, birth, at, last))
+    return devices
 
 
 def _last(paths: Sequence[Path]) -> Measurement | None:
-    """The newest measurement that can be read; what cannot is told, and stands in nobody's way."""
+    """The newest measurement that can be read; files that cannot are logged and skipped."""
     for path in reversed(paths):
         try:
             return measurement.verify(path.read_bytes(), where=str(path))
@@ -132,12 +134,12 @@ def _birth(path: Path) -> tuple[Birth, float]:
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
-    """The measurements in a folder, by device; the oldest first."""
-    found: dict[str, list[Path]] = {}
+    """The measurements in a folder by device, oldest first."""
+    files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.json")):
-        if named := _MEASURED.fullmatch(path.name):
-            found.setdefault(named[1], []).append(path)
-    return found
+        if match := _MEASURED.fullmatch(path.name):
+            files.setdefault(match[1], []).append(path)
+    return files
 
 
 def _keys(path: Path) -> dict[str, Any]:
@@ -159,7 +161,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Replace a file, whole or not at all."""
+    """Replace a file, all of it or nothing."""
     partial = path.with_name(f"{path.name}.new")
     try:
         partial.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Who is there: births, measurements, and the package that each device should have."""
+"""The devices that are there: their births, measurements, and the package each should have."""
 
 import logging
 import math
@@ -15,8 +15,8 @@ from wire.messages import Birth, Hello, Measured, Receipt, Update
 
 log = logging.getLogger("orchestrator")
 
-MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
-MAX_STATES = 4  # state folders of a device that are remembered
+MEASURED_S = 0.25  # least time between a device's reports: checking one takes tens of milliseconds
+MAX_STATES = 4  # state folders to remember for each device
 MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 Tell = Callable[[str, Receipt | Update | Hello], None]  # a device, and its order
@@ -26,18 +26,18 @@ class Roster:
     """The devices of a run.
 
     Args:
-        config: of the run.
-        enrolled: names that may take part; None takes any.
-        rollout: packages that devices are told of.
-        tell: sends a device an order.
+        config: the run's settings.
+        enrolled: names that may take part; None allows any.
+        rollout: packages to offer to devices.
+        tell: sends a device a message on its `order` topic.
 
     Attributes:
-        births: the last one of each device that may take part.
-        refused: why others may not.
-        classes: the run's; where nobody named them, as the first device has them.
+        births: the last birth of each device that may take part.
+        refused: why other devices may not.
+        classes: the run's classes; if nobody named them, those of the first device.
 
     Raises:
-        RunError: what was settled of the classes is damaged.
+        RunError: the file with the settled classes is damaged.
     """
 
     def __init__(
@@ -49,13 +49,14 @@ class Roster:
         self._measured_at: dict[str, float] = {}
         self._settled = resolve(config)
         self.classes = self._settled
-        # Births of all who are there and name classes, refused ones too: the first decides.
+        # Births of all devices that are there and name classes, even refused ones, in order of
+        # arrival: the first decides.
         self._naming: dict[str, Birth] = {}
         self.refused: dict[str, str] = {}
-        self._state_ids: dict[str, list[str]] = {}  # that a device came with, the last one last
+        self._state_ids: dict[str, list[str]] = {}  # by device, newest last
 
     def born(self, device: str, birth: Birth, now_s: float) -> Birth | None:
-        """Note a birth that came on a device's topic; it, fit to be shown, or None if refused."""
+        """Note a birth from a device's topic; return it, safe to show, or None if refused."""
         if birth.device != device:
             log.warning("dropped: birth message of %r on the topic of %r", birth.device, device)
             return None
@@ -71,8 +72,8 @@ class Roster:
             self._refuse(device, reason)
             return None
         self.refused.pop(device, None)
-        said = "".join(c if c.isprintable() else " " for c in birth.update[:MAX_REASON])
-        birth = replace(birth, update=said)
+        update = "".join(c if c.isprintable() else " " for c in birth.update[:MAX_REASON])
+        birth = replace(birth, update=update)
         before = self.births.get(device)
         if birth.update and (before is None or before.update != birth.update):
             log.warning("%s: update: %s", device, birth.update)
@@ -84,7 +85,7 @@ class Roster:
         return birth
 
     def died(self, device: str, session: int, state_id: str) -> None:
-        """A connection ended."""
+        """Note that a device's connection has ended."""
         self._rollout = updates.died(self._rollout, device, session, state_id)
         naming = self._naming.get(device)
         if naming and (naming.session, naming.state_id) == (session, state_id):
@@ -92,14 +93,17 @@ class Roster:
             self._decide(but=device)
 
     def opened(self) -> None:
-        """A round is about to be opened: what classes are called is settled from now on."""
+        """A round is about to be opened: settle the names of the classes for the whole run."""
         if self.classes != self._settled:
             write(self._config.folder, self.classes)
             self._settled = self.classes
             log.info("classes, by %s: %s", self.classes.by, listed(self.classes.names))
 
     def _decide(self, *, but: str) -> None:
-        """By whose names numbers go; where that changed, all others are asked to be born anew."""
+        """Let the first device that is there name the classes.
+
+        If that changes the names, ask all devices but one for a new birth.
+        """
         before, self.classes = self.classes, self._settled
         for device, birth in self._naming.items():
             self.classes = self.classes.named_by(device, birth.classes, birth.classes_digest)
@@ -109,13 +113,13 @@ class Roster:
 
     def _refuse(self, device: str, reason: str) -> None:
         self.births.pop(device, None)
-        if self.refused.get(device) != reason:  # it is born anew on every connection
+        if self.refused.get(device) != reason:  # a birth comes with every connection: log it once
             self.refused[device] = reason
             log.warning("refused: %s", reason)
         self._tell(device, Receipt("birth", accepted=False, reason=reason))
 
     def measured(self, device: str, message: Measured, body: bytes, now_s: float) -> None:
-        """Keep a measurement, and tell the device so."""
+        """Keep a measurement, and send the device its receipt."""
         reason = self._stranger(device)
         if not reason and now_s - self._measured_at.get(device, -math.inf) < MEASURED_S:
             reason = "a report came a moment ago; measure again"
@@ -130,7 +134,7 @@ class Roster:
         self._tell(device, receipt)
 
     def ticked(self, now_s: float) -> None:
-        """Tell those of a newer package whose turn it is."""
+        """Offer newer packages to the devices whose turn it is."""
         held_by = self._rollout.held_by
         self._rollout, tell = updates.ticked(self._rollout, now_s)
         if self._rollout.held_by not in ("", held_by):
@@ -140,12 +144,12 @@ class Roster:
             self._tell(device, update)
 
     def _note_state(self, device: str, state_id: str) -> None:
-        """Say so if a device comes with a state folder that another had replaced."""
+        """Warn if two agents take turns: a device is back with a state folder from before."""
         seen = self._state_ids.setdefault(device, [])
         if state_id in seen[:-1]:
             log.warning(
-                "%s: two agents of this name take turns; end one of them, or give it a name of its "
-                "own (orchestrator enroll)",
+                "%s: two agents of this name take turns; end one of them, or give it another name "
+                "(orchestrator enroll)",
                 device,
             )
         seen[:] = [*(known for known in seen if known != state_id), state_id][-MAX_STATES:]

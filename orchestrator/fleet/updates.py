@@ -1,11 +1,11 @@
-"""Updates of the devices' package, as pure rules: who is told of which release, and when.
+"""Updates of the devices' package, as pure rules: which device is offered which release, and when.
 
-A device is told when a session begins, and every `AGAIN_S` of it, of the newest package for its
-architecture and Python, if that is newer than its own; which one is decided at its birth. Where
-there are canaries, the others are told only when each of these has been there with the newest
-version that is meant for it for `settle_s`; a version that is rolled back begins anew.
+A device is offered the newest package for its architecture and Python, if that is newer than its
+own. The package is chosen at the device's birth, and offered when a session begins and every
+`AGAIN_S` in it. If there are canaries, the others wait until each canary has run the newest version
+meant for it for `settle_s`; if it is rolled back, that time begins again.
 
-Nothing but `read` touches the disk; times are monotonic seconds, passed in.
+Only `read` touches the disk. Times are monotonic seconds, passed in.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from wire.messages import Birth, Update
 from wire.release import Build
 
 AGAIN_S = 3600.0
-LOOK_S = 1.0  # the canaries are looked at again after so long
+LOOK_S = 1.0  # how often the canaries are checked
 
 
 class Seen(NamedTuple):
-    """A device that is there: since when with this package, and what it is to be told of."""
+    """A device that is there: since when it has this package, and what to offer it."""
 
     session: int
     state_id: str
@@ -35,7 +35,7 @@ class Seen(NamedTuple):
     wanted: Update | None
 
     def of(self, session: int, state_id: str) -> bool:
-        """Whether it is this session that is there."""
+        """Whether this is the session that is there."""
         return (self.session, self.state_id) == (session, state_id)
 
 
@@ -44,13 +44,13 @@ class Rollout:
     """Releases on their way to the fleet.
 
     Attributes:
-        updates: what there is.
+        updates: all releases.
         canary: devices that are told first.
-        settle_s: how long these must have been there with the newest version.
-        seen: devices that are there with a package.
-        tell_s: of those that want an update, when to tell them next.
-        look_s: before that there is nothing to do.
-        held_by: the canary that the others wait for; "" if they don't.
+        settle_s: how long a canary must have run the newest version before others are told.
+        seen: devices that are there, if a package installed their agent.
+        tell_s: when to tell each device that wants an update next.
+        look_s: nothing needs to be done before this time.
+        held_by: the canary that the others wait for; "" if they do not wait.
     """
 
     updates: tuple[Update, ...] = ()
@@ -65,15 +65,15 @@ class Rollout:
 def read(
     config: ReleaseConfig, blobs: BlobStore, *, enrolled: frozenset[str] | None = None
 ) -> Rollout:
-    """The packages of the configuration, in the blobs that devices pull.
+    """The rollout of the configured packages, which are put among the blobs that devices pull.
 
     Args:
-        config: of the releases.
-        blobs: of the run.
-        enrolled: names that may take part; None takes any.
+        config: the settings of the releases.
+        blobs: the run's.
+        enrolled: names that may take part; None allows any.
 
     Raises:
-        SettingsError: a canary may not take part, and would hold the others for ever.
+        SettingsError: a canary may not take part, and would hold up the others for ever.
         ReleaseError: a file is missing, not what was released, or newer than this orchestrator.
         SignatureError: a release is not signed by `config.key`.
     """
@@ -86,33 +86,33 @@ def read(
     for deb in config.packages:
         path = release.beside(deb)
         try:
-            told = release.parse(path.read_bytes(), str(path))
+            signed = release.parse(path.read_bytes(), str(path))
             content = deb.read_bytes()
         except OSError as fault:
             raise ReleaseError(
                 f"{fault.filename}: {fault.strerror}; sign the package: "
                 f"python -m hardware.release {deb} --key KEY.pem"
             ) from fault
-        release.verify(told, config.key)
-        if release.newer(told.package.version.partition("+py")[0], __version__):
+        release.verify(signed, config.key)
+        if release.newer(signed.package.version.partition("+py")[0], __version__):
             raise ReleaseError(
-                f"{deb}: {told.package.version} is newer than this orchestrator, {__version__}, "
+                f"{deb}: {signed.package.version} is newer than this orchestrator, {__version__}, "
                 "and was never tried with it; update the orchestrator first"
             )
         digest = hashlib.sha256(content).hexdigest()
-        if digest != told.package.sha256:
+        if digest != signed.package.sha256:
             raise ReleaseError(
-                f"{deb}: expected the SHA-256 {told.package.sha256} of its release, got {digest}; "
-                "sign it again"
+                f"{deb}: expected the SHA-256 {signed.package.sha256} of its release, got "
+                f"{digest}; sign it again"
             )
         ref = blobs.ref(digest) if blobs.has(digest) else blobs.put(content)
-        updates.append(Update(told, ref.chunk_bytes))
+        updates.append(Update(signed, ref.chunk_bytes))
     canary = frozenset(config.canary)
     return Rollout(tuple(updates), canary, 60 * config.settle_minutes)
 
 
 def born(state: Rollout, device: str, birth: Birth, now_s: float) -> Rollout:
-    """A device is there, with or without a package; it may have said so before."""
+    """The state after a birth, which may repeat an earlier one."""
     known = state.seen.get(device)
     if known and birth.state_id == known.state_id and birth.session < known.session:
         return state
@@ -131,22 +131,22 @@ def born(state: Rollout, device: str, birth: Birth, now_s: float) -> Rollout:
 
 
 def died(state: Rollout, device: str, session: int, state_id: str = "") -> Rollout:
-    """A connection ended; the will of another session does not end this one."""
+    """The state after a connection has ended; only the will of the current session counts."""
     known = state.seen.get(device)
     return _without(state, device) if known and known.of(session, state_id) else state
 
 
 def ticked(state: Rollout, now_s: float) -> tuple[Rollout, tuple[tuple[str, Update], ...]]:
-    """Time passed: whom to tell of what now."""
+    """The state after time has passed, and the devices to tell now, each with its update."""
     if now_s < state.look_s:
         return state, ()
-    holds = next((n for n in sorted(state.canary) if not _settled(state, n, now_s)), "")
-    held = [n for n in state.tell_s if n not in state.canary] if holds else []
-    due = {n for n, at_s in state.tell_s.items() if at_s <= now_s}.difference(held)
+    canary = next((n for n in sorted(state.canary) if not _settled(state, n, now_s)), "")
+    waiting = [n for n in state.tell_s if n not in state.canary] if canary else []
+    due = {n for n, at_s in state.tell_s.items() if at_s <= now_s}.difference(waiting)
     tell_s = {n: now_s + AGAIN_S if n in due else at_s for n, at_s in state.tell_s.items()}
-    look_s = now_s + LOOK_S if held else min(tell_s.values(), default=math.inf)
+    look_s = now_s + LOOK_S if waiting else min(tell_s.values(), default=math.inf)
     tell = tuple((n, wanted) for n in tell_s if n in due and (wanted := state.seen[n].wanted))
-    state = replace(state, tell_s=tell_s, look_s=look_s, held_by=holds if held else "")
+    state = replace(state, tell_s=tell_s, look_s=look_s, held_by=canary if waiting else "")
     return state, tell
 
 
@@ -158,12 +158,12 @@ def _without(state: Rollout, device: str) -> Rollout:
     )
 
 
-def _newest(state: Rollout, own: Build) -> Update | None:
-    """The newest release for a device, if it is newer than its own."""
-    newest, version = None, own.version
+def _newest(state: Rollout, installed: Build) -> Update | None:
+    """The newest release for a device, if it is newer than the installed package."""
+    newest, version = None, installed.version
     for update in state.updates:
         package = update.release.package
-        fits = (package.architecture, package.python) == (own.architecture, own.python)
+        fits = (package.architecture, package.python) == (installed.architecture, installed.python)
         if fits and release.newer(package.version, version):
             newest, version = update, package.version
     return newest

@@ -132,8 +132,8 @@ def test_a_silent_port_is_not_waited_for_longer_than_it_says(tmp_path):
         (PI4, "ok", "processor has asimd"),
         (PI5, "ok", "processor has asimd, asimddp, asimdhp"),
         (X86, "ok", "processor has avx, avx2, avx512f, fma"),
-        (ARMV6, "warn", "without vector instructions"),
-        (None, "warn", "not told here"),
+        (ARMV6, "warn", "lacks the vector instructions"),
+        (None, "warn", "does not say what the processor can do"),
     ],
 )
 def test_processors_are_told_by_what_they_can(cpuinfo, level, text, tmp_path):
@@ -165,7 +165,7 @@ def test_a_wheel_that_does_not_fit_is_named(script, text, tmp_path, monkeypatch)
 
 def test_a_clock_that_is_behind_or_alone_is_noticed(tmp_path, monkeypatch):
     (tmp_path / "run/systemd/system").mkdir(parents=True)
-    assert "nothing is seen that keeps it right" in doctor._clock(tmp_path).what
+    assert "no service seems to keep it right" in doctor._clock(tmp_path).what
     (tmp_path / "run/systemd/timesync").mkdir()
     (tmp_path / "run/systemd/timesync/synchronized").touch()
     assert doctor._clock(tmp_path).level == "ok"
@@ -203,7 +203,7 @@ def test_dates_of_certificates_are_read(days, level, text, tmp_path):
     assert text in finding.what
     pem.write_text("nothing")
     (finding,) = doctor._certificates(chosen)
-    assert "is no certificate" in finding.what
+    assert "is not a certificate" in finding.what
     assert "no connection to mqtts://127.0.0.1:9 with these files" in doctor._broker(chosen).what
 
 

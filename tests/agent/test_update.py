@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from edge_agent.update.install import Update as UnderWay
 from edge_agent.update.repack import repack
 from edge_agent.update.staging import Updates
 from ondevice import config
+from tests.hardware import debs
 from wire import release, signing
 from wire.address import BrokerAddress
 from wire.blobs import BlobStore
@@ -354,19 +354,7 @@ def test_what_keeps_the_old_version_from_being_packed_up_is_no_release_error(tmp
 @pytest.fixture
 def deb(tmp_path):
     """A real package file, of a version that nobody released."""
-    if shutil.which("dpkg-deb") is None:
-        pytest.skip("dpkg-deb is not here to build one")
-    control = tmp_path / "tree/DEBIAN/control"
-    control.parent.mkdir(parents=True)
-    control.write_text(
-        f"Package: {release.NAME}\nVersion: 9\nArchitecture: arm64\nMaintainer: x <x@x>\n"
-        "Description: x\n"
-    )
-    path = tmp_path / "x.deb"
-    subprocess.run(
-        ["dpkg-deb", "--build", str(tmp_path / "tree"), str(path)], check=True, capture_output=True
-    )
-    return path
+    return debs.unreleased(tmp_path)
 
 
 def test_a_package_is_refused_for_its_fields_and_not_for_a_tool_that_failed(device, key, deb):
@@ -521,7 +509,7 @@ def test_a_version_that_runs_while_the_broker_is_away_is_waited_for(device, monk
     machine.run()
     assert machine.version == "0.2.0"
     said = capsys.readouterr().err
-    assert said.count("runs, not connected") == 1
+    assert said.count("runs, but is not connected") == 1
     assert "0.2.0 is well" in said
 
 

@@ -2,26 +2,26 @@
 
     python -m tests.attacks.corrupt_frames --inputs 1000000 --seed 0
 
-A small tensor of every codec is packed, and its frame damaged: bytes flipped, set, cut out, doubled
-or moved, the lengths in the prefix mended or not, a field of the header replaced by a hostile one.
-In all but a tenth of them the outer SHA-256 is made right again, since otherwise nothing but the
-digest's check is ever reached. Receivers state how many values they want (`most`); more than that
-must never be handed out, and nothing that is not finite.
+A small tensor of every codec is packed, and its frame is damaged: bytes are flipped, set, cut out,
+doubled or moved, the lengths in the prefix are corrected or not, a field of the header is replaced
+by a hostile one. In nine of ten frames the outer SHA-256 is corrected, since otherwise only the
+check of the digest would ever be reached. Receivers say how many values they accept (`most`). They
+must never get more, nor any value that is not finite.
 
-Prints how many inputs ended how. Exit code 1 and the input in hexadecimal if one ends otherwise.
+Prints how many inputs ended how. If one ends otherwise, the exit code is 1, and the input is
+printed in hexadecimal.
 """
 
-import argparse
 import hashlib
 import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 
 import msgpack
 import numpy as np
 
+from tests.attacks import command
 from wire import frames, tensors
 from wire.errors import CodecError, WireError
 
@@ -44,13 +44,13 @@ HOSTILE = (
 def corpus() -> list[bytes]:
     """Frames of one to three small tensors."""
     rng = np.random.default_rng(0)
-    found = []
+    packed = []
     for spec in SPECS:
         for shape in ((1,), (3, 5), (70,), (1030,)):
             values = np.abs(rng.standard_normal(shape)).astype(np.float32)
             named = [("w", values, spec), ("y", np.arange(3, dtype=np.uint16), "raw")]
-            found.append(tensors.pack(named, seed=5))
-    return found
+            packed.append(tensors.pack(named, seed=5))
+    return packed
 
 
 def damaged(frame: bytes, rng: random.Random) -> bytes:
@@ -65,7 +65,7 @@ def damaged(frame: bytes, rng: random.Random) -> bytes:
             header = bytearray(_rewritten(bytes(header), rng))
         else:
             _scratch(body if draw < 0.85 and body else header, rng)
-    if rng.random() < 0.9:  # else the prefix tells of what was there before
+    if rng.random() < 0.9:  # else the prefix has the lengths from before
         header_bytes, body_bytes = len(header), len(body)
     content = bytearray(
         frames.PREFIX.pack(magic, version, kind, header_bytes, body_bytes) + header + body
@@ -80,7 +80,7 @@ def _scratch(data: bytearray, rng: random.Random) -> None:
     """Flip a bit, or set, cut out, double or move some bytes, in place."""
     if not data:
         return
-    at = rng.randrange(min(len(data), rng.choice((4, 8, 10_000))))  # scales stand in front
+    at = rng.randrange(min(len(data), rng.choice((4, 8, 10_000))))  # scales come first
     length = rng.choice((1, 1, 2, 4, 8))
     match rng.randrange(6):
         case 0:
@@ -98,7 +98,7 @@ def _scratch(data: bytearray, rng: random.Random) -> None:
 
 
 def _rewritten(header: bytes, rng: random.Random) -> bytes:
-    """The header with a field replaced, missing or added, if it still is one."""
+    """The header with a field replaced, removed or added; unchanged if it cannot be read."""
     try:
         fields = msgpack.unpackb(header, raw=False)
     except (ValueError, msgpack.UnpackException):
@@ -130,7 +130,7 @@ def inputs(count: int, seed: int) -> Iterator[bytes]:
 
 
 def outcome(data: bytes) -> str:
-    """How one input ended; what is no `WireError` goes through."""
+    """How one input ended; any exception but a `WireError` passes."""
     try:
         arrays = tensors.unpack(frames.decode(data), where="attack", most=MOST)
     except CodecError as fault:
@@ -147,7 +147,7 @@ def outcome(data: bytes) -> str:
     except WireError as fault:
         return type(fault).__name__
     size = sum(array.size for array in arrays.values())
-    assert size <= MOST, f"{size} values, wanted {MOST}"
+    assert size <= MOST, f"{size} values, expected at most {MOST}"
     assert all(np.isfinite(array).all() for array in arrays.values())
     return "decoded"
 
@@ -156,7 +156,7 @@ def attack(count: int, seed: int) -> Counter[str]:
     """How `count` inputs ended.
 
     Raises:
-        AssertionError: one ended otherwise; it is in the message.
+        AssertionError: an input ended otherwise; the message holds it.
     """
     ended: Counter[str] = Counter()
     for number, data in enumerate(inputs(count, seed)):
@@ -167,19 +167,5 @@ def attack(count: int, seed: int) -> Counter[str]:
     return ended
 
 
-def main() -> int:
-    """Attack, and say how it ended."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    began = time.monotonic()
-    ended = attack(options.inputs, options.seed)
-    for name, count in ended.most_common():
-        print(f"{count:>9,}  {name}")
-    print(f"{sum(ended.values()):>9,}  in {time.monotonic() - began:.0f} s, none otherwise")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(__doc__, attack, inputs=1_000_000))

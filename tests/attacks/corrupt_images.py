@@ -2,21 +2,20 @@
 
     python -m tests.attacks.corrupt_images --inputs 100000 --seed 0
 
-Small pictures of every format that is read, with EXIF, profiles, palettes, frames and tiles, and
-small archives are damaged: bytes flipped, set, zeroed, cut out, doubled, the end cut off, a number
-of EXIF replaced by a hostile one. Checksums of PNG are made right again in most, since otherwise
-nothing but their check is ever reached.
+Small pictures of every format that is read (with EXIF, profiles, palettes, frames and tiles) and
+small archives are damaged: bytes are flipped, set, zeroed, cut out or doubled, the end is cut off,
+a number of EXIF is replaced by a hostile one. In most PNG files the checksums are corrected, since
+otherwise only their check would ever be reached.
 
-Prints how many inputs ended how. Exit code 1 and the input in hexadecimal if one ends otherwise.
+Prints how many inputs ended how. If one ends otherwise, the exit code is 1, and the input is
+printed in hexadecimal.
 """
 
-import argparse
 import io
 import random
 import struct
 import sys
 import tempfile
-import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -27,6 +26,7 @@ from PIL import Image, ImageCms
 from ondevice import photos
 from ondevice.photos import picture
 from ondevice.photos.record import reason
+from tests.attacks import command
 from wire.errors import DataError
 
 SIZE = (16, 16)
@@ -155,9 +155,9 @@ def outcome(file: Path) -> str:
     try:
         picture.form(file)
     except picture.damaged():
-        told = False
+        has_form = False
     else:
-        told = True
+        has_form = True
     try:
         pixels = picture.decode(file, SIZE, 3, Counter())
     except picture.damaged() as fault:
@@ -166,7 +166,7 @@ def outcome(file: Path) -> str:
         assert "\n" not in why
         return f"picture: {type(fault).__name__}"
     assert pixels.shape == (*SIZE, 3)
-    assert told, "its size was not told, but it decodes"
+    assert has_form, "its header cannot be read, but it decodes"
     return "picture: decoded"
 
 
@@ -174,7 +174,7 @@ def attack(count: int, seed: int) -> Counter[str]:
     """How `count` inputs ended.
 
     Raises:
-        AssertionError: one ended otherwise; it is in the message.
+        AssertionError: an input ended otherwise; the message holds it.
     """
     whole, rng = corpus(), random.Random(seed)
     ended: Counter[str] = Counter()
@@ -192,19 +192,5 @@ def attack(count: int, seed: int) -> Counter[str]:
     return ended
 
 
-def main() -> int:
-    """Attack, and say how it ended."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    began = time.monotonic()
-    ended = attack(options.inputs, options.seed)
-    for name, count in ended.most_common():
-        print(f"{count:>9,}  {name}")
-    print(f"{sum(ended.values()):>9,}  in {time.monotonic() - began:.0f} s, none otherwise")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(__doc__, attack, inputs=100_000))

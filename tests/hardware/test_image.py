@@ -253,7 +253,7 @@ def wrong_base(tmp_path, boot_files, base):
         ("Trixie", r"has no python3\.11, .* it has python3\.13: make deb TARGET_PYTHON=3\.13"),
         ("no Debian", "its second partition holds no Debian"),
         ("no systemd", "expected one with systemd"),
-        ("no ext4", "no ext4 file system"),
+        ("no ext4", "not an ext4 file system"),
         ("two Linux", "it has partitions of types 83, 83"),
         ("small boot", "boot partition is too small: .* take an image"),
         ("full root", "full or damaged"),

@@ -10,7 +10,7 @@ import pytest
 from ondevice import meter
 from tests.conftest import ROOT
 
-TREES = Path(__file__).parent / "trees"
+TREES = Path(__file__).parents[1] / "agent" / "trees"
 
 SCRIPT = """
 import threading

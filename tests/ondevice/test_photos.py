@@ -249,7 +249,7 @@ def test_a_bad_picture_is_left_out_counted_and_named(tmp_path, content, why, suf
 def test_what_a_picture_declares_costs_no_memory(tmp_path):
     root = folder(tmp_path, [("a/bomb.png", bomb(100_000)), ("a/large.png", bomb(13_000))], a=38)
     code = (
-        "import sys, resource; from pathlib import Path; from edge_agent import photos\n"
+        "import sys, resource; from pathlib import Path; from ondevice import photos\n"
         "read = photos.read(Path(sys.argv[1]), (3, 32, 32))\n"
         "print(len(read.y), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
@@ -314,7 +314,7 @@ def test_large_photos_are_read_one_at_a_time(tmp_path):
     for number in range(6):
         plain(size=(4000, 3000)).save(root / "a" / f"{number}.jpg")
     code = (
-        "import sys, resource; from pathlib import Path; from edge_agent import photos\n"
+        "import sys, resource; from pathlib import Path; from ondevice import photos\n"
         "assert len(photos.read(Path(sys.argv[1]), (3, 32, 32)).y) == int(sys.argv[2])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

@@ -136,7 +136,7 @@ def test_a_photo_that_cannot_be_read_is_named_and_the_others_are_answered(
     kinds = " ".join(picture.suffixes())
     assert others == [
         f"{odd[0]}: cannot be read (No such file or directory); {remedy}",
-        f"{odd[1]}: expected pictures ({kinds}), got a folder without; name another",
+        f"{odd[1]}: expected pictures ({kinds}), got a folder without any; name another",
         f"{odd[2]}: cannot be read (File name too long); {remedy}",
     ]
 

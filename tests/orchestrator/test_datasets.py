@@ -316,7 +316,7 @@ def test_unfit_sources_are_refused(tmp_path):
         ({"source": str(tmp_path / "empty")}, "0 sub-folders and no picture"),
         ({"source": str(tmp_path / "cats")}, r"got 1 of 1: cat/broken\.png"),
         ({"source": str(tmp_path / "text.npz")}, "does not read"),
-        ({"source": str(plain_npz(tmp_path / "few.npz", n=3))}, "too few to hold 20%"),
+        ({"source": str(plain_npz(tmp_path / "few.npz", n=3))}, "too few to hold out 20%"),
     ]
     for arguments, message in cases:
         with pytest.raises(DataError, match=message):

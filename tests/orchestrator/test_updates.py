@@ -1,8 +1,6 @@
 """Who is told of a release, and when: canaries first, each device once an hour of its session."""
 
 import hashlib
-import shutil
-import subprocess
 
 import pytest
 
@@ -10,6 +8,7 @@ from hardware import release as releasing
 from orchestrator.config import ReleaseConfig
 from orchestrator.fleet import updates
 from orchestrator.fleet.updates import Rollout
+from tests.hardware import debs
 from wire import __version__, release, signing
 from wire.blobs import BlobStore
 from wire.errors import ReleaseError, SettingsError, SignatureError
@@ -168,17 +167,7 @@ def test_what_is_no_package_of_the_agent_is_not_signed(tmp_path, capsys):
 
 def test_a_folder_that_takes_no_signature_is_one_line(tmp_path, capsys):
     """The signature's name is taken by a folder: that is refused to root as well."""
-    if shutil.which("dpkg-deb") is None:
-        pytest.skip("dpkg-deb is not here to build one")
-    control = tmp_path / "tree/DEBIAN/control"
-    control.parent.mkdir(parents=True)
-    control.write_text(
-        f"Package: {release.NAME}\nVersion: 9\nArchitecture: arm64\nMaintainer: x <x@x>\n"
-        "Depends: python3.11\nDescription: x\n"
-    )
-    deb = tmp_path / "x.deb"
-    command = ["dpkg-deb", "--build", str(tmp_path / "tree"), str(deb)]
-    subprocess.run(command, check=True, capture_output=True)
+    deb = debs.unreleased(tmp_path)
     release.beside(deb).mkdir()
     assert releasing.main([str(deb), "--key", str(tmp_path / "key.pem")]) == 2
     assert capsys.readouterr().err.startswith("release: ")

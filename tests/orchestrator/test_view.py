@@ -106,15 +106,15 @@ def test_without_a_terminal_every_device_and_round_is_there(report):
 
 
 def test_time_left_is_that_of_the_newest_rounds(report):
-    assert words.left(report.snapshot()) == ""
+    assert words.time_left(report.snapshot()) == ""
     seconds = (999, 10, 10, 20, 30, 30)
     report.entries.extend(entry(n, each) for n, each in enumerate(seconds, 1))
     assert report.snapshot()["left_s"] == 94 * 20.0
-    assert words.left(report.snapshot()) == "about 31 min left, by the last 5 rounds"
+    assert words.time_left(report.snapshot()) == "about 31 min left, by the last 5 rounds"
     report.opened()
     assert 93 * 20 <= report.snapshot()["left_s"] < 94 * 20
     report.entries.extend(entry(n) for n in range(7, 101))
-    assert words.left(report.snapshot()) == ""
+    assert words.time_left(report.snapshot()) == ""
 
 
 @pytest.mark.parametrize(

@@ -8,22 +8,22 @@ A spec is a few stages joined by `|`:
                | "eden|b=" bits ["|mse"] | "drive" ["|mse"]
                | "relu|q=" (bits | "1.5")
 
-    float32    the values; the only lossless one
+    float32    the values themselves; the only lossless codec
     float16    the values in half precision, up to 65,504
-    q          1 to 8 bits a value, evenly spaced levels between a block's minimum and maximum,
-               rounded at random so that E[decode(encode(x))] = x (`uniform`)
-    s          over 0 to 1: the share of coefficients that is sent, unbiased too (`uniform`)
-    identity   values as they are; zeros stay zeros and constants constants  |
-    hadamard   a random rotation, for a smaller range                        | (`transforms`)
-    kashin     a redundant one, 18 % more coefficients, smaller still        |
-    eden       rotation and the normal distribution's best levels: a seventh of hadamard|q=2's error
-               at 2 bits (`eden`); b from 0.05 to 8, whole or not. Unbiased, for updates; `mse`, the
-               least error, for downloads. drive is eden|b=1
-    relu       for feature maps behind a ReLU: an exact zero, a clip level that fits; 1.5 bits are
+    q          1 to 8 bits a value: evenly spaced levels between a block's minimum and maximum, with
+               random rounding, so that E[decode(encode(x))] = x (`uniform`)
+    s          over 0 to 1: the share of coefficients to send; unbiased too (`uniform`)
+    identity   values as they are; zeros stay zeros and constants constants         |
+    hadamard   a random rotation, which makes the range smaller                     | (`transforms`)
+    kashin     a redundant rotation: 18 % more coefficients, an even smaller range  |
+    eden       rotation, and the best levels for the normal distribution: at 2 bits a seventh of
+               hadamard|q=2's error (`eden`); b from 0.05 to 8, also fractions. Unbiased, for
+               updates; with `mse` the least error, for downloads. drive is eden|b=1
+    relu       for feature maps behind a ReLU: an exact zero, and a fitted clip level; 1.5 bits are
                three levels (`relu`)
-    zstd       Zstandard around any of them; pays where zeros or a few levels dominate (`entropy`)
+    zstd       Zstandard around any of them; helps if zeros or a few levels dominate (`entropy`)
 
-Bytes are little-endian. Values are cut into blocks, and a block is
+Bytes are little-endian. Values are cut into blocks. The bytes of a block:
 
     codec                         values   bytes
     float32, float16              4,096    4 or 2 a value
@@ -34,15 +34,15 @@ Bytes are little-endian. Values are cut into blocks, and a block is
 
 with k = max(1, round(s * 4096)) levels, packed as in `packing`. The last block, the tail, is padded
 to a multiple of eight (identity, relu), to a power of two (hadamard: 8 or more, eden: 64 or more),
-or to one with 15 % to spare (kashin); so at most by a block in all.
+or to a power of two with 15 % to spare (kashin); so by less than a block in all.
 
-Random signs, places and roundings come from `wire.seeds`: a seed gives the same ones everywhere.
-float32, float16 and identity encode and decode to the same on every processor, and relu decodes so.
-The others sum, and processors sum in different orders: decoded values agree to 1e-6 of the block's
-largest, and a coefficient on the border between two levels may be encoded as the other one. On one
-machine the same seed and values give the same bytes with every codec.
+Random signs, places and roundings come from `wire.seeds`, so a seed gives the same ones everywhere.
+float32, float16 and identity encode and decode to the same on every processor; relu decodes to the
+same. The others compute sums, and processors sum in different orders: decoded values agree to 1e-6
+of the block's largest, and a coefficient on the border between two levels may be encoded as either.
+On one machine the same seed and values give the same bytes with every codec.
 
-Sums and squares stay within float32 for magnitudes up to 2^100, which is what lossy codecs take.
+Lossy codecs take magnitudes up to 2^100: so sums and squares stay within float32.
 """
 
 import difflib
@@ -93,7 +93,8 @@ def parse(spec: str) -> Codec:
     """The codec of a spec.
 
     Raises:
-        CodecError: unknown (the message names the nearest known spec), or a number out of range.
+        CodecError: the codec is unknown (the message names the nearest known spec), or a number is
+            out of range.
     """
     match = _SPEC.fullmatch(spec)
     if not match:

@@ -1,10 +1,10 @@
-"""A codec: values to bytes and back, a group of blocks at a time, with all that can go wrong.
+"""A codec: turns values into bytes and back, one group of blocks at a time, and checks both.
 
-Blocks are independent, so a tensor is worked on in groups of 65,536 values, whose intermediate
-results of 256 KiB stay in the processor's cache; and memory is that of a group, not of a tensor.
-`eden|b=2` encodes and decodes 85 and 122 million values a second in groups of 2^16, as many with
-2^17 and 2^18, but 50 and 87 with 2^13 (two blocks) and 50 and 57 with the tensor at once (1.66
-million values, one thread of an AMD EPYC with 1 MiB of L2, processor time, medians of 9).
+Blocks are independent, so a tensor is processed in groups of 65,536 values. Their intermediate
+results of 256 KiB stay in the processor's cache, and memory is needed for a group, not a tensor.
+`eden|b=2` encodes 85 and decodes 122 million values a second in groups of 2^16, and as many with
+2^17 and 2^18; but 50 and 87 with 2^13 (two blocks), and 50 and 57 with the whole tensor at once
+(1.66 million values, one thread of an AMD EPYC with 1 MiB of L2, processor time, medians of 9).
 """
 
 import math
@@ -20,15 +20,15 @@ from wire.errors import CodecError
 
 GROUP = 1 << 16  # values
 _NOT_FINITE = "tensor {name!r} decodes to NaN or infinity; it is damaged or hostile"
-LARGEST = 2.0**100  # of lossy codecs: sums of a block stay within float32
+LARGEST = 2.0**100  # magnitude that lossy codecs take: sums of a block stay within float32
 
 
 class Coder(Protocol):
-    """How blocks of values become rows of bytes."""
+    """Turns blocks of values into rows of bytes, and back."""
 
     @property
     def spec(self) -> str:
-        """The text that `parse` makes it of."""
+        """The text from which `parse` makes it."""
 
     @property
     def lossless(self) -> bool:
@@ -36,11 +36,11 @@ class Coder(Protocol):
 
     @property
     def block(self) -> int:
-        """Values of a whole block; a tensor's last block, its tail, may have fewer."""
+        """How many values a whole block has; a tensor's last block, its tail, may have fewer."""
 
     @property
     def lowest(self) -> float:
-        """The least value that it takes."""
+        """The smallest value that it takes."""
 
     @property
     def highest(self) -> float:
@@ -50,10 +50,10 @@ class Coder(Protocol):
         """Bytes of a block of `n` values, 1 <= n <= block."""
 
     def encode(self, blocks: Floats, draws: Draws, out: Bytes) -> None:
-        """Finite values (rows, n) to bytes (rows, row_bytes(n)), which are written to `out`."""
+        """Encode finite values (rows, n); write the bytes (rows, row_bytes(n)) to `out`."""
 
     def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:
-        """Any bytes (rows, row_bytes(n)) to values (rows, n)."""
+        """The values (rows, n) of any bytes (rows, row_bytes(n))."""
 
 
 @runtime_checkable
@@ -61,15 +61,15 @@ class Quantizer(Protocol):
     """A coder whose values are evenly spaced levels in each block."""
 
     def levels(self, rows: Bytes, n: int) -> tuple[Bytes, Floats, Floats] | None:
-        """Bytes to levels (rows, n), `low` (rows,) and `step` (rows,).
+        """The levels (rows, n), `low` (rows,) and `step` (rows,) in bytes.
 
-        None where a transform or subsampling stands between levels and values.
+        None if a transform or subsampling comes between levels and values.
         """
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """A tensor (N, ...) as it was quantized, in blocks of neighbours, k in each of N samples.
+    """A tensor (N, ...) as it was quantized, in blocks of neighbours; each sample has k blocks.
 
     Value i of block j of sample s is low[s, j] + step[s, j] * levels[s, j, i].
 
@@ -85,7 +85,7 @@ class Lattice:
 
 @dataclass(frozen=True)
 class Cast:
-    """`float32` and `float16`: the values themselves, as little-endian numbers."""
+    """`float32` and `float16`: the values as little-endian numbers."""
 
     spec: str
     dtype: str
@@ -96,7 +96,7 @@ class Cast:
 
     @property
     def lowest(self) -> float:
-        """The largest, with a minus."""
+        """The negative of `highest`."""
         return -self.highest
 
     def row_bytes(self, n: int) -> int:
@@ -114,14 +114,14 @@ class Cast:
 
 @dataclass(frozen=True)
 class Codec:
-    """A coder of blocks, and perhaps Zstandard around what it makes."""
+    """A coder of blocks, perhaps with Zstandard around its bytes."""
 
     coder: Coder
     compressed: bool
 
     @property
     def spec(self) -> str:
-        """The text that `parse` makes this codec of."""
+        """The text from which `parse` makes this codec."""
         return self.coder.spec + ("|zstd" if self.compressed else "")
 
     @property
@@ -131,11 +131,11 @@ class Codec:
 
     @property
     def fixed_size(self) -> bool:
-        """Whether `size(n)` is the size of any `n` values, and not only the largest."""
+        """Whether any `n` values take exactly `size(n)` bytes, not just at most."""
         return not self.compressed
 
     def size(self, n: int) -> int:
-        """Bytes of `n` encoded values; at most, if `fixed_size` is false."""
+        """Bytes of `n` encoded values; if `fixed_size` is false, the most that they can take."""
         plain = self._plain_size(n)
         return entropy.most_bytes(plain) if self.compressed else plain
 
@@ -159,35 +159,35 @@ class Codec:
         """The `n` values of an encoded vector.
 
         Raises:
-            CodecError: the body is not one of `n` values, or holds values that are not finite.
+            CodecError: the body does not hold `n` values, or some are not finite.
         """
         rows = self._rows(body, n, name)
         values = np.empty(n, np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale; refused below
+        with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale is refused below
             for at, come_from, width, draws in self._groups(n, seed):
                 row_bytes = self.coder.row_bytes(width)
-                found = self.coder.decode(rows[come_from].reshape(-1, row_bytes), width, draws)
-                if not np.isfinite(found).all():
+                decoded = self.coder.decode(rows[come_from].reshape(-1, row_bytes), width, draws)
+                if not np.isfinite(decoded).all():
                     raise CodecError(_NOT_FINITE.format(name=name))
-                values[at].reshape(found.shape)[...] = found
+                values[at].reshape(decoded.shape)[...] = decoded
         return values
 
     def lattice(
         self, body: memoryview | bytes, shape: tuple[int, ...], *, name: str
     ) -> Lattice | None:
-        """An encoded tensor (samples, ...) as levels; None where this codec or shape has none.
+        """An encoded tensor (samples, ...) as levels; None if this codec or shape has none.
 
         Raises:
-            CodecError: as `decode`.
+            CodecError: see `decode`.
         """
         n, block, coder = math.prod(shape), self.coder.block, self.coder
         if not isinstance(coder, Quantizer) or math.prod(shape[1:]) % block:
             return None
         rows = self._rows(body, n, name).reshape(-1, coder.row_bytes(block))
-        found = coder.levels(rows, block)
-        if found is None:
+        quantized = coder.levels(rows, block)
+        if quantized is None:
             return None
-        levels, low, step = found
+        levels, low, step = quantized
         with np.errstate(over="ignore", invalid="ignore"):  # a hostile scale
             if not np.isfinite(low + step * np.float32(255)).all():
                 raise CodecError(_NOT_FINITE.format(name=name))
@@ -231,7 +231,7 @@ class Codec:
             return
         low, high = float(values.min()), float(values.max())
         if low >= self.coder.lowest and high <= self.coder.highest:
-            return  # NaN is neither
+            return  # NaN fails both comparisons
         if not np.isfinite([low, high]).all():
             raise CodecError(
                 f"tensor {name!r} holds NaN or infinity: training diverged; lower the learning rate"

@@ -1,8 +1,9 @@
 """The random numbers of an encoded tensor, which both sides draw from its seed.
 
-A tensor has two parts, its whole blocks (0) and its tail (1), and a part four streams: Philox key
-(seed, 4 * part + kind). Every row (a block) starts at a new 64-bit word of a stream, so the numbers
-of a block depend on its place in the tensor and not on how many blocks are worked on at a time.
+A tensor has two parts, its whole blocks (0) and its tail (1). Each part has four streams, with the
+Philox key (seed, 4 * part + kind). Every row (a block) starts at a new 64-bit word of a stream. So
+a block's numbers depend only on its place in the tensor, not on how many blocks are processed at a
+time.
 """
 
 import numpy as np
@@ -16,8 +17,8 @@ Places = NDArray[np.int64]
 
 _SUBSET, _SIGNS, _ROUNDING, _STRATA = range(4)
 
-# All bytes, each as eight signs, lowest bit first, 0 as +1 and 1 as -1. One gather of 32 bytes for
-# eight values is twice as fast as unpacking bits and converting them.
+# Every byte as eight signs, lowest bit first: 0 is +1 and 1 is -1. Gathering 32 bytes for eight
+# values is twice as fast as unpacking bits and converting them.
 _SIGNS_OF_BYTE = 1 - 2 * np.unpackbits(
     np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"
 ).astype(np.float32)
@@ -44,25 +45,25 @@ class Draws:
         numbers *= np.float32(1 / 65536)
         return numbers
 
-    def strata(self, rows: int, width: int, kept: int) -> Places:
-        """The next rows of one position in each of `kept` strata of `range(width)`.
+    def strata(self, rows: int, width: int, count: int) -> Places:
+        """The next rows of positions, one in each of `count` strata of `range(width)`.
 
-        Stratum i is floor(i * width / kept) <= j < floor((i + 1) * width / kept). A position is its
-        start plus floor(r * w / 2^32), w its width and r a 32-bit integer: uniform if w is a power
-        of two, and else to a relative 2^-20.
+        Stratum i is floor(i * width / count) <= j < floor((i + 1) * width / count). A position is
+        the stratum's start plus floor(r * w / 2^32), with its width w and a 32-bit integer r. This
+        is uniform if w is a power of two, otherwise to a relative 2^-20.
         """
-        edges = strata_edges(width, kept)
-        words = self._words(_STRATA, rows, kept, per_word=2)
-        numbers = words.view("<u4")[:, :kept].astype(np.int64)
+        edges = strata_edges(width, count)
+        words = self._words(_STRATA, rows, count, per_word=2)
+        numbers = words.view("<u4")[:, :count].astype(np.int64)
         numbers *= np.diff(edges)
         numbers >>= 32
         numbers += edges[:-1]
         return numbers
 
     def subset(self, n: int, width: int) -> Places:
-        """`n` of `range(width)` in ascending order, any with the same probability.
+        """`n` of `range(width)` in ascending order, all choices with the same probability.
 
-        One for all blocks of the part: the same at every call.
+        Every call returns the same choice; it is for all blocks of the part.
         """
         if (n, width) not in self._subsets:
             numbers = seeds.raw(self._seed, self._first + _SUBSET, width)
@@ -79,6 +80,6 @@ class Draws:
         return drawn.astype("<u8", copy=False).reshape(rows, words)
 
 
-def strata_edges(width: int, kept: int) -> Places:
-    """Where the `kept` strata of `range(width)` start, and `width`: (kept + 1,)."""
-    return np.arange(kept + 1, dtype=np.int64) * width // kept
+def strata_edges(width: int, count: int) -> Places:
+    """The starts of the `count` strata of `range(width)`, then `width`: (count + 1,)."""
+    return np.arange(count + 1, dtype=np.int64) * width // count

@@ -4,9 +4,9 @@
 
     c_i = E[z | t_i < z < t_i+1] = (phi(t_i) - phi(t_i+1)) / (Phi(t_i+1) - Phi(t_i))
 
-found by repeating just that (Lloyd's method I), starting from the quantiles of N(0, 3), which are
-the levels' density for large b (Panter and Dite 1951). Because a level is the mean of its cell,
-E[z c(z)] = E[c(z)^2] = 1 - d, d the distortion E[(z - c(z))^2]:
+They are found by repeating this formula (Lloyd's method I), starting from the quantiles of N(0, 3),
+which have the levels' density for large b (Panter and Dite 1951). Because a level is the mean of
+its cell, E[z c(z)] = E[c(z)^2] = 1 - d, where d is the distortion E[(z - c(z))^2]:
 
     b   1       2       3        4         5         6         7         8
     d   .36338  .11748  .034548  .0095010  .0025047  .00064424 .00016350 .000041189
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from wire.codecs.draws import Bytes, Floats
 
-_ROUNDS = 1000  # at 1 to 6 bits the levels stand still by then; at 8 the distortion is 0.01 % high
+_ROUNDS = 1000  # by then the levels of 1 to 6 bits are fixed; at 8 bits d is 0.01 % too high
 _COMPARED = 4
 _REACH, _CELLS = 8.0, 1 << 14
 
@@ -42,20 +42,20 @@ def levels(bits: int) -> Floats:
 
 
 def nearest(z: Floats, bits: int) -> Bytes:
-    """The number of the level next to each z.
+    """The number of the level nearest to each z.
 
-    Up to 4 bits by counting the thresholds below z: 15 comparisons (2.0 ns a value) are faster than
-    one gather from a table (2.6 ns). From 5 bits on by a table of cells 1/1,024 wide, at most a
-    seventeenth of a level's: who is next is then decided to within half a cell.
+    Up to 4 bits this counts the thresholds below z: 15 comparisons (2.0 ns a value) are faster than
+    one gather from a table (2.6 ns). From 5 bits on it takes a table of cells 1/1,024 wide, at most
+    a seventeenth of a level's cell; thresholds are then exact to half a table cell.
     """
     if bits > _COMPARED:
-        found: Bytes = _table(bits).take(_cells(z))
-        return found
+        numbers: Bytes = _table(bits).take(_cells(z))
+        return numbers
     first, *others = _thresholds(levels(bits))
-    found = (z > first).view(np.uint8)
+    numbers = (z > first).view(np.uint8)
     for threshold in others:
-        found += z > threshold
-    return found
+        numbers += z > threshold
+    return numbers
 
 
 def _means(upper: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,13 +1,13 @@
-"""Levels of 1 to 8 bits to bytes and back, rows at a time.
+"""Packs levels of 1 to 8 bits into bytes and back, many rows at a time.
 
-Eight levels go to `bits` bytes, the first in the lowest bits, the bytes in little-endian order; a
-row whose length is no multiple of eight ends with levels 0. At 1, 2, 4 and 8 bits a byte holds
-whole neighbours, which is what makes bytes good symbols for an entropy coder.
+Eight levels become `bits` bytes, with the first level in the lowest bits and the bytes in
+little-endian order. A row whose length is not a multiple of eight is padded with levels 0. At 1, 2,
+4 and 8 bits a byte holds whole levels; that makes bytes good symbols for an entropy coder.
 
-The eight bytes of eight levels are one 64-bit word, and packing closes the gaps in it in three
-steps, from bytes to pairs to quadruples to the whole, for all words at once:
+The eight bytes of eight levels are one 64-bit word. Packing closes the gaps in it in three passes,
+from bytes to pairs to quadruples to the whole, for all words at once:
 
-    .....abc .....def   ->   ..........abcdef   (here 3 bits, the first step, of one pair)
+    .....abc .....def   ->   ..........abcdef   (3 bits, the first pass, one pair)
 """
 
 import numpy as np
@@ -63,20 +63,20 @@ def unpack(packed: Bytes, bits: int, n: int) -> Bytes:
 
 
 def look_up(packed: Bytes, bits: int, n: int, values: Floats) -> Floats:
-    """`values[unpack(packed, bits, n)]`, by a table of whole bytes where they hold whole levels.
+    """`values[unpack(packed, bits, n)]`, by a table of whole bytes if these hold whole levels.
 
     Args:
         packed: (rows, packed_bytes(n, bits)).
-        bits: of a level.
-        n: levels in a row.
-        values: of the 2^bits levels.
+        bits: size of a level.
+        n: how many levels a row has.
+        values: the values of the 2^bits levels.
     """
     if bits not in (1, 2, 4):
         return values.take(unpack(packed, bits, n))
     octets = np.arange(256)[:, None]
     of_byte = values.take((octets >> np.arange(0, 8, bits)) % 2**bits)
-    found: Floats = of_byte.take(packed.reshape(-1), axis=0).reshape(len(packed), -1)
-    return found[:, :n]
+    row_values: Floats = of_byte.take(packed.reshape(-1), axis=0).reshape(len(packed), -1)
+    return row_values[:, :n]
 
 
 def _every_other(lane: int, used: int) -> np.uint64:

@@ -1,29 +1,30 @@
-"""Feature maps behind a ReLU: no rotation, an exact zero, a clip level that fits.
+"""Feature maps behind a ReLU: no rotation, an exact zero, a fitted clip level.
 
-Half of the values of such a map are zeros, which a rotation would fill. So its values, 0 or more,
-stay where they are, and level 0 is exactly zero. A block is 1,024 values, one channel of 32 x 32
-pixels in FedGKT's maps, each with its own scale.
+Half of the values in such a map are zeros, which a rotation would destroy. So the values, 0 or
+more, stay where they are, and level 0 is exactly zero. A block is 1,024 values with its own scale;
+in FedGKT's maps that is one channel of 32 x 32 pixels.
 
-With L = 2^q - 1 levels above zero (two for q = 1.5, which takes 2 bits a value before Zstandard
-and log2(3) at most after it) a block x is clipped at a fraction f of its maximum and rounded
-to the nearest level, l = min(round(x L / (f max x)), L), and decodes to a l. For given levels the
-least squared error is that of the projection of x on l:
+There are L = 2^q - 1 levels above zero (two for q = 1.5, which takes 2 bits a value before
+Zstandard and at most log2(3) after it). A block x is clipped at a fraction f of its maximum and
+rounded to the nearest level, l = min(round(x L / (f max x)), L). It decodes to a l. For these
+levels the squared error is least if a l is the projection of x on l:
 
     a = <x, l> / <l, l>,   |x - a l|^2 = |x|^2 - <x, l>^2 / <l, l>
 
-Of the fractions 1, 0.9, 0.75 and 0.6 each block takes the best: a few high values in a block cost
-less than coarse steps for all. Squared error over |x|^2 of 64 maps of trained ResNet-8 extractors,
-on CIFAR-10 (on digits), and what clipping and projection gain over levels up to the maximum:
+Each block takes the best of the fractions 1, 0.9, 0.75 and 0.6: clipping a few high values costs
+less than coarse steps for all. The table shows the squared error divided by |x|^2 for 64 maps of
+trained ResNet-8 extractors, on CIFAR-10 (on digits in brackets), without and with clipping and
+projection, and the ratio of the two:
 
-    q   up to max          chosen             gain
+    q   without            with               ratio
     1   .439   (.284)      .175   (.103)      2.5   (2.8)
     2   .0606  (.0271)     .0333  (.0186)     1.8   (1.5)
     3   .0110  (.0055)     .00845 (.00454)    1.30  (1.21)
     4   .00237 (.00122)    .00214 (.00108)    1.10  (1.13)
     8   8.3e-6 (4.0e-6)    8.3e-6 (3.9e-6)    1.00  (1.03)
 
-The body of a block is `a` as float32 little-endian, then the packed levels. Rounding is to the
-nearest and draws no random numbers: a map is an example to learn from, not one of many to average.
+The body of a block is `a` as float32 little-endian, then the packed levels. Values are rounded to
+the nearest level, without random numbers: maps are examples to learn from, and are not averaged.
 """
 
 from dataclasses import dataclass
@@ -42,11 +43,11 @@ TERNARY = 2  # the highest of three levels
 
 @dataclass(frozen=True)
 class Relu:
-    """So many evenly spaced levels above zero, in so many bits a value.
+    """Evenly spaced levels from zero up.
 
     Attributes:
         top: the highest level.
-        bits: 1 to 8, into which it fits.
+        bits: bits a value, 1 to 8; `top` fits into them.
     """
 
     top: int
@@ -58,7 +59,7 @@ class Relu:
 
     @property
     def spec(self) -> str:
-        """The text that `parse` makes this codec of."""
+        """The text from which `parse` makes this codec."""
         return f"relu|q={1.5 if self.top == TERNARY else self.bits}"
 
     def row_bytes(self, n: int) -> int:

@@ -1,30 +1,30 @@
-"""Basis transforms of blocks: values that are easier to quantize, and the way back.
+"""Basis transforms of blocks, which make values easier to quantize; and their inverses.
 
     identity  the values themselves; zeros stay zeros
-    hadamard  y = H D x, D a diagonal of random signs: every coefficient becomes a random sum of all
-              values, near to normal whatever they were, and the range min to max, which sets the
-              error of uniform quantization, falls to about 7.6 |x| / sqrt(n)
-    kashin    y with x = U^T y, U an orthonormal frame of n vectors in D >= n / 0.85 dimensions: of
-              the many such y one whose largest coefficient is smaller still
+    hadamard  y = H D x, with a diagonal D of random signs. Every coefficient becomes a random sum
+              of all values, nearly normal whatever they were. The range from min to max, which
+              determines the error of uniform quantization, shrinks to about 7.6 |x| / sqrt(n)
+    kashin    a y with x = U^T y, where U is an orthonormal frame of n vectors in D >= n / 0.85
+              dimensions: among all such y, one with an even smaller largest coefficient
 
 The matrix H is Sylvester's, orthonormal and symmetric: H_1 = 1, H_2n = [[H_n, H_n], [H_n, -H_n]] /
 sqrt(2). A block has 4,096 coefficients, a tail as many as its transform needs.
 
-**Kashin's representation** (Lyubarskii and Vershynin 2010, arXiv math/0611343, algorithm 1). U = H
-D Z, Z scattering the n inputs to n of the D places. Starting with y = U x, coefficients are clipped
-to +-M, what clipping took away, as seen through the frame, is represented again with the level
-eta * M, and so on:
+**Kashin's representation** (Lyubarskii and Vershynin 2010, arXiv math/0611343, algorithm 1).
+U = H D Z, where Z scatters the n inputs to n of the D places. It starts with y = U x and clips the
+coefficients to +-M. What clipping has removed, seen through the frame, is represented again with
+the level eta * M, and so on:
 
     r_0 = U x,   k_t = clip(r_t, eta^t M),   r_t+1 = r_t - U U^T k_t,   M = |x| / sqrt(delta D)
     y = k_0 + k_1 + ... + k_T-2 + r_T-1
 
-The last term is not clipped, so that U^T y = x exactly. U U^T is H Z Z^T H: no signs, and Z Z^T is
-a mask. T = 3, eta = 0.9 and delta = 1 are those of TensorFlow's encoding. The places of Z are drawn
-at random: were they the first n = D/2, as by padding the end, then H Z would be H_n twice over, one
-copy below the other, and y no flatter than the plain transform's.
+The last term is not clipped, so U^T y = x exactly. U U^T is H Z Z^T H, without signs, and Z Z^T is
+a mask. T = 3, eta = 0.9 and delta = 1 are the values of TensorFlow's encoding. The places of Z are
+drawn at random. If they were the first n = D/2, as when padding the end, H Z would be two copies of
+H_n, one below the other, and y would be no flatter than the plain transform's.
 
 Measured peaks sqrt(D) max|y| / |x| (normal x, 64 blocks): hadamard 3.8; kashin 3.35 with n = 3,481
-of 4,096, and 2.6 with n = 2,048 (3.6 by padding the end).
+of 4,096, and 2.6 with n = 2,048 (3.6 when padding the end).
 """
 
 import math
@@ -45,11 +45,11 @@ _SMALLEST = 8  # coefficients; eight levels make whole bytes
 
 
 class Transform(Protocol):
-    """n values a row to `width(n)` coefficients a row, linear on the way back."""
+    """Turns n values a row into `width(n)` coefficients a row; the inverse is linear."""
 
     @property
     def block(self) -> int:
-        """Values of a whole block, which have `BLOCK` coefficients."""
+        """How many values a whole block has; they give `BLOCK` coefficients."""
 
     def width(self, n: int) -> int:
         """How many coefficients `n` values have, a multiple of 8; `n` is at most `block`."""
@@ -63,7 +63,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Identity:
-    """The values themselves. A tail repeats its last one, so that a constant stays one."""
+    """The values themselves; a tail is padded with its last one, so that a constant stays one."""
 
     block: int = BLOCK
 
@@ -72,12 +72,12 @@ class Identity:
         return -(-n // 8) * 8
 
     def forward(self, blocks: Floats, draws: Draws) -> Floats:  # noqa: ARG002
-        """Pad."""
+        """The values, padded."""
         n = blocks.shape[1]
         return np.pad(blocks, ((0, 0), (0, self.width(n) - n)), "edge") if n % 8 else blocks
 
     def inverse(self, coefficients: Floats, n: int, draws: Draws) -> Floats:  # noqa: ARG002
-        """Leave the padding out."""
+        """The values without the padding."""
         return coefficients[:, :n]
 
 
@@ -107,7 +107,7 @@ class Hadamard:
 
 @dataclass(frozen=True)
 class Kashin:
-    """Kashin's representation in the frame H D Z; five rotations there, one back."""
+    """Kashin's representation in the frame H D Z; five rotations to encode, one to decode."""
 
     block: int = int(RATIO * BLOCK)
 
@@ -120,7 +120,7 @@ class Kashin:
         rows, n = blocks.shape
         width = self.width(n)
         places = draws.subset(n, width)
-        # Gathering, with a zero for the places that stay free, is faster than scattering.
+        # Gathering, with a zero for the free places, is faster than scattering.
         origin = np.full(width, n)
         origin[places] = np.arange(n)
         spread = np.zeros((rows, n + 1), np.float32)
@@ -128,7 +128,7 @@ class Kashin:
         spread = spread.take(origin, axis=1)
         spread *= draws.signs(rows, width)
         rest = rotate(spread)
-        taken = (origin < n).astype(np.float32)
+        mask = (origin < n).astype(np.float32)
         norms = np.sqrt(np.einsum("ij,ij->i", blocks, blocks))[:, None]
         level = norms / np.float32(math.sqrt(DELTA * width))
         flat = np.zeros_like(rest)
@@ -136,7 +136,7 @@ class Kashin:
             clipped = np.clip(rest, -level, level)
             flat += clipped
             seen = rotate(clipped)
-            seen *= taken
+            seen *= mask
             rest -= rotate(seen)
             level *= np.float32(ETA)
         flat += rest
@@ -153,7 +153,7 @@ def rotate(blocks: Floats) -> Floats:
     """Multiply each row by the orthonormal Sylvester-Hadamard matrix; its own inverse.
 
     H_{ab} = H_a (x) H_b, so a row of n = a*b values, seen as an a x b matrix X, becomes
-    H_a X H_b: two small matrix products in place of log2(n) butterfly passes over memory.
+    H_a X H_b: two small matrix products instead of log2(n) butterfly passes over memory.
     """
     rows, n = blocks.shape
     high = 1 << (n.bit_length() - 1) // 2

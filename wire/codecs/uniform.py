@@ -2,24 +2,24 @@
 
 **Subsampling** with rate s keeps k = max(1, round(s D)) of a block's D coefficients. The block is
 cut into k strata of whole coefficients, floor(i D / k) <= j < floor((i + 1) D / k), and one place
-is drawn in each. A coefficient y_j of a stratum of width w is kept with probability 1/w, and
-decodes to w y_j if it is and to 0 if not:
+is drawn in each. A coefficient y_j in a stratum of width w is kept with probability 1/w. If it is
+kept it decodes to w y_j, otherwise to 0. So for every s exactly
 
     E[decoded_j] = (1/w) w y_j + (1 - 1/w) 0 = y_j
 
-exactly, whatever s is. Scaling all by 1/s, as for k places drawn without replacement, would be
-right only where all strata are equally wide. Places never repeat, and cost k random numbers and
-no sort. The factor is applied when decoding, so that it does not widen the range of what is
-quantized. What subsampling adds to the error is (w - 1) y_j^2, about 1/s - 1 of the whole.
+Scaling all coefficients by 1/s, as for k places drawn without replacement, would be right only if
+all strata had the same width. Places never repeat, and take k random numbers and no sort. The
+factor is applied when decoding, so that it does not widen the range to be quantized. Subsampling
+adds (w - 1) y_j^2 to the error, about 1/s - 1 of the whole.
 
-**Quantization** to q bits puts 2^q levels evenly from the smallest to the largest kept coefficient
-of the block, `step` apart, and rounds at random, up with the probability that is the fraction:
+**Quantization** to q bits spaces 2^q levels evenly, `step` apart, from the smallest to the largest
+kept coefficient of the block. It rounds at random: up with the probability that is the fraction,
 
     E[floor((y - min) / step + u)] = (y - min) / step,   u uniform on (0, 1)
 
-so it adds no bias, and to a coefficient an error below one step, of variance step^2 / 4 at most.
-All stages are linear on the way back and independent, so the decoded block is unbiased. (u has 16
-bits: means are right to a 2^-17 part of a step.) Equal coefficients have step 0 and are exact.
+so it adds no bias. The error of a coefficient is below one step, its variance at most step^2 / 4.
+All stages are independent and linear in decoding, so the decoded block is unbiased. (u has 16 bits,
+so means are exact to 2^-17 of a step.) Equal coefficients have step 0 and are exact.
 
 The body of a block is `min` and `step` as float32 little-endian, then the packed levels.
 """
@@ -39,7 +39,7 @@ _HEAD = 2 * _SCALE.itemsize
 
 @dataclass(frozen=True)
 class Uniform:
-    """One of the three transforms, a rate in (0, 1] and 1 to 8 bits."""
+    """Uniform quantization: one of the three transforms, a rate in (0, 1], and 1 to 8 bits."""
 
     name: str
     transform: Transform
@@ -51,58 +51,59 @@ class Uniform:
 
     @property
     def spec(self) -> str:
-        """In its shortest form."""
+        """The text from which `parse` makes this codec, in its shortest form."""
         rate = f"|s={self.rate:g}" if self.rate < 1 else ""
         return f"{self.name}{rate}|q={self.bits}"
 
     @property
     def block(self) -> int:
-        """Values of a whole block."""
+        """How many values a whole block has."""
         return self.transform.block
 
     def row_bytes(self, n: int) -> int:
         """Bytes of a block of `n` values."""
-        return _HEAD + packed_bytes(self._kept(self.transform.width(n)), self.bits)
+        return _HEAD + packed_bytes(self._sent(self.transform.width(n)), self.bits)
 
     def encode(self, blocks: Floats, draws: Draws, out: Bytes) -> None:
         """(rows, n) -> (rows, row_bytes(n))."""
-        kept = self.transform.forward(blocks, draws)
-        rows, width = kept.shape
+        y = self.transform.forward(blocks, draws)
+        rows, width = y.shape
         if self.rate < 1:
-            kept = np.take_along_axis(kept, draws.strata(rows, width, self._kept(width)), axis=1)
+            y = np.take_along_axis(y, draws.strata(rows, width, self._sent(width)), axis=1)
         top = np.float32(2**self.bits - 1)
-        # Whether min finds -0.0 or 0.0 depends on the processor: adding 0 makes both 0.0.
-        low, high = (find(axis=1, keepdims=True) + np.float32(0) for find in (kept.min, kept.max))
+        # Whether min returns -0.0 or 0.0 depends on the processor; adding 0 makes both 0.0.
+        low, high = (find(axis=1, keepdims=True) + np.float32(0) for find in (y.min, y.max))
         span = high.astype(np.float64) - low
         step = (span / top).astype(np.float32)
-        scaled = kept - low
+        scaled = y - low
         scaled /= np.where(step > 0, step, np.float32(1))
-        scaled += draws.uniform(*kept.shape)
-        np.minimum(scaled, top, out=scaled)  # where rounding made `step` a little too small
+        scaled += draws.uniform(*y.shape)
+        np.minimum(scaled, top, out=scaled)  # rounding may have made `step` slightly too small
         out[:, :_HEAD] = np.hstack((low, step)).astype(_SCALE).view(np.uint8)
         out[:, _HEAD:] = pack(scaled.astype(np.uint8), self.bits)  # truncation is floor here
 
     def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:
         """(rows, row_bytes(n)) -> (rows, n)."""
         width = self.transform.width(n)
-        kept = self._kept(width)
+        count = self._sent(width)
         scale = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE).astype(np.float32)
-        values = unpack(rows[:, _HEAD:], self.bits, kept).astype(np.float32)
+        values = unpack(rows[:, _HEAD:], self.bits, count).astype(np.float32)
         values *= scale[:, 1:]
         values += scale[:, :1]
         if self.rate < 1:
-            values *= np.diff(strata_edges(width, kept)).astype(np.float32)
+            values *= np.diff(strata_edges(width, count)).astype(np.float32)
             coefficients = np.zeros((len(rows), width), np.float32)
-            np.put_along_axis(coefficients, draws.strata(len(rows), width, kept), values, axis=1)
+            np.put_along_axis(coefficients, draws.strata(len(rows), width, count), values, axis=1)
             values = coefficients
         return self.transform.inverse(values, n, draws)
 
     def levels(self, rows: Bytes, n: int) -> tuple[Bytes, Floats, Floats] | None:
-        """(rows, row_bytes(n)) -> levels (rows, n), low and step (rows,); identity alone."""
+        """(rows, row_bytes(n)) -> levels (rows, n), low and step (rows,); only for identity."""
         if self.rate < 1 or not isinstance(self.transform, Identity):
             return None
         scale = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE).astype(np.float32)
         return unpack(rows[:, _HEAD:], self.bits, n), scale[:, 0], scale[:, 1]
 
-    def _kept(self, width: int) -> int:
+    def _sent(self, width: int) -> int:
+        """How many of `width` coefficients are sent."""
         return max(1, round(self.rate * width))

@@ -1,6 +1,6 @@
 """The state as one vector, and the pieces of it in which the optimizer walks over it.
 
-Parameters, buffers and optimizer tensors lie flat, one after the other (wire/manifest.py). An
+Parameters, buffers and optimizer tensors lie flat, one after the other (wire/manifest/). An
 optimizer that updated each tensor by itself would cost a handful of nodes for each, most of them
 for a few dozen values; one that updated all at once would stream millions of values through memory
 once an operation. A piece is a run of small tensors, or some rows of a large one: few enough values

@@ -1,0 +1,142 @@
+"""The messages, as frozen dataclasses. Each travels as the header of a frame.
+
+    device                              orchestrator
+      | birth (retained) ----------------> |   on every connection, with a new session
+      | <---------------------------- order |   what to train, from what, what to return
+      | want -> / <- chunk                  |   the device pulls the blobs that the order names
+      | telemetry -------------------------> |   how far it is
+      | result ----------------------------> |   metrics, and the blobs that it offers
+      |                  <- want / chunk -> |   the orchestrator pulls them at its own pace
+      | <-------------------------- receipt |   accepted or refused, with the reason
+      | <--------------------------- update |   a newer package, whose blob the device may pull
+      | death (retained, last will) -------> |
+      | measured (retained) --------------> |   what training costs there; taken from the broker
+      | <-------------------------- receipt |   once the orchestrator has it
+
+The device repeats a result until it has the receipt. The orchestrator repeats an order when the
+device connects again. Orders and results are named by (run, sequence), so repetition is harmless.
+
+Agents and orchestrators of different versions understand each other: a key that has its default
+value is not sent (so a default never changes), and an unknown key is ignored. Orders and updates
+are stricter: one with an unknown key is refused as a whole. A device that cannot read an order
+answers it with a result that names the fault.
+
+    `device`     what a device says about itself: birth, death, telemetry, measured
+    `orders`     order, result, receipt
+    `server`     hello, update
+    `transfer`   blobs, and the messages that pull them: want, chunk, gone
+    `limits`     limits and checks
+"""
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from wire import frames, records, topics
+from wire.errors import OrderError, WireError
+from wire.frames import Frame, Kind
+from wire.messages.device import Birth, Death, Measured, Platform, Telemetry
+from wire.messages.limits import MAX_COUNT, MAX_WANT, check_noise
+from wire.messages.orders import Order, Receipt, Result
+from wire.messages.server import Hello, Update
+from wire.messages.transfer import BlobRef, Chunk, Gone, Want
+
+__all__ = [
+    "MAX_COUNT",
+    "MAX_WANT",
+    "Birth",
+    "BlobRef",
+    "Chunk",
+    "Death",
+    "Gone",
+    "Hello",
+    "Measured",
+    "Message",
+    "Order",
+    "Platform",
+    "Receipt",
+    "Result",
+    "Telemetry",
+    "Update",
+    "Want",
+    "check_noise",
+    "decode",
+    "encode",
+]
+
+Message = (
+    Birth
+    | Death
+    | Order
+    | Result
+    | Receipt
+    | Want
+    | Chunk
+    | Gone
+    | Telemetry
+    | Hello
+    | Update
+    | Measured
+)
+
+_KINDS: dict[Kind, type[Message]] = {
+    Kind.BIRTH: Birth,
+    Kind.DEATH: Death,
+    Kind.ORDER: Order,
+    Kind.RESULT: Result,
+    Kind.RECEIPT: Receipt,
+    Kind.WANT: Want,
+    Kind.CHUNK: Chunk,
+    Kind.GONE: Gone,
+    Kind.TELEMETRY: Telemetry,
+    Kind.HELLO: Hello,
+    Kind.UPDATE: Update,
+    Kind.MEASURED: Measured,
+}
+_CLASSES = {cls: kind for kind, cls in _KINDS.items()}
+
+
+def encode(message: Message, body: bytes | memoryview = b"") -> bytes:
+    """The frame of a message; only `Chunk` and `Measured` have a body."""
+    changed = (f.name for f in fields(message) if getattr(message, f.name) != _default(f))
+    header = {name: records.plain(getattr(message, name)) for name in changed}
+    return frames.encode(_CLASSES[type(message)], header, body)
+
+
+def _default(field: "Field[Any]") -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def decode(data: bytes, *, sender: str) -> tuple[Message, memoryview]:
+    """The message in a frame, and the frame's body.
+
+    Raises:
+        OrderError: an order that cannot be read, but says which order it is, so that it can be
+            answered.
+        WireError: the frame is not intact, or its header is not a valid message of its kind; the
+            text names `sender`.
+    """
+    frame: Frame = frames.decode(data)
+    if frame.kind not in _KINDS:
+        raise WireError(f"{frame.kind.name} frame from {sender} where a message was expected")
+    where = f"{frame.kind.name} message from {sender}"
+    cls, strict = _KINDS[frame.kind], frame.kind in (Kind.ORDER, Kind.UPDATE)
+    try:
+        message = records.build(cls, frame.header, where=where, error=WireError, strict=strict)
+    except WireError as fault:
+        if cls is Order and (answer := _answer_to(frame.header)):
+            raise OrderError(str(fault), answer.run, answer.sequence, answer.round) from fault
+        raise
+    return message, frame.body
+
+
+def _answer_to(header: Mapping[str, Any]) -> Result | None:
+    """The beginning of an answer to an unreadable order; None unless the order can be named."""
+    name = {key: header.get(key) for key in ("run", "sequence", "round")}
+    with contextlib.suppress(WireError, ValueError):
+        content = {"device": "", "samples": 0, **name}
+        answer = records.build(Result, content, where="answer", error=WireError)
+        topics.check_name(answer.run, "run name")
+        return answer
+    return None
