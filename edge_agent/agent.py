@@ -21,7 +21,7 @@ from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Supply
 from edge_agent.update.staging import Updates
 from edge_agent.worker import Advanced, Ended, Worker
-from ondevice import data, meter
+from ondevice import images, meter
 from ondevice.config import AgentConfig
 from ondevice.work import Outcome
 from wire import __version__, classes, messages, storage, topics
@@ -72,7 +72,7 @@ class Agent:
         self._systemd = Notifier()
         try:
             with self._systemd.busy():
-                self.images = data.load(
+                self.images = images.load(
                     config.data, input_shape=config.image, bad_share=config.bad_share
                 )
             self.images.tell(log)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_agent.supply import Supply
-from ondevice.data import ImageSet
+from ondevice.images import ImageSet
 from ondevice.work import Desk, Outcome, perform
 from wire.blobs import BlobStore
 from wire.errors import StillhouseError

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from ondevice import data, meter
-from ondevice.data import ImageSet, Preprocess
+from ondevice import meter, views
+from ondevice.images import ImageSet, Indices, Preprocess
 from wire import classes, frames, tensors
 from wire.artifact import Artifact
 from wire.blobs import BlobStore
@@ -179,8 +179,8 @@ def _train(
             "with --proximal"
         )
     preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
-    left_out = data.held_out(desk.images.digest, len(desk.images.y), order.holdout)
-    per_epoch = data.steps(int((~left_out).sum()), manifest.batch)
+    left_out = views.held_out(desk.images.digest, len(desk.images.y), order.holdout)
+    per_epoch = views.steps(int((~left_out).sum()), manifest.batch)
     if teacher is not None and left_out.any():
         metrics["teacher_heldout_accuracy"] = _share(teacher, desk.images.y, left_out)
     loss = correct = 0.0
@@ -188,7 +188,7 @@ def _train(
         seed = order.seed + epoch
         loss = correct = 0.0
         for i, (indices, pixels) in enumerate(
-            data.epoch(
+            views.epoch(
                 desk.images,
                 batch=manifest.batch,
                 seed=seed,
@@ -233,7 +233,7 @@ def _extract(
     right = np.zeros(total, bool)
     with desk.blobs.create() as sink:
         for view in order.views:
-            for indices, pixels, valid in data.batches(desk.images, manifest.micro_batch, view):
+            for indices, pixels, valid in views.batches(desk.images, manifest.micro_batch, view):
                 if desk.cancel.is_set():
                     raise CancelledError("a newer order replaced this one")
                 preprocess(pixels, out=run.x)
@@ -246,7 +246,7 @@ def _extract(
                 done += valid
                 batches += 1
                 desk.progress("extract", done, total)
-    left_out = data.held_out(desk.images.digest, len(labels), order.holdout)
+    left_out = views.held_out(desk.images.digest, len(labels), order.holdout)
     metrics["extract_accuracy"] = float(right.mean())
     if left_out.any():
         metrics["heldout_accuracy"] = float(right[: len(labels)][left_out].mean())
@@ -275,7 +275,7 @@ def cover(features: NDArray[np.float32], order: Order) -> NDArray[np.float32]:
     return covered
 
 
-def _share(logits: NDArray[np.float32], labels: data.Indices, of: NDArray[np.bool_]) -> float:
+def _share(logits: NDArray[np.float32], labels: Indices, of: NDArray[np.bool_]) -> float:
     """Share of some samples whose largest logit is their label's."""
     return float((logits[of].argmax(axis=1) == labels[of]).mean())
 

@@ -202,9 +202,9 @@ class Order:
             epoch.
         view: which view of the images is trained on, and `teacher` belongs to: 0 is the images as
             they are, 1 mirrored, and any other number the seed of a crop and flip of each image;
-            `augment` is then of no effect. See `ondevice.data.looks`.
+            `augment` is then of no effect. See `ondevice.views.looks`.
         holdout: share of the samples that is not trained on, but evaluated on; see
-            `ondevice.data.held_out`.
+            `ondevice.views.held_out`.
         clip: feature maps longer than this (L2 norm of a sample's) are scaled down to it; 0: none.
         noise: deviation of the Gaussian noise that is added to each of their values then, as a
             multiple of `clip`; negative values become 0. Logits and weights get none.

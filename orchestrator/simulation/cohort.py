@@ -5,7 +5,7 @@ is the sum of the devices' own, so each device's gradient is its own, and elemen
 (SGD, Adam) step all of them as they would step each. On a GPU this fills it; on a CPU one device at
 a time is faster (13 ms a step of `caldas_cnn` with a batch of 10, stacked 21 to 29).
 
-Batches come from `ondevice.data`, so that a device sees the same samples in the same order as an
+Batches come from `ondevice.views`, so that a device sees the same samples in the same order as an
 agent with the same data and seed.
 """
 
@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import SplitModel
-from ondevice import data
-from ondevice.data import ImageSet, Preprocess
+from ondevice import views
+from ondevice.images import ImageSet, Preprocess
 from orchestrator.config import DeviceConfig
 from wire.messages import Order
 
@@ -55,7 +55,7 @@ class Job:
     def trained(self) -> int:
         """How many samples are trained on."""
         n = len(self.images.y)
-        return n - int(data.held_out(self.images.digest, n, self.order.holdout).sum())
+        return n - int(views.held_out(self.images.digest, n, self.order.holdout).sum())
 
     @property
     def alpha(self) -> float:
@@ -92,7 +92,7 @@ def train(
     _resume(step, stack, [job.optimizer for job in jobs], device)
     alpha = torch.tensor([job.alpha for job in jobs], device=device)
     temperature = jobs[0].order.temperature
-    steps = [job.order.epochs * data.steps(job.trained, config.batch) for job in jobs]
+    steps = [job.order.epochs * views.steps(job.trained, config.batch) for job in jobs]
     tallies = [np.zeros(2) for _ in jobs]
     done: dict[int, tuple[Weights, Weights]] = {}
     flops = _flops(model, config)
@@ -140,7 +140,7 @@ def extract(
     images: ImageSet,
     config: DeviceConfig,
     device: torch.device,
-    view: int = data.PLAIN,
+    view: int = views.PLAIN,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Feature maps and logits of all images in their order and in evaluation mode, batch by batch.
 
@@ -153,7 +153,7 @@ def extract(
     """
     preprocess = Preprocess(config.mean, config.std)
     records = AT_ONCE[device.type] // config.batch or 1
-    for _, pixels, valid in data.batches(images, records * config.batch, view):
+    for _, pixels, valid in views.batches(images, records * config.batch, view):
         x = np.empty((valid, *config.input), np.float32)
         preprocess(pixels[:valid], out=x)
         shown = torch.from_numpy(x).to(device).contiguous(memory_format=torch.channels_last)
@@ -190,7 +190,7 @@ def _batches(job: Job, config: DeviceConfig) -> Iterator[_Batch]:
     silent = np.zeros((len(images.y), config.class_count), np.float32)
     teacher = silent if job.teacher is None else job.teacher
     for epoch in range(order.epochs):
-        drawn = data.epoch(
+        drawn = views.epoch(
             images,
             batch=config.batch,
             seed=order.seed + epoch,

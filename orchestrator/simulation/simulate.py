@@ -26,8 +26,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import wire
 from models import SplitModel, submodel
-from ondevice import data
-from ondevice.data import ImageSet
+from ondevice import views
+from ondevice.images import ImageSet, load
+from ondevice.images import digest as digest_of
 from ondevice.work import cover, encode_update, extract_record
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.display.report import Report, said
@@ -87,7 +88,7 @@ def run(
     for name, held in images.items():
         settled = settled.named_by(name, held.names)
     # Of the labels as the run numbers them.
-    digests = {name: data.digest(held.x, held.y) for name, held in images.items()}
+    digests = {name: digest_of(held.x, held.y) for name, held in images.items()}
     whole = hashlib.sha256("".join(f"{n}:{d}" for n, d in digests.items()).encode())
     what = f"{len(images)} simulated devices with data {whole.hexdigest():.12}"
     what += f", {late:g} of them late" if late else ""
@@ -155,7 +156,7 @@ def read_shards(
         )
     found = {}
     for file in files:
-        images = data.load(file, input_shape=config.device.input)
+        images = load(file, input_shape=config.device.input)
         if reason := settled.refusal(images.names):
             log.warning("%s is left out: %s", file.stem, reason)
             continue
@@ -370,7 +371,7 @@ class _Simulation:
                     maps = cover(features, order) if what == "features" else None
                     sink.write(extract_record(order, maps, logits, own, first=done))
                     done += len(logits)
-        left_out = data.held_out(job.images.digest, len(labels), order.holdout)
+        left_out = views.held_out(job.images.digest, len(labels), order.holdout)
         trained.metrics["extract_accuracy"] = float(right.mean())
         if left_out.any():
             trained.metrics["heldout_accuracy"] = float(right[: len(labels)][left_out].mean())

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ondevice import data
+from ondevice import views
 from orchestrator.config import ServerConfig, cosine
 from orchestrator.training.samples import Samples
 from wire import seeds
@@ -220,7 +220,7 @@ def train(
         for group in step.param_groups if rate else ():
             group["lr"] = rate(epoch)  # type: ignore[misc]
         order = trained[seeds.raw(seed, epoch, len(trained)).argsort(kind="stable")]
-        looks = data.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
+        looks = views.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
         total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
         for i in range(batches):
             chosen = order[i * config.batch : (i + 1) * config.batch]
@@ -269,7 +269,7 @@ def teach(
     samples: Samples,
     span: range,
     config: ServerConfig,
-    view: int = data.PLAIN,
+    view: int = views.PLAIN,
     *,
     ranks: Ranks = ALONE,
 ) -> NDArray[np.float32]:
@@ -283,7 +283,7 @@ def teach(
         view: under which they are looked at, where their feature maps can be cropped.
         ranks: that compute a part each, and rank 0 has all; the span has a sample for each.
     """
-    numbers, looks = ranks.part(np.arange(len(span))), data.looks(view, len(span))
+    numbers, looks = ranks.part(np.arange(len(span))), views.looks(view, len(span))
     size = _at_once(model, config)
     pieces = np.split(numbers, range(size, len(numbers), size))
     drawn = (samples.draw(span.start + piece, looks.of(piece)) for piece in pieces)

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
 import models
-from ondevice import data
-from ondevice.data import ImageSet, Preprocess
+from ondevice import views
+from ondevice.images import ImageSet, Preprocess
 from ondevice.work import CancelledError, Desk, cover, perform
 from orchestrator.training import distill
 from tools.export import Sgd, export
@@ -73,7 +73,7 @@ def in_pytorch(artifact, images, teacher, alpha, *, augment, parts=1):
     model = distill.load(models.build("resnet8", classes=5), weights).train()
     step = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
     x = np.empty((BATCH, 3, 32, 32), np.float32)
-    for indices, pixels in data.epoch(images, batch=BATCH, seed=77, augment=augment):
+    for indices, pixels in views.epoch(images, batch=BATCH, seed=77, augment=augment):
         Preprocess(MEAN, STD)(pixels, out=x)
         logits = torch.cat([model(part) for part in torch.from_numpy(x).chunk(parts)])
         loss = F.cross_entropy(logits, torch.from_numpy(images.y[indices]))

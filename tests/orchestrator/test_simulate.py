@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_info
 
 import models
-from ondevice import data
+from ondevice import views
+from ondevice.images import ImageSet, Preprocess
 from ondevice.work import Desk, encode_update, perform
 from orchestrator import datasets
 from orchestrator.config import (
@@ -120,7 +121,7 @@ def test_a_stack_of_devices_trains_as_each_does_alone(config, digits):
     ref = BlobRef("ab" * 32, 1, 1024)
     jobs = [
         Job(Order("run", 1, 1, ref, 2, 0.05, seed, {"update": "float32"}, state=ref, mu=0.1),
-            held if seed else data.ImageSet(held.x[:20], held.y[:20], held.digest), start)
+            held if seed else ImageSet(held.x[:20], held.y[:20], held.digest), start)
         for seed, held in enumerate(images.values())
     ]  # fmt: skip
     cpu = torch.device("cpu")
@@ -303,10 +304,10 @@ def test_a_server_without_images_evaluates_on_what_devices_hold_out(gkt, few, tr
     distill.load(large, state.under("server")).eval()
     right = []
     for name, held in simulate.read_shards(gkt, few).items():
-        mask = data.held_out(held.digest, len(held.y), 0.25)
+        mask = views.held_out(held.digest, len(held.y), 0.25)
         assert 0 < mask.sum() < len(mask)
         x = np.empty((mask.sum(), 3, 32, 32), np.float32)
-        data.Preprocess(device.mean, device.std)(held.x[mask], out=x)
+        Preprocess(device.mean, device.std)(held.x[mask], out=x)
         small = models.build("resnet8", classes=10)
         distill.load(small, state.under(f"device/{name}")).eval()
         with torch.no_grad():
@@ -316,7 +317,7 @@ def test_a_server_without_images_evaluates_on_what_devices_hold_out(gkt, few, tr
         own = (logits.argmax(1).numpy() == held.y[mask]).mean()
         assert entry["devices"][name]["device_accuracy"] == pytest.approx(own)
         assert entry["devices"][name]["heldout_accuracy"] == pytest.approx(own)
-        assert entry["devices"][name]["steps"] == data.steps(int((~mask).sum()), device.batch)
+        assert entry["devices"][name]["steps"] == views.steps(int((~mask).sum()), device.batch)
     assert entry["server_accuracy"] == pytest.approx(np.concatenate(right).mean())
 
 
@@ -397,8 +398,8 @@ def test_students_see_the_images_that_their_teacher_saw(gkt, few, monkeypatch, s
     assert orders.keys() == taught.keys()
     for name, order in orders.items():
         assert order.view == taught[name]["view"]
-        assert (order.view > data.MIRRORED) == student_views
-        assert order.views == (data.PLAIN, data.MIRRORED)
+        assert (order.view > views.MIRRORED) == student_views
+        assert order.views == (views.PLAIN, views.MIRRORED)
     shards = last_checkpoint(gkt.folder)[1].notes["shards"]
     assert all(shard["cropped"] for shard in shards.values())
 
