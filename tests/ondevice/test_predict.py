@@ -304,7 +304,7 @@ def device(tmp_path, artifact):
         order = Order(run, seed, seed, ref, 1, 0.02, seed, {"state": "float32"})
         journal.accept(order)
         kept = Kept(state, journal)
-        file = kept.put(order, perform(order, artifact, kept.of(order), desk).own)
+        file = kept.put(order, perform(order, artifact, kept.of(order), desk).kept_state)
         result = Result("device-0", run, seed, seed, 8, "cd" * 32, {}, {}, "")
         journal.finish(order, result, file)
     journal.close()

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 import models
 from ondevice import views
 from ondevice.images import ImageSet, Preprocess
-from ondevice.work import CancelledError, Desk, cover, perform
+from ondevice.payloads import cover
+from ondevice.work import CancelledError, Desk, perform
 from orchestrator.training import distill
 from tools.export import Sgd, export
 from wire import frames, tensors
@@ -192,7 +193,7 @@ def test_features_come_in_sample_order_from_an_extractor_of_micro_batches(halved
 def test_own_weights_and_optimizer_go_on_from_order_to_order(artifact, desk, tmp_path):
     first = perform(order(artifact), artifact, None, desk)
     own = tmp_path / "own.safetensors"
-    save_file({name: np.asarray(array) for name, array in first.own.items()}, own)
+    save_file({name: np.asarray(array) for name, array in first.kept_state.items()}, own)
     second = perform(order(artifact, sequence=2, seed=78), artifact, own, desk)
     (state,) = read(desk, second.blobs["state"])
     once = perform(order(artifact, epochs=2), artifact, None, desk)  # seeds 77 and 78
@@ -211,7 +212,7 @@ def test_an_update_is_the_difference_to_the_given_state(artifact, desk):
     (state,) = read(desk, outcome.blobs["state"])
     for name, array in update.items():
         np.testing.assert_allclose(given[name] + array, state[name], atol=1e-6)
-    assert outcome.own is None
+    assert outcome.kept_state is None
 
 
 def test_what_is_owed_by_another_sub_model_is_left_alone(artifact, desk, tmp_path, caplog):
