@@ -29,7 +29,6 @@ from ondevice.order import Model, Start
 from orchestrator.config import DeviceConfig
 from orchestrator.training import distill, loss
 
-Tensors = Mapping[str, NDArray[Any]]
 AT_ONCE = {"cpu": 16, "cuda": 512}  # images of one pass in evaluation mode; the cache holds 16
 
 # Names in an artifact's state of what PyTorch's optimizers keep of each parameter.
@@ -108,7 +107,9 @@ class TorchEngine:
         ]
 
     @torch.inference_mode()
-    def extract(self, start: Start, state: Tensors, *, maps: bool) -> Iterator[Extracted]:
+    def extract(
+        self, start: Start, state: Mapping[str, NDArray[Any]], *, maps: bool
+    ) -> Iterator[Extracted]:
         """Many batches at once, one handed out after the other; see `Engine.extract`."""
         size = self._config.batch
         network = copy.deepcopy(self._network)

@@ -483,6 +483,14 @@ def test_what_cannot_be_simulated_is_refused(config, digits, tmp_path):
         simulate.run(replace(config, device=replace(config.device, lr=1e30)), digits)
 
 
+def test_what_training_made_before_it_diverged_is_not_kept(config, digits):
+    """A device goes on with its last good weights, as an agent does."""
+    chosen = replace(config, strategy="local", submodel=SubmodelConfig())
+    with pytest.raises(RunError, match="NaN or infinity"):
+        simulate.run(replace(chosen, device=replace(chosen.device, lr=1e30)), digits)
+    assert not (config.folder / "own").exists()
+
+
 def test_a_run_goes_on_only_with_the_devices_it_was_begun_with(config, digits, tmp_path):
     first = replace(config, rounds=1)
     simulate.run(first, digits)
