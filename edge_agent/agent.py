@@ -21,9 +21,9 @@ from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Supply
 from edge_agent.update.staging import Updates
 from edge_agent.worker import Advanced, Ended, Worker
-from ondevice import data, meter
+from ondevice import images, meter
 from ondevice.config import AgentConfig
-from ondevice.work import Outcome
+from ondevice.outcome import Outcome
 from wire import __version__, classes, messages, storage, topics
 from wire.errors import OrderError, StalledError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
@@ -72,7 +72,7 @@ class Agent:
         self._systemd = Notifier()
         try:
             with self._systemd.busy():
-                self.images = data.load(
+                self.images = images.load(
                     config.data, input_shape=config.image, bad_share=config.bad_share
                 )
             self.images.tell(log)
@@ -292,10 +292,10 @@ class Agent:
 
     def _work(self, order: Order) -> None:
         assert self._supply is not None  # noqa: S101 - Work follows a complete Supply
-        own = self._folder.kept.of(order)
+        kept_file = self._folder.kept.of(order)
         supply, self._supply = self._supply, None
         self._worker.start(
-            order, supply, own, images=self.images, blobs=self.blobs, patience=self._patience
+            order, supply, kept_file, images=self.images, blobs=self.blobs, patience=self._patience
         )
 
     def _ended(self, order: Order, outcome: Outcome | StillhouseError) -> None:
@@ -304,7 +304,8 @@ class Agent:
         if isinstance(outcome, StillhouseError):
             self._fail(order, outcome)
             return
-        weights_file = None if outcome.own is None else self._folder.kept.put(order, outcome.own)
+        kept_state = outcome.kept_state
+        weights_file = None if kept_state is None else self._folder.kept.put(order, kept_state)
         log.info("round %d: done", order.round)
         self._finish(order, weights_file, blobs=outcome.blobs, metrics=outcome.metrics)
         self._tidy(outcome.blobs.values())

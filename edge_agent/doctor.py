@@ -190,10 +190,10 @@ def _disk(state: Path) -> Finding:
 
 
 def _images(chosen: AgentConfig) -> Iterator[Finding]:
-    from ondevice import data
+    from ondevice.images import load
 
     try:
-        images = data.load(chosen.data, input_shape=chosen.image, bad_share=chosen.bad_share)
+        images = load(chosen.data, input_shape=chosen.image, bad_share=chosen.bad_share)
     except (StillhouseError, OSError) as fault:
         yield Finding("bad", str(fault), "`data` and `image` in agent.toml say what to train on")
         return

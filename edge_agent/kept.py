@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from edge_agent.journal import Journal
-from wire import storage
+from ondevice import kept
 from wire.messages import Order
 
 
@@ -36,29 +34,18 @@ class Kept:
 
     def put(self, order: Order, tensors: Mapping[str, NDArray[Any]]) -> str | None:
         """Keep what came of an order; the weights file that its result is journalled with."""
-        content = save({name: np.asarray(value) for name, value in tensors.items()})
         if not order.feedback:
             name = f"weights-{order.run}-{order.sequence}.safetensors"
-            self._write(name, content)
+            kept.write(self._folder / name, tensors)
             return name
-        self._write(_owed(order.run, order.sequence), content)
-        needed = {_owed(order.run, sequence) for sequence in (order.owed, order.sequence)}
-        for path in self._folder.glob(f"owed-{order.run}-*"):
-            if path.name not in needed:
-                path.unlink()
+        kept.write(self._folder / _owed(order.run, order.sequence), tensors)
+        needed = [_owed(order.run, sequence) for sequence in (order.owed, order.sequence)]
+        kept.keep_only(self._folder.glob(f"owed-{order.run}-*"), needed)
         return None
 
     def tidy(self) -> None:
         """Remove the weights that the journal no longer refers to."""
-        wanted = self._journal.weights_files()
-        for path in self._folder.glob("weights-*"):
-            if path.name not in wanted:
-                path.unlink()
-
-    def _write(self, name: str, content: bytes) -> None:
-        """Write a file so that it is whole or absent, after a power cut too."""
-        with storage.at(self._folder):
-            storage.write(self._folder / name, content)
+        kept.keep_only(self._folder.glob("weights-*"), self._journal.weights_files())
 
 
 def _owed(run: str, sequence: int) -> str:

@@ -6,7 +6,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from edge_agent import journal
-from ondevice import card, data
+from ondevice import card
+from ondevice.images import Preprocess
 from ondevice.predict import Floats, Pixels, photos_shape
 from wire.artifact import open_artifact
 from wire.errors import ArtifactError
@@ -49,7 +50,7 @@ class OwnNetwork:
         self.classes = model.class_names or card.numbers(model.classes)
         self.shape = photos_shape(model.input, f"{state}: {model.name}")
         self.batch, self.name = manifest.micro_batch, model.name
-        self._preprocess = data.Preprocess(preprocess.mean, preprocess.std)
+        self._preprocess = Preprocess(preprocess.mean, preprocess.std)
         self._weights = weights  # the graph reads this memory
         self._run = Inference(artifact, "eval", weights, threads=threads)
 

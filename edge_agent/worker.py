@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_agent.supply import Supply
-from ondevice.data import ImageSet
-from ondevice.work import Desk, Outcome, perform
+from ondevice.images import ImageSet
+from ondevice.outcome import Outcome
+from ondevice.work import Desk, perform
 from wire.blobs import BlobStore
 from wire.errors import StillhouseError
 from wire.messages import Order
@@ -48,7 +49,7 @@ class Worker:
         self,
         order: Order,
         supply: Supply,
-        own: Path | None,
+        kept_file: Path | None,
         *,
         images: ImageSet,
         blobs: BlobStore,
@@ -69,7 +70,9 @@ class Worker:
         def work() -> None:
             outcome: Outcome | StillhouseError
             try:
-                outcome = patience.attempt(lambda: perform(order, supply.artifact(), own, desk))
+                outcome = patience.attempt(
+                    lambda: perform(order, supply.artifact(), kept_file, desk)
+                )
             except StillhouseError as fault:
                 outcome = fault
             except Exception as fault:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ondevice import data, photos
+from ondevice import images, photos
 from wire import classes
 from wire.errors import DataError
 
@@ -34,7 +34,7 @@ class Images:
 
     def digest(self) -> str:
         """SHA-256 of shape, pixels and labels: names the samples and their order."""
-        return data.digest(np.ascontiguousarray(self.x), self.y)
+        return images.digest(np.ascontiguousarray(self.x), self.y)
 
     def labelled(self, names: tuple[str, ...]) -> "Images":
         """The same images, with labels that are places in `names`, which must hold all `classes`.

@@ -20,7 +20,7 @@ from torch import nn
 import models
 from ondevice import card
 from ondevice.card import ModelCard
-from ondevice.data import Preprocess
+from ondevice.images import Preprocess
 from orchestrator.config import RunConfig
 from orchestrator.deploy import graph
 from orchestrator.launch import networks

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ondevice.card import ModelCard
-from ondevice.data import Preprocess
+from ondevice.images import Preprocess
 from wire.errors import RunError
 
 if TYPE_CHECKING:

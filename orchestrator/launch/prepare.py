@@ -15,8 +15,7 @@ from torch import nn
 
 import models
 from models import SplitModel
-from ondevice import data
-from ondevice.data import Preprocess
+from ondevice.images import Preprocess, load
 from orchestrator.config import Recipe, RunConfig
 from orchestrator.display.report import Report
 from orchestrator.fleet import claim, classes, enrolment
@@ -51,7 +50,7 @@ def read_heldout(config: RunConfig) -> HeldOut:
             "or cut some out of your own: python -m orchestrator.datasets --source FOLDER "
             "--devices 2 --out data writes data/heldout.npz"
         )
-    stored = data.load(config.heldout, input_shape=device.input)
+    stored = load(config.heldout, input_shape=device.input)
     stored.tell(log)
     settled = classes.resolve(config, stored.names)
     images = stored.labelled(settled.count, settled.artifact_names)

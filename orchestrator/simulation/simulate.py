@@ -1,49 +1,44 @@
 """A run with its devices simulated in this process: `orchestrator simulate`.
 
-Strategy, orders, codecs, checks, journal and checkpoints are those of a run over the wire; a
-simulated device decodes the weights that it is sent and encodes the update that it returns, so that
-noise and bytes are the real ones. Only the network is missing, and PyTorch trains in place of ONNX
-Runtime (`.cohort`). Bytes are those of the payloads: no MQTT, no artifact, which travels once. A
-round has neither quorum nor deadline; a share of the devices may be late, and answers in the round
-after where `cohort.carry_rounds` lets it, or else not. The same command goes on where a run was
-stopped.
+Strategy, codecs, checks, journal and checkpoints are those of a run over the wire, and so are the
+beginning and the end of an order (`ondevice.order`, `ondevice.outcome`): a simulated device decodes
+the weights that it is sent and encodes the update that it returns, so that noise and bytes are the
+real ones. Only the network is missing, and PyTorch trains in place of ONNX Runtime (`.stack`).
+
+Bytes are those of the payloads: no MQTT, no artifact, which travels once. A round has neither
+quorum nor deadline; a share of the devices may be late. A late device answers in the round after if
+`cohort.carry_rounds` lets it, or else not at all. The same command goes on where a run was stopped.
 """
 
-import hashlib
 import logging
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-import wire
-from models import SplitModel, submodel
-from ondevice import data
-from ondevice.data import ImageSet
-from ondevice.work import cover, encode_update, extract_record
-from orchestrator.config import Recipe, RunConfig
+from models import submodel
+from ondevice.images import ImageSet
+from ondevice.order import begin, keeps_weights
+from ondevice.outcome import finish
+from orchestrator.config import RunConfig
 from orchestrator.display.report import Report, said
 from orchestrator.fleet import classes
-from orchestrator.fleet.classes import Classes
 from orchestrator.launch import networks, prepare
 from orchestrator.rules import admit, rounds
 from orchestrator.run_folder.store import Attempt, Store, Verdict, referred
-from orchestrator.simulation import cohort
-from orchestrator.simulation.cohort import Job, Trained
+from orchestrator.simulation import devices
+from orchestrator.simulation.kept import Kept
+from orchestrator.simulation.stack import STEPS, TorchEngine
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import State, Strategy
-from orchestrator.training import distill
-from wire import seeds, stopping, storage, tensors, topics
+from wire import seeds, stopping
 from wire.errors import RunError, StillhouseError
-from wire.messages import MAX_COUNT, Birth, BlobRef, Order, Platform, Result
+from wire.messages import Order, Result
 
 log = logging.getLogger("orchestrator")
 
@@ -83,13 +78,10 @@ def run(
     sources = networks.check(config)
     heldout = prepare.read_heldout(config)
     settled = classes.resolve(config, heldout.names)
-    images = read_shards(config, shards, settled)
+    images = devices.read_shards(config, shards, settled)
     for name, held in images.items():
         settled = settled.named_by(name, held.names)
-    # Of the labels as the run numbers them.
-    digests = {name: data.digest(held.x, held.y) for name, held in images.items()}
-    whole = hashlib.sha256("".join(f"{n}:{d}" for n, d in digests.items()).encode())
-    what = f"{len(images)} simulated devices with data {whole.hexdigest():.12}"
+    what = f"{len(images)} simulated devices with data {devices.digest(images):.12}"
     what += f", {late:g} of them late" if late else ""
     prepare.check(config, heldout)
     with prepare.opened(config, heldout, what) as store:
@@ -124,51 +116,6 @@ def hold_threads(number: int) -> None:
     threadpool_limits(number, user_api="blas")
 
 
-def read_shards(
-    config: RunConfig, folder: Path, settled: Classes | None = None
-) -> dict[str, ImageSet]:
-    """Each device's images by its name, labelled as the run numbers its classes.
-
-    A device with a class that is not the run's is left out, as it would be refused over the wire.
-
-    Args:
-        config: of the run.
-        folder: of the files.
-        settled: the run's classes; None takes them from its configuration alone.
-
-    Raises:
-        RunError: there are none, or fewer than a round takes, or a name is not valid for a device.
-        DataError: a file does not fit the model.
-    """
-    settled = settled or classes.resolve(config)
-    files = sorted(folder.glob("device-*.npz"))
-    for file in files:
-        try:
-            topics.check_name(file.stem, "device name")
-        except ValueError as fault:
-            raise RunError(f"{file}: {fault}") from fault
-    least = config.cohort.min_devices
-    if len(files) < least:
-        raise RunError(
-            f"{folder}: expected {least} or more files device-*.npz, found {len(files)}; make them "
-            "with python -m orchestrator.datasets"
-        )
-    found = {}
-    for file in files:
-        images = data.load(file, input_shape=config.device.input)
-        if reason := settled.refusal(images.names):
-            log.warning("%s is left out: %s", file.stem, reason)
-            continue
-        settled = settled.named_by(file.stem, images.names)
-        found[file.stem] = images.labelled(settled.count, settled.artifact_names)
-    if len(found) < least:
-        raise RunError(
-            f"{folder}: expected {least} or more devices with the run's classes, got {len(found)} "
-            f"of {len(files)}; the warnings above name the others and the remedy"
-        )
-    return found
-
-
 class _Simulation:
     def __init__(
         self,
@@ -183,15 +130,17 @@ class _Simulation:
     ) -> None:
         self._config, self._store, self._strategy, self._tell = config, store, strategy, tell
         self._images, self._stack, self._late = images, stack, late
-        self._births = {name: _birth(name, held) for name, held in images.items()}
-        self._owed, self._own = _Kept(store.folder / "owed"), _Kept(store.folder / "own")
-        self._models = {}
+        self._births = {name: devices.birth(name, held) for name, held in images.items()}
+        self._kept = Kept(store.folder)
+        self._engines: dict[str, TorchEngine] = {}
         for recipe, variant in strategy.task.variants.items():
             model = prepare.fresh(config, recipe)
             if not config.submodel.whole:
                 layout = submodel.layout(model, config.device.input)
                 model = submodel.narrow(model, layout, recipe.keep_rate)
-            self._models[variant.artifact.digest] = model
+            self._engines[variant.artifact.digest] = TorchEngine(
+                model, config.device, strategy.task.torch_device
+            )
 
     def run(self, report: Report, changed: Callable[[Report], None]) -> None:
         config, store = self._config, self._store
@@ -273,143 +222,54 @@ class _Simulation:
         """The cohort's results; devices of one keep rate are trained in stacks."""
         task, groups = self._strategy.task, defaultdict(list)
         for name, order in orders.items():
-            # Adam counts its steps, and all devices of a stack have one count, and one rate: a
-            # carried order may have another.
-            steps = self._mine(name, order).get("optimizer/step/")
-            count = 0.0 if steps is None else float(steps)
-            groups[order.artifact.digest, count, order.lr].append(name)
+            # All devices of a stack have one learning rate, and a carried order may have another.
+            groups[order.artifact.digest, self._steps(name, order), order.lr].append(name)
         for (digest, _, _), names in groups.items():
             size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)
             for at in range(0, len(names), size):
-                jobs = {name: self._job(name, orders[name]) for name in names[at : at + size]}
-                done = cohort.train(
-                    self._models[digest],
-                    self._config.device,
-                    list(jobs.values()),
-                    task.torch_device,
-                )
-                for (name, job), trained in zip(jobs.items(), done, strict=True):
-                    result = self._result(name, job, trained)
-                    given = (job.order.state, job.order.teacher)
-                    report.sent(name, sum(ref.size for ref in given if ref is not None))
-                    report.received(name, sum(ref.size for ref in result.blobs.values()))
+                together = {name: orders[name] for name in names[at : at + size]}
+                for result in self._together(self._engines[digest], together):
+                    order = orders[result.device]
+                    down = (ref.size for ref in (order.state, order.teacher) if ref is not None)
+                    report.sent(result.device, sum(down))
+                    report.received(result.device, sum(b.size for b in result.blobs.values()))
                     yield result
 
-    def _job(self, name: str, order: Order) -> Job:
-        """What the device has for an order: its own weights, where it brings none."""
-        task, images = self._strategy.task, self._images[name]
-        mine = self._mine(name, order)
-        start = _under("weights", mine) or task.initial_of(name)
-        teacher = None
-        if order.state is not None:
-            path = task.blobs.path(order.state.digest)
-            given = tensors.load(path, where="weights", most=task.values)
-            start = {**start, **given} if order.own else given
-        if order.teacher is not None:
-            most = len(images.y) * self._config.device.class_count
-            path = task.blobs.path(order.teacher.digest)
-            teacher = tensors.load(path, where="teacher logits", most=most)["logits"]
-        return Job(order, images, start, _under("optimizer", mine), teacher)
+    def _steps(self, name: str, order: Order) -> float:
+        """Steps that Adam has done on a device; all devices of a stack have one count."""
+        if self._config.device.optimizer != "adam" or not keeps_weights(order):
+            return 0.0
+        return float(self._kept.of(name, order).read().get(STEPS, 0))
 
-    def _mine(self, name: str, order: Order) -> cohort.Weights:
-        """What the device kept of the round before, where it trains weights of its own."""
-        if order.state and not order.own:
-            return {}
-        return self._own.read(name, self._own.last(name, order.round))
+    def _together(self, engine: TorchEngine, orders: Mapping[str, Order]) -> Iterator[Result]:
+        """Results of devices that are trained in one stack."""
+        blobs, starts = self._strategy.task.blobs, {}
+        for name, order in orders.items():
+            try:
+                files = self._kept.of(name, order)
+                starts[name] = begin(order, engine.model, self._images[name], blobs, files)
+            except StillhouseError as fault:
+                yield self._result(name, order, fault=str(fault))
+        ended = engine.train(list(starts.values())) if starts else ()
+        for (name, start), trained in zip(starts.items(), ended, strict=True):
+            try:
+                outcome = finish(start, trained, engine, blobs)
+            except StillhouseError as fault:  # training diverged
+                yield self._result(name, start.order, fault=str(fault))
+                continue
+            if outcome.kept_state is not None:
+                self._kept.put(name, start.order, outcome.kept_state)
+            yield self._result(name, start.order, blobs=outcome.blobs, metrics=outcome.metrics)
 
-    def _result(self, name: str, job: Job, trained: Trained) -> Result:
-        order, blobs, fault = job.order, {}, ""
-        try:
-            for what, spec in order.returns.items():
-                blobs[what] = self._payload(name, job, trained, what, spec)
-        except StillhouseError as diverged:
-            fault = str(diverged)
-        if order.state is None or order.own:
-            kept = {f"weights/{n}": array for n, array in trained.weights.items()}
-            kept |= {f"optimizer/{n}": array for n, array in trained.optimizer.items()}
-            self._own.write(name, order.round, kept, self._own.last(name, order.round))
+    def _result(self, name: str, order: Order, **outcome: Any) -> Result:
+        images = self._images[name]
         return Result(
             device=name,
             run=order.run,
             sequence=order.sequence,
             round=order.round,
-            samples=len(job.images.y),
-            data_digest=job.images.digest,
-            blobs=blobs,
-            metrics=trained.metrics,
-            fault=fault,
+            samples=len(images.y),
+            data_digest=images.digest,
             submodel=order.submodel,
+            **outcome,
         )
-
-    def _payload(self, name: str, job: Job, trained: Trained, what: str, spec: str) -> BlobRef:
-        """One of an order's payloads, as an agent packs it."""
-        order, blobs = job.order, self._strategy.task.blobs
-        weights = {n: trained.weights[n] for n in sorted(trained.weights)}
-        if what == "update":
-            update = {n: array - job.start[n] for n, array in weights.items()}
-            owed = self._owed.read(name, order.owed if order.feedback else 0)
-            packed, left = encode_update(order, update, owed)
-            if left is not None:
-                self._owed.write(name, order.sequence, left, order.owed)
-            return blobs.put(packed)
-        if what == "state":
-            return blobs.put(tensors.pack(tensors.weights(weights, spec), seed=order.seed))
-        whole = prepare.fresh(self._config, Recipe(self._config.device.model_of(name)))
-        model = distill.load(whole, weights).eval()
-        assert isinstance(model, SplitModel)  # noqa: S101 - the strategy saw its feature maps
-        on, done, labels = self._strategy.task.torch_device, 0, job.images.y
-        model.to(on)
-        right = np.zeros(len(labels) * len(order.views), bool)
-        with blobs.create() as sink:
-            for view in order.views:
-                for features, logits in cohort.extract(
-                    model, job.images, self._config.device, on, view
-                ):
-                    own = np.take(labels, range(done, done + len(logits)), mode="wrap")
-                    right[done : done + len(own)] = logits.argmax(axis=1) == own
-                    maps = cover(features, order) if what == "features" else None
-                    sink.write(extract_record(order, maps, logits, own, first=done))
-                    done += len(logits)
-        left_out = data.held_out(job.images.digest, len(labels), order.holdout)
-        trained.metrics["extract_accuracy"] = float(right.mean())
-        if left_out.any():
-            trained.metrics["heldout_accuracy"] = float(right[: len(labels)][left_out].mean())
-        return sink.ref
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What devices keep from order to order: files by device and number, 0 for nothing."""
-
-    folder: Path
-
-    def read(self, device: str, number: int) -> dict[str, NDArray[np.float32]]:
-        """What was kept under a number."""
-        return load_file(self._path(device, number)) if number else {}
-
-    def last(self, device: str, before: int) -> int:
-        """The highest number below another."""
-        numbers = (int(path.stem) for path in (self.folder / device).glob("*.safetensors"))
-        return max((number for number in numbers if number < before), default=0)
-
-    def write(self, device: str, number: int, tensors: cohort.Weights, given: int) -> None:
-        """Keep it, and what the order was given, for the order may be done anew."""
-        path = self._path(device, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with storage.at(path):
-            storage.write(path, save(dict(tensors)))
-        for old in set(path.parent.iterdir()) - {path, self._path(device, given)}:
-            old.unlink()
-
-    def _path(self, device: str, sequence: int) -> Path:
-        return self.folder / device / f"{sequence}.safetensors"
-
-
-def _under(prefix: str, kept: cohort.Weights) -> dict[str, NDArray[np.float32]]:
-    start = f"{prefix}/"
-    return {n.removeprefix(start): array for n, array in kept.items() if n.startswith(start)}
-
-
-def _birth(name: str, images: ImageSet) -> Birth:
-    machine = Platform("simulated", platform.machine(), 1, MAX_COUNT - 1, "", "")
-    return Birth(name, 1, wire.__version__, len(images.y), images.digest, machine)

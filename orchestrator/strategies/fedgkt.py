@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import models
-from ondevice.data import MIRRORED, PLAIN, held_out
+from ondevice.views import MIRRORED, PLAIN, held_out
 from orchestrator.config import Recipe
 from orchestrator.strategies import extractors
 from orchestrator.strategies.fedavg import read_payload

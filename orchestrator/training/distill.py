@@ -1,11 +1,9 @@
 """Training the large model on feature maps: the server's half of FedGKT.
 
-    l_s = CE(z_s, y) + alpha * T^2 * KL(softmax(z_c / T) || softmax(z_s / T))
-
-He et al. 2020, equation 5 (with the T^2 that keeps the gradient's size independent of T, Hinton
-et al. 2015). z_c are the device's logits of the same sample, z_s the large model's. Samples of all
-shards are shuffled together; where feature maps of a plain and a mirrored view are there, each
-epoch crops and flips them anew. The logits that go back are computed in evaluation mode.
+He et al. 2020, equation 5; the loss is `loss.mean`. Its teacher is z_c, the device's logits of the
+same sample, and its student z_s, the large model's. Samples of all shards are shuffled together;
+where feature maps of a plain and a mirrored view are there, each epoch crops and flips them anew.
+The logits that go back are computed in evaluation mode.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ondevice import data
+from ondevice import views
 from orchestrator.config import ServerConfig, cosine
+from orchestrator.training import loss
 from orchestrator.training.samples import Samples
 from wire import seeds
 from wire.errors import RunError
@@ -58,41 +56,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    teacher: torch.Tensor,
-    *,
-    alpha: float,
-    temperature: float,
-    weights: torch.Tensor | None = None,
-    total: float | None = None,
-) -> torch.Tensor:
-    """Mean over the batch of CE + alpha * T^2 * KL(teacher || student).
-
-    Args:
-        logits: z_s, (B, C).
-        labels: y, (B,) int64.
-        teacher: z_c, (B, C).
-        alpha: weight of the distillation term.
-        temperature: T.
-        weights: of the samples in the mean, (B,); None: all alike.
-        total: of the weights in the whole batch, where these samples are a part of it; their losses
-            are their share of the mean, and the shares' sum is the mean.
-    """
-    hard = F.cross_entropy(logits, labels, reduction="none")
-    soft = F.kl_div(
-        F.log_softmax(logits / temperature, dim=1),
-        F.log_softmax(teacher / temperature, dim=1),
-        reduction="none",
-        log_target=True,
-    ).sum(dim=1)
-    each = hard + alpha * temperature**2 * soft
-    if weights is None:
-        return each.mean()
-    return (weights * each).sum() / (weights.sum() if total is None else total)
 
 
 def optimizer(model: nn.Module, config: ServerConfig) -> torch.optim.Optimizer:
@@ -220,7 +183,7 @@ def train(
         for group in step.param_groups if rate else ():
             group["lr"] = rate(epoch)  # type: ignore[misc]
         order = trained[seeds.raw(seed, epoch, len(trained)).argsort(kind="stable")]
-        looks = data.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
+        looks = views.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
         total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
         for i in range(batches):
             chosen = order[i * config.batch : (i + 1) * config.batch]
@@ -230,7 +193,7 @@ def train(
             drawn = samples.draw(mine, looks.of(mine))
             with autocast(config, device):
                 out = (whole if len(chosen) == config.batch else joint)(drawn.features)
-            value = loss(
+            value = loss.mean(
                 out.float(),
                 drawn.labels,
                 drawn.logits,
@@ -269,7 +232,7 @@ def teach(
     samples: Samples,
     span: range,
     config: ServerConfig,
-    view: int = data.PLAIN,
+    view: int = views.PLAIN,
     *,
     ranks: Ranks = ALONE,
 ) -> NDArray[np.float32]:
@@ -283,7 +246,7 @@ def teach(
         view: under which they are looked at, where their feature maps can be cropped.
         ranks: that compute a part each, and rank 0 has all; the span has a sample for each.
     """
-    numbers, looks = ranks.part(np.arange(len(span))), data.looks(view, len(span))
+    numbers, looks = ranks.part(np.arange(len(span))), views.looks(view, len(span))
     size = _at_once(model, config)
     pieces = np.split(numbers, range(size, len(numbers), size))
     drawn = (samples.draw(span.start + piece, looks.of(piece)) for piece in pieces)

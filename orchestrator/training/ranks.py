@@ -37,7 +37,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from ondevice import data
+from ondevice import views
 from orchestrator.config import ServerConfig
 from orchestrator.training import distill
 from orchestrator.training.distill import Progress, Ranks
@@ -104,7 +104,7 @@ def teach(
     samples: Samples,
     span: range,
     config: ServerConfig,
-    view: int = data.PLAIN,
+    view: int = views.PLAIN,
 ) -> NDArray[np.float32]:
     """`distill.teach` by all ranks there are, of what was trained last; called on rank 0.
 

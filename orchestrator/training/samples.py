@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ondevice.data import PAD, Looks
+from ondevice.views import PAD, Looks
 from orchestrator.training.shards import Shard
 
 SHARE = 0.6  # of a GPU's free memory that samples may take; the rest is for training

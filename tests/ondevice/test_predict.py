@@ -22,9 +22,9 @@ from edge_agent import main
 from edge_agent.journal import Journal
 from edge_agent.kept import Kept
 from edge_agent.own_network import OwnNetwork
-from ondevice import data, predict
+from ondevice import predict
 from ondevice.card import ModelCard
-from ondevice.data import ImageSet, Preprocess
+from ondevice.images import ImageSet, Preprocess, load
 from ondevice.photos import picture
 from ondevice.predict import Exported
 from ondevice.work import Desk, perform
@@ -197,7 +197,7 @@ def test_photos_are_read_as_training_images_are(tmp_path, channels):
     Image.fromarray(pixels[..., 0]).save(folder / "b.png")
     Image.fromarray(pixels).convert("P").save(folder / "c.png")
     Image.fromarray(pixels[:9, :7]).save(folder / "d.webp")
-    trained = data.load(tmp_path / "images", input_shape=(channels, 20, 24))
+    trained = load(tmp_path / "images", input_shape=(channels, 20, 24))
     network = Recorder((channels, 20, 24))
     assert predict.report(network, [folder], top=1, as_json=False) == 0
     assert [len(some) for some in network.seen] == [2, 2]
@@ -304,7 +304,7 @@ def device(tmp_path, artifact):
         order = Order(run, seed, seed, ref, 1, 0.02, seed, {"state": "float32"})
         journal.accept(order)
         kept = Kept(state, journal)
-        file = kept.put(order, perform(order, artifact, kept.of(order), desk).own)
+        file = kept.put(order, perform(order, artifact, kept.of(order), desk).kept_state)
         result = Result("device-0", run, seed, seed, 8, "cd" * 32, {}, {}, "")
         journal.finish(order, result, file)
     journal.close()

@@ -10,9 +10,10 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
 import models
-from ondevice import data
-from ondevice.data import ImageSet, Preprocess
-from ondevice.work import CancelledError, Desk, cover, perform
+from ondevice import views
+from ondevice.images import ImageSet, Preprocess
+from ondevice.payloads import cover
+from ondevice.work import CancelledError, Desk, perform
 from orchestrator.training import distill
 from tools.export import Sgd, export
 from wire import frames, tensors
@@ -73,7 +74,7 @@ def in_pytorch(artifact, images, teacher, alpha, *, augment, parts=1):
     model = distill.load(models.build("resnet8", classes=5), weights).train()
     step = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
     x = np.empty((BATCH, 3, 32, 32), np.float32)
-    for indices, pixels in data.epoch(images, batch=BATCH, seed=77, augment=augment):
+    for indices, pixels in views.epoch(images, batch=BATCH, seed=77, augment=augment):
         Preprocess(MEAN, STD)(pixels, out=x)
         logits = torch.cat([model(part) for part in torch.from_numpy(x).chunk(parts)])
         loss = F.cross_entropy(logits, torch.from_numpy(images.y[indices]))
@@ -192,7 +193,7 @@ def test_features_come_in_sample_order_from_an_extractor_of_micro_batches(halved
 def test_own_weights_and_optimizer_go_on_from_order_to_order(artifact, desk, tmp_path):
     first = perform(order(artifact), artifact, None, desk)
     own = tmp_path / "own.safetensors"
-    save_file({name: np.asarray(array) for name, array in first.own.items()}, own)
+    save_file({name: np.asarray(array) for name, array in first.kept_state.items()}, own)
     second = perform(order(artifact, sequence=2, seed=78), artifact, own, desk)
     (state,) = read(desk, second.blobs["state"])
     once = perform(order(artifact, epochs=2), artifact, None, desk)  # seeds 77 and 78
@@ -211,7 +212,7 @@ def test_an_update_is_the_difference_to_the_given_state(artifact, desk):
     (state,) = read(desk, outcome.blobs["state"])
     for name, array in update.items():
         np.testing.assert_allclose(given[name] + array, state[name], atol=1e-6)
-    assert outcome.own is None
+    assert outcome.kept_state is None
 
 
 def test_what_is_owed_by_another_sub_model_is_left_alone(artifact, desk, tmp_path, caplog):

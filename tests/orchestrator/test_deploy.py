@@ -19,7 +19,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import models
-from ondevice.data import Preprocess
+from ondevice.images import Preprocess
 from orchestrator import datasets
 from orchestrator.config import (
     CohortConfig,

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 
-from ondevice.work import extract_record
+from ondevice.payloads import extract_record
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
@@ -20,7 +20,7 @@ from orchestrator.deploy.export import export_run
 from orchestrator.display.report import Report
 from orchestrator.launch import prepare
 from orchestrator.run_folder.store import Store, last_checkpoint
-from orchestrator.simulation import simulate
+from orchestrator.simulation import devices, simulate
 from orchestrator.strategies import create, extractors
 from orchestrator.training import distill
 from wire import frames, tensors
@@ -56,8 +56,8 @@ def made(config, digits, request):
             chosen, store, prepare.variants(chosen), prepare.read_heldout(chosen),
             Report(chosen, store),
         )  # fmt: skip
-        images = simulate.read_shards(chosen, digits)
-        births = {name: simulate._birth(name, held) for name, held in images.items()}
+        images = devices.read_shards(chosen, digits)
+        births = {name: devices.birth(name, held) for name, held in images.items()}
         return create("fedgkt", task), births, store
 
     return make

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import models
-from ondevice import data
-from ondevice.data import PAD
+from ondevice import views
+from ondevice.views import PAD
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard, shelve
 from wire import frames, tensors
@@ -82,10 +82,10 @@ def test_a_crop_of_feature_maps_is_the_feature_map_of_the_crop():
     other = Shard(rows[:4], np.zeros((4, 3), np.float32), np.zeros(4, np.int64))
     samples = Samples([Source(other), Source(shard, 0.5, fill)], torch.device("cpu"))
     assert samples.spans == [range(4), range(4, 13)]
-    looks = data.looks(123, 9)
+    looks = views.looks(123, 9)
     assert 0 < looks.flips.sum() < 9
     batch = samples.draw(np.arange(4, 13), looks)
-    wanted = extract(data.look(pixels, looks))
+    wanted = extract(views.look(pixels, looks))
     same = np.isclose(batch.features.numpy(), wanted, atol=1e-5).all(axis=1)
     for n, (row, column) in enumerate(zip(looks.rows - PAD, looks.columns - PAD, strict=True)):
         # Inside the crop, and two pixels around where the image ends in it.

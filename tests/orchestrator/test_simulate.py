@@ -17,8 +17,10 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_info
 
 import models
-from ondevice import data
-from ondevice.work import Desk, encode_update, perform
+from ondevice import views
+from ondevice.images import Preprocess
+from ondevice.payloads import encode_update
+from ondevice.work import Desk, perform
 from orchestrator import datasets
 from orchestrator.config import (
     CohortConfig,
@@ -35,8 +37,7 @@ from orchestrator.display.report import Report
 from orchestrator.launch import prepare, start
 from orchestrator.rules import rounds
 from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
-from orchestrator.simulation import cohort, simulate
-from orchestrator.simulation.cohort import Job
+from orchestrator.simulation import devices, simulate
 from orchestrator.strategies import create, extractors
 from orchestrator.training import distill
 from tests.conftest import ROOT
@@ -112,25 +113,6 @@ def test_what_is_counted_are_the_payloads_that_codecs_made(config, digits):
         assert device["train_flops"] > 0
 
 
-def test_a_stack_of_devices_trains_as_each_does_alone(config, digits):
-    config = replace(config, device=replace(config.device, mu=0.1, momentum=0.9))
-    images = simulate.read_shards(config, digits)
-    model = prepare.fresh(config)
-    start = distill.weights(model)
-    ref = BlobRef("ab" * 32, 1, 1024)
-    jobs = [
-        Job(Order("run", 1, 1, ref, 2, 0.05, seed, {"update": "float32"}, state=ref, mu=0.1),
-            held if seed else data.ImageSet(held.x[:20], held.y[:20], held.digest), start)
-        for seed, held in enumerate(images.values())
-    ]  # fmt: skip
-    cpu = torch.device("cpu")
-    together = cohort.train(model, config.device, jobs, cpu)
-    for job, trained in zip(jobs, together, strict=True):
-        (alone,) = cohort.train(model, config.device, [job], cpu)
-        assert_close(trained.weights, alone.weights, start, 0.01)
-        assert trained.metrics == pytest.approx(alone.metrics, rel=1e-3)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -151,8 +133,8 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
     config = replace(config, device=exact)
     expected = simulate.run(config, digits).entries
     real = replace(config, runs=tmp_path / "real")
-    images = simulate.read_shards(config, digits)
-    births = {name: simulate._birth(name, held) for name, held in images.items()}
+    images = devices.read_shards(config, digits)
+    births = {name: devices.birth(name, held) for name, held in images.items()}
     store = Store(real)
     try:
         variants = start.prepare_variants(real, store)
@@ -226,8 +208,8 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
     gkt = replace(gkt, device=replace(gkt.device, **settings), transfer=TransferConfig(**transfer))
     expected = simulate.run(gkt, few).entries
     real = replace(gkt, runs=tmp_path / "real")
-    images = simulate.read_shards(gkt, few)
-    births = {name: simulate._birth(name, held) for name, held in images.items()}
+    images = devices.read_shards(gkt, few)
+    births = {name: devices.birth(name, held) for name, held in images.items()}
     own = {}
     store = Store(real)
     try:
@@ -248,7 +230,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
                 )  # fmt: skip
                 done = perform(order, artifact, own.get(name), desk)
                 own[name] = tmp_path / f"{name}.safetensors"
-                save_file(done.own, own[name])
+                save_file(done.kept_state, own[name])
                 results.append(
                     Result(name, order.run, order.sequence, number, len(images[name].y),
                            images[name].digest, done.blobs, done.metrics)
@@ -302,11 +284,11 @@ def test_a_server_without_images_evaluates_on_what_devices_hold_out(gkt, few, tr
     large = models.build("resnet10", classes=10, input_shape=(16, 32, 32))
     distill.load(large, state.under("server")).eval()
     right = []
-    for name, held in simulate.read_shards(gkt, few).items():
-        mask = data.held_out(held.digest, len(held.y), 0.25)
+    for name, held in devices.read_shards(gkt, few).items():
+        mask = views.held_out(held.digest, len(held.y), 0.25)
         assert 0 < mask.sum() < len(mask)
         x = np.empty((mask.sum(), 3, 32, 32), np.float32)
-        data.Preprocess(device.mean, device.std)(held.x[mask], out=x)
+        Preprocess(device.mean, device.std)(held.x[mask], out=x)
         small = models.build("resnet8", classes=10)
         distill.load(small, state.under(f"device/{name}")).eval()
         with torch.no_grad():
@@ -316,7 +298,7 @@ def test_a_server_without_images_evaluates_on_what_devices_hold_out(gkt, few, tr
         own = (logits.argmax(1).numpy() == held.y[mask]).mean()
         assert entry["devices"][name]["device_accuracy"] == pytest.approx(own)
         assert entry["devices"][name]["heldout_accuracy"] == pytest.approx(own)
-        assert entry["devices"][name]["steps"] == data.steps(int((~mask).sum()), device.batch)
+        assert entry["devices"][name]["steps"] == views.steps(int((~mask).sum()), device.batch)
     assert entry["server_accuracy"] == pytest.approx(np.concatenate(right).mean())
 
 
@@ -344,7 +326,7 @@ def test_devices_go_on_with_the_mean_of_their_extractors(gkt, few):
     simulate.run(gkt, few)
     _, state = last_checkpoint(gkt.folder)
     shared = state.under("shared")
-    images = simulate.read_shards(gkt, few)
+    images = devices.read_shards(gkt, few)
     before = read_checkpoint(gkt.folder, 1)
     for key, array in shared.items():
         own = [before.under(f"device/{name}")[f"extractor.{key}"] for name in images]
@@ -362,7 +344,7 @@ def test_devices_with_one_model_go_on_with_the_mean_of_their_networks(gkt, few, 
     gkt = replace(gkt, device=replace(gkt.device, others=(Other("resnet4", "device-1"),)))
     entries = simulate.run(gkt, few).entries
     _, state = last_checkpoint(gkt.folder)
-    sizes = {name: len(held.y) for name, held in simulate.read_shards(gkt, few).items()}
+    sizes = {name: len(held.y) for name, held in devices.read_shards(gkt, few).items()}
     alike = {"resnet8": ["device-0", "device-2"], "resnet4": ["device-1"]}
     for model, names in alike.items():
         together = extractors.shared(state, model)
@@ -397,8 +379,8 @@ def test_students_see_the_images_that_their_teacher_saw(gkt, few, monkeypatch, s
     assert orders.keys() == taught.keys()
     for name, order in orders.items():
         assert order.view == taught[name]["view"]
-        assert (order.view > data.MIRRORED) == student_views
-        assert order.views == (data.PLAIN, data.MIRRORED)
+        assert (order.view > views.MIRRORED) == student_views
+        assert order.views == (views.PLAIN, views.MIRRORED)
     shards = last_checkpoint(gkt.folder)[1].notes["shards"]
     assert all(shard["cropped"] for shard in shards.values())
 
@@ -437,27 +419,6 @@ def test_devices_with_weights_of_their_own_go_on_where_they_stopped(gkt, few, tm
     simulate.run(halves, few)
     for name, array in weights_of(gkt).items():
         assert np.array_equal(array, weights_of(halves)[name]), name
-
-
-def test_a_stack_of_devices_that_distil_trains_as_each_does_alone(gkt, few):
-    images = simulate.read_shards(gkt, few)
-    model, rng = prepare.fresh(gkt), np.random.default_rng(0)
-    start = distill.weights(model)
-    ref = BlobRef("ab" * 32, 1, 1024)
-    order = Order("run", 2, 2, ref, 1, 0.02, 7, {"state": "float32"}, teacher=ref, alpha=1.0,
-                  temperature=3.0, data_digest="ab" * 32)  # fmt: skip
-    cpu = torch.device("cpu")
-    jobs = []
-    for seed, held in enumerate(images.values()):
-        (before,) = cohort.train(model, gkt.device, [Job(order, held, start)], cpu)
-        teacher = rng.standard_normal((len(held.y), 10)).astype(np.float32) if seed else None
-        job = Job(replace(order, seed=seed), held, before.weights, before.optimizer, teacher)
-        jobs.append(job)
-    for job, trained in zip(jobs, cohort.train(model, gkt.device, jobs, cpu), strict=True):
-        (alone,) = cohort.train(model, gkt.device, [job], cpu)
-        assert_close(trained.weights, alone.weights, start, 0.01)
-        assert trained.optimizer.keys() == alone.optimizer.keys() != set()
-        assert trained.metrics == pytest.approx(alone.metrics, rel=1e-3)
 
 
 def test_keep_rate_1_is_fedavg_to_the_bit(config, digits, tmp_path):
@@ -522,6 +483,14 @@ def test_what_cannot_be_simulated_is_refused(config, digits, tmp_path):
         simulate.run(replace(config, device=replace(config.device, lr=1e30)), digits)
 
 
+def test_what_training_made_before_it_diverged_is_not_kept(config, digits):
+    """A device goes on with its last good weights, as an agent does."""
+    chosen = replace(config, strategy="local", submodel=SubmodelConfig())
+    with pytest.raises(RunError, match="NaN or infinity"):
+        simulate.run(replace(chosen, device=replace(chosen.device, lr=1e30)), digits)
+    assert not (config.folder / "own").exists()
+
+
 def test_a_run_goes_on_only_with_the_devices_it_was_begun_with(config, digits, tmp_path):
     first = replace(config, rounds=1)
     simulate.run(first, digits)
@@ -552,8 +521,8 @@ def test_a_device_weighs_no_more_than_ten_median_ones(config, digits, honest):
         )  # fmt: skip
         strategy = create("fedavg", task)
         state = strategy.begin()
-        images = simulate.read_shards(config, digits)
-        births = {name: simulate._birth(name, held) for name, held in images.items()}
+        images = devices.read_shards(config, digits)
+        births = {name: devices.birth(name, held) for name, held in images.items()}
         orders = strategy.orders(state, 1, 1, births)
         results = []
         for name, samples in zip(births, [100] * honest + [10**12], strict=False):
@@ -648,7 +617,7 @@ def test_a_stack_holds_devices_of_one_learning_rate(config, digits, tmp_path):
     config = replace(config, cohort=CohortConfig(min_devices=3, carry_rounds=1))
     start = {
         f"device/{name}/{n}": array
-        for name in simulate.read_shards(config, digits)
+        for name in devices.read_shards(config, digits)
         for n, array in distill.weights(prepare.fresh(config)).items()
     }
     simulate.run(config, digits, late=0.4, stack=1)
@@ -756,7 +725,7 @@ def test_devices_that_lack_classes_learn_those_they_have(config, digits, tmp_pat
     names = ("9", "7", "5", "3", "1", "0", "2", "4", "6", "8", "ten")
     device = replace(config.device, classes=names)
     chosen = replace(config, device=device, heldout=shards / "heldout.npz", cohort=CohortConfig(3))
-    read = simulate.read_shards(chosen, shards)
+    read = devices.read_shards(chosen, shards)
     for name, held in read.items():
         with np.load(digits / f"{name}.npz") as arrays:
             expected = [int(arrays["classes"][n]) for n in arrays["y"]]

@@ -43,9 +43,9 @@ class Order:
             epoch.
         view: the view of the images to train on, which `teacher` belongs to: 0 is the images as
             they are, 1 mirrored, and any other number the seed of a crop and flip of each image.
-            `augment` then has no effect. See `ondevice.data.looks`.
+            `augment` then has no effect. See `ondevice.views.looks`.
         holdout: share of the samples to evaluate on instead of training; see
-            `ondevice.data.held_out`.
+            `ondevice.views.held_out`.
         clip: scale down each sample's feature maps to this L2 norm if they are longer; 0: do not.
         noise: standard deviation of the Gaussian noise added to each value of the clipped feature
             maps, as a multiple of `clip`; negative values then become 0. Logits and weights get

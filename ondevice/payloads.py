@@ -1,0 +1,92 @@
+"""What a device sends back for an order, as it travels: feature maps, logits, weights, updates."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ondevice.kept import Tensors
+from wire import frames, tensors
+from wire.messages import Order
+
+
+def cover(features: NDArray[np.float32], order: Order) -> NDArray[np.float32]:
+    """Feature maps (B, *shape), clipped and under noise if the order says so.
+
+    Each sample's values are scaled to an L2 norm of at most `clip`, and each gets Gaussian noise of
+    deviation noise * clip: the Gaussian mechanism (Dwork and Roth 2014, appendix A), for which one
+    sample in place of another is a difference of at most 2 clip. Negative values become 0, since
+    what is done to its output costs no privacy. The noise comes from the system's entropy and no
+    seed, so that nobody can draw it again.
+    """
+    if not order.clip:
+        return features
+    flat = features.reshape(len(features), -1)
+    norms = np.linalg.norm(flat, axis=1, keepdims=True)
+    clipped = flat * np.minimum(1, order.clip / np.maximum(norms, 1e-12)).astype(np.float32)
+    if order.noise:
+        drawn = np.random.default_rng().standard_normal(flat.shape, np.float32)
+        clipped = np.maximum(clipped + np.float32(order.noise * order.clip) * drawn, 0)
+    covered: NDArray[np.float32] = clipped.reshape(features.shape)
+    return covered
+
+
+def extract_record(
+    order: Order,
+    features: NDArray[np.float32] | None,
+    logits: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    *,
+    first: int,
+) -> bytes:
+    """One batch of the payload "features": (B, *shape), (B, C) and (B,), as it travels.
+
+    Args:
+        order: says the codec and the seed.
+        features: of neighbouring samples; None for the payload "logits", which has only these.
+        logits: of the same samples.
+        labels: of the same samples.
+        first: number of the first of them, all views counted.
+
+    Raises:
+        CodecError: training diverged.
+    """
+    record: list[tensors.Named] = [("logits", logits, order.returns.get("logits", "float32"))]
+    if features is not None:
+        record = [
+            ("features", features, order.returns["features"]),
+            ("logits", logits, "float32"),
+            ("labels", labels.astype(np.uint16), "raw"),
+        ]
+    return tensors.pack(record, seed=order.seed + first)
+
+
+def encode_state(order: Order, weights: Tensors) -> bytes:
+    """Parameters and buffers as they travel, in this order.
+
+    Raises:
+        CodecError: training diverged.
+    """
+    return tensors.pack(tensors.weights(weights, order.returns["state"]), seed=order.seed)
+
+
+def encode_update(order: Order, update: Tensors, owed: Tensors) -> tuple[bytes, Tensors | None]:
+    """An update as it travels, and with error feedback what its codec left out.
+
+    Error feedback (Seide et al. 2014; Karimireddy et al. 2019): e <- u + e - decode(encode(u + e)).
+
+    Args:
+        order: says the codec, the seed, and whether there is feedback.
+        update: by name; in this order the tensors travel.
+        owed: e of the order that `order.owed` names, or nothing.
+
+    Raises:
+        CodecError: training diverged.
+    """
+    if order.feedback:
+        update = {name: array + owed.get(name, 0) for name, array in update.items()}
+    packed = tensors.pack(tensors.weights(update, order.returns["update"]), seed=order.seed)
+    if not order.feedback:
+        return packed, None
+    most = sum(array.size for array in update.values())
+    frame = frames.decode(packed, max_bytes=len(packed))
+    sent = tensors.unpack(frame, where="own update", most=most)
+    return packed, {name: array - sent[name] for name, array in update.items()}

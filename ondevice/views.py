@@ -1,0 +1,154 @@
+"""Views of images: crops and flips, the order of an epoch, and the samples that are held out.
+
+Augmentation is the usual one for small images (He et al. 2016, section 4.2): 4 zero pixels on each
+side, a random crop of the original size, and a horizontal flip every second time. The zeros come
+before normalization, as torchvision's RandomCrop then Normalize have it.
+
+Batches have a fixed size because the compiled training step has fixed shapes. Every batch comes
+with the indices of its samples: teacher logits are matched by index, never by batch number.
+
+Randomness is Philox's raw output (`wire.seeds`): a seed gives the same batches on every machine
+and under every numpy.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from ondevice.images import ImageSet, Indices, Pixels
+from wire import seeds
+
+PAD = 4  # pixels on each side of the image that a crop may reach into
+# Streams of a seed; the payload codecs draw from low numbers of the same seed.
+_HOLDOUT, _SHUFFLE, _VIEW, _AUGMENT = 1 << 61, 1 << 62, 3 << 61, 1 << 63
+PLAIN, MIRRORED = 0, 1  # the two views that are not drawn
+
+
+class Looks(NamedTuple):
+    """How each of N samples is looked at: a crop of it with `PAD` zeros around, then a flip.
+
+    Attributes:
+        rows, columns: (N,) int64, 0 to 2 PAD; where the crop begins, `PAD` for none.
+        flips: (N,) bool, whether it is mirrored, left for right.
+    """
+
+    rows: Indices
+    columns: Indices
+    flips: NDArray[np.bool_]
+
+    def of(self, chosen: Indices) -> "Looks":
+        """Those of some samples."""
+        return Looks(self.rows[chosen], self.columns[chosen], self.flips[chosen])
+
+    @property
+    def plain(self) -> bool:
+        """Whether samples stay as they are."""
+        return bool((self.rows == PAD).all() and (self.columns == PAD).all()) and not any(
+            self.flips
+        )
+
+
+def looks(view: int, n: int) -> Looks:
+    """A view of `n` samples: each sample's look, by its number.
+
+    Args:
+        view: `PLAIN`, `MIRRORED`, or the seed of looks that are drawn.
+        n: how many samples there are.
+    """
+    if view not in (PLAIN, MIRRORED):
+        return drawn(seeds.raw(view, _VIEW, 3 * n))
+    middle = np.full(n, PAD)
+    return Looks(middle, middle, np.full(n, view == MIRRORED))
+
+
+def drawn(raw: NDArray[np.uint64]) -> Looks:
+    """Looks made of random integers (3 N,): row offsets, then column offsets, then flips."""
+    rows, columns, flips = raw.reshape(3, -1)
+    places = np.uint64(2 * PAD + 1)
+    offsets = (rows % places).astype(np.int64), (columns % places).astype(np.int64)
+    return Looks(*offsets, (flips & np.uint64(1)).astype(bool))
+
+
+def held_out(digest: str, n: int, share: float) -> NDArray[np.bool_]:
+    """Which samples are never trained on, (N,): the same for the same data, whoever asks.
+
+    Args:
+        digest: of the images, see `ImageSet`.
+        n: how many there are.
+        share: of them; of two or more, at least one on either side where it is over 0.
+    """
+    chosen = np.zeros(n, bool)
+    if not share or n < 2:
+        return chosen
+    draw = seeds.raw(int(digest[:15], 16), _HOLDOUT, n).argsort(kind="stable")
+    chosen[draw[: min(max(round(share * n), 1), n - 1)]] = True
+    return chosen
+
+
+def epoch(
+    images: ImageSet,
+    *,
+    batch: int,
+    seed: int,
+    augment: bool,
+    view: int = PLAIN,
+    holdout: float = 0.0,
+) -> Iterator[tuple[Indices, Pixels]]:
+    """One pass in random order: (indices (B,), pixels uint8 (B, H, W, C)), ceil(N / B) times.
+
+    The last batch is filled up from the head of the same permutation, and again where N < B.
+    `seed` means this epoch: give each epoch its own. Another view than `PLAIN` shows the images
+    so, and `augment` is of no effect then. Of N samples `holdout` is the share that is left out.
+    """
+    shown = looks(view, len(images.y))
+    trained = np.flatnonzero(~held_out(images.digest, len(images.y), holdout))
+    order = trained[np.argsort(seeds.raw(seed, _SHUFFLE, len(trained)), kind="stable")]
+    order = np.resize(order, steps(len(trained), batch) * batch)  # numpy repeats it
+    for number, indices in enumerate(order.reshape(-1, batch)):
+        pixels = images.x[indices]
+        if view != PLAIN:
+            pixels = look(pixels, shown.of(indices))
+        elif augment:
+            pixels = look(pixels, drawn(seeds.raw(seed, _AUGMENT + number, 3 * batch)))
+        yield indices, pixels
+
+
+def steps(n: int, batch: int) -> int:
+    """Batches of one pass over `n` samples."""
+    return -(-n // batch)
+
+
+def batches(
+    images: ImageSet, batch: int, view: int = PLAIN
+) -> Iterator[tuple[Indices, Pixels, int]]:
+    """Samples 0..N-1 in order: (indices (B,), pixels uint8 (B, H, W, C), valid).
+
+    Only the first `valid` of a batch count: all B, but in the last one, which is filled up from
+    sample 0 on.
+    """
+    n = len(images.y)
+    order, shown = np.resize(np.arange(n), steps(n, batch) * batch), looks(view, n)
+    for number, indices in enumerate(order.reshape(-1, batch)):
+        pixels = images.x[indices] if view == PLAIN else look(images.x[indices], shown.of(indices))
+        yield indices, pixels, min(batch, n - number * batch)
+
+
+def look(pixels: Pixels, how: Looks) -> Pixels:
+    """Crop and flip images, uint8 (B, H, W, C)."""
+    count, height, width, channels = pixels.shape
+    padded = np.zeros((count, height + 2 * PAD, width + 2 * PAD, channels), np.uint8)
+    padded[:, PAD:-PAD, PAD:-PAD] = pixels
+    # Rows as runs of bytes: a crop copies width * channels bytes at a time. (B, 9, 9, H, W C)
+    lines = padded.reshape(count, height + 2 * PAD, -1)
+    crops = sliding_window_view(lines, (height, width * channels), axis=(1, 2))[:, :, ::channels]
+    chosen: Pixels = crops[np.arange(count), how.rows, how.columns].reshape(pixels.shape)
+    mirrored = np.flatnonzero(how.flips)
+    straight = chosen[mirrored]
+    flipped = np.empty_like(straight)
+    for c in range(channels):  # a channel at a time is 4x faster than reversing 3-byte pixels
+        flipped[..., c] = straight[:, :, ::-1, c]
+    chosen[mirrored] = flipped
+    return chosen

@@ -1,0 +1,69 @@
+"""The loss of whoever learns from labels and a teacher: the large model, and simulated devices.
+
+    l = CE(z, y) + alpha * T^2 * KL(softmax(z_t / T) || softmax(z / T))
+
+z are the student's logits and z_t the teacher's (He et al. 2020, equations 3 and 5), with the T^2
+that keeps the gradient's size independent of T (Hinton et al. 2015). `tools.export` compiles the
+same into a device's training step.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def each(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor | None,
+    *,
+    alpha: float | torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Each sample's loss, (..., B).
+
+    Args:
+        logits: z, (..., B, C).
+        labels: y, (..., B) int64.
+        teacher: z_t, (..., B, C); None leaves the distillation term out.
+        alpha: weight of the distillation term; a tensor has one for each sample.
+        temperature: T.
+    """
+    hard = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    hard = hard.view(labels.shape)
+    if teacher is None:
+        return hard
+    soft = F.kl_div(
+        F.log_softmax(logits / temperature, dim=-1),
+        F.log_softmax(teacher / temperature, dim=-1),
+        reduction="none",
+        log_target=True,
+    ).sum(dim=-1)
+    return hard + alpha * temperature**2 * soft
+
+
+def mean(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    alpha: float,
+    temperature: float,
+    weights: torch.Tensor | None = None,
+    total: float | None = None,
+) -> torch.Tensor:
+    """Mean loss of a batch.
+
+    Args:
+        logits: z, (B, C).
+        labels: y, (B,) int64.
+        teacher: z_t, (B, C).
+        alpha: weight of the distillation term.
+        temperature: T.
+        weights: of the samples in the mean, (B,); None: all alike.
+        total: of the weights in the whole batch, where these samples are a part of it; their losses
+            are their share of the mean, and the shares' sum is the mean.
+    """
+    losses = each(logits, labels, teacher, alpha=alpha, temperature=temperature)
+    if weights is None:
+        return losses.mean()
+    return (weights * losses).sum() / (weights.sum() if total is None else total)
