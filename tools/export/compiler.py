@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.graph import Graph
 from tools.export.graphs.program import Place, Program
+from tools.export.graphs.value import Value
 from tools.export.lower import lower
-from tools.export.rules.elementwise import add, mul
 from tools.export.rules.layers.normalization import Blend
-from tools.export.rules.layout import concat, reshape
+from tools.export.rules.layout import concat
 from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.provenance import settled
 from tools.export.tracing.state import Piece, Tensors, offsets, pieces, span
@@ -152,7 +152,7 @@ class Compiler:
                 start = start if run else self._offsets[name]
                 run.append(chain)
             elif new != old:
-                flat = reshape(g, new, (old.size,))
+                flat = new.reshape((old.size,))
                 g.output(span("next", self._offsets[name], old.size), flat)
         if run:
             _blend_all(g, start, run)
@@ -211,8 +211,8 @@ def _blend_all(g: Graph, start: int, run: Sequence[tuple[Blend, ...]]) -> None:
     size = sum(sizes)
     moved = g.input(span("state", start, size), (size,))
     for blends in zip(*run, strict=True):
-        new = concat(g, [reshape(g, blend.new, (blend.old.size,)) for blend in blends], 0)
+        new = concat([blend.new.reshape((blend.old.size,)) for blend in blends], 0)
         keep = g.constant(np.repeat([blend.keep for blend in blends], sizes))
         take = g.constant(np.repeat([blend.take for blend in blends], sizes))
-        moved = add(g, mul(g, moved, keep), mul(g, new, take))
+        moved = moved * keep + new * take
     g.output(span("next", start, size), moved)

@@ -20,8 +20,9 @@ from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.graph import Graph
 from tools.export.graphs.program import Spec
+from tools.export.graphs.value import Value
 from tools.export.remedies import remedy
 from tools.export.rules import RULES
 from tools.export.rules.registry import Unsupported

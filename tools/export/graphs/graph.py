@@ -8,13 +8,14 @@ two ways to one value and let a later rule choose: what it knows of the value it
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from tools.export.graphs.program import PRODUCTS, Array, Node, Place, Program, Spec
+from tools.export.graphs.value import Value
 
 _NUMPY_TYPES = {
     torch.float32: np.float32,
@@ -25,13 +26,6 @@ _NUMPY_TYPES = {
 }
 
 N = TypeVar("N")
-
-
-@dataclass(frozen=True)
-class Value(Spec):
-    """A tensor in the graph."""
-
-    name: str = ""
 
 
 class Graph:
@@ -51,12 +45,11 @@ class Graph:
         self._constant_names: dict[tuple[Any, ...], Value] = {}
         self._inputs: dict[str, Value] = {}
         self._outputs: dict[str, Value] = {}
-        self._small: dict[str, Value] = {}
         self._notes: dict[tuple[type, str], Any] = {}
 
     def input(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Value:
         """Declare an input; it is dropped again if nothing reads it."""
-        value = Value(tuple(shape), dtype, name)
+        value = Value(tuple(shape), dtype, name, graph=self)
         self._inputs[name] = self._values[name] = value
         return value
 
@@ -64,14 +57,15 @@ class Graph:
         """Declare an output."""
         self._outputs[name] = value
 
-    def constant(self, value: Any, dtype: torch.dtype = torch.float32) -> Value:
+    def constant(self, content: Any, dtype: torch.dtype = torch.float32) -> Value:
         """A constant tensor of anything numpy can make an array of."""
-        array: Array = np.array(value, dtype=_NUMPY_TYPES[dtype], order="C")
+        array: Array = np.array(content, dtype=_NUMPY_TYPES[dtype], order="C")
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constant_names:
             name = f"c{len(self._constants)}"
             self._constants[name] = array
-            self._constant_names[key] = self._values[name] = Value(array.shape, dtype, name)
+            value = Value(array.shape, dtype, name, graph=self)
+            self._constant_names[key] = self._values[name] = value
         return self._constant_names[key]
 
     def ints(self, values: Sequence[int]) -> Value:
@@ -102,7 +96,8 @@ class Graph:
         if key not in self._known:
             count = len(self._values)
             results = [
-                Value(spec.shape, spec.dtype, f"v{count + i}") for i, spec in enumerate(outputs)
+                Value(spec.shape, spec.dtype, f"v{count + i}", graph=self)
+                for i, spec in enumerate(outputs)
             ]
             place = self.place_of_products if op in PRODUCTS else self.place
             node = Node(op, names, tuple(v.name for v in results), pairs, place)
@@ -138,18 +133,6 @@ class Graph:
         """The note of this type on the value."""
         found: N | None = self._notes.get((kind, value.name))
         return found
-
-    def expand(self, value: Value, shape: Sequence[int]) -> Value:
-        """Broadcast to a shape; `small` finds the value again."""
-        if tuple(shape) == value.shape:
-            return value
-        wide = self.node("Expand", value, self.ints(shape), shape=shape, dtype=value.dtype)
-        self._small[wide.name] = self.small(value)
-        return wide
-
-    def small(self, value: Value) -> Value:
-        """What the value was before it was expanded: enough for an operator that broadcasts."""
-        return self._small.get(value.name, value)
 
     def program(self, name: str) -> Program:
         """The graph with its live nodes, constants and inputs only, outputs under their names."""
