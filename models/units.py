@@ -56,7 +56,7 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def kept(layout: Layout, keep_rate: float) -> dict[str, int]:
+def kept_widths(layout: Layout, keep_rate: float) -> dict[str, int]:
     """The number of units that each group keeps: k = max(1, round(p * n)).
 
     Raises:
@@ -90,7 +90,7 @@ def choose(
         StillhouseError: the keep rate is not in (0, 1].
     """
     chosen = {}
-    for name, k in kept(layout, keep_rate).items():
+    for name, k in kept_widths(layout, keep_rate).items():
         n = layout.groups[name]
         if how == "ordered":
             order = np.arange(n)

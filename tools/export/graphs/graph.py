@@ -1,9 +1,10 @@
 """A graph under construction: values with static shapes, no duplicate work, no dead nodes.
 
-Every value is named by its place (v0, v1, ...), so that the same calls give the same bytes. A node
-that repeats an earlier one (same operator, inputs and attributes) is that earlier one; constants
-are shared by content. Nodes that no output needs are dropped in the end, so that a rule may offer
-two ways to one value and let a later rule choose: what it knows of the value it leaves in a note.
+Values are numbered in the order in which they are made (v0, v1, ...), so that the same calls give
+the same bytes. A node with the operator, inputs and attributes of an earlier one is that earlier
+one; constants are shared by content. Nodes that no output needs are dropped in the end. So a rule
+may offer two ways to one value and let a later rule choose: it leaves what it knows of the value in
+a note.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,8 @@ class Graph:
     """Nodes in the order of execution, with the inputs and outputs named by the caller.
 
     Attributes:
-        place: of the nodes to come; place_of_products: of the products among them.
+        place: the origin of the nodes to come.
+        place_of_products: the origin of the products among them.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,7 @@ class Graph:
         self._outputs[name] = value
 
     def constant(self, content: Any, dtype: torch.dtype = torch.float32) -> Value:
-        """A constant tensor of anything numpy can make an array of."""
+        """A constant tensor; the content is anything that numpy can make an array of."""
         array: Array = np.array(content, dtype=_NUMPY_TYPES[dtype], order="C")
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constant_names:
@@ -109,13 +111,13 @@ class Graph:
 
     @contextmanager
     def placed(self, place: Place) -> Iterator[None]:
-        """For a while, nodes are of this place."""
-        kept = self.place, self.place_of_products
+        """Within the block, this is the origin of all nodes."""
+        outer = self.place, self.place_of_products
         self.place = self.place_of_products = place
         try:
             yield
         finally:
-            self.place, self.place_of_products = kept
+            self.place, self.place_of_products = outer
 
     def maker(self, value: Value) -> Node | None:
         """The node whose output the value is; None for an input or a constant."""
@@ -126,16 +128,16 @@ class Graph:
         return self._values[name]
 
     def note(self, value: Value, fact: Any) -> None:
-        """Keep what a rule knows of a value; one note of each type."""
+        """Leave a note on a value, in the place of an earlier one of the same type."""
         self._notes[type(fact), value.name] = fact
 
     def noted(self, value: Value, kind: type[N]) -> N | None:
         """The note of this type on the value."""
-        found: N | None = self._notes.get((kind, value.name))
-        return found
+        fact: N | None = self._notes.get((kind, value.name))
+        return fact
 
     def program(self, name: str) -> Program:
-        """The graph with its live nodes, constants and inputs only, outputs under their names."""
+        """The finished graph: only live nodes, constants and inputs; outputs have their names."""
         rename: dict[str, str] = {}
         copies: list[Node] = []
         specs: dict[str, Spec] = {key: Spec(v.shape, v.dtype) for key, v in self._values.items()}

@@ -41,7 +41,7 @@ class Value(Spec):
         dtype: torch.dtype | None = None,
         **attributes: Any,
     ) -> "Value":
-        """A node that reads this value, then the others; shape and type are this value's own."""
+        """A node that reads this value, then the others; it keeps shape and type unless told."""
         return self.graph.node(
             op,
             self,
@@ -58,7 +58,7 @@ class Value(Spec):
 
     @property
     def sources(self) -> "tuple[Value, ...]":
-        """What the maker reads."""
+        """The values that the maker reads."""
         return () if self.maker is None else tuple(map(self.graph.value, self.maker.inputs))
 
     # arithmetic

@@ -1,4 +1,4 @@
-"""Padding with what stands at the border, windows along an axis, and their gradients."""
+"""Padding with values of the border, windows along an axis, and their gradients."""
 
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
 
@@ -19,7 +19,7 @@ aten: Any = torch.ops.aten
 
 
 def _borders(op: str, mode: str) -> None:
-    """Padding with what stands at the border: "reflect" mirrors it, "edge" repeats it."""
+    """Register padding with values of the border: "reflect" mirrors them, "edge" repeats them."""
 
     def lower(g: Graph, out: Spec, a: Value, pads: Sequence[int]) -> Value:
         if min(pads) < 0:
@@ -40,10 +40,10 @@ def _borders(op: str, mode: str) -> None:
 
 
 def _folded(grad: Value, axis: int, before: int, after: int, mode: str) -> Value:
-    """The gradients of the borders, added to those of what they show."""
+    """The gradient along one axis: that of each border is added to that of the values it shows."""
     length = grad.shape[axis] - before - after
     mirrors = mode == "reflect"
-    ends = [  # from, to, and the first place of what is shown there
+    ends = [  # start and stop of each border, and the first place of the values that it shows
         (0, before, 1 if mirrors else 0),
         (before + length, grad.shape[axis], length - 1 - (after if mirrors else 0)),
     ]

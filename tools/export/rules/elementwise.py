@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons and activations: one value in, one value out, with broadcasting."""
+"""Elementwise operators, which broadcast: arithmetic, comparisons, functions, constants."""
 
 # ruff: noqa: ARG001 -- a rule takes the arguments of its ATen operator, in order
 
@@ -15,7 +15,7 @@ from tools.export.rules.registry import Unsupported, rule
 aten: Any = torch.ops.aten
 
 
-def operand(g: Graph, value: Operand, dtype: torch.dtype) -> Value:
+def _operand(g: Graph, value: Operand, dtype: torch.dtype) -> Value:
     """A tensor or a Python number as a value of the type."""
     return value.cast(dtype) if isinstance(value, Value) else g.constant(value, dtype)
 
@@ -25,7 +25,7 @@ _ON_BOOLEANS = {"Add": "Or", "Max": "Or", "Mul": "And", "Min": "And"}
 
 def _arithmetic(op: str, *operators: Any) -> None:
     def lower(g: Graph, out: Spec, a: Operand, b: Operand, alpha: float = 1) -> Value:
-        left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+        left, right = _operand(g, a, out.dtype), _operand(g, b, out.dtype)
         if alpha != 1:
             right *= alpha
         return binary(_ON_BOOLEANS.get(op, op) if out.dtype == torch.bool else op, left, right)
@@ -64,7 +64,7 @@ def _common_type(a: Operand, b: Operand) -> torch.dtype:
 def _comparison(op: str, name: str, *, negate: bool = False) -> None:
     def lower(g: Graph, out: Spec, a: Operand, b: Operand) -> Value:
         dtype = _common_type(a, b)
-        left, right = operand(g, a, dtype), operand(g, b, dtype)
+        left, right = _operand(g, a, dtype), _operand(g, b, dtype)
         result = left.node(op, right, shape=out.shape, dtype=torch.bool)
         return result.node("Not") if negate else result
 
@@ -172,13 +172,13 @@ def _trunc(g: Graph, out: Spec, a: Value) -> Value:
 
 @rule(aten.fmod.Scalar, aten.fmod.Tensor)
 def _fmod(g: Graph, out: Spec, a: Operand, b: Operand) -> Value:
-    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    left, right = _operand(g, a, out.dtype), _operand(g, b, out.dtype)
     return left.node("Mod", right, shape=out.shape, dtype=out.dtype, fmod=1)
 
 
 @rule(aten.remainder.Scalar, aten.remainder.Tensor)
 def _remainder(g: Graph, out: Spec, a: Operand, b: Operand) -> Value:
-    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    left, right = _operand(g, a, out.dtype), _operand(g, b, out.dtype)
     if not out.dtype.is_floating_point:
         return left.node("Mod", right, shape=out.shape, dtype=out.dtype)
     return left - (left / right).node("Floor") * right
@@ -188,7 +188,7 @@ def _remainder(g: Graph, out: Spec, a: Operand, b: Operand) -> Value:
 def _div_rounded(
     g: Graph, out: Spec, a: Operand, b: Operand, *, rounding_mode: str | None = None
 ) -> Value:
-    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    left, right = _operand(g, a, out.dtype), _operand(g, b, out.dtype)
     if rounding_mode == "floor" and not out.dtype.is_floating_point:
         left = left - _remainder(g, out, left, right)  # ONNX's quotient rounds towards 0
     quotient = left / right
@@ -206,8 +206,8 @@ def _rsqrt(g: Graph, out: Spec, a: Value) -> Value:
 
 @rule(aten.log1p.default)
 def _log1p(g: Graph, out: Spec, a: Value) -> Value:
-    # log(1 + a) alone loses all of a small a. With u = 1 + a rounded, log(u) * a / (u - 1) does
-    # not (Kahan); where u == 1 the answer is a itself.
+    # log(1 + a) loses the digits of a small a. With u = 1 + a, rounded, log(u) * a / (u - 1) does
+    # not (Kahan). Where u == 1 the result is a itself.
     one = g.constant(1, out.dtype)
     u = a + one
     exact = u.equals(one)
@@ -246,7 +246,7 @@ def _clamp_between(
 
 @rule(aten.where.self)
 def _where(g: Graph, out: Spec, condition: Value, a: Operand, b: Operand) -> Value:
-    left, right = operand(g, a, out.dtype), operand(g, b, out.dtype)
+    left, right = _operand(g, a, out.dtype), _operand(g, b, out.dtype)
     return condition.where(left, right)
 
 

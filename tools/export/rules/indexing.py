@@ -1,7 +1,7 @@
 """Look-ups by integer tensors, constant or computed, and the writes that are their gradients.
 
-Gradients add with `ScatterElements`, which ONNX Runtime's CPU provider runs in order: what is
-looked up several times gets the sum, the same at every run. (`ScatterND` adds in parallel.)
+Gradients add with `ScatterElements`. ONNX Runtime's CPU provider runs it in order, so that a value
+that is looked up several times gets the same sum in every run. (`ScatterND` adds in parallel.)
 """
 
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
@@ -42,10 +42,10 @@ class _Joined:
     """Indices of several axes as one index of one axis, as numpy's advanced indexing joins them.
 
     Attributes:
-        order: the axes of the tensor, the indexed ones side by side: where they are if they are
-            neighbours, in front otherwise.
-        axis: the place of the joined axis.
-        shape: of the tensor with its axes in that order and the indexed ones joined.
+        order: the axes of the tensor with the indexed ones side by side. They stay where they are
+            if they are neighbours, and come first otherwise.
+        axis: the number of the joined axis.
+        shape: the tensor's shape with its axes in that order and the indexed ones joined.
         places: the joined index, of the indices' common shape.
     """
 
@@ -67,7 +67,7 @@ class _Joined:
 
 
 def _positive(index: Value, length: int) -> Value:
-    """The index with the negative ones, which count from the end, as positive ones."""
+    """An index where negative numbers, which count from the end, are positive ones."""
     return (index < 0).where(index + length, index)
 
 
@@ -126,7 +126,7 @@ def _scatter_add(g: Graph, out: Spec, a: Value, axis: int, places: Value, source
 
 
 def _like(source: Value, places: Value) -> Value:
-    """The part of the source that the places speak of."""
+    """The part of the source that has the shape of the places."""
     axes = list(range(len(places.shape)))
     ones = [1] * len(axes)
     return slice_(source, axes, [0] * len(axes), places.shape, ones)

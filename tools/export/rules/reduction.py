@@ -1,4 +1,4 @@
-"""Sums, means, norms, extremes, matrix products."""
+"""Sums, means, norms, extremes, and matrix products."""
 
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
 
@@ -114,8 +114,8 @@ def var_mean(
 def outer(a: Value, b: Value, alpha: float = 1.0) -> Value:
     """(N, ..., A, L), (N, ..., B, L) -> (..., A, B): alpha * the sum over N and L of products.
 
-    ONNX Runtime transposes the right factor as it reads it, so that the one with fewer rows goes
-    there; this is the faster of two ways.
+    ONNX Runtime transposes the right factor as it reads it. The one with fewer rows goes there,
+    which is the faster of two ways.
     """
     if a.shape[-2] < b.shape[-2]:
         whole = outer(b, a, alpha)

@@ -1,8 +1,8 @@
 """Resizing, and adaptive average pooling over windows that overlap, with their gradients.
 
-Both are linear and treat the axes apart: Y = R X C^T with a constant matrix for the rows and one
-for the columns, whose gradient is dX = R^T dY C. The matrices are what PyTorch makes of the unit
-vectors. Repeating each value a whole number of times needs no product.
+Both are linear in each axis: Y = R X C^T with a constant matrix for the rows and one for the
+columns, and the gradient is dX = R^T dY C. PyTorch's operator, applied to the unit vectors, gives
+the matrices. Repeating each value a whole number of times needs no product.
 """
 
 # ruff: noqa: ARG001 -- a rule takes the arguments of its ATen operator, in order
@@ -27,7 +27,7 @@ Ints = Sequence[int]
 
 
 def averages(size: Ints, parts: Ints) -> list[Tensor]:
-    """By axis: the matrix (new, old) of adaptive average pooling."""
+    """The matrix (new, old) of adaptive average pooling for each axis."""
     return [
         F.adaptive_avg_pool1d(torch.eye(old, dtype=torch.float64)[None], new)[0].T
         for old, new in zip(size, parts, strict=True)
@@ -35,7 +35,7 @@ def averages(size: Ints, parts: Ints) -> list[Tensor]:
 
 
 def resized(x: Value, matrices: Sequence[Tensor]) -> Value:
-    """The matrices (new, old) of the last axes, applied to x (..., *old)."""
+    """Tensor (..., *old) with a matrix (new, old) applied to each of its last axes."""
     *free, last = range(len(x.shape))
     for number, matrix in enumerate(reversed(matrices)):
         axis = last - number
@@ -94,7 +94,7 @@ def _upsample(operator: Any, axes: int) -> None:
 
 
 def _repeated(x: Value, factors: Ints) -> Value:
-    """X (N, C, *old) with its values repeated, in some shape."""
+    """Tensor (N, C, *old) with its values repeated, in some shape."""
     sides = [1] * (3 - len(factors)) + list(x.shape[2:])
     depth, rows, columns = [1] * (3 - len(factors)) + list(factors)
     planes = math.prod(x.shape[:2])
@@ -106,7 +106,7 @@ def _repeated(x: Value, factors: Ints) -> Value:
 
 
 def _repeats(matrices: Sequence[Tensor]) -> list[int] | None:
-    """By axis: how often each place is repeated, if that is what the matrices do."""
+    """How often each axis repeats its values; None if the matrices do anything else."""
     factors = [matrix.shape[0] // matrix.shape[1] for matrix in matrices]
     for matrix, factor in zip(matrices, factors, strict=True):
         plain = torch.eye(matrix.shape[1], dtype=matrix.dtype).repeat_interleave(factor, 0)

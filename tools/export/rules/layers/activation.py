@@ -2,8 +2,8 @@
 
 Forward and backward share their costly part: a graph holds a repeated node once. A mask is one
 `HardSigmoid` of a huge slope, min(1, max(0, 3e38 v)), which is 1 for every v > 0 but a denormal
-one; a comparison and a cast are two passes, `Where` is three.
-Tanh, sigmoid, ELU, softplus, mish, log-sigmoid and the clamps are left to PyTorch's decompositions.
+one; a comparison and a cast are two passes, `Where` is three. The gradients of tanh, sigmoid, ELU,
+softplus, mish, log-sigmoid and the clamps are PyTorch's decompositions.
 """
 
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order

@@ -6,11 +6,11 @@ p runs over the output's places and t over the kernel's taps. From this:
     dw[o, c, t] = sum over p of dy[o, p] * xp[c, stride * p + dilation * t]
     dx          = the transposed convolution of dy with w
 
-For dw, one tap at a time, the right factor is a strided slice of xp, and the sum over p a matrix
-product of dy (N, Co, P) with the slice (N, Ci, P) transposed, then summed over the batch. Writing
-it as a convolution with N as channels falls on ONNX Runtime's slow path (a kernel as large as the
-image). For dx at stride 1 the transposed convolution is a convolution with the flipped kernel,
-which has the faster implementation.
+For one tap of dw, the right factor is a strided slice of xp. The sum over p is a matrix product of
+dy (N, Co, P) with the slice (N, Ci, P) transposed, summed over the batch. A convolution with N as
+channels would say the same, but falls on ONNX Runtime's slow path (a kernel as large as the image).
+For dx at stride 1 the transposed convolution is a convolution with the flipped kernel, which is
+faster.
 """
 
 # ruff: noqa: ARG001, PLR0917 -- a rule takes the arguments of its ATen operator, in order
@@ -45,7 +45,7 @@ class _Geometry:
     groups: int
 
     def attributes(self, kernel: Ints) -> dict[str, Any]:
-        """Those of ONNX's Conv and ConvTranspose."""
+        """The attributes of ONNX's Conv and ConvTranspose."""
         return {
             "kernel_shape": list(kernel),
             "strides": list(self.stride),
@@ -185,7 +185,7 @@ def _depthwise_gradient(padded: Value, grad: Value, geometry: _Geometry, shape: 
 
 
 def _windows(padded: Value, kernel: Ints, places: Ints, geometry: _Geometry) -> Iterator[Value]:
-    """By tap of the kernel: the part of the image that the tap reads, (N, C, *places)."""
+    """The part of the image that each tap of the kernel reads, (N, C, *places)."""
     stride, dilation = geometry.stride, geometry.dilation
     axes = range(len(kernel))
     for tap in itertools.product(*(range(k) for k in kernel)):
@@ -195,17 +195,17 @@ def _windows(padded: Value, kernel: Ints, places: Ints, geometry: _Geometry) -> 
 
 
 def _split_gradient(padded: Value, grad: Value, dilation: Ints, shape: Ints) -> Value:
-    """The taps' columns on x's side, their rows on the gradient's: one product a column.
+    """The weight gradient by one product for each column of the kernel.
 
-    With X_j = xp from column j on and D_i = dy moved down by i rows in an image as high as xp,
-    dw[o, c, i, j] = sum of D_i[o] X_j[c]. With all D_i in one matrix (k Co, L) there are k copies
-    of dy and k of x instead of k^2 of x, and k large products instead of k^2 small ones.
+    Let X_j be xp from column j on, and D_i be dy moved down by i rows in an image as high as xp.
+    Then dw[o, c, i, j] = sum of D_i[o] X_j[c]. With all D_i in one matrix (k Co, L) there are k
+    copies of dy and k of x instead of k^2 of x, and k large products instead of k^2 small ones.
     """
     outputs, inputs, down, along = shape
     batch, _, height, _ = padded.shape
     rows, width = grad.shape[2:]
-    # Moved by i rows, with as many zeros in all: copies of dy with gaps between them that make
-    # each as long as the image and start it i rows later than the one before.
+    # All D_i in a row are copies of dy with gaps of zeros between them. A copy and its gap are as
+    # long as the image and `dilation` rows more, so that each copy starts so many rows later.
     length = height * width
     zero = grad.graph.constant(0, grad.dtype)
     gap = zero.expand((batch, outputs, (height - rows + dilation[0]) * width))

@@ -1,9 +1,9 @@
 """Batch, group and layer norm in training mode, and their gradients.
 
-The statistics are computed with plain reductions, in two passes, and ONNX's BatchNormalization only
-applies them, in its evaluation mode. Its training mode is of no use: its running variance is the
-biased one where PyTorch's is unbiased, and ONNX Runtime writes the statistics over the node's own
-mean and variance inputs, constants and graph inputs included.
+Plain reductions compute the statistics, in two passes, and ONNX's BatchNormalization only applies
+them, in its evaluation mode. Its training mode is of no use: its running variance is biased, where
+PyTorch's is unbiased, and ONNX Runtime writes the statistics over the node's mean and variance
+inputs, even if they are constants or graph inputs.
 
     running' = (1 - momentum) * running + momentum * (mean, or variance * n / (n - 1))
 

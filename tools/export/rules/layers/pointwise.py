@@ -1,12 +1,13 @@
 """Batch norm of a 1x1 convolution to many channels, without a pass over its output.
 
-With z (K, n) the convolution's input, one column a pixel, x = W z (M, n) its output, S = z z^T / n
-and m = mean of z, the statistics of x follow from those of z, which is M / K times smaller:
+Let z (K, n) be the convolution's input, one column a pixel, and x = W z (M, n) its output. With
+S = z z^T / n and m = mean of z, the statistics of x follow from those of z, which is M / K times
+smaller:
 
     C = S - m m^T,   mean of x = W m,   variance of x = diag(W C W^T)
 
-and with r = 1 / sqrt(variance + eps), s = gamma r, the normalized output is a convolution by itself
-(its bias the second term), so that x is never there:
+With r = 1 / sqrt(variance + eps) and s = gamma r, the normalized output is a convolution itself,
+with the second term as its bias, so that x is never computed:
 
     y = (diag(s) W) z + (beta - s W m)
 
@@ -17,8 +18,8 @@ channel. With P = dy z^T (M, K) and t = the sums of dy:
     dW = diag(a) P + n diag(b) W C + n c m^T
     dz = (diag(a) W)^T dy + (W^T diag(b) W) z + W^T (c - b W m)
 
-Neither x nor dx is there in memory. The wide tensors are read twice (for P and for dz) where the
-plain way takes eight passes over them. All of it holds as well for z - m in place of z, with m = 0.
+Neither x nor dx is in memory. The wide tensors are read twice (for P and for dz), where the plain
+way takes eight passes over them. All of it also holds for z - m in place of z, with m = 0.
 
 Measured: `python -m benchmarks.choices`, see docs/benchmarks.md.
 """
@@ -29,12 +30,12 @@ from dataclasses import dataclass
 from tools.export.graphs.value import Value
 from tools.export.rules.reduction import outer
 
-WIDER = 2  # how many times as many outputs as inputs make the detour by C pay
+WIDER = 2  # outputs per input from which on the way through C pays
 
 
 @dataclass(frozen=True)
 class Pointwise:
-    """A note on x: what it is made of.
+    """A note on x: the 1x1 convolution that made it, and the moments of its input.
 
     Attributes:
         z: input of the convolution, (N, K, *places).
@@ -75,7 +76,7 @@ class Gradient:
 
 
 def widening(x: Value) -> Pointwise | None:
-    """What x is made of, if it comes from a 1x1 convolution to at least twice the channels."""
+    """The 1x1 convolution that made x, if it has at least twice as many outputs as inputs."""
     maker = x.maker
     if maker is None or maker.op != "Conv":
         return None

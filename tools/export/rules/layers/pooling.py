@@ -49,7 +49,7 @@ def _largest(
     x: Value, places: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
     ceil_mode: bool,
 ) -> tuple[Value, ...]:  # fmt: skip
-    """ONNX's max pooling of (N, C, *size): values, and indices that count through all of x."""
+    """ONNX's max pooling of (N, C, *size): values, and their indices in all of x, flat."""
     past = _overhang(x.shape[2:], places, kernel, stride, padding, dilation)
     after = [max(0, n) for n in past] if ceil_mode else padding
     shape = (*x.shape[:2], *places)
@@ -61,7 +61,7 @@ def _largest(
 
 
 def _planes(shape: Ints, size: Ints) -> Any:
-    """The index of the first place of each plane of (N, C, *size), to subtract from (N, C, ...)."""
+    """The flat index of the first place of each plane of (N, C, *size), as (N, C, 1, ...)."""
     planes = np.arange(shape[0] * shape[1]) * math.prod(size)
     return planes.reshape(*shape[:2], *(1 for _ in size))
 
@@ -90,27 +90,22 @@ def _max_pool_backward(
     size, places = image.shape[2:], dy.shape[-axes:]
     # the forward pass's node again
     y, indices = _largest(image, places, kernel, stride, padding, dilation, ceil_mode)
-    planes = y.shape[0] * y.shape[1]
     grad = dy.reshape(y.shape)
     tiles = kernel == stride and not any(padding) and all(d == 1 for d in dilation)
-    if (
-        axes == 2
-        and tiles
-        and all(p * k <= n for p, k, n in zip(places, kernel, size, strict=True))
-    ):
+    inside = all(p * k <= n for p, k, n in zip(places, kernel, size, strict=True))
+    if axes == 2 and tiles and inside:
         return _tiled_max_pool_backward(grad, image, y, kernel).reshape(out.shape)
     # Index minus the index of the window's first tap: one small number a tap.
-    steps = [math.prod(size[i + 1 :]) for i in range(axes)]
+    apart = [math.prod(size[i + 1 :]) for i in range(axes)]  # indices from a place to the next
     first = _planes(indices.shape, size)
     for i in range(axes):
-        along = (np.arange(places[i]) * stride[i] - padding[i]) * steps[i]
+        along = (np.arange(places[i]) * stride[i] - padding[i]) * apart[i]
         first = first + along.reshape(-1, *(1 for _ in size[i + 1 :]))
     local = indices - g.constant(first, torch.int64)
     taps = list(itertools.product(*(range(k) for k in kernel)))
-    parts = []
-    for tap in taps:
-        number = sum(tap[i] * dilation[i] * steps[i] for i in range(axes))
-        parts.append(grad * local.equals(number).cast(grad.dtype))
+    numbers = [sum(tap[i] * dilation[i] * apart[i] for i in range(axes)) for tap in taps]
+    parts = [grad * local.equals(number).cast(grad.dtype) for number in numbers]
+    planes = y.shape[0] * y.shape[1]
     stacked = concat([part.reshape((planes, 1, *places)) for part in parts], 1)
     one_hot = np.eye(len(taps)).reshape(len(taps), 1, *kernel)
     return _spread(stacked, one_hot, stride, padding, dilation, size).reshape(out.shape)
@@ -119,8 +114,8 @@ def _max_pool_backward(
 def _tiled_max_pool_backward(dy: Value, x: Value, y: Value, kernel: Ints) -> Value:
     """Windows that tile the image: the gradient goes to the first tap that equals the maximum.
 
-    Nothing here reads the indices, so that the forward pass need not make them: without, ONNX
-    Runtime's MaxPool is much faster.
+    Nothing here reads the indices, so the forward pass need not make them; ONNX Runtime's MaxPool
+    is much faster without.
     """
     rows, columns = dy.shape[2:]
     size = [rows * kernel[0], columns * kernel[1]]
