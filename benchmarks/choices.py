@@ -40,14 +40,8 @@ def _one_by_one(tensors: Any) -> Any:
     return tuple(pieces)
 
 
-def _compared(g: Any, out: Any, grad: Any, result: Any, threshold: float) -> Any:
-    import torch
-
-    from tools.export.rules.elementwise import cast, mul
-
-    bound = g.constant(threshold, out.dtype)
-    positive = g.node("Greater", result, bound, shape=result.shape, dtype=torch.bool)
-    return mul(g, grad, cast(g, positive, out.dtype))
+def _compared(_: Any, out: Any, grad: Any, result: Any, threshold: float) -> Any:
+    return grad * (result > threshold).cast(out.dtype)
 
 
 @contextlib.contextmanager

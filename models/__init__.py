@@ -13,7 +13,7 @@ from models.registry import (
     try_out,
 )
 from models.submodel import layout, narrow
-from models.units import Layout, Units, choose, cut, digest, kept, paste, places
+from models.units import Layout, Units, choose, cut, digest, kept_widths, paste, places
 
 __all__ = [
     "Average",
@@ -28,7 +28,7 @@ __all__ = [
     "freeze",
     "inherit",
     "input_shape",
-    "kept",
+    "kept_widths",
     "layout",
     "names",
     "narrow",

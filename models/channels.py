@@ -1,15 +1,21 @@
-"""Which channels of a network stand or fall together, found by watching it run.
+"""The channels of a network that must be kept or dropped together, found by watching it run.
 
-The network runs on a few random samples while every ATen operator passes labels (`models.ties`)
-from its inputs to its output, axis by axis, and ties those that it brings together: a convolution
-its input's channels to its filters' second axis, an addition the channels of both sides, a batch
-norm its statistics to its input. Flattening (C, H, W) repeats each channel's label H * W times, a
-concatenation joins labels, padding adds zeros. What an operator mixes without weights (layer norm,
-softmax or mean over channels), and all that an operator without a rule touches, must stay: what
-cannot be followed is left whole. So are the network's input and its logits.
+The network runs on a few random samples. Every ATen operator passes labels (`models.ties`) from its
+inputs to its output, axis by axis, and ties the labels that it brings together: a convolution ties
+its input's channels to its filters' second axis, an addition ties the channels of both sides, a
+batch norm ties its statistics to its input. Flattening (C, H, W) repeats each channel's label H * W
+times, a concatenation joins labels, padding adds zeros. Some channels must stay: those that an
+operator mixes without weights (layer norm, softmax or mean over channels), those that an operator
+without a rule touches, and the network's input and logits.
 
-To run a network, rather than to trace it by symbols, takes any Python in its `forward`: branches on
-shapes, loops, functional calls, raw parameters, shared layers. And ATen's operators are few.
+Running a network allows any Python in its `forward`: branches on shapes, loops, functional calls,
+raw parameters, shared layers. A symbolic trace would not, and ATen's operators are few.
+
+The exporter has a table of ATen operators, too (`tools.export.rules`). The two share names, but no
+facts. The exporter's says how each overload is written in ONNX, after PyTorch has decomposed the
+model and its backward pass; an operator without a rule is an error there. This one says how labels
+move through a module that runs as it is, with writes in place and random numbers. Most operators
+are elementwise, which PyTorch's own tags tell; one without a rule only keeps its channels whole.
 """
 
 import math
@@ -25,13 +31,15 @@ from torch.utils._python_dispatch import TorchDispatchMode  # public in all but 
 
 from models.ties import Axes, Labels, Ties, stay
 
+_BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
 Call = dict[str, Any]  # an operator's arguments by name
 Rule = Callable[[Ties, Call, Tensor], Axes]  # (ties, arguments, output) -> labels of the output
 
 
 @dataclass(frozen=True)
 class Channels:
-    """What was seen. Units are numbered arbitrarily; 0: must stay.
+    """The units of a network's tensors. Their numbers mean nothing, but unit 0 must stay.
 
     Attributes:
         axes: state_dict name -> for each axis the unit of each index.
@@ -47,7 +55,7 @@ def follow(model: nn.Module, x: Tensor) -> Channels:
     """Watch `model(x)`, in training mode and in evaluation mode, which may differ.
 
     Args:
-        model: returns logits (N, classes). It may be spoilt: its batch-norm statistics will move.
+        model: returns logits (N, classes); pass a copy, for its batch-norm statistics change.
         x: a batch, (N, *input shape).
     """
     state = model.state_dict(keep_vars=True)
@@ -68,7 +76,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, ties: Ties, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ties = ties
-        # A narrower layer has fewer groups; these keep their number where it can be changed.
+        # A narrower layer has fewer groups. These layers have an attribute that can say so; the
+        # number of groups of any other call is fixed.
         kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm)
         layers = [part for part in model.modules() if isinstance(part, kinds)]
         self.regroup = {
@@ -96,7 +105,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _pointwise(ties: Ties, call: Call, output: Tensor) -> Axes:
-    """Inputs broadcast; their axes of the output's length are tied."""
+    """Inputs broadcast: axes that are as long as the output's are tied."""
     inputs = [ties.axes(tensor) for tensor in _tensors(call.values())]
     labels = []
     for i in range(-output.ndim, 0):
@@ -143,10 +152,10 @@ def _addmm(ties: Ties, call: Call, output: Tensor) -> Axes:
 
 def _batch_norm(ties: Ties, call: Call, _: Tensor) -> Axes:
     x = ties.axes(call["input"])
-    own = [call.get(key) for key in ("weight", "bias", "running_mean", "running_var")]
-    for tensor in _tensors(own):
+    tensors = list(_tensors(call.get(key) for key in _BATCH_NORM_TENSORS))
+    for tensor in tensors:
         ties.tie(x[1], ties.axes(tensor)[0])
-    if not any(isinstance(tensor, Tensor) for tensor in own):
+    if not tensors:
         ties.whole(x[1])  # nothing would tell a narrower layer how wide it is
     return x
 
@@ -162,7 +171,7 @@ def _group_norm(ties: Ties, call: Call, _: Tensor) -> Axes:
 
 
 def _spatial(count: int) -> Rule:
-    """Pooling and the like mix the last `count` axes, each channel by itself."""
+    """The rule of pooling and resizing, which mix the last `count` axes of each channel."""
 
     def rule(ties: Ties, call: Call, output: Tensor) -> Axes:
         x = ties.axes(call["self"])
@@ -173,7 +182,7 @@ def _spatial(count: int) -> Rule:
 
 
 def _along(ties: Ties, call: Call, output: Tensor) -> Axes:
-    """Reductions, softmax, slices: the axes that `dim` names are mixed; others pass."""
+    """Reductions, softmax, slices: they mix the axes that `dim` names; the others pass."""
     x, dim = ties.axes(call["self"]), call.get("dim")
     dims = {i % len(x) for i in np.atleast_1d(dim)} if dim not in (None, []) else set(range(len(x)))
     ties.whole(*(x[i] for i in dims))
@@ -183,8 +192,8 @@ def _along(ties: Ties, call: Call, output: Tensor) -> Axes:
 
 
 def _slice(ties: Ties, call: Call, output: Tensor) -> Axes:
-    all_of_it = call["self"].shape == output.shape
-    return ties.axes(call["self"]) if all_of_it else _along(ties, call, output)
+    whole = call["self"].shape == output.shape
+    return ties.axes(call["self"]) if whole else _along(ties, call, output)
 
 
 def _cat(ties: Ties, call: Call, output: Tensor) -> Axes:
@@ -200,7 +209,7 @@ def _cat(ties: Ties, call: Call, output: Tensor) -> Axes:
 
 
 def _pad(ties: Ties, call: Call, _: Tensor) -> Axes:
-    """What is put beside the channels, as in a ResNet's skip without projection, must stay."""
+    """Padding beside the channels, as in a ResNet's skip without projection, must stay."""
     labels, pad = list(ties.axes(call["self"])), call["pad"]
     for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
         if min(before, after) < 0:
@@ -232,15 +241,15 @@ def _permute(ties: Ties, call: Call, output: Tensor) -> Axes:
 def _reshape(ties: Ties, call: Call, output: Tensor) -> Axes:
     """Runs of axes are merged, then split.
 
-    Merged, an index has the label of the one axis that has labels. Split, labels may vary along one
-    of the new axes. Where that is not so (channels merged with others, shuffled, or cut into heads)
-    they must stay.
+    A merged index takes the label of the one axis that has labels. After the split, labels may vary
+    along one new axis only. Where two axes have labels or vary (channels that are merged with
+    others, shuffled, or cut into heads) the channels must stay.
     """
     x, shape = ties.axes(call["self"]), tuple(call["self"].shape)
     labels: list[Labels] = []
     for old, new in _runs(shape, tuple(output.shape)):
         sizes = [output.shape[i] for i in new]
-        made = [stay(size) for size in sizes]
+        split = [stay(size) for size in sizes]
         labelled = [i for i in old if x[i].any()]
         if labelled:
             grid = x[labelled[0]].reshape([-1, *[1] * (old.stop - 1 - labelled[0])])
@@ -250,13 +259,13 @@ def _reshape(ties: Ties, call: Call, output: Tensor) -> Axes:
                 ties.whole(*(x[i] for i in labelled))
             else:
                 i = varies[0] if varies else int(np.argmax(sizes))
-                made[i] = np.moveaxis(merged, i, 0).reshape(sizes[i], -1)[:, 0]
-        labels += made
+                split[i] = np.moveaxis(merged, i, 0).reshape(sizes[i], -1)[:, 0]
+        labels += split
     return tuple(labels)
 
 
 def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[range, range]]:
-    """The shortest runs of axes, from the left, that hold as many elements on both sides."""
+    """The shortest runs of axes, from the left, that hold equally many elements on both sides."""
     i = j = 0
     while i < len(old) or j < len(new):
         start, begin = i, j
@@ -300,7 +309,7 @@ _SPATIAL = re.compile(
 
 
 def _rule(func: Any) -> Rule | None:
-    """By an ATen operator's name; one that works in place has a trailing underscore."""
+    """The rule for an ATen operator; one that works in place has an underscore behind its name."""
     name = func.overloadpacket.__name__.rstrip("_")
     if torch.Tag.pointwise in func.tags:
         return _pointwise

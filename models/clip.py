@@ -1,11 +1,11 @@
-"""Feature maps held to a length."""
+"""Feature maps with a bounded L2 norm."""
 
 import torch
 from torch import nn
 
 
 class Clip(nn.Module):
-    """Scale each sample (N, ...) down to an L2 norm of at most `norm`, as devices may have to."""
+    """Scale each sample (N, ...) down to an L2 norm of at most `norm`."""
 
     def __init__(self, norm: float) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Networks that are not ours, by the name of the function or class that makes them.
+"""A user's own networks, by the name of the function or class that makes them.
 
     package.module:factory        beside run.toml, in the current folder, or installed
     path/to/file.py:factory       relative to run.toml, on a command line to the current folder
     name                          an entry point of the group `stillhouse.models`
 
-A factory takes by name what it wants of `classes` (or `num_classes`), the number of logits, and
-`input_shape`, of one sample. A name may begin with the folder that it is relative to:
+A factory may take, by name, `classes` (or `num_classes`), the number of logits, and `input_shape`,
+the shape of one sample. A name may begin with the folder that it is relative to:
 `/home/me/run/./nets.py:make` (`wire.names`).
 """
 
@@ -40,12 +40,12 @@ log = logging.getLogger("models")
 
 @dataclass
 class Foreign:
-    """A factory that was found.
+    """A factory of a user's networks.
 
     Attributes:
         name: as it was written.
         scope: its modules.
-        factory: what makes the network.
+        factory: the function or class itself.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Foreign:
     _last: Callable[[], object] = field(default=lambda: None)
 
     def make(self, classes: int, shape: tuple[int, ...]) -> nn.Module:
-        """Call the factory; random numbers follow torch's seed, those of numpy and Python too.
+        """A new network; the random numbers of numpy and Python follow torch's seed, too.
 
         Raises:
             StillhouseError: it takes something else, raises, or returns no new network.
@@ -78,7 +78,7 @@ class Foreign:
 
     @property
     def sources(self) -> Mapping[str, str]:
-        """SHA-256 of its source files, by path, as far as they are imported."""
+        """SHA-256 of each of its source files that was imported so far, by path."""
         return dict(self.scope.sources) or _installed(self.factory)
 
     def _call(self, classes: int, shape: tuple[int, ...]) -> object:
@@ -98,7 +98,7 @@ class Foreign:
 
 
 def find(name: str) -> Foreign | None:
-    """What a name stands for; None where it has no `:` and is no entry point.
+    """The factory of this name; None if the name has no `:` and is no entry point.
 
     Raises:
         StillhouseError: there is no such file, module or factory, or importing it fails.
@@ -110,17 +110,17 @@ def find(name: str) -> Foreign | None:
 
 def entry_points() -> dict[str, list[metadata.EntryPoint]]:
     """Networks that installed packages offer, by name."""
-    found: dict[str, list[metadata.EntryPoint]] = {}
+    by_name: dict[str, list[metadata.EntryPoint]] = {}
     for point in metadata.entry_points(group=GROUP):
-        same = found.setdefault(point.name, [])
+        same = by_name.setdefault(point.name, [])
         if point.value not in (other.value for other in same):
             same.append(point)
-    return found
+    return by_name
 
 
 @cache
 def say_clash(name: str) -> None:
-    """Say that an entry point has the name of a network of ours, once."""
+    """Log, once, that an entry point has the name of one of our networks."""
     for point in entry_points().get(name, ()):
         log.warning(
             "%s: the network of this name is Stillhouse's; that of an installed package is %s",
@@ -150,7 +150,7 @@ def _find(name: str, current: str) -> Foreign:
         raise StillhouseError(f"{rest!r}: expected a factory behind the colon; {_FORMS}")
     if place.endswith(".py"):
         path = _file(rest, place, folders)
-        # Where the file is in a package, it is imported as a module of it.
+        # A file in a package is imported as a module of that package.
         root, parts = path.parent, [path.stem]
         while (root / "__init__.py").is_file():
             root, parts = root.parent, [root.name, *parts]
@@ -183,33 +183,35 @@ def _resolved(name: str, place: str, factory: str, folders: list[Path]) -> Forei
                 f"nor installed{_nearest(place, near) or '; ' + _FORMS}"
             ) from fault
         raise StillhouseError(f"{name}: importing it fails {_at(fault, scope)}") from fault
-    found: Any = module
+    target: Any = module
     for part in factory.split("."):
-        if not hasattr(found, part):
-            known = [key for key in vars(found) if not key.startswith("_")]
+        if not hasattr(target, part):
+            known = [key for key in vars(target) if not key.startswith("_")]
             raise StillhouseError(
                 f"{name}: {getattr(module, '__file__', place)} has no {part!r}"
-                f"{_nearest(part, known) or '; it has ' + _callables(found)}"
+                f"{_nearest(part, known) or '; it has ' + _callables(target)}"
             )
-        found = getattr(found, part)
-    if isinstance(found, nn.Module) or not callable(found):
-        what = "a network that is made already" if isinstance(found, nn.Module) else "no function"
+        target = getattr(target, part)
+    if isinstance(target, nn.Module) or not callable(target):
+        what = "a network that is made already" if isinstance(target, nn.Module) else "no function"
         raise StillhouseError(
-            f"{name}: {factory!r} is {what} ({type(found).__name__}); name a function or a class "
+            f"{name}: {factory!r} is {what} ({type(target).__name__}); name a function or a class "
             "that makes a new network at each call"
         )
-    return Foreign(name, scope, found)
+    return Foreign(name, scope, target)
 
 
 def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:
-    """What to give to a factory; where it passes anything on, the next is tried if one is refused.
+    """The sets of argument names to try on a factory, one after the other.
+
+    There are several if it has **kwargs, for what it passes them to may refuse one.
 
     Raises:
-        StillhouseError: it wants something that nobody knows.
+        StillhouseError: it needs an argument that is none of ours.
     """
     try:
         parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # of a builtin
+    except (TypeError, ValueError):  # a builtin has no signature
         return [(), ("classes",)]
     kinds = inspect.Parameter
     known = ("classes", "num_classes", "input_shape")
@@ -227,13 +229,13 @@ def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:
     if any(key in asked for key in _CLASSES):
         return [tuple(dict.fromkeys((*asked, "input_shape"))), asked]
     shaped = tuple(dict.fromkeys((*asked, "input_shape")))
-    # Both names first: what is passed on may swallow the wrong one, as torchvision's MobileNetV3.
+    # Both names first: what they are passed to may swallow the wrong one, as MobileNetV3 does.
     return [(*key, *rest) for rest in dict.fromkeys((shaped, asked))
             for key in (_CLASSES, ("classes",), ("num_classes",), ())]  # fmt: skip
 
 
 def _bound(factory: Callable[..., Any], values: Mapping[str, object]) -> object:
-    """Call with values by name, also where parameters are positional only."""
+    """Call a factory with these arguments by name; positional-only ones by place."""
     try:
         parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):
@@ -251,21 +253,21 @@ def _refuses(fault: Exception, asked: tuple[str, ...]) -> bool:
 
 
 def _at(fault: BaseException, scope: Scope) -> str:
-    """Where in the user's files something went wrong, and what: one line."""
-    said = plain(str(fault)).strip().splitlines()
-    what = f"{type(fault).__name__}: {said[0]}" if said else type(fault).__name__
+    """One line: where in the user's files something went wrong, and what."""
+    message = plain(str(fault)).strip().splitlines()
+    what = f"{type(fault).__name__}: {message[0]}" if message else type(fault).__name__
     if isinstance(fault, SyntaxError) and fault.filename:
         return f"at {fault.filename}:{fault.lineno}: {what}"
     frames = traceback.extract_tb(fault.__traceback__)
-    own = [f for f in frames if scope.path_below(Path(f.filename)) in scope.sources]
-    if not own:
+    users = [f for f in frames if scope.path_below(Path(f.filename)) in scope.sources]
+    if not users:
         return f"with {what}"
     more = "; install it where the orchestrator runs" if isinstance(fault, ImportError) else ""
-    return f"at {own[-1].filename}:{own[-1].lineno}: {what}{more}"
+    return f"at {users[-1].filename}:{users[-1].lineno}: {what}{more}"
 
 
 def _installed(factory: Callable[..., Any]) -> dict[str, str]:
-    """SHA-256 of the file that an installed factory stands in, by its name."""
+    """SHA-256 of the file of an installed factory, by the file's name."""
     try:
         path = Path(inspect.getsourcefile(inspect.unwrap(factory)) or "")
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
@@ -277,11 +279,11 @@ def _is_part(module: str, place: str) -> bool:
     return place == module or place.startswith(f"{module}.")
 
 
-def _callables(found: object) -> str:
-    names = [k for k, v in vars(found).items() if callable(v) and not k.startswith("_")]
-    own = getattr(found, "__name__", None)
-    if isinstance(found, ModuleType):
-        names = [k for k in names if getattr(vars(found)[k], "__module__", None) == own]
+def _callables(owner: object) -> str:
+    """For a message: the functions and classes that a module or a class defines."""
+    names = [k for k, v in vars(owner).items() if callable(v) and not k.startswith("_")]
+    if isinstance(owner, ModuleType):
+        names = [k for k in names if getattr(vars(owner)[k], "__module__", None) == owner.__name__]
     return ", ".join(names) or "none of its own"
 
 

@@ -1,16 +1,16 @@
-"""Import a user's own modules so that they and ours never meet.
+"""Import a user's own modules so that their names never clash with ours.
 
 Our packages have plain names (`models`, `tools`, `wire`), and a user's may have the same. So each
-`Scope` is a private package: a user's `models.blocks` stands in `sys.modules` as
-`stillhouse_own_1.models.blocks`, and two files `net.py` of two folders are two modules. An import
-statement in a user's module finds the user's own modules first, whenever it runs: each has an
-`__import__` of its own. What is installed (torch, timm) is imported as ever.
+`Scope` is a private package: a user's `models.blocks` is `stillhouse_own_1.models.blocks` in
+`sys.modules`, and two files `net.py` of two folders are two modules. Each user's module has an
+`__import__` of its own, so that an import statement finds the user's modules first, whenever it
+runs. Installed packages (torch, timm) are imported as ever.
 
-torchvision is imported also beside a torch of another build (`_vision`). Random numbers that a
-module draws while it is imported are the same each time, and leave those that follow alone.
+torchvision can be imported beside a torch of another build (`_vision`). The random numbers that a
+module draws while it is imported are the same each time, and do not change those drawn later.
 
-Not followed is `importlib.import_module("blocks")`, a call with an absolute name; write an import
-statement, or `import_module(".blocks", __package__)`.
+A call with an absolute name, `importlib.import_module("blocks")`, finds no user's module; write an
+import statement, or `import_module(".blocks", __package__)`.
 """
 
 import builtins
@@ -46,7 +46,7 @@ class Scope:
     """The modules of one user's network.
 
     Args:
-        folders: where to look for them before all else, first to last.
+        folders: where to look for them first, in this order.
         place: the module that is wanted, with dots.
 
     Attributes:
@@ -68,7 +68,7 @@ class Scope:
         self._installed = self._find(self._wanted) is None and _comes_with_ours(self._wanted)
 
     def load(self, place: str) -> ModuleType:
-        """Import a module; one that is installed alone is imported as ever.
+        """Import a module, the user's if there is one, or else an installed one.
 
         Raises:
             Exception: whatever the module's own code raises.
@@ -79,7 +79,7 @@ class Scope:
                 if self.holds(self._wanted):
                     return importlib.import_module(f"{self.package}.{place}")
                 return importlib.import_module(place)
-        finally:  # what a module puts before ours goes behind
+        finally:  # folders that a module put before ours go behind them
             sys.path[:] = [*before, *(entry for entry in sys.path if entry not in before)]
 
     def holds(self, name: str) -> bool:
@@ -90,17 +90,17 @@ class Scope:
 
     def entries(self, name: str) -> list[str]:
         """The folders in which a top-level name is the user's."""
-        own = [*self._folders, *(entry for entry in sys.path if _outside(entry))]
+        folders = [*self._folders, *(entry for entry in sys.path if _outside(entry))]
         if name in OURS or (name == self._wanted and self._installed):
-            own += sys.path
-        return [e for e in own if not _holds_ours(e)] if name in OURS else own
+            folders += sys.path
+        return [f for f in folders if not _holds_ours(f)] if name in OURS else folders
 
     def _find(self, name: str) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, self.entries(name))
         if spec is None or spec.loader is not None:
             return spec
-        # A folder without __init__.py, such as one with images, is a package only where it has
-        # modules, and where nothing installed has its name.
+        # A folder without __init__.py may hold images. It is a package only if it has modules, and
+        # if no installed package has its name.
         with_modules = any(
             next(Path(place).glob(pattern), None)
             for place in spec.submodule_search_locations or ()
@@ -117,7 +117,7 @@ class Scope:
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> ModuleType:
-        """What an import statement in a user's module calls."""
+        """The `__import__` of a user's module, which its import statements call."""
         top = name.partition(".")[0]
         if level or not self.holds(top):
             return builtins.__import__(name, globals, locals, fromlist or (), level)
@@ -136,7 +136,7 @@ class Scope:
 
 
 class _Loader(SourceFileLoader):
-    """Compiles the source each time: bytecode of a file that was edited at once may be old."""
+    """Compiles the source each time: bytecode is stale if a file is edited within a second."""
 
     def __init__(self, name: str, path: str, scope: Scope) -> None:
         super().__init__(name, path)
@@ -158,7 +158,7 @@ class _Loader(SourceFileLoader):
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Within the block, random numbers are the same each time; behind it they go on as before."""
+    """Within the block, random numbers are the same each time; after it they go on as before."""
     with torch.random.fork_rng(devices=[]), seeded(0):
         torch.default_generator.manual_seed(0)
         yield
@@ -168,22 +168,23 @@ def _apart() -> Iterator[None]:
 def seeded(seed: int) -> Iterator[None]:
     """Within the block, Python's and numpy's global random numbers follow a seed.
 
-    Behind it they go on as they were, and torch's default type is what it was.
+    After it they go on as before, and torch's default type is restored.
     """
-    kept = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's code may use it
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - a user's code may use it
     dtype = torch.get_default_dtype()
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     try:
         yield
     finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])  # noqa: NPY002
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_default_dtype(dtype)
 
 
 class _Finder(MetaPathFinder):
-    """Finds what is in a scope's package."""
+    """Finds the modules of a scope's package."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -224,7 +225,7 @@ def _vision(spec: ModuleSpec | None) -> None:
 
 
 def _outside(entry: str) -> bool:
-    """Whether an entry of `sys.path` is a folder of the user's own, such as one of PYTHONPATH."""
+    """Whether an entry of `sys.path` is one of the user's folders, such as one of PYTHONPATH."""
     path = Path(entry or ".").resolve()
     library = Path(sysconfig.get_path("stdlib")).resolve()
     installed = {"site-packages", "dist-packages"} & set(path.parts)
@@ -232,7 +233,7 @@ def _outside(entry: str) -> bool:
 
 
 def _comes_with_ours(name: str) -> bool:
-    """Whether an installed package comes with one that is called as one of ours."""
+    """Whether a distribution that installs this package also has one with the name of ours."""
     known = metadata.packages_distributions()
     others = {owner for ours in OURS for owner in known.get(ours, ())} - {"stillhouse"}
     return not others.isdisjoint(known.get(name, ()))

@@ -1,7 +1,7 @@
 """Networks by name, for configuration files and command lines.
 
-A name is one of ours (`names`), or says where a user's own is made (`models.foreign`). With
-`@layer.path` behind it the network is cut there, for FedGKT (`models.split`).
+A name is one of ours (`names`), or says where a user's own network is made (`models.foreign`).
+`@layer.path` behind a name cuts the network there, for FedGKT (`models.split`).
 """
 
 import copy
@@ -78,7 +78,7 @@ _MODELS = {
 
 
 def names() -> tuple[str, ...]:
-    """Ours, and those that installed packages offer as entry points."""
+    """The names of our networks, and of those that installed packages offer as entry points."""
     return tuple(dict.fromkeys([*_MODELS, *foreign.entry_points()]))
 
 
@@ -98,7 +98,7 @@ def build(name: str, *, classes: int, input_shape: tuple[int, ...] | None = None
     """A freshly initialised network; the random numbers are torch's, so seed before.
 
     Args:
-        name: one of `names()`, or where a user's own is made; see the module's text.
+        name: one of `names()`, or where a user's own network is made; see the module's docstring.
         classes: number of logits, 2 or more.
         input_shape: of one sample (channels, height, width); default: as published. A server half
             takes the feature map of its device half.
@@ -108,12 +108,12 @@ def build(name: str, *, classes: int, input_shape: tuple[int, ...] | None = None
             factory that fails, or a network that cannot be cut there.
     """
     whole, path = parse(name)
-    found = _known(whole)
+    foreign_network = _known(whole)
     if classes < 2:
         raise StillhouseError(f"{title(name)}: expected 2 classes or more, got {classes}")
-    if found is not None:
+    if foreign_network is not None:
         shape = (3, 32, 32) if input_shape is None else tuple(input_shape)
-        model = found.make(classes, shape)
+        model = foreign_network.make(classes, shape)
     else:
         entry = _MODELS[whole]
         shape = entry.shape if input_shape is None else input_shape
@@ -135,20 +135,20 @@ _CUTS: dict[tuple[str, int, tuple[int, ...]], split.Cut] = {}
 
 
 def sources(name: str) -> Mapping[str, str]:
-    """SHA-256 of each source file that a user's network was made of, by path; none for ours.
+    """SHA-256 of each source file of a user's network, by path; none for our networks.
 
-    A file that is imported in the forward pass is among them once that has run.
+    A file that the forward pass imports is listed once that has run.
     """
-    found = _known(parse(name)[0])
-    return {} if found is None else found.sources
+    foreign_network = _known(parse(name)[0])
+    return {} if foreign_network is None else foreign_network.sources
 
 
 def try_out(model: nn.Module, name: str, *, classes: int, shape: tuple[int, ...]) -> Shape | None:
     """Run a network on two samples in both modes; returns the shape of its feature map, if any.
 
     Raises:
-        StillhouseError: it fails, its logits have another shape or type, its weights are no
-            float32, or what it hands out are not its extractor's feature maps and its own logits.
+        StillhouseError: it fails, its logits have another shape or type, its weights are not
+            float32, or `extract` does not return the extractor's feature maps and the logits.
     """
     model = copy.deepcopy(model)
     odd = next((n for n, p in model.named_parameters() if p.dtype != torch.float32), None)
@@ -185,12 +185,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _known(name: str) -> foreign.Foreign | None:
-    """A user's own network; None is one of ours."""
+    """The user's network of this name; None if it is one of ours."""
     if name in _MODELS:
         foreign.say_clash(name)
         return None
-    found = foreign.find(name)
-    if found is None:
+    network = foreign.find(name)
+    if network is None:
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.7 if "." in name else 0.4)
         place, dot, last = name.rpartition(".")
         if dot and last == "py":
@@ -198,40 +198,40 @@ def _known(name: str) -> foreign.Foreign | None:
         elif dot and not near:
             near = [f"{place}:{last}"]
         hint = f"did you mean {near[0]!r}? " if near else ""
-        own = "your own: path/to/file.py:factory or package.module:factory"
+        forms = "your own: path/to/file.py:factory or package.module:factory"
         raise StillhouseError(
-            f"no model is named {name!r}; {hint}known are: {', '.join(names())}; or name {own}"
+            f"no model is named {name!r}; {hint}known are: {', '.join(names())}; or name {forms}"
         )
-    return found
+    return network
 
 
 def inherit(model: nn.Module, weights: Mapping[str, Tensor]) -> int:
-    """Begin with another network's weights: those of the same name and shape.
+    """Copy another network's weights into this one, where name and shape are the same.
 
-    A half of a ResNet takes its part of a whole one, as far as it has the same blocks: the device
-    half all but its classifier, the server half all, and not the classifier of other classes.
+    A half of a ResNet takes its part of a whole one, as far as they have the same blocks. The
+    device half takes no classifier; the server half does, if the number of classes is the same.
 
     Args:
-        model: whose tensors are replaced.
+        model: the network whose tensors are replaced.
         weights: parameters and buffers of a network of the same kind, or of a whole ResNet.
 
     Returns:
         How many tensors were taken.
     """
-    own = model.state_dict()
-    origins = {name: name for name in own}
+    state = model.state_dict()
+    origins = {name: name for name in state}
     if isinstance(model, DeviceResNet | ServerResNet) and "rest.fc.weight" in weights:
         origins = model.origins()
-    if isinstance(model, split.SplitAt) and set(weights).isdisjoint(own):
+    if isinstance(model, split.SplitAt) and set(weights).isdisjoint(state):
         origins = model.origins()
-    found = {name: weights.get(there) for name, there in origins.items()}
-    taken = {n: t for n, t in found.items() if t is not None and t.shape == own[n].shape}
-    model.load_state_dict(own | taken)
+    offered = {name: weights.get(origin) for name, origin in origins.items()}
+    taken = {n: t for n, t in offered.items() if t is not None and t.shape == state[n].shape}
+    model.load_state_dict(state | taken)
     return len(taken)
 
 
 def freeze(model: SplitModel) -> None:
-    """Let the extractor stay as it is in training: parameters, and statistics of batch norm."""
+    """Fix the extractor in training: its parameters, and the statistics of its batch norms."""
 
     def stay(extractor: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
         return nn.Module.train(extractor, mode=False)

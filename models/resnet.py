@@ -74,8 +74,8 @@ class DeviceResNet(nn.Module):
         classes: number of logits.
         channels: of the images.
         depth: 4 or 6, with one or two basic blocks, or 8, with two bottleneck blocks.
-        cut: how many of the blocks belong to the extractor, too. H then has 64 channels at depth 8.
-            One seed gives the same weights for each cut.
+        cut: how many blocks belong to the extractor beside the stem. At depth 8, H then has 64
+            channels. The same seed gives the same weights at each cut.
     """
 
     def __init__(self, classes: int, channels: int = 3, *, depth: int = 8, cut: int = 0) -> None:
@@ -102,16 +102,16 @@ class DeviceResNet(nn.Module):
         return self.extract(x)[1]
 
     def origins(self) -> dict[str, str]:
-        """The names in a whole ResNet of the tensors that it has too; it has no basic blocks."""
+        """The whole ResNet's name for each tensor that it has, too; it has no basic blocks."""
         stem = len(_stem(1))
-        own = [f"extractor.{i}" for i in range(len(self.extractor))]
-        own += [f"blocks.{i}" for i in range(len(self.blocks))]
-        there = [f"extractor.{i}" for i in range(stem)]
-        there += [f"rest.stages.{i}" for i in range(len(own) - stem)]
+        device_layers = [f"extractor.{i}" for i in range(len(self.extractor))]
+        device_layers += [f"blocks.{i}" for i in range(len(self.blocks))]
+        whole_layers = [f"extractor.{i}" for i in range(stem)]
+        whole_layers += [f"rest.stages.{i}" for i in range(len(device_layers) - stem)]
         return {
-            f"{place}.{name}": f"{origin}.{name}"
-            for place, origin in zip(own, there, strict=True)
-            if not isinstance(layer := self.get_submodule(place), Basic)
+            f"{device_layer}.{name}": f"{whole_layer}.{name}"
+            for device_layer, whole_layer in zip(device_layers, whole_layers, strict=True)
+            if not isinstance(layer := self.get_submodule(device_layer), Basic)
             for name in layer.state_dict()
         }
 
@@ -141,7 +141,7 @@ class ServerResNet(nn.Module):
 
 
 class ResNet(nn.Module):
-    """All of ResNet-(9n+2) in one place: what FedGKT's two halves are compared with."""
+    """A whole ResNet-(9n+2), the network that FedGKT's two halves are compared with."""
 
     def __init__(self, classes: int, n: int, channels: int = 3) -> None:
         super().__init__()

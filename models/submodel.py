@@ -1,16 +1,16 @@
-"""Sub-models of a network: where they can be cut (`layout`), and the narrower network (`narrow`).
+"""Sub-models of a network: where it can be cut (`layout`), and the narrower network (`narrow`).
 
 Federated Dropout (Caldas et al. 2018, arXiv 1812.07210) drops units of hidden linear layers and
 filters of hidden convolutions, never the network's input or its logits. `models.channels` watches
-any network run and says what belongs together, and a layout is given out only after a narrower copy
-has computed the same as the whole network with the dropped units' values set to zero. What cannot
-be followed stays whole: layer norm, group norm with one group, channels that are shuffled,
-attention across heads. Of other group norms and of grouped convolutions, whole groups go.
+a network run and says which channels belong together. A layout is returned only after a narrower
+copy has computed what the whole network does with the dropped units' values set to zero. Layers
+that mix channels stay whole: layer norm, group norm with one group, shuffled channels, attention
+across heads. Other group norms and grouped convolutions lose whole groups.
 
-    network     -> layout(model, input_shape)
-    index set   -> choose(layout, keep_rate, "random", seed=..., round_=..., device=...)
-    tensors     -> cut(state, layout, units); models.Average puts the updates back
-    module      -> narrow(model, layout, keep_rate), for the exporter; its tensors are those of cut
+    layout(model, input_shape)                  the groups of units of a network
+    choose(layout, keep_rate, "random", ...)    the units that a device keeps
+    cut(state, layout, units)                   their tensors; models.Average puts updates back
+    narrow(model, layout, keep_rate)            a module with tensors of that size, to export
 """
 
 import copy
@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # the one class of all batch and instance norms
 
 from models import channels
-from models.units import Layout, Units, all_places, choose, cut, digest, kept, paste, places
+from models.units import Layout, Units, all_places, choose, cut, digest, kept_widths, paste, places
 from wire.errors import StillhouseError
 
 __all__ = [
-    "Layout", "Units", "choose", "cut", "digest", "kept", "layout", "narrow", "paste", "places",
+    "Layout", "Units", "choose", "cut", "digest", "kept_widths", "layout", "narrow", "paste",
+    "places",
 ]  # fmt: skip
 
-# What a module's own forward raises when it fails on a batch that it was said to take.
+# What the forward pass of a user's module may raise when it does not take a batch.
 FORWARD_FAULTS = (
     RuntimeError,
     ValueError,
@@ -63,7 +64,7 @@ def layout(model: nn.Module, input_shape: tuple[int, int, int]) -> Layout:
     model = copy.deepcopy(model).cpu()
     name = type(model).__name__
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    # Three: of half of the units, x.view(-1, width) then fails rather than mixes the samples.
+    # Three samples: x.view(-1, width) fails with half of the units, instead of mixing samples.
     x = torch.randn(3, *input_shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.random.fork_rng(devices=[]):
         watched = copy.deepcopy(model)
@@ -72,9 +73,9 @@ def layout(model: nn.Module, input_shape: tuple[int, int, int]) -> Layout:
                 watched.train(training), x,
                 fails=f"{name} fails on samples of shape {input_shape}",
             )  # fmt: skip
-        found = _layout(channels.follow(watched, x))
-    _prove(model.eval(), found, x)
-    return found
+        groups = _layout(channels.follow(watched, x))
+    _prove(model.eval(), groups, x)
+    return groups
 
 
 def narrow(model: nn.Module, layout: Layout, keep_rate: float) -> nn.Module:
@@ -84,7 +85,7 @@ def narrow(model: nn.Module, layout: Layout, keep_rate: float) -> nn.Module:
     `groups` and the like) say so too.
 
     Args:
-        model: the network that the layout is of.
+        model: the whole network.
         layout: `layout(model, ...)`.
         keep_rate: in (0, 1].
 
@@ -94,7 +95,7 @@ def narrow(model: nn.Module, layout: Layout, keep_rate: float) -> nn.Module:
     units = choose(layout, keep_rate, "ordered", seed=0, round_=0, device="")
     at = all_places(layout, units)
     narrower = copy.deepcopy(model)
-    done: dict[Tensor, Tensor] = {}  # what layers share, they go on sharing
+    narrowed: dict[Tensor, Tensor] = {}  # layers that share a tensor go on sharing it
     for path, part in narrower.named_modules():
         for key, tensor in [
             *part.named_parameters(recurse=False, remove_duplicate=False),
@@ -102,17 +103,17 @@ def narrow(model: nn.Module, layout: Layout, keep_rate: float) -> nn.Module:
         ]:
             name = f"{path}.{key}" if path else key
             if at.get(name):
-                if tensor not in done:
-                    done[tensor] = _select(tensor, at[name])
-                setattr(part, key, done[tensor])
+                if tensor not in narrowed:
+                    narrowed[tensor] = _select(tensor, at[name])
+                setattr(part, key, narrowed[tensor])
         _resize(part)
     return narrower
 
 
 def _layout(seen: channels.Channels) -> Layout:
-    """Units that own as many indices of every axis as one another can stand in for one another.
+    """The groups of units: units are in one group if they own equally many indices of every axis.
 
-    Such units make a group: whichever k of them stay, all shapes are the same.
+    Whichever k units of a group stay, all shapes are the same.
     """
     owned: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for place, labels in enumerate(itertools.chain.from_iterable(seen.axes.values())):
@@ -139,15 +140,18 @@ def _layout(seen: channels.Channels) -> Layout:
     }
     return Layout(
         groups,
-        {name: tuple(a if (a >= 0).any() else None for a in own) for name, own in axes.items()},
-        {name: tuple(map(len, own)) for name, own in axes.items()},
+        {
+            name: tuple(axis if (axis >= 0).any() else None for axis in by_axis)
+            for name, by_axis in axes.items()
+        },
+        {name: tuple(map(len, by_axis)) for name, by_axis in axes.items()},
     )
 
 
 def _prove(model: nn.Module, layout: Layout, x: Tensor) -> None:
-    """Half of the units, drawn at random: narrower, and whole with zeros for the others' values.
+    """Compare a copy with half of the units to the whole network with zeros for the other half.
 
-    A unit without weights, bias and normalization puts out a constant that nobody weighs.
+    A unit whose weights, bias and normalization are 0 has a constant output, and no layer reads it.
     """
     units = choose(layout, 0.5, "random", seed=0, round_=0, device="")
     state = {name: t.numpy() for name, t in model.state_dict().items() if name in layout.axes}
@@ -156,9 +160,9 @@ def _prove(model: nn.Module, layout: Layout, x: Tensor) -> None:
     narrower, name = narrow(model, layout, 0.5), type(model).__name__
     logits = []
     for network, tensors in ((model, paste(blank, part, layout, units)), (narrower, part)):
-        own = network.state_dict()
+        network_state = network.state_dict()
         for key, array in tensors.items():
-            own[key].copy_(torch.from_numpy(array))
+            network_state[key].copy_(torch.from_numpy(array))
         logits.append(run(network, x, fails=f"{name} fails when it is narrower", remedy=_REMEDY))
     masked, dense = logits
     error = (masked - dense).abs().max() if masked.shape == dense.shape else torch.tensor(torch.inf)
@@ -170,10 +174,11 @@ def _prove(model: nn.Module, layout: Layout, x: Tensor) -> None:
 
 
 def run(model: nn.Module, x: Tensor, *, fails: str, remedy: str = TAKES) -> Tensor:
-    """The model's logits; what goes wrong is told with the module that was running.
+    """The model's logits.
 
     Raises:
-        StillhouseError: it begins with `fails` and ends with `remedy`.
+        StillhouseError: the forward pass fails or returns no tensor. The message begins with
+            `fails`, names the module that was running and ends with `remedy`.
     """
     running: list[str] = []
 
@@ -227,8 +232,8 @@ def _resize(part: nn.Module) -> None:
             part.num_groups = part.num_groups * len(part.weight) // part.num_channels
             part.num_channels = len(part.weight)
         case _NormBase():
-            own = [t for t in (part.weight, part.running_mean) if t is not None]
-            part.num_features = len(own[0]) if own else part.num_features
+            tensors = [t for t in (part.weight, part.running_mean) if t is not None]
+            part.num_features = len(tensors[0]) if tensors else part.num_features
         case nn.PReLU():
             part.num_parameters = len(part.weight)
         case _:

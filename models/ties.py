@@ -1,9 +1,9 @@
-"""Labels on the axes of tensors, and which of them are one.
+"""Labels on the axes of tensors, and the units that they form.
 
 Every index along every axis of a network's parameters and floating-point buffers gets a number, its
-*label*; 0 stands for what must stay whole. Activations have the labels of the weights that made
-them. To *tie* two labels is to say that they are the same unit: keep both or drop both. Ties are
-edges of a graph over labels, and a unit is one of its connected components.
+*label*; label 0 marks what must stay. Activations take the labels of the weights that made them. To
+*tie* two labels is to say that they belong to one unit: keep both or drop both. Ties are edges of a
+graph over labels, and a unit is one of its connected components.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ Axes = tuple[Labels, ...]
 
 
 class Ties:
-    """What is known while a network runs.
+    """The labels and ties that have been seen so far, while a network runs.
 
     Args:
         named: parameters and floating-point buffers by name; a tensor may have several names.
@@ -40,10 +40,10 @@ class Ties:
                 self._axes[tensor] = tuple(self._fresh(name, length) for length in tensor.shape)
 
     def axes(self, tensor: Tensor) -> Axes:
-        """Labels along each axis; a tensor that was never seen must stay as it is."""
+        """Labels along each axis; those of a tensor without labels are 0."""
         if tensor in self._axes:
-            known: Axes = self._axes[tensor]
-            return known
+            axes: Axes = self._axes[tensor]
+            return axes
         return tuple(stay(length) for length in tensor.shape)
 
     def label(self, tensor: Tensor, axes: Axes) -> None:
@@ -51,25 +51,25 @@ class Ties:
         self._axes[tensor] = axes
 
     def tie(self, a: Labels, b: Labels) -> None:
-        """Index by index, `a` and `b` are the same unit; they broadcast."""
+        """Say that `a` and `b`, index by index, are the same units; they broadcast."""
         left, right = np.broadcast_arrays(a, b)
         self._edges.append((left.ravel(), right.ravel()))
 
     def whole(self, *axes: Labels) -> None:
-        """All of this must stay."""
+        """Say that all of these labels must stay."""
         for labels in axes:
             self.tie(labels, stay(1))
 
     def owner(self, labels: Labels) -> str:
-        """The tensor that was first given the least of these labels that need not stay."""
+        """The tensor that the least of these labels, 0 aside, was made for."""
         at = np.searchsorted(self._firsts, labels[labels > 0].min(), "right")
         return self._owners[int(at) - 1]
 
     def units(self) -> Labels:
-        """For each label its unit, named by the least label in it; 0: must stay.
+        """The unit of each label, named by the least label in it; unit 0 must stay.
 
-        Each pass hooks every component that has a lesser neighbour to that neighbour, and then
-        makes all labels point to their component's least: about log2 of the longest chain of ties.
+        Each pass hooks every component to its least neighbour and then points all labels at their
+        component's least. It takes about log2 of the longest chain of ties passes.
         """
         a = np.concatenate([stay(0), *(a for a, _ in self._edges)])
         b = np.concatenate([stay(0), *(b for _, b in self._edges)])
@@ -90,5 +90,5 @@ class Ties:
 
 
 def stay(length: int) -> Labels:
-    """Labels of an axis all of which must stay."""
+    """The labels of an axis that must stay whole."""
     return np.zeros(length, np.int64)

@@ -1,8 +1,8 @@
-"""Index sets of Federated Dropout: which units a sub-model keeps, and its tensors by them.
+"""Index sets of Federated Dropout: the units that a sub-model keeps, and its tensors.
 
-Caldas et al. 2018 (arXiv 1812.07210): of every hidden layer a fixed number of units
-stays, k = max(1, round(p * n)) of n at keep rate p, drawn without replacement; what is left of the
-weight matrices is dense and smaller. Here a *unit* is a neuron of a hidden linear layer or a filter
+Caldas et al. 2018 (arXiv 1812.07210): every hidden layer keeps a fixed number of its n units,
+k = max(1, round(p * n)) at keep rate p, drawn without replacement. The weight matrices that remain
+are dense and smaller. Here a *unit* is a neuron of a hidden linear layer or a filter
 of a hidden convolution, with all that belongs to it: its bias and normalization, its inputs to the
 next layers, and the channels that a skip connection adds to it. A *group* is a set of units that
 are drawn from together, most often a layer's. All of this is arithmetic on numpy arrays;
@@ -23,7 +23,7 @@ from wire.errors import StillhouseError
 
 Array = NDArray[Any]
 Axis = NDArray[np.int64]
-"""The unit that each index along an axis belongs to, or -1: of no unit, always kept.
+"""The unit that each index along an axis belongs to; -1: it belongs to none and is always kept.
 
 Units are numbered through all groups of a layout, in the order of `Layout.groups`.
 """
@@ -34,7 +34,7 @@ Units = Mapping[str, NDArray[np.int64]]
 Places = tuple[NDArray[np.int64], ...]
 """Indices along each axis of a whole tensor: `whole[np.ix_(*places)]` is the sub-model's.
 
-They end with the last axis that is cut: later ones are whole. A tensor that is whole has no places,
+They end with the last axis that is cut; later axes are whole. A tensor that is whole has no places,
 and `whole[np.ix_()]` is all of it.
 """
 
@@ -43,7 +43,7 @@ How = Literal["random", "shared", "ordered", "rolling"]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Which indices of which tensors belong to which unit.
+    """The units that the indices of a network's tensors belong to.
 
     Attributes:
         groups: name (of the first layer that makes the units, such as "conv1") -> width, 2 or more.
@@ -56,8 +56,8 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def kept(layout: Layout, keep_rate: float) -> dict[str, int]:
-    """How many units of each group stay: k = max(1, round(p * n)).
+def kept_widths(layout: Layout, keep_rate: float) -> dict[str, int]:
+    """The number of units that each group keeps: k = max(1, round(p * n)).
 
     Raises:
         StillhouseError: the keep rate is not in (0, 1].
@@ -75,14 +75,14 @@ def choose(
     """The units that a device keeps in a round.
 
     Args:
-        layout: of the whole model.
+        layout: the whole model's.
         keep_rate: p, in (0, 1].
         how: "random" draws anew for each device and round (Caldas et al. 2018); "shared" draws once
             a round, the same for all devices; "ordered" takes the first k (HeteroFL, Diao et al.
             2020, arXiv 2010.01264; FjORD, Horvath et al. 2021, arXiv 2102.13451); "rolling" a
             window of k that starts at the round's number and wraps around (FedRolex, Alam et al.
             2022, arXiv 2212.01548), so that n rounds train each of n units k times.
-        seed: of the run.
+        seed: the run's.
         round_: number of the round.
         device: name of the device.
 
@@ -90,7 +90,7 @@ def choose(
         StillhouseError: the keep rate is not in (0, 1].
     """
     chosen = {}
-    for name, k in kept(layout, keep_rate).items():
+    for name, k in kept_widths(layout, keep_rate).items():
         n = layout.groups[name]
         if how == "ordered":
             order = np.arange(n)
@@ -109,14 +109,14 @@ def choose(
 
 
 def digest(units: Units) -> str:
-    """SHA-256, in hexadecimal, of the index set's canonical JSON: equal sets have equal names."""
+    """SHA-256, in hexadecimal, of the index set's canonical JSON; equal sets have equal digests."""
     plain = {name: indices.tolist() for name, indices in units.items()}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def places(layout: Layout, units: Units, name: str) -> Places:
-    """Where the tensor `name` of a sub-model lies in the whole one; see `Places`."""
+    """The place of a sub-model's tensor `name` in the whole one; see `Places`."""
     return _places(layout, _marks(layout, units), name)
 
 
@@ -144,7 +144,7 @@ def paste(
 
 
 def _marks(layout: Layout, units: Units) -> NDArray[np.bool_]:
-    """By a unit's number, whether it stays; the last entry, which index -1 finds, is true."""
+    """Whether each unit stays, by its number; the last entry, which index -1 finds, is true."""
     marks = np.zeros(sum(layout.groups.values()) + 1, bool)
     marks[-1] = True
     first = 0

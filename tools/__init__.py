@@ -1,9 +1,9 @@
-"""Tools that are run by people: the training compiler, and PyTorch's side of measurements."""
+"""Tools that people run: the training compiler, and PyTorch's side of measurements."""
 
 import sys
 from pathlib import Path
 
-# Import our own `models` and `wire`, see `orchestrator`.
+# Import our own `models` and `wire`; `orchestrator` says why.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from wire import stopping

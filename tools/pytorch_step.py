@@ -1,8 +1,9 @@
 """PyTorch at an artifact's training step: `python -m tools.pytorch_step FOLDER THREADS [MODEL]`.
 
-Eager, NCHW, its own fused optimizer, denormals taken for zero: the network that the manifest names,
-from the artifact's weights, on the batch of `ondevice.peer`, which asks for turns through
-the pipe. The loss of the first step is told, so that the other side can see that both do the same.
+The network that the manifest names trains from the artifact's weights on the batch of
+`ondevice.peer`, which asks for turns through the pipe: eager, NCHW, with PyTorch's fused optimizer
+and denormals taken for zero. It reports the loss of the first step, so that the other side can see
+that both do the same.
 """
 
 import sys
@@ -23,12 +24,12 @@ from wire.manifest import Manifest
 
 
 def prepare(folder: Path, threads: int, name: str = "") -> worker.Prepared:
-    """The step, warm.
+    """A step that is ready to be timed.
 
     Args:
-        folder: of the artifact.
-        threads: 0 leaves PyTorch its own number.
-        name: of the network, as `models.build` takes it; "": as the manifest has it.
+        folder: the artifact's.
+        threads: number of PyTorch's threads; 0 for its default.
+        name: the network's name for `models.build`; "" for the manifest's.
 
     Raises:
         ArtifactError: the artifact's network is not known here.
@@ -83,13 +84,13 @@ def _network(manifest: Manifest, state: dict[str, Tensor], name: str) -> nn.Modu
         ) from fault
     if model.keep_rate != 1:
         net = models.narrow(net, models.layout(net, shape), model.keep_rate)
-    known = {key: state[key] for key in net.state_dict() if key in state}
-    if missing := {spec.name for spec in manifest.state_of("parameter")} - set(known):
+    weights = {key: state[key] for key in net.state_dict() if key in state}
+    if missing := {spec.name for spec in manifest.state_of("parameter")} - set(weights):
         raise ArtifactError(
             f"{name or model.name} is not the artifact's network: it has no {min(missing)!r}; name "
             "the right one with --model"
         )
-    net.load_state_dict(known, strict=False)
+    net.load_state_dict(weights, strict=False)
     trained = {spec.name for spec in manifest.state_of("parameter")}
     for key, parameter in net.named_parameters():
         parameter.requires_grad_(key in trained)
@@ -111,7 +112,7 @@ def _optimizer(manifest: Manifest, parameters: list[nn.Parameter]) -> torch.opti
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Answer on the pipe until it ends; the exit code."""
+    """Answer on the pipe until it ends; returns the exit code."""
     folder, threads, *name = arguments
     return worker.serve(lambda: prepare(Path(folder), int(threads), *name))
 

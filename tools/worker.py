@@ -1,12 +1,11 @@
-"""A contender's side of the pipe: prepare, then run whenever asked, and sleep in between.
+"""A contender's side of a pipe: it prepares, then runs when asked, and sleeps in between.
 
-`benchmarks.race` and `ondevice.peer` are at its other end.
+`benchmarks.race` and `ondevice.peer` are at the other end. Each message is one line. After its
+preparation the contender writes {"loss": L}, the loss of its very first step (null if there is
+none). For every number of seconds that it reads, it runs that long and writes its measurements.
+Any failure ends it with {"failed": why}.
 
-One line each way. After its preparation the contender writes {"loss": L}, the loss of its very
-first step (null where there is none). For every number of seconds that it reads it runs that long
-and writes what it measured. Whatever goes wrong ends it with {"failed": why}.
-
-Standard library alone: onnxruntime-training runs it in an environment of its own.
+It needs only the standard library: onnxruntime-training runs it in a separate environment.
 """
 
 import json
@@ -23,7 +22,7 @@ WARM_UP = 3
 
 
 def serve(prepare: Callable[[], Prepared]) -> int:
-    """Answer on standard output until standard input ends; the exit code."""
+    """Answer on standard output until standard input ends; returns the exit code."""
     # Libraries print to standard output as well; that goes to standard error.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -36,7 +35,7 @@ def serve(prepare: Callable[[], Prepared]) -> int:
         say({"loss": loss})
         for line in sys.stdin:
             say(turn(float(line)))
-    except Exception as fault:  # noqa: BLE001 - whatever stops a contender stands in the report
+    except Exception as fault:  # noqa: BLE001 - the report says what stopped a contender
         say({"failed": one_line(fault)})
         return 1
     return 0

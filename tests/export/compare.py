@@ -1,10 +1,10 @@
-"""Does a module, compiled, give PyTorch's numbers, forward and backward, in float32 and float64?
+"""Compare a compiled module to PyTorch, forward and backward, in float32 and float64.
 
-In float32 on ONNX Runtime: as near to PyTorch's float64 as PyTorch's own float32 is. In float64 the
-same graph, every float32 in it widened, gives PyTorch's numbers to ten digits: a constant that is a
-little wrong, or a formula that nearly holds, has nowhere to hide. It runs on ONNX Runtime where its
-CPU kernels have float64 (not Conv, ConvTranspose, AveragePool, Resize, Erf and the trigonometric
-ones but Sin and Cos), otherwise on the reference that comes with ONNX.
+In float32, on ONNX Runtime, it must be as near to PyTorch's float64 as PyTorch's float32 is. In
+float64 the same graph, with every float32 widened, must give PyTorch's numbers to ten digits, so
+that a constant that is a little wrong, or a formula that nearly holds, shows. The float64 graph
+runs on ONNX Runtime if its CPU kernels have float64 (Conv, ConvTranspose, AveragePool, Resize, Erf
+and the trigonometric ones but Sin and Cos have not), otherwise on ONNX's reference.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ from tools.export.lower import lower, trace
 
 
 class Wide(Graph):
-    """A graph with float64 wherever a rule says float32."""
+    """A graph with float64 where a rule says float32."""
 
     def input(self, name, shape, dtype=torch.float32):
         return super().input(name, shape, _wide(dtype))
@@ -44,7 +44,7 @@ def _wide(dtype):
     return torch.float64 if dtype == torch.float32 else dtype
 
 
-# What ONNX's reference lacks, or has in float32 or for one group only.
+# Operators that ONNX's reference lacks, or has only in float32 or for one group.
 
 
 class FusedMatMul(OpRun):
@@ -76,17 +76,17 @@ class ConvTranspose(OpRun):
 class Pad(OpRun):
     def _run(self, data, pads, value=0.0, _=None, mode="constant"):
         before, after = np.split(np.asarray(pads), 2)
-        kept = tuple(
+        inside = tuple(
             slice(max(0, -b), n - max(0, -a))
             for b, a, n in zip(before, after, data.shape, strict=True)
         )
         amounts = list(zip(np.maximum(before, 0), np.maximum(after, 0), strict=True))
         settings = {"constant_values": value} if mode == "constant" else {}
-        return (np.pad(data[kept], amounts, mode, **settings),)
+        return (np.pad(data[inside], amounts, mode, **settings),)
 
 
 def evaluate(model, feed):
-    """All outputs, from ONNX Runtime if it has the kernels."""
+    """All outputs of a model, from ONNX Runtime if it has the kernels."""
     try:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), providers=["CPUExecutionProvider"]
@@ -97,7 +97,7 @@ def evaluate(model, feed):
 
 
 def compiled(g, traced, inputs):
-    """What becomes of the inputs in the graph that g makes of the traced function."""
+    """The outputs of a traced function, lowered to graph g, for these inputs."""
     names = [f"in{i}" for i in range(len(inputs))]
     arguments = [g.input(n, t.shape, t.dtype) for n, t in zip(names, inputs, strict=True)]
     for number, value in enumerate(lower(g, traced, arguments)):
@@ -109,29 +109,29 @@ def compiled(g, traced, inputs):
 
 
 def assert_same(module, shape, *, digits=10):
-    """Output, input gradient, parameter gradients and buffers after one forward pass.
+    """Compare the output, the gradients of input and parameters, and the buffers after one pass.
 
-    Fewer `digits` for what has a float32 attribute, a slope or a scale, in its ONNX operator.
+    An ONNX operator with a float32 attribute, a slope or a scale, allows fewer `digits`.
     """
     torch.manual_seed(0)
     module.train()
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     x = torch.randn(shape)
     cotangent = torch.randn_like(module(x))
-    own = [*parameters.values(), *buffers.values()]
+    state = [*parameters.values(), *buffers.values()]
 
     def function(x, cotangent, *flat):
-        held = dict(zip([*parameters, *buffers], flat, strict=True))
-        changed = {n: held[n].clone() for n in buffers}
+        named = dict(zip([*parameters, *buffers], flat, strict=True))
+        changed = {n: named[n].clone() for n in buffers}
 
         def forward(x, trained):
             return functional_call(module, {**trained, **changed}, (x,))
 
-        y, back = vjp(forward, x, {n: held[n] for n in parameters})
+        y, back = vjp(forward, x, {n: named[n] for n in parameters})
         dx, grads = back(cotangent)
         return [y, dx, *grads.values(), *changed.values()]
 
-    inputs = [x, cotangent, *(t.detach().clone() for t in own)]
+    inputs = [x, cotangent, *(t.detach().clone() for t in state)]
     wide = [t.double() if t.is_floating_point() else t for t in inputs]
     labels = ["y", "dx", *(f"d{n}" for n in parameters), *buffers]
     traced = trace(function, inputs, module)

@@ -1,4 +1,4 @@
-"""Compiled steps without the files around them, and how the agent has ONNX Runtime run them."""
+"""Compiled steps without files, and ONNX Runtime set up to run their nodes as they are."""
 
 import numpy as np
 import onnxruntime
@@ -11,7 +11,7 @@ from tools.export.tracing.step import Extras
 
 
 def compiler(module, shape, *, batch, classes, parts=1):
-    """Of a classifier under SGD."""
+    """The compiler of a classifier that trains with SGD."""
     tensors = admit(module, name="net", classes=classes, shape=shape, batch=batch // parts)
     return Compiler(
         module, tensors, optimizer=Sgd(), task="classify", shape=(batch, *shape), classes=classes,
@@ -20,22 +20,22 @@ def compiler(module, shape, *, batch, classes, parts=1):
 
 
 def random_inputs(program, *, classes, seed=0):
-    """By name; what is a scale, a variance or a step count is over 0."""
+    """Random inputs by name; scalars and variances are around 1."""
     random = np.random.default_rng(seed)
-    found = {}
+    inputs = {}
     for name in program.inputs:
         spec = program.specs[name]
         if spec.dtype == torch.int64:
-            found[name] = random.integers(0, classes, spec.shape)
+            inputs[name] = random.integers(0, classes, spec.shape)
         else:
             values = random.standard_normal(spec.shape) * 0.1
             one = spec.shape == () or "var" in name
-            found[name] = np.asarray(values + 1 if one else values, np.float32)
-    return found
+            inputs[name] = np.asarray(values + 1 if one else values, np.float32)
+    return inputs
 
 
 def run(program, feed):
-    """The outputs by name, of the nodes as they stand."""
+    """The outputs by name, computed without optimizations of the graph."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

@@ -50,7 +50,7 @@ NETS = {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """By name of a net: its artifact."""
+    """The artifact of each net by its name."""
     return {
         name: export(
             module, name=name, classes=6 if name == "separable" else 10, input_shape=shape,
@@ -75,8 +75,8 @@ def counted(name):
         module(torch.zeros(BATCH, *shape)).sum().backward()
     for hook in hooks:
         hook.remove()
-    own = sum(forward.values()) + sum(backward.values())
-    assert counter.get_total_flops() == 2 * own  # the net's, and in it the modules by themselves
+    in_modules = sum(forward.values()) + sum(backward.values())
+    assert counter.get_total_flops() == 2 * in_modules  # the net's, and then each module's
     return forward, backward
 
 

@@ -1,4 +1,4 @@
-"""What a step's tensors take in memory is foretold: by hand-made graphs whose answer is known."""
+"""The memory of a step's tensors is predicted, checked on small graphs with a known answer."""
 
 import pytest
 import torch

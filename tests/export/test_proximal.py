@@ -15,22 +15,22 @@ BATCH, STEPS = 4, 20
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """By optimizer, micro-batches and whether it has the term: the artifact, checked by export."""
+    """Artifacts, checked by export, by (optimizer, micro-batches, with the term or not)."""
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(128, 5)
     )
-    found = {}
+    artifacts = {}
     for optimizer in (Sgd(0, nesterov=False, weight_decay=0), Adam()):
         for parts in (1, 2):
             for proximal in (False, True):
                 name = optimizer.settings().name
-                found[name, parts, proximal] = export(
+                artifacts[name, parts, proximal] = export(
                     module, name="net", classes=5, input_shape=(3, 6, 6), batch=BATCH,
                     task="classify", optimizer=optimizer, micro_batches=parts, proximal=proximal,
                     out=tmp_path_factory.mktemp("art") / "a",
                 )  # fmt: skip
-    return found
+    return artifacts
 
 
 def begin(artifact):
@@ -84,8 +84,8 @@ def test_weight_keeps_the_parameters_near_where_they_began(compiled, optimizer, 
     artifact = compiled[optimizer, parts, True]
     start = begin(artifact)
     free, _ = train(artifact, start, mu=0)
-    held, _ = train(artifact, start, mu=50)
-    assert 0 < distance(artifact, held, start) < 0.5 * distance(artifact, free, start)
+    pulled, _ = train(artifact, start, mu=50)
+    assert 0 < distance(artifact, pulled, start) < 0.5 * distance(artifact, free, start)
 
 
 @CASES

@@ -1,4 +1,4 @@
-"""What cannot be compiled is refused with its name, its place and the nearest that can."""
+"""An operator that cannot be compiled is refused with its name, its place and a remedy."""
 
 import pytest
 import torch

@@ -289,18 +289,19 @@ def test_defaults_of_a_rule_are_those_of_its_operator():
             if not argument.has_default_value():
                 continue
             if argument.kwarg_only:
-                own = named.get(argument.name)
+                parameter = named.get(argument.name)
             else:
-                own = in_order[place] if place < len(in_order) else None
-            if own is None:
+                parameter = in_order[place] if place < len(in_order) else None
+            if parameter is None:
                 assert open_ended, f"{operator} has {argument.name}, which its rule does not take"
                 continue
             stated = argument.default_value
             same = [stated]
             if isinstance(stated, list):  # or one number for all axes, or None for none
                 same += [*stated, tuple(stated), None]
-            assert own.default in same, (
-                f"{operator}: {argument.name} is {stated} by default, {own.default} in its rule"
+            assert parameter.default in same, (
+                f"{operator}: {argument.name} is {stated} by default, in its rule "
+                f"{parameter.default}"
             )
             checked += 1
     assert checked > 50

@@ -39,20 +39,20 @@ class Widening(nn.Module):
 
 
 def forwarded(module):
-    """What a forward pass gives, compiled and in PyTorch's float64: y and the running statistics.
+    """Output and running statistics of a forward pass, compiled and in PyTorch's float64.
 
     The running variance is the batch's own (momentum 1), unbiased.
     """
     module.bn.momentum = 1.0
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
 
     def forward(x, *flat):
-        held = dict(zip(own, (t.clone() for t in flat), strict=True))
-        y = functional_call(module, held, (x,))
-        return [y, held["bn.running_mean"], held["bn.running_var"]]
+        named = dict(zip(state, (t.clone() for t in flat), strict=True))
+        y = functional_call(module, named, (x,))
+        return [y, named["bn.running_mean"], named["bn.running_var"]]
 
     torch.manual_seed(0)
-    inputs = [torch.randn(8, 4, 16, 16), *(t.detach().clone() for t in own.values())]
+    inputs = [torch.randn(8, 4, 16, 16), *(t.detach().clone() for t in state.values())]
     got = compiled(Graph(), trace(forward, inputs, module.train()), inputs)
     return got, [t.detach().numpy() for t in forward(*(t.double() for t in inputs))]
 

@@ -40,7 +40,7 @@ class Numbers(nn.Module):
 
 
 class InPlace(nn.Sequential):
-    """What follows the norm writes into its output."""
+    """The layers behind the norm write into its output."""
 
     def __init__(self):
         super().__init__(

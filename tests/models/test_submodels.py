@@ -80,7 +80,7 @@ def test_sub_model_is_the_network_with_units_masked(name, keep_rate):
 def test_input_channels_and_logits_stay_at_the_lowest_keep_rate(name):
     model, shape, groups, _ = make(name)
     layout = submodel.layout(model, shape)
-    assert set(submodel.kept(layout, 1e-9).values()) == {1}
+    assert set(submodel.kept_widths(layout, 1e-9).values()) == {1}
     narrow = submodel.narrow(model, layout, 1e-9)
     assert narrow(torch.zeros(2, *shape, dtype=torch.float64)).shape == (2, CLASSES)
     assert len(groups) > 0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.submodel import layout as layout_of
-from models.units import Layout, choose, cut, digest, kept, paste, places
+from models.units import Layout, choose, cut, digest, kept_widths, paste, places
 from tests.models.networks import SMALL, make, weights
 from wire.errors import StillhouseError
 
@@ -31,7 +31,7 @@ def test_a_fixed_number_is_kept_without_replacement(widths, keep_rate, how, roun
     assert list(units) == list(layout.groups)
     for group, n in layout.groups.items():
         chosen = units[group]
-        assert len(chosen) == max(1, round(keep_rate * n)) == kept(layout, keep_rate)[group]
+        assert len(chosen) == max(1, round(keep_rate * n)) == kept_widths(layout, keep_rate)[group]
         assert chosen.dtype == np.int64
         assert (np.diff(chosen) > 0).all()
         assert 0 <= chosen[0] <= chosen[-1] < n
@@ -129,4 +129,4 @@ def test_sub_model_at_keep_rate_1_is_a_copy():
 @pytest.mark.parametrize("keep_rate", [0.0, -0.5, 1.01, math.nan, math.inf])
 def test_keep_rate_out_of_range_is_refused(keep_rate):
     with pytest.raises(StillhouseError, match=r"more than 0 and at most 1 .*, got (-?\d|nan|inf)"):
-        kept(Layout({"g": 4}, {}, {}), keep_rate)
+        kept_widths(Layout({"g": 4}, {}, {}), keep_rate)

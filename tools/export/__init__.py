@@ -4,7 +4,7 @@ from wire import extras
 
 extras.check("tools.export", ("onnx", "onnxscript", "torch"))
 
-# Not above: what is missing is told before it is imported.
+# Below the check, which names a missing package before it is imported.
 from tools.export.build import export  # noqa: E402
 from tools.export.tracing.optimizers import Adam, Optimizer, Sgd  # noqa: E402
 

@@ -24,7 +24,7 @@ _PROGRAM = "python -m tools.export"
 
 
 def main(arguments: Sequence[str] | None = None, program: str = _PROGRAM) -> int:
-    """Export a model; 0 when the artifact is written, 2 when the input or the disk is bad."""
+    """Export a model; returns 0 if the artifact is written, 2 if the input or the disk is bad."""
     return stopping.run(lambda: _main(arguments, program))
 
 

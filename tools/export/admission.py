@@ -1,4 +1,4 @@
-"""What a module must be before its training step is compiled; everything else is refused here."""
+"""The checks that a module passes before its training step is compiled, or is refused."""
 
 import copy
 import functools
@@ -89,8 +89,8 @@ def _by_role(module: nn.Module, name: str) -> Tensors:
                 f"{name}: buffer {key!r} is {buffer.dtype}, expected torch.float32, int64, int32 "
                 f"or bool; cast it to int64 or float32"
             )
-        own = buffer.dtype == torch.float32 and key in saved
-        (buffers if own else fixed)[key] = buffer
+        in_state = buffer.dtype == torch.float32 and key in saved
+        (buffers if in_state else fixed)[key] = buffer
     tensors = Tensors(parameters, buffers, fixed)
     if not tensors.trained:
         raise ExportError(f"{name}: no parameter requires a gradient; there is nothing to train")
@@ -125,7 +125,7 @@ def _check_norms(module: nn.Module, name: str, batch: int) -> None:
 
 
 class _Trail:
-    """In words: which of a module's parts runs, or was running when the forward pass failed."""
+    """Says which part of a module runs, or was running when the forward pass failed."""
 
     def __init__(self, module: nn.Module) -> None:
         self._running: list[tuple[str, nn.Module]] = []
@@ -147,15 +147,15 @@ class _Trail:
 def _check_learning(
     module: nn.Module, name: str, classes: int, shape: tuple[int, ...], tensors: Tensors
 ) -> None:
-    """Real forward passes on a copy in both modes, one backward: shapes, who gets a gradient."""
+    """Check logits in both modes and that each trained parameter gets a gradient, on a copy."""
     module = copy.deepcopy(module)
     trail = _Trail(module)
     logits = _logits(module.train(), trail, name, classes, shape)
     if logits.requires_grad:
         labels = torch.arange(shape[0]) % classes
         F.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
-    own = dict(module.named_parameters())
-    idle = [key for key in tensors.trained if own[key].grad is None]
+    parameters = dict(module.named_parameters())
+    idle = [key for key in tensors.trained if parameters[key].grad is None]
     if idle:
         raise ExportError(
             f"{name}: parameter {idle[0]!r} gets no gradient ({len(idle)} such); remove it, or set "
@@ -167,7 +167,7 @@ def _check_learning(
 def _logits(
     module: nn.Module, trail: _Trail, name: str, classes: int, shape: tuple[int, ...]
 ) -> Tensor:
-    """Of random images, in the mode that the module is in."""
+    """The logits of random images, in the mode that the module is in."""
     mode = "" if module.training else " in evaluation mode"
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
@@ -194,12 +194,12 @@ def _logits(
 
 
 def _check_flow(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    """Forward passes on tensors without data: whoever asks for their values is refused."""
+    """Refuse a module that needs the values of its tensors, by forward passes without data."""
     module = copy.deepcopy(module)
     trail = _Trail(module)
-    own = itertools.chain(module.named_parameters(), module.named_buffers())
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake: dict[str, Tensor] = {key: mode.from_tensor(tensor.detach()) for key, tensor in own}
+        fake: dict[str, Tensor] = {key: mode.from_tensor(tensor.detach()) for key, tensor in named}
         try:
             for training in (True, False):
                 functional_call(module.train(training), fake, (torch.empty(shape),))

@@ -55,27 +55,27 @@ def export(
     proximal: bool = False,
     class_names: Sequence[str] = (),
 ) -> Artifact:
-    """Compile, check against PyTorch, write.
+    """Compile a module's training step, check it against PyTorch, and write the artifact.
 
     Args:
         module: x float32 (batch, *input_shape) -> logits float32 (batch, classes). It is copied,
             not changed; its present weights become the initial ones. A `SplitModel` also gets the
             graph that extracts feature maps.
-        name: of the model, for people.
+        name: the model's name, for people.
         classes: number of logits.
-        input_shape: of one sample, channels first.
+        input_shape: shape of one sample, channels first.
         batch: the fixed size of a batch.
         out: the folder to make; it must not exist.
         task: "distill" learns from labels and a teacher's logits, "classify" from labels alone.
         optimizer: `Sgd` (default) or `Adam`.
-        mean: by channel, of x = (byte / 255 - mean) / std; default 0.5.
+        mean: one number a channel, in x = (byte / 255 - mean) / std; default 0.5.
         std: likewise; default 0.25.
-        keep_rate: of the sub-model that the module is, 1 for the whole.
-        micro_batches: parts of a batch that are run one after the other before the optimizer
-            moves; batch norm normalizes each part by itself.
-        memory_mb: the most that the agent's process may take while it trains, 10^6 bytes, its
-            images not counted; activations are computed again, and then the batch is split into
-            more parts, as far as needed. See `tools.export.plan`.
+        keep_rate: share of the units that the module has of a whole network; 1 if it is whole.
+        micro_batches: parts of a batch that run one after the other before the optimizer's step;
+            batch norm normalizes each part by itself.
+        memory_mb: the most memory that the agent's process may take while it trains, in 10^6 bytes,
+            without its images. To fit, activations are computed again, and if that is not enough
+            the batch is split into more parts. See `tools.export.plan`.
         proximal: add FedProx's proximal term to the loss; its weight `mu` is an input of the step.
         class_names: in the order of the logits; devices find their own classes among them.
 
@@ -179,7 +179,7 @@ def _manifest(
 
 @contextlib.contextmanager
 def _folder(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that takes its name in the end, or leaves nothing behind."""
+    """A new folder beside `out`: renamed to it in the end, or removed if anything fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.graph import Graph
 from tools.export.graphs.program import Place, Program
+from tools.export.graphs.value import Value
 from tools.export.lower import lower
-from tools.export.rules.elementwise import add, mul
 from tools.export.rules.layers.normalization import Blend
-from tools.export.rules.layout import concat, reshape
+from tools.export.rules.layout import concat
 from tools.export.tracing.optimizers import STEP, Optimizer
 from tools.export.tracing.provenance import settled
 from tools.export.tracing.state import Piece, Tensors, offsets, pieces, span
@@ -25,7 +25,7 @@ _DTYPES: dict[torch.dtype, Literal["float32", "int64"]] = {
     torch.float32: "float32",
     torch.int64: "int64",
 }
-_GIVEN: dict[str, Role] = {
+_ROLES: dict[str, Role] = {
     "x": "batch",
     "y": "batch",
     "lr": "setting",
@@ -46,9 +46,9 @@ class Compiler:
     """Traces and lowers one module.
 
     Attributes:
-        state: every state tensor with its initial value: parameters (those that are trained
-            first), buffers, optimizer.
-        batch: what a micro-batch brings, zeros of the right shapes.
+        state: every state tensor with its initial value: trained parameters, other parameters,
+            buffers, tensors of the optimizer.
+        batch: the inputs of a micro-batch, as zeros of their shapes.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class Compiler:
             self.settings |= {"first": scalar, "last": scalar}
         if extras.proximal:
             self.settings |= {"mu": scalar}
-        self.kept = extras.initial(optimizer, tensors.trained)
+        self.optimizer_state = extras.initial(optimizer, tensors.trained)
         parameters = {**tensors.trained, **tensors.parameters}
-        self.state = {**parameters, **tensors.buffers, **self.kept}
+        self.state = {**parameters, **tensors.buffers, **self.optimizer_state}
         self._offsets = offsets({name: value.numel() for name, value in self.state.items()})
 
     def train(self) -> Program:
-        """The graph of one training step, or of the part of it that one micro-batch takes.
+        """The graph of one training step, or of one micro-batch's part of it.
 
         Raises:
-            ExportError: an operator has no rule, or a buffer changes that is not of the state.
+            ExportError: an operator has no rule, or a buffer changes that is not in the state.
         """
         cut = pieces(self.tensors)
         traced, names = trace_train(
@@ -100,8 +100,8 @@ class Compiler:
         )
         places = self._places(cut)
         g = Graph()
-        held = {**self.batch, **self.settings, **self.tensors.parameters, **self.tensors.buffers}
-        inputs = {key: g.input(key, value.shape, value.dtype) for key, value in held.items()}
+        tensors = {**self.batch, **self.settings, **self.tensors.parameters, **self.tensors.buffers}
+        inputs = {key: g.input(key, value.shape, value.dtype) for key, value in tensors.items()}
         inputs |= {
             key: g.input(span("state", start, size), () if key == STEP else (size,))
             for key, (start, size) in places.items()
@@ -125,7 +125,7 @@ class Compiler:
         return settled(g.program("train"))
 
     def _places(self, cut: Sequence[Piece]) -> dict[str, tuple[int, int]]:
-        """Where the pieces of the parameters and of the optimizer's tensors lie: start, size."""
+        """Start and size, in the state vector, of each piece of parameters and optimizer state."""
         places = {piece.key: (piece.start, piece.size) for piece in cut}
         first = next(iter(self.tensors.trained))
         keys = {piece.key: torch.zeros(1) for piece in cut}
@@ -139,7 +139,7 @@ class Compiler:
         return places
 
     def _buffers(self, g: Graph, buffers: Mapping[str, tuple[Value, Value]]) -> None:
-        """The buffers that change; neighbours that are running statistics become one vector."""
+        """Outputs for the buffers that change; neighbouring running statistics are one vector."""
         g.place = Place("", "update")
         run: list[tuple[Blend, ...]] = []
         start = 0
@@ -152,7 +152,7 @@ class Compiler:
                 start = start if run else self._offsets[name]
                 run.append(chain)
             elif new != old:
-                flat = reshape(g, new, (old.size,))
+                flat = new.reshape((old.size,))
                 g.output(span("next", self._offsets[name], old.size), flat)
         if run:
             _blend_all(g, start, run)
@@ -162,8 +162,8 @@ class Compiler:
         x = self.batch["x"]
         traced = trace_eval(copy.deepcopy(self.module), self.tensors, x, extract=extract)
         g = Graph()
-        held = {"x": x, **self.tensors.parameters, **self.tensors.buffers}
-        inputs = [g.input(key, value.shape, value.dtype) for key, value in held.items()]
+        tensors = {"x": x, **self.tensors.parameters, **self.tensors.buffers}
+        inputs = [g.input(key, value.shape, value.dtype) for key, value in tensors.items()]
         fixed = self.tensors.fixed.values()
         inputs += [g.constant(value.numpy(), value.dtype) for value in fixed]
         results = lower(g, traced, inputs)
@@ -172,13 +172,13 @@ class Compiler:
         return g.program("extract" if extract else "eval")
 
     def role(self, name: str) -> Role:
-        """Of an input, an output or a state tensor; a range has that of what it begins with."""
-        if name in _GIVEN:
-            return _GIVEN[name]
+        """The role of an input, output or state tensor; a range has the role of its beginning."""
+        if name in _ROLES:
+            return _ROLES[name]
         if name not in self._offsets:
             start = int(name.partition("[")[2].partition(":")[0])
             name = [key for key, offset in self._offsets.items() if offset <= start][-1]
-        if name in self.kept:
+        if name in self.optimizer_state:
             return "optimizer"
         return "parameter" if name in self.tensors.parameters else "buffer"
 
@@ -194,25 +194,25 @@ class Compiler:
 
 
 def _blends(g: Graph, old: Value, new: Value) -> tuple[Blend, ...]:
-    """From a buffer to its successor by running averages alone, the oldest first; or nothing."""
-    found: list[Blend] = []
+    """The running averages that lead from a buffer to its new value, if nothing else does."""
+    chain: list[Blend] = []
     while new != old:
         blend = g.noted(new, Blend)
         if blend is None:
             return ()
-        found.insert(0, blend)
+        chain.insert(0, blend)
         new = blend.old
-    return tuple(found)
+    return tuple(chain)
 
 
 def _blend_all(g: Graph, start: int, run: Sequence[tuple[Blend, ...]]) -> None:
-    """Neighbouring buffers, each by as many running averages: all of them in one vector."""
+    """Update neighbouring buffers, each by equally many running averages, as one vector."""
     sizes = [chain[0].old.size for chain in run]
     size = sum(sizes)
     moved = g.input(span("state", start, size), (size,))
     for blends in zip(*run, strict=True):
-        new = concat(g, [reshape(g, blend.new, (blend.old.size,)) for blend in blends], 0)
+        new = concat([blend.new.reshape((blend.old.size,)) for blend in blends], 0)
         keep = g.constant(np.repeat([blend.keep for blend in blends], sizes))
         take = g.constant(np.repeat([blend.take for blend in blends], sizes))
-        moved = add(g, mul(g, moved, keep), mul(g, new, take))
+        moved = moved * keep + new * take
     g.output(span("next", start, size), moved)

@@ -1,11 +1,11 @@
-"""From a function of tensors to an ONNX graph: trace to ATen operators, then one rule an operator.
+"""From a function of tensors to an ONNX graph: a trace of ATen operators, then a rule for each.
 
-`make_fx` runs the function on tensors without data and notes every operator, those of the backward
-pass included. `functionalize` turns writes in place (ReLU(inplace=True), counters) into new values.
-PyTorch's own decompositions take the operators that have no rule of ours down to its core set.
+`make_fx` runs the function on tensors without data and records every operator, those of the
+backward pass included. `functionalize` turns writes in place (ReLU(inplace=True), counters) into
+new values. PyTorch's decompositions reduce operators without a rule of ours to its core set.
 
-What stays in place is batch norm's update of the running statistics, hidden in its kernel; `lower`
-gives the changed buffers their new values.
+One write in place remains: batch norm's update of the running statistics, hidden in its kernel.
+`lower` gives the changed buffers their new values.
 """
 
 import functools
@@ -20,8 +20,9 @@ from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.graph import Graph
 from tools.export.graphs.program import Spec
+from tools.export.graphs.value import Value
 from tools.export.remedies import remedy
 from tools.export.rules import RULES
 from tools.export.rules.registry import Unsupported
@@ -34,13 +35,18 @@ aten: Any = torch.ops.aten
 def trace(
     function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], module: nn.Module
 ) -> fx.GraphModule:
-    """The operators that `function` runs on `inputs`; `module` is what it calls, for their places.
+    """The trace of the operators that `function` runs on `inputs`.
+
+    Args:
+        function: it calls `module`.
+        inputs: its arguments.
+        module: its submodules are the layers that the operators are attributed to.
 
     Raises:
-        ExportError: the function looks at its data.
+        ExportError: the function's flow depends on its data.
     """
-    known = [*core_aten_decompositions().items(), *_written_in_place()]  # type: ignore[no-untyped-call]
-    table = {op: how for op, how in known if op not in RULES}
+    decompositions = [*core_aten_decompositions().items(), *_written_in_place()]  # type: ignore[no-untyped-call]
+    table = {op: how for op, how in decompositions if op not in RULES}
 
     def observed(*tensors: Tensor) -> list[Tensor]:
         with recorded(module):
@@ -64,21 +70,21 @@ def trace(
 
 @functools.cache
 def _written_in_place() -> list[tuple[OpOverload, Callable[..., Tensor]]]:
-    """For each ATen operator that writes into its tensor: the one that does not, then a copy.
+    """For each ATen operator that writes in place: a decomposition into the pure one and a copy.
 
-    `functionalize` removes those of the model, but PyTorch's decompositions bring their own (of
-    RMSNorm, cosine similarity, GRU), into tensors of their own. The tracer points every later
+    `functionalize` removes the model's writes in place, but PyTorch's decompositions (of RMSNorm,
+    cosine similarity, GRU) have more, into tensors that they make. The tracer points every later
     reader of the tensor to the copy.
     """
-    found: list[tuple[OpOverload, Callable[..., Tensor]]] = []
+    decompositions: list[tuple[OpOverload, Callable[..., Tensor]]] = []
     for name in dir(aten):
         if not name.endswith("_") or name.endswith("__") or name == "copy_":
             continue
         packet, pure = getattr(aten, name), getattr(aten, name[:-1], None)
         for overload in set(packet.overloads()) & set(pure.overloads() if pure else ()):
             how = functools.partial(_then_copied, getattr(pure, overload))
-            found.append((getattr(packet, overload), how))
-    return found
+            decompositions.append((getattr(packet, overload), how))
+    return decompositions
 
 
 def _then_copied(pure: OpOverload, target: Tensor, *arguments: Any, **settings: Any) -> Tensor:
@@ -89,7 +95,7 @@ def lower(g: Graph, traced: fx.GraphModule, inputs: Sequence[Value]) -> list[Val
     """Add the traced operators to the graph.
 
     Args:
-        g: where the nodes go.
+        g: the graph that gets the nodes.
         traced: from `trace`.
         inputs: the values of the function's arguments, in order.
 

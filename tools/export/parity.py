@@ -6,19 +6,19 @@ buffer and optimizer tensor must satisfy
 
     max |onnx - torch| <= 1e-4 * max(max |torch|, 1e-6) + 4 * noise
 
-where noise is the largest difference between that PyTorch step and three more of its own, whose
-images and weights are multiplied by 1 + 1e-6 * N(0, 1). It is nearly 0 for what depends smoothly on
-them, the running statistics for one. It is not where two correct programs may differ: an activation
-within a rounding error of 0 falls to either side of a ReLU, and one such flip among the 1.7 million
-of ResNet-8 at batch 8 moves a filter's gradient by 0.8 %; and a convolution's bias before batch
-norm has gradient 0, in floats a rounding error, which Adam divides by its own size.
+where noise is the largest difference between that PyTorch step and three more, whose images and
+weights are multiplied by 1 + 1e-6 * N(0, 1). It is nearly 0 for tensors that depend smoothly on
+them, such as the running statistics. It is larger where two correct programs may differ. First, an
+activation within a rounding error of 0 falls to either side of a ReLU, and one such flip among the
+1.7 million of ResNet-8 at batch 8 moves a filter's gradient by 0.8 %. Second, a convolution's bias
+before batch norm has gradient 0, in floats a rounding error, which Adam divides by its own size.
 
-Each step starts anew from PyTorch's state because training is chaotic: run freely for five steps,
-ResNet-19 under Adam ends up as far from itself after such a perturbation as its gradients are
-large, and no comparison would say anything.
+Each step starts anew from PyTorch's state because training is chaotic. If ResNet-19 under Adam runs
+freely for five steps, such a perturbation moves its gradients as far as they are large, and no
+comparison would say anything.
 
-The perturbed steps have about thirty times as many flips as ONNX Runtime has. Should it have one
-where they had none, other batches are tried, three times in all; a wrong rule fails on each.
+The perturbed steps have about thirty times as many flips as ONNX Runtime has. It may still have one
+where they have none; then other batches are tried, three in all. A wrong rule fails on each.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """The tensor that came nearest to its bound: largest difference, scale, share of the bound."""
+    """How far a tensor is from PyTorch's: largest difference, scale, share of the bound."""
 
     name: str
     largest: float
@@ -79,10 +79,10 @@ class Difference:
 def check(
     module: nn.Module, optimizer: Optimizer, manifest: Manifest, folder: Path, start: Named
 ) -> Difference:
-    """Run the comparison; all three graphs of the artifact in `folder` take part.
+    """Compare all graphs of the artifact in `folder` to PyTorch.
 
     Returns:
-        The worst of all tensors.
+        The difference of the tensor that is nearest to its bound.
 
     Raises:
         ExportError: a tensor differs by more than the bound; the message names it.
@@ -101,7 +101,7 @@ def check(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """The outcome must not depend on the number of cores; nor must two threads share a busy one."""
+    """Within the block, PyTorch has one thread: results must not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -143,25 +143,25 @@ def _trial(
 
 
 def _run(step: TrainStep, batch: Named, state: Named) -> Named:
-    """One compiled step from the state: the state after it and the metrics."""
+    """The state and the metrics after one compiled step from this state."""
     for name, view in step.state.items():
         view[...] = state[name]
     for name, buffer in step.inputs.items():
         buffer[...] = batch[name] if name in batch else _SETTINGS[name]
     step()
-    found = {name: view.copy() for name, view in step.state.items()}
-    return found | {"loss": step.loss.copy(), "correct": step.correct.copy()}
+    new_state = {name: view.copy() for name, view in step.state.items()}
+    return new_state | {"loss": step.loss.copy(), "correct": step.correct.copy()}
 
 
 def _evaluate(artifact: Artifact, x: Array, state: Named) -> Named:
-    """What the graphs for evaluation make of a micro-batch."""
-    found: Named = {}
+    """The outputs of the graphs for evaluation, given a micro-batch."""
+    outputs: Named = {}
     for name in sorted(set(artifact.manifest.graphs) - {"train"}):
         run = Inference(artifact, name, state, threads=1, flush_denormals=False)
         run.x[...] = x
         run()
-        found |= {f"{key} of {name}": value for key, value in run.outputs.items()}
-    return found
+        outputs |= {f"{key} of {name}": value for key, value in run.outputs.items()}
+    return outputs
 
 
 def _near_one(random: np.random.Generator, shape: Sequence[int]) -> Array:
@@ -213,7 +213,7 @@ class _Eager:
         return self
 
     def step(self, batch: Named) -> Named:
-        """One step; the state after it, the metrics, and what evaluation then gives."""
+        """The state and the metrics after one step, and the outputs of evaluation then."""
         parts = self.manifest.micro_batches
         samples = [torch.tensor(batch[key]).chunk(parts) for key in ("x", "y", "teacher")]
         self.module.train()
@@ -221,14 +221,14 @@ class _Eager:
         loss, correct = torch.zeros(()), torch.zeros(())
         for x, y, teacher in zip(*samples, strict=True):
             logits = self.module(x)
-            value = F.cross_entropy(logits, y)
+            objective = F.cross_entropy(logits, y)
             if self.manifest.task == "distill":
                 student = F.log_softmax(logits / TEMPERATURE, 1)
                 target = F.softmax(teacher / TEMPERATURE, 1)
                 kl = F.kl_div(student, target, reduction="batchmean")
-                value = value + ALPHA * TEMPERATURE**2 * kl
-            (value / parts).backward()  # type: ignore[no-untyped-call]
-            loss = loss + value.detach() / parts
+                objective = objective + ALPHA * TEMPERATURE**2 * kl
+            (objective / parts).backward()  # type: ignore[no-untyped-call]
+            loss = loss + objective.detach() / parts
             correct = correct + (logits.argmax(1) == y).sum()
         if self.anchors:
             loss = loss + self._pull()
@@ -256,9 +256,9 @@ class _Eager:
     def _state(self) -> dict[str, Tensor]:
         """Parameters, buffers and the optimizer's state under the manifest's names."""
         parameters = dict(self.module.named_parameters())
-        own = {**parameters, **dict(self.module.named_buffers())}
+        named = {**parameters, **dict(self.module.named_buffers())}
         tensors = {
-            spec.name: own[spec.name] for spec in self.manifest.state_of("parameter", "buffer")
+            spec.name: named[spec.name] for spec in self.manifest.state_of("parameter", "buffer")
         }
         tensors |= self.anchors
         words = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}

@@ -1,14 +1,14 @@
 """Fit a training step into a memory budget: which activations to keep, how many micro-batches.
 
-The memory of the agent's process while it trains is
+While the agent trains, the memory of its process is the sum of
 
-    agent    the interpreter and its libraries, and what an agent at work holds besides a step
-    session  ONNX Runtime's code and its picture of the graph, by node
-    state    the state vector: as it came, and twice for the step
+    agent    the interpreter, its libraries, and what an agent at work holds besides the step
+    session  ONNX Runtime's code, and its nodes
+    state    the state vector: as it was received, and twice for the step
     tensors  activations and gradients, as the arena lays them out (memory.py)
 
-where the first two are measured (x86-64, Python 3.11, onnxruntime 1.31, `benchmarks.train_step`).
-The images that the device trains on come on top.
+The first two are measured (x86-64, Python 3.11, onnxruntime 1.31, `benchmarks.train_step`). The
+images that the device trains on are not counted.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from wire.manifest import Memory
 
 AGENT = 66_000_000
 SESSION, NODE = 11_500_000, 4_500
-TIGHT = 1.12  # with fewer large tensors, buffers of the kernels' own break up the arena more
+TIGHT = 1.12  # with fewer large tensors, the kernels' own buffers break up the arena more
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled step, and what was done to make it fit."""
+    """A compiled step, and the memory that it takes."""
 
     compiler: Compiler
     program: Program
@@ -38,15 +38,15 @@ class Plan:
 def fit(
     compile_for: Callable[[int], Compiler], *, batch: int, micro_batches: int, budget: int | None
 ) -> Plan:
-    """The plan that changes least.
+    """The plan that fits with the fewest changes.
 
     Args:
-        compile_for: of a number of micro-batches.
+        compile_for: compiles the step for a number of micro-batches.
         batch: samples in a step.
         micro_batches: the least number to use.
-        budget: bytes of the agent's process at its peak, or None for no limit. Activations are
-            computed again before a batch is split, for that changes no result; a micro-batch has
-            two samples at least, unless `micro_batches` asks for less.
+        budget: bytes of the agent's process at its peak; None for no limit. Computing activations
+            again comes before splitting the batch, for it changes no result. A micro-batch has two
+            samples at least, unless `micro_batches` asks for less.
 
     Raises:
         ExportError: the budget is too small; the message names the least that was found.
@@ -62,7 +62,7 @@ def fit(
         except ExportError:
             if least is None:
                 raise
-            continue  # a network that takes this batch, but not a part of it
+            continue  # the network takes the batch, but not a part of this size
         plan = _within(compiler, compiler.train(), budget)
         if budget is None or plan.memory.process <= budget:
             return plan
@@ -82,7 +82,7 @@ def fit(
 
 
 def _within(compiler: Compiler, program: Program, budget: int | None) -> Plan:
-    """As few activations computed again as the budget allows, or else the least memory found."""
+    """The plan with the fewest activations computed again that fits, or with the least memory."""
     best = _plan(compiler, program, program)
     if budget is None or best.memory.process <= budget:
         return best
@@ -95,24 +95,24 @@ def _within(compiler: Compiler, program: Program, budget: int | None) -> Plan:
 
 
 def _plan(compiler: Compiler, program: Program, plain: Program) -> Plan:
-    again = len(program.nodes) - len(plain.nodes)
-    tensors = int(memory.arena_bytes(program) * (TIGHT if again else 1))
+    recomputed = len(program.nodes) - len(plain.nodes)
+    tensors = int(memory.arena_bytes(program) * (TIGHT if recomputed else 1))
     state = 4 * sum(value.numel() for value in compiler.state.values())
     process = AGENT + SESSION + NODE * len(program.nodes) + 3 * state + tensors
-    return Plan(compiler, program, Memory(tensors, process, again))
+    return Plan(compiler, program, Memory(tensors, process, recomputed))
 
 
 def describe(memory: Memory, batch: int, micro_batches: int) -> str:
     """A plan in words."""
-    done = []
+    measures = []
     if micro_batches > 1:
-        done.append(
+        measures.append(
             f"{micro_batches} micro-batches of {batch // micro_batches}, each with a batch norm of "
             f"its own"
         )
     if memory.recomputed:
-        done.append(f"{memory.recomputed} nodes run twice instead of keeping what they make")
+        measures.append(f"{memory.recomputed} nodes run twice instead of keeping what they make")
     return (
         f"{memory.process / 1e6:.0f} MB at the peak, {memory.tensors / 1e6:.0f} MB of it tensors "
-        f"({', '.join(done) or 'everything kept, one batch'})"
+        f"({', '.join(measures) or 'everything kept, one batch'})"
     )

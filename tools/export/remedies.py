@@ -1,4 +1,4 @@
-"""For each operator that cannot be compiled: the nearest that can."""
+"""Advice on operators that cannot be compiled: the nearest ones that can."""
 
 import difflib
 
@@ -16,7 +16,7 @@ _LOGARITHMS = (
     "nearest supported: torch.exp of a sum of logarithms, or factors multiplied one by one"
 )
 
-# By a word in the operator's name; the first that fits.
+# Advice by a word in the operator's name; the first that fits counts.
 _FAMILIES = {
     "dropout": _DROPOUT,
     "bernoulli": _DROPOUT,
@@ -72,7 +72,7 @@ _FAMILIES = {
 
 
 def remedy(name: str) -> str:
-    """What to use instead of an ATen operator without a rule, "aten.median.dim" for one."""
+    """Advice on an ATen operator without a rule, such as "aten.median.dim"."""
     base = name.removeprefix("aten.").partition(".")[0]
     for word, advice in _FAMILIES.items():
         if word in base:

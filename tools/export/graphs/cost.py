@@ -1,8 +1,8 @@
-"""What a program costs, counted from its nodes; the columns are explained in wire/costs.py.
+"""The costs of a program, counted from its nodes; wire/costs.py explains the columns.
 
-Bytes are those of the tensors a node reads and writes, each once, constants included. A view moves
-nothing unless it makes an output of the graph: ONNX Runtime writes outputs into memory of their
-own. A slice reads as much as it writes.
+Bytes are those of the tensors that a node reads and writes, each once, constants included. A view
+moves nothing, unless it is an output of the graph: ONNX Runtime writes outputs to separate memory.
+A slice reads as much as it writes.
 """
 
 import math
@@ -16,9 +16,9 @@ VIEWS = frozenset(["Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"])
 
 
 def costs(program: Program) -> tuple[tuple[LayerCost, ...], NodeCosts]:
-    """The table of layers, in the order of their first nodes, and that of nodes."""
+    """The table of layers, in the order of their first nodes, and the table of nodes."""
     rows: dict[tuple[str, Phase], int] = {}
-    kept = _kept(program)
+    activations = _activation_bytes(program)
     nodes = NodeCosts(
         row=tuple(
             rows.setdefault((node.place.layer, node.place.phase), len(rows))
@@ -26,7 +26,7 @@ def costs(program: Program) -> tuple[tuple[LayerCost, ...], NodeCosts]:
         ),
         flops=tuple(node_flops(program, node) for node in program.nodes),
         bytes=tuple(node_bytes(program, node) for node in program.nodes),
-        activation_bytes=tuple(kept[number] for number in range(len(program.nodes))),
+        activation_bytes=tuple(activations[number] for number in range(len(program.nodes))),
     )
     return layer_costs(tuple(rows), nodes), nodes
 
@@ -37,7 +37,7 @@ def flops(program: Program) -> int:
 
 
 def node_flops(program: Program, node: Node) -> int:
-    """2 x multiply-accumulates of one node; 0 for what is neither convolution nor product."""
+    """2 x multiply-accumulates of one node; 0 if it is neither convolution nor product."""
     if node.op not in PRODUCTS:
         return 0
     left, right = (program.specs[name].shape for name in node.inputs[:2])
@@ -63,7 +63,7 @@ def node_bytes(program: Program, node: Node) -> int:
 
 
 def table(layers: Sequence[LayerCost], batch: int) -> str:
-    """As text, by sample: a line a layer; of each phase MFLOPs and kB moved, and the kB kept."""
+    """The costs of a sample as text: for each layer, MFLOPs and kB moved by phase, and kB kept."""
     rows: dict[str, list[LayerCost]] = {}
     for layer in layers:
         rows.setdefault(layer.name, []).append(layer)
@@ -85,11 +85,11 @@ def _is_view(program: Program, node: Node) -> bool:
     return node.op in VIEWS and node.outputs[0] not in program.outputs
 
 
-def _kept(program: Program) -> Counter[int]:
-    """By node of the forward pass: bytes it makes that the backward pass reads, or a view of."""
-    source: dict[str, str] = {}
+def _activation_bytes(program: Program) -> Counter[int]:
+    """Bytes of the outputs of each forward node, by its index, that the backward pass reads."""
+    source: dict[str, str] = {}  # of a view: the tensor whose memory it shares
     maker: dict[str, int] = {}
-    kept: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for number, node in enumerate(program.nodes):
         if _is_view(program, node):
             source[node.outputs[0]] = source.get(node.inputs[0], node.inputs[0])
@@ -98,8 +98,8 @@ def _kept(program: Program) -> Counter[int]:
             maker |= dict.fromkeys(filter(None, node.outputs), number)
         elif node.place.phase == "backward":
             read = {source.get(name, name) for name in node.inputs}
-            kept |= {name: program.specs[name].bytes for name in read & maker.keys()}
-    sizes: Counter[int] = Counter()
-    for name, size in kept.items():
-        sizes[maker[name]] += size
-    return sizes
+            sizes |= {name: program.specs[name].bytes for name in read & maker.keys()}
+    by_node: Counter[int] = Counter()
+    for name, size in sizes.items():
+        by_node[maker[name]] += size
+    return by_node

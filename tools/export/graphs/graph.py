@@ -1,20 +1,22 @@
 """A graph under construction: values with static shapes, no duplicate work, no dead nodes.
 
-Every value is named by its place (v0, v1, ...), so that the same calls give the same bytes. A node
-that repeats an earlier one (same operator, inputs and attributes) is that earlier one; constants
-are shared by content. Nodes that no output needs are dropped in the end, so that a rule may offer
-two ways to one value and let a later rule choose: what it knows of the value it leaves in a note.
+Values are numbered in the order in which they are made (v0, v1, ...), so that the same calls give
+the same bytes. A node with the operator, inputs and attributes of an earlier one is that earlier
+one; constants are shared by content. Nodes that no output needs are dropped in the end. So a rule
+may offer two ways to one value and let a later rule choose: it leaves what it knows of the value in
+a note.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from tools.export.graphs.program import PRODUCTS, Array, Node, Place, Program, Spec
+from tools.export.graphs.value import Value
 
 _NUMPY_TYPES = {
     torch.float32: np.float32,
@@ -27,18 +29,12 @@ _NUMPY_TYPES = {
 N = TypeVar("N")
 
 
-@dataclass(frozen=True)
-class Value(Spec):
-    """A tensor in the graph."""
-
-    name: str = ""
-
-
 class Graph:
     """Nodes in the order of execution, with the inputs and outputs named by the caller.
 
     Attributes:
-        place: of the nodes to come; place_of_products: of the products among them.
+        place: the origin of the nodes to come.
+        place_of_products: the origin of the products among them.
     """
 
     def __init__(self) -> None:
@@ -51,12 +47,11 @@ class Graph:
         self._constant_names: dict[tuple[Any, ...], Value] = {}
         self._inputs: dict[str, Value] = {}
         self._outputs: dict[str, Value] = {}
-        self._small: dict[str, Value] = {}
         self._notes: dict[tuple[type, str], Any] = {}
 
     def input(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Value:
         """Declare an input; it is dropped again if nothing reads it."""
-        value = Value(tuple(shape), dtype, name)
+        value = Value(tuple(shape), dtype, name, graph=self)
         self._inputs[name] = self._values[name] = value
         return value
 
@@ -64,14 +59,15 @@ class Graph:
         """Declare an output."""
         self._outputs[name] = value
 
-    def constant(self, value: Any, dtype: torch.dtype = torch.float32) -> Value:
-        """A constant tensor of anything numpy can make an array of."""
-        array: Array = np.array(value, dtype=_NUMPY_TYPES[dtype], order="C")
+    def constant(self, content: Any, dtype: torch.dtype = torch.float32) -> Value:
+        """A constant tensor; the content is anything that numpy can make an array of."""
+        array: Array = np.array(content, dtype=_NUMPY_TYPES[dtype], order="C")
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constant_names:
             name = f"c{len(self._constants)}"
             self._constants[name] = array
-            self._constant_names[key] = self._values[name] = Value(array.shape, dtype, name)
+            value = Value(array.shape, dtype, name, graph=self)
+            self._constant_names[key] = self._values[name] = value
         return self._constant_names[key]
 
     def ints(self, values: Sequence[int]) -> Value:
@@ -102,7 +98,8 @@ class Graph:
         if key not in self._known:
             count = len(self._values)
             results = [
-                Value(spec.shape, spec.dtype, f"v{count + i}") for i, spec in enumerate(outputs)
+                Value(spec.shape, spec.dtype, f"v{count + i}", graph=self)
+                for i, spec in enumerate(outputs)
             ]
             place = self.place_of_products if op in PRODUCTS else self.place
             node = Node(op, names, tuple(v.name for v in results), pairs, place)
@@ -114,13 +111,13 @@ class Graph:
 
     @contextmanager
     def placed(self, place: Place) -> Iterator[None]:
-        """For a while, nodes are of this place."""
-        kept = self.place, self.place_of_products
+        """Within the block, this is the origin of all nodes."""
+        outer = self.place, self.place_of_products
         self.place = self.place_of_products = place
         try:
             yield
         finally:
-            self.place, self.place_of_products = kept
+            self.place, self.place_of_products = outer
 
     def maker(self, value: Value) -> Node | None:
         """The node whose output the value is; None for an input or a constant."""
@@ -131,28 +128,16 @@ class Graph:
         return self._values[name]
 
     def note(self, value: Value, fact: Any) -> None:
-        """Keep what a rule knows of a value; one note of each type."""
+        """Leave a note on a value, in the place of an earlier one of the same type."""
         self._notes[type(fact), value.name] = fact
 
     def noted(self, value: Value, kind: type[N]) -> N | None:
         """The note of this type on the value."""
-        found: N | None = self._notes.get((kind, value.name))
-        return found
-
-    def expand(self, value: Value, shape: Sequence[int]) -> Value:
-        """Broadcast to a shape; `small` finds the value again."""
-        if tuple(shape) == value.shape:
-            return value
-        wide = self.node("Expand", value, self.ints(shape), shape=shape, dtype=value.dtype)
-        self._small[wide.name] = self.small(value)
-        return wide
-
-    def small(self, value: Value) -> Value:
-        """What the value was before it was expanded: enough for an operator that broadcasts."""
-        return self._small.get(value.name, value)
+        fact: N | None = self._notes.get((kind, value.name))
+        return fact
 
     def program(self, name: str) -> Program:
-        """The graph with its live nodes, constants and inputs only, outputs under their names."""
+        """The finished graph: only live nodes, constants and inputs; outputs have their names."""
         rename: dict[str, str] = {}
         copies: list[Node] = []
         specs: dict[str, Spec] = {key: Spec(v.shape, v.dtype) for key, v in self._values.items()}

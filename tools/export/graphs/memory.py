@@ -1,9 +1,9 @@
-"""How much memory a program's tensors take while it runs, node by node.
+"""The memory that a program's tensors take while it runs, node by node.
 
-This is what ONNX Runtime does as the agent sets it up (ondevice/trainer.py): nodes in their
-order, an output allocated when its node begins, a tensor freed when its last reader has ended,
-views where a node only changes the shape. Inputs and outputs of the graph lie in buffers of the
-caller's and are not counted.
+The model is ONNX Runtime as the agent sets it up (ondevice/trainer.py). Nodes run in their order.
+An output is allocated when its node begins, and a tensor is freed when its last reader has ended. A
+node that only changes the shape makes a view. Inputs and outputs of the graph are in the caller's
+buffers and are not counted.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,24 +15,24 @@ from tools.export.graphs.program import Program
 
 @dataclass(frozen=True)
 class Moment:
-    """What is allocated while one node runs."""
+    """The tensors that are allocated while one node runs, with their bytes."""
 
     node: int
     alive: Mapping[str, int]
 
     @property
     def bytes(self) -> int:
-        """Of all tensors together."""
+        """The bytes of all tensors together."""
         return sum(self.alive.values())
 
 
 def peak(program: Program) -> Moment:
-    """The moment of the greatest need."""
+    """The moment when most bytes are allocated."""
     return max(_moments(program), key=lambda moment: moment.bytes)
 
 
 def last_readers(program: Program) -> dict[str, int]:
-    """By tensor that is no view: the place of the last node that reads it or a view of it."""
+    """The index of the last node that reads a tensor or a view of it, for all but views."""
     roots: dict[str, str] = {}
     last: dict[str, int] = {}
     for number, node in enumerate(program.nodes):
@@ -57,11 +57,11 @@ def _moments(program: Program) -> Iterator[Moment]:
 
 
 def arena_bytes(program: Program) -> int:
-    """What the program's tensors occupy in ONNX Runtime's arena, holes between them included."""
+    """Bytes of ONNX Runtime's arena that the program's tensors take, with holes between them."""
     last = last_readers(program)
     outside = {*program.inputs, *program.constants, *program.outputs}
     arena = _Arena()
-    for _ in range(2):  # the second run finds the arena as the first has left it
+    for _ in range(2):  # the second run finds the arena as the first one left it
         alive: dict[str, tuple[int, int]] = {}
         for number, node in enumerate(program.nodes):
             if node.op not in VIEWS:
@@ -74,12 +74,12 @@ def arena_bytes(program: Program) -> int:
 
 
 class _Arena:
-    """ONNX Runtime's BFCArena ("best fit with coalescing"): where a request lands.
+    """ONNX Runtime's BFCArena ("best fit with coalescing").
 
-    Memory comes in regions, each twice as large as the one before (the first 1 MB). A request,
-    rounded up to 256 bytes, takes the smallest free chunk that holds it, whole unless it is at
-    least twice as large; chunks that are given back join their free neighbours. Only pages that
-    were ever used count.
+    Memory comes in regions. The first has 1 MB, and each is twice as large as the one before. A
+    request is rounded up to 256 bytes and takes the smallest free chunk that holds it. The chunk is
+    split if it is at least twice as large as the request. A chunk that is given back joins its free
+    neighbours. Only pages that were ever used count.
     """
 
     def __init__(self) -> None:

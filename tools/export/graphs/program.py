@@ -44,13 +44,13 @@ class Spec:
 
     @property
     def bytes(self) -> int:
-        """In memory."""
+        """Size in memory, in bytes."""
         return self.size * _BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the module, and in which part of the step, a node has its origin."""
+    """The origin of a node: a layer of the module, and a phase of the step."""
 
     layer: str = ""
     phase: Phase = "forward"
@@ -78,8 +78,9 @@ class Program:
     Attributes:
         nodes: each after the nodes whose outputs it reads.
         specs: shape and type of every value by name, constants and inputs included.
-        inputs, outputs: the names of the graph's own.
-        constants: by name.
+        inputs: names of the graph's inputs.
+        outputs: names of the graph's outputs.
+        constants: their values by name.
     """
 
     name: str
@@ -92,7 +93,7 @@ class Program:
     def with_nodes(
         self, nodes: Sequence[Node], specs: Mapping[str, Spec] | None = None
     ) -> "Program":
-        """The same program with other nodes; the live ones are kept, with what they read."""
+        """The same program with other nodes; those that no output needs are dropped."""
         needed = set(self.outputs)
         live: list[Node] = []
         for node in reversed(nodes):
@@ -109,15 +110,15 @@ class Program:
         )
 
     def readers(self) -> dict[str, list[int]]:
-        """By value: the places in `nodes` of those that read it."""
-        found: dict[str, list[int]] = {}
+        """The indices in `nodes` of the readers of each value."""
+        by_value: dict[str, list[int]] = {}
         for number, node in enumerate(self.nodes):
             for name in dict.fromkeys(node.inputs):
-                found.setdefault(name, []).append(number)
-        return found
+                by_value.setdefault(name, []).append(number)
+        return by_value
 
     def model(self) -> onnx.ModelProto:
-        """The checked ONNX model; what onnxruntime adds to the standard has its own domain."""
+        """The checked ONNX model; operators beyond the standard are in ONNX Runtime's domain."""
         graph = helper.make_graph(
             [_proto(number, node) for number, node in enumerate(self.nodes)],
             self.name,
@@ -152,5 +153,5 @@ def _domain(node: Node) -> str:
 
 
 def onnx_type(dtype: torch.dtype) -> int:
-    """The number ONNX gives to a torch type."""
+    """ONNX's number for a torch type."""
     return int(_ONNX_TYPES[dtype])

@@ -1,14 +1,14 @@
 """Trade time for memory: compute activations a second time instead of keeping them.
 
-What the forward pass makes and the backward pass reads is kept in between, and most of a step's
-memory is that. An activation may as well be dropped and made again just before the backward pass
-needs it, from what is kept anyway (gradient checkpointing, Chen et al. 2016, arXiv 1604.06174).
-Results stay the same to the bit; only the order of nodes and their number change.
+Most of a training step's memory holds activations, from the forward pass that makes them to the
+backward pass that reads them. An activation can be dropped and made again just before the backward
+pass needs it, from tensors that are kept anyway (gradient checkpointing, Chen et al. 2016, arXiv
+1604.06174). Results stay the same to the bit; only the order and the number of nodes change.
 
-Chen et al. cut the network into blocks and keep what flows between them. Here a search does it for
-any network: time and again, at the moment of the greatest need, drop the activation that frees most
-bytes for the least additional work. Batch norms and ReLUs come first (a pass over memory each),
-blocks of convolutions follow.
+Chen et al. cut the network into blocks and keep the tensors between them. Here a greedy search
+serves any network: at the moment of the greatest need, it drops the activation that frees most
+bytes for the least additional work, and repeats. Batch norms and ReLUs come first (a pass over
+memory each), blocks of convolutions follow.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from tools.export.graphs import cost, memory
 from tools.export.graphs.program import Node, Program
 
-SMALL = 1 << 16  # bytes; what is smaller is not worth its second computation, and is kept
-_AGAIN = "~"  # appended to the name of what is computed again
-_BYTE_FLOPS = 10  # a byte moved takes about the time of so many operations in a product
+SMALL = 1 << 16  # bytes; a smaller tensor is not worth a second computation, and is kept
+_AGAIN = "~"  # appended to the name of a tensor that is computed again
+_BYTE_FLOPS = 10  # moving a byte takes about the time of so many operations in a product
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One activation to drop: its second computation is `nodes`, to come before node `at`."""
+    """One activation to drop: `nodes` compute it again, just before node `at`."""
 
     name: str
     at: int
@@ -33,7 +33,7 @@ class _Plan:
 
 
 def recompute(program: Program) -> Iterator[Program]:
-    """The program with one more activation computed again each time, until that lowers no peak."""
+    """Programs that each compute one more activation again, until that lowers the peak no more."""
     best, need = program, memory.peak(program)
     refused: set[str] = set()
     while True:
@@ -53,11 +53,11 @@ def recompute(program: Program) -> Iterator[Program]:
 
 
 def _plans(program: Program, need: memory.Moment) -> list[_Plan]:
-    """What is kept over the moment of need and could be computed again after it."""
+    """The activations that could be computed again after the moment of need."""
     last = memory.last_readers(program)
     makers = {name: i for i, node in enumerate(program.nodes) for name in node.outputs}
     readers = program.readers()
-    found = []
+    plans = []
     for name, size in need.alive.items():
         node = program.nodes[makers[name]]
         if size <= SMALL or node.place.phase != "forward" or name.endswith(_AGAIN):
@@ -73,20 +73,20 @@ def _plans(program: Program, need: memory.Moment) -> list[_Plan]:
                 + _BYTE_FLOPS * cost.node_bytes(program, program.nodes[i])
                 for i in nodes
             )
-            found.append(_Plan(name, at, nodes, work))
-    return found
+            plans.append(_Plan(name, at, nodes, work))
+    return plans
 
 
 def _all_readers(program: Program, readers: Mapping[str, list[int]], name: str) -> list[int]:
     """The nodes that read a tensor or a view of it, the views themselves left out."""
-    found = []
+    numbers = []
     for number in readers.get(name, []):
         node = program.nodes[number]
         if node.op in cost.VIEWS and node.outputs[0] not in program.outputs:
-            found += _all_readers(program, readers, node.outputs[0])
+            numbers += _all_readers(program, readers, node.outputs[0])
         else:
-            found.append(number)
-    return found
+            numbers.append(number)
+    return numbers
 
 
 def _again(
@@ -105,9 +105,9 @@ def _again(
             return None
         nodes.add(number)
         for source in filter(None, node.inputs):
-            alive = source in program.inputs or source in program.constants
-            kept = last.get(_root(program, makers, source), -1) >= at and source != name
-            if not alive and not kept and not _is_small(program, source):
+            fed = source in program.inputs or source in program.constants
+            alive = last.get(_root(program, makers, source), -1) >= at and source != name
+            if not fed and not alive and not _is_small(program, source):
                 waiting.append(source)
     return tuple(sorted(nodes))
 
@@ -123,7 +123,7 @@ def _root(program: Program, makers: Mapping[str, int], name: str) -> str:
 
 
 def _apply(program: Program, plan: _Plan) -> Program:
-    """The nodes of the plan once more before node `at`; whoever comes later reads their results."""
+    """The program with the plan's nodes again before node `at`; later nodes read their results."""
     fresh = {
         output: _unused(program, output)
         for i in plan.nodes
@@ -146,7 +146,7 @@ def _apply(program: Program, plan: _Plan) -> Program:
 
 
 def _unused(program: Program, name: str) -> str:
-    """A name for what is computed again, be it for the second time."""
+    """A new name for a tensor that is computed again, perhaps for the second time."""
     while name in program.specs:
         name += _AGAIN
     return name

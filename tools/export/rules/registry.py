@@ -18,7 +18,7 @@ RULES: dict[OpOverload, Rule] = {}
 
 
 class Unsupported(Exception):  # noqa: N818  (a verdict of a rule; the exporter words the error)
-    """The operator is known, but not with these arguments; the text says which and what to do."""
+    """An operator has a rule, but not for these arguments; the text says which and what to do."""
 
 
 def rule(*operators: Any) -> Callable[[R], R]:

@@ -35,7 +35,7 @@ class Sgd:
         _check_decay(self.weight_decay)
 
     def settings(self) -> OptimizerSettings:
-        """As the manifest writes it."""
+        """The settings in the form of the manifest."""
         return OptimizerSettings(
             "sgd",
             float(self.weight_decay),
@@ -56,20 +56,20 @@ class Sgd:
         state: State,
         lr: Tensor,
     ) -> tuple[State, State]:
-        """New parameters and new state."""
+        """The new parameters and the new state."""
         new, changed = {}, {}
         for name, p in parameters.items():
-            step = _decayed(grads[name], p, self.weight_decay)
+            direction = _decayed(grads[name], p, self.weight_decay)
             if self.momentum:
                 key = f"optim.momentum.{name}"
-                velocity = self.momentum * state[key] + step
+                velocity = self.momentum * state[key] + direction
                 changed[key] = velocity
-                step = step + self.momentum * velocity if self.nesterov else velocity
-            new[name] = p - lr * step
+                direction = direction + self.momentum * velocity if self.nesterov else velocity
+            new[name] = p - lr * direction
         return new, changed
 
     def reference(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """PyTorch's own, for the parity check."""
+        """PyTorch's optimizer of these settings, for the parity check."""
         return torch.optim.SGD(
             parameters, lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
         )
@@ -93,7 +93,7 @@ class Adam:
         _check_decay(self.weight_decay)
 
     def settings(self) -> OptimizerSettings:
-        """As the manifest writes it."""
+        """The settings in the form of the manifest."""
         return OptimizerSettings(
             "adam",
             float(self.weight_decay),
@@ -115,7 +115,7 @@ class Adam:
         state: State,
         lr: Tensor,
     ) -> tuple[State, State]:
-        """New parameters and new state."""
+        """The new parameters and the new state."""
         step = state[STEP] + 1
         # In float32, 1 - 0.999^1 has a relative error of 1e-5; PyTorch does this in Python floats.
         exact = step.double()
@@ -133,7 +133,7 @@ class Adam:
         return new, changed
 
     def reference(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """PyTorch's own, for the parity check."""
+        """PyTorch's optimizer of these settings, for the parity check."""
         return torch.optim.Adam(
             parameters, lr, (self.beta1, self.beta2), self.eps, self.weight_decay
         )

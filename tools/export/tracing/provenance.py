@@ -1,9 +1,10 @@
-"""Where each operator of a traced step comes from: the module, and the part of the step.
+"""The origin of each operator of a traced step: its module, and its phase.
 
-Forward, hooks tell which module runs; what is no module's (the loss, the update) says so with `at`.
-Backward, autograd tells: its nodes are numbered in the order in which the forward pass makes them,
-so that the number of the node at work says during which module it was made. Nothing is guessed from
-shapes or names, and a weight that two modules share has two gradients, each at home in its own.
+In the forward pass, hooks tell which module runs; code outside any module (the loss, the update)
+says so with `at`. In the backward pass, autograd tells: its nodes are numbered in the order in
+which the forward pass makes them, so the number of the node that runs says during which module it
+was made. Nothing is guessed from shapes or names. A weight that two modules share has two
+gradients, one for each module.
 """
 
 from bisect import bisect_right
@@ -32,7 +33,7 @@ _recorder: ContextVar["_Recorder | None"] = ContextVar("_recorder", default=None
 
 @contextmanager
 def recorded(module: nn.Module) -> Iterator[None]:
-    """Note the place of every operator that is traced meanwhile; submodules are the layers."""
+    """Within the block, record the place of every operator; the submodules are the layers."""
     recorder = _Recorder()
     hooks = []
     for path, part in module.named_modules():
@@ -52,7 +53,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._running = [Place()]
-        self._numbers: list[int] = []  # of autograd's nodes: from numbers[i] on, layers[i] runs
+        self._numbers: list[int] = []  # from autograd's node numbers[i] on, layers[i] runs
         self._layers: list[str] = []
         self._last: fx.Node | None = None
         self._changed()
@@ -60,7 +61,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, _: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator; the nodes that its trace adds are of the present place."""
+        """Run the operator, and give the nodes that its trace adds the present place."""
         result = func(*args, **(kwargs or {}))
         tracing = get_proxy_mode()
         if tracing is not None:
@@ -71,7 +72,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def stand(self, place: Place) -> None:
-        """What follows, outside any module, is of this place."""
+        """From here on, code outside any module has this place."""
         self._running[0] = place
         self._changed()
 
@@ -104,23 +105,23 @@ def _newer(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:
 
 
 def at(layer: str, phase: Phase = "forward") -> None:
-    """From here on, outside any module, the step works for `layer`; no effect unless traced."""
+    """From here on, code outside any module works for `layer`; no effect unless traced."""
     recorder = _recorder.get()
     if recorder is not None:
         recorder.stand(Place(layer, phase))
 
 
 def place_of(node: fx.Node) -> Place:
-    """Of a traced operator."""
-    found: Place = node.meta.get(_PLACE, Place())
-    return found
+    """The place of a traced operator."""
+    place: Place = node.meta.get(_PLACE, Place())
+    return place
 
 
 def place_of_products(node: fx.Node) -> Place:
-    """Of the products that the rule for this operator makes.
+    """The place of the products that the rule for this operator makes.
 
-    Batch norm has none of its own. Where it goes through the second moments of a convolution's
-    input (see rules/layers/pointwise.py) they are that convolution, which is not there otherwise.
+    Batch norm has none of its own. Where it uses the second moments of a convolution's input (see
+    rules/layers/pointwise.py), its products replace that convolution.
     """
     place = place_of(node)
     inputs = {aten.native_batch_norm.default: 0, aten.native_batch_norm_backward.default: 1}
@@ -132,7 +133,7 @@ def place_of_products(node: fx.Node) -> Place:
 
 
 def describe(place: Place) -> str:
-    """In words: a module's path, or that it is a gradient of one."""
+    """A place in words: a module's path, or the gradient of one."""
     if place.layer in {LOSS, OPTIMIZER}:
         return "the training step"
     where = f"module {place.layer!r}" if place.layer else "the model's own forward"
@@ -140,9 +141,9 @@ def describe(place: Place) -> str:
 
 
 def settled(program: Program) -> Program:
-    """A training step in which forward is only what the loss, its metric or a gradient needs.
+    """The training step with only those nodes as forward that the loss or a gradient needs.
 
-    What else the forward rules make (running statistics, untouched state) is the state's update.
+    Other nodes of the forward rules (running statistics, untouched state) are the state's update.
     """
     needed: set[str] = set()
     nodes: list[Node] = []

@@ -1,10 +1,10 @@
-"""The state as one vector, and the pieces of it in which the optimizer walks over it.
+"""The state as one vector, and the pieces that the optimizer updates one by one.
 
-Parameters, buffers and optimizer tensors lie flat, one after the other (wire/manifest/). An
-optimizer that updated each tensor by itself would cost a handful of nodes for each, most of them
-for a few dozen values; one that updated all at once would stream millions of values through memory
-once an operation. A piece is a run of small tensors, or some rows of a large one: few enough values
-that all operations on them stay in the cache.
+Parameters, buffers and optimizer tensors lie flat, one after the other (wire/manifest/). To
+update each tensor by itself would take a handful of nodes for each, most of them for a few dozen
+values. To update all at once would stream millions of values through memory once an operation. A
+piece is a run of small tensors, or some rows of a large one: few enough values that all operations
+on them stay in the cache.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECES = "optim.piece"  # + number: the names of pieces, which no tensor of a module can have
+PIECES = "optim.piece"  # + number: a piece's name; no tensor of a module can have it
 PIECE = 1 << 17  # values, half a megabyte
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The module's own tensors by role; `fixed` are buffers that no training step may change."""
+    """The module's tensors by role; `fixed` are buffers that no training step may change."""
 
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -33,20 +33,20 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one tensor, or (rows None) all of it."""
+    """Some rows of a tensor, or all of it (rows None)."""
 
     name: str
     size: int
     rows: tuple[int, int] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part's values, flat."""
+        """The part's values in a tensor, flat."""
         return (tensor if self.rows is None else tensor[slice(*self.rows)]).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbours in the state vector, `start` from the first trained parameter on."""
+    """A run of the state vector; `start` counts from the first trained parameter on."""
 
     key: str
     start: int
@@ -64,44 +64,45 @@ class Piece:
 
 def pieces(tensors: Tensors) -> tuple[Piece, ...]:
     """The trained parameters in pieces of `PIECE` values at most, or of one row."""
-    found: list[Piece] = []
+    closed: list[Piece] = []
     waiting: list[Part] = []
     for part in _parts(tensors.trained):
         if part.rows is not None or sum(p.size for p in waiting) + part.size > PIECE:
-            _close(found, waiting)
+            _close(closed, waiting)
         waiting.append(part)
         if part.rows is not None:
-            _close(found, waiting)
-    _close(found, waiting)
-    return tuple(found)
+            _close(closed, waiting)
+    _close(closed, waiting)
+    return tuple(closed)
 
 
-def _close(found: list[Piece], waiting: list[Part]) -> None:
+def _close(closed: list[Piece], waiting: list[Part]) -> None:
+    """Make a piece of the parts that wait for one."""
     if waiting:
-        start = found[-1].start + found[-1].size if found else 0
-        found.append(Piece(f"{PIECES}{len(found)}", start, tuple(waiting)))
+        start = closed[-1].start + closed[-1].size if closed else 0
+        closed.append(Piece(f"{PIECES}{len(closed)}", start, tuple(waiting)))
         waiting.clear()
 
 
 def _parts(trained: Mapping[str, Tensor]) -> Iterator[Part]:
     for name, tensor in trained.items():
         size, length = tensor.numel(), len(tensor) if tensor.ndim else 1
-        step = max(1, PIECE * length // size)
-        if size <= PIECE or step >= length:
+        rows = max(1, PIECE * length // size)
+        if size <= PIECE or rows >= length:
             yield Part(name, size)
             continue
-        for first in range(0, length, step):
-            last = min(first + step, length)
+        for first in range(0, length, rows):
+            last = min(first + rows, length)
             yield Part(name, size // length * (last - first), (first, last))
 
 
 def offsets(sizes: Mapping[str, int]) -> dict[str, int]:
-    """By name: where each begins, of tensors of these sizes in a row."""
-    found, end = {}, 0
+    """The start of each tensor by name, if tensors of these sizes follow one another."""
+    starts, end = {}, 0
     for name, size in sizes.items():
-        found[name] = end
+        starts[name] = end
         end += size
-    return found
+    return starts
 
 
 def span(word: str, start: int, size: int) -> str:

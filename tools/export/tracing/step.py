@@ -51,19 +51,19 @@ def loss(
 
 @dataclass(frozen=True)
 class Extras:
-    """What a step keeps besides parameters and buffers."""
+    """Options of a step that add tensors to its state."""
 
     micro_batches: int = 1
     proximal: bool = False
 
     def initial(self, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> State:
-        """The optimizer's own tensors, waiting gradients, and where the parameters began."""
-        own = optimizer.initial(parameters)
+        """The optimizer's tensors, waiting gradients, and the parameters as training begins."""
+        state = optimizer.initial(parameters)
         if self.micro_batches > 1:
-            own |= {GRADIENT + name: torch.zeros_like(p) for name, p in parameters.items()}
+            state |= {GRADIENT + name: torch.zeros_like(p) for name, p in parameters.items()}
         if self.proximal:
-            own |= {ANCHOR + name: p.detach().clone() for name, p in parameters.items()}
-        return own
+            state |= {ANCHOR + name: p.detach().clone() for name, p in parameters.items()}
+        return state
 
 
 def trace_train(
@@ -76,17 +76,18 @@ def trace_train(
     settings: Mapping[str, Tensor],
     extras: Extras,
 ) -> tuple[fx.GraphModule, list[str]]:
-    """One step on (batch, settings, parameters, buffers, pieces, their optimizer state, fixed).
+    """Trace a step on (batch, settings, parameters, buffers, pieces, optimizer state, fixed).
 
-    With several micro-batches one step of the optimizer takes as many runs, and the step's loss is
-    the sum of theirs. The gradients wait in the state between the runs; the setting `first` is 1 in
-    the run that begins with none, and `last` in the one that moves the parameters, 0 in others.
-    Batch norm normalizes each micro-batch by itself and updates its running statistics once for
-    each ("ghost batch norm", Hoffer et al. 2017, arXiv 1705.08741, algorithm 1).
+    With several micro-batches, one step of the optimizer takes as many runs, and the step's loss is
+    the sum of theirs. The gradients wait in the state between the runs. The setting `first` is 1 in
+    the first run, which begins with no gradients, and `last` is 1 in the last run, which moves the
+    parameters; in other runs they are 0. Batch norm normalizes each micro-batch by itself and
+    updates its running statistics once for each ("ghost batch norm", Hoffer et al. 2017, arXiv
+    1705.08741, algorithm 1).
 
     Returns:
-        The trace, and the names of its outputs: loss, correct, then buffers, pieces, optimizer
-        state and fixed buffers under the names of the inputs that they follow.
+        The trace, and the names of its outputs: loss, correct, then the new values of buffers,
+        pieces, optimizer state and fixed buffers, each under the name of its input.
     """
     theta = {piece.key: piece.gradient(tensors.trained).detach() for piece in pieces}
     state = extras.initial(optimizer, theta)
@@ -97,31 +98,31 @@ def trace_train(
     outputs: list[str] = []
 
     def step(*flat: Tensor) -> list[Tensor]:
-        held = dict(zip(sources, flat, strict=True))
-        frozen = {n: held[n] for n in tensors.parameters if n not in tensors.trained}
-        kd = (held.get(n) for n in ("teacher", "alpha", "temperature"))
+        inputs = dict(zip(sources, flat, strict=True))
+        frozen = {n: inputs[n] for n in tensors.parameters if n not in tensors.trained}
+        kd = (inputs.get(n) for n in ("teacher", "alpha", "temperature"))
 
         def objective(
             trained: dict[str, Tensor],
         ) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor]]:
-            buffers = {n: held[n].clone() for n in (*tensors.buffers, *tensors.fixed)}
+            buffers = {n: inputs[n].clone() for n in (*tensors.buffers, *tensors.fixed)}
             at("")
-            logits = functional_call(module, {**trained, **frozen, **buffers}, (held["x"],))
+            logits = functional_call(module, {**trained, **frozen, **buffers}, (inputs["x"],))
             at(LOSS)
-            correct = (logits.argmax(1) == held["y"]).to(torch.float32).sum()
-            value = loss(logits, held["y"], *kd)
+            correct = (logits.argmax(1) == inputs["y"]).to(torch.float32).sum()
+            value = loss(logits, inputs["y"], *kd)
             parts = extras.micro_batches
             return value / parts if parts > 1 else value, (buffers, correct)
 
         grads, (value, (buffers, correct)) = grad_and_value(objective, has_aux=True)(
-            {n: held[n] for n in tensors.trained}
+            {n: inputs[n] for n in tensors.trained}
         )
         at(OPTIMIZER, "update")
         gradients = {piece.key: piece.gradient(grads) for piece in pieces}
-        old = {n: held[n] for n in (*theta, *state)}
+        old = {n: inputs[n] for n in (*theta, *state)}
         if extras.proximal:
-            value = value + _pulled(old, gradients, held)
-        new = _moved(optimizer, old, gradients, held)
+            value = value + _add_proximal(old, gradients, inputs)
+        new = _updated(optimizer, old, gradients, inputs)
         following = {n: buffers[n] for n in tensors.buffers} | new
         outputs[:] = ["loss", "correct", *following, *tensors.fixed]
         return [value, correct, *following.values(), *(buffers[n] for n in tensors.fixed)]
@@ -130,12 +131,12 @@ def trace_train(
     return graph, outputs
 
 
-def _pulled(old: State, gradients: State, held: Mapping[str, Tensor]) -> Tensor:
-    """The proximal term of a step, whose gradient mu (w - w0) is added to `gradients`.
+def _add_proximal(old: State, gradients: State, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The proximal term of a step; its gradient mu (w - w0) is added to `gradients`.
 
-    Of several micro-batches the first has all of it.
+    With several micro-batches, the first one has all of it.
     """
-    pull = held["mu"] * held["first"] if "first" in held else held["mu"]
+    pull = inputs["mu"] * inputs["first"] if "first" in inputs else inputs["mu"]
     squares = []
     for name in gradients:
         distance = old[name] - old[ANCHOR + name]
@@ -144,19 +145,19 @@ def _pulled(old: State, gradients: State, held: Mapping[str, Tensor]) -> Tensor:
     return pull / 2 * torch.stack(squares).sum()
 
 
-def _moved(
-    optimizer: Optimizer, old: State, gradients: Mapping[str, Tensor], held: Mapping[str, Tensor]
+def _updated(
+    optimizer: Optimizer, old: State, gradients: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
 ) -> State:
-    """Parameters, optimizer state and waiting gradients after a run."""
+    """The parameters, optimizer state and waiting gradients after a run."""
     theta = {n: old[n] for n in gradients}
     waiting = {n: GRADIENT + n for n in gradients if GRADIENT + n in old}
     if not waiting:
-        moved, changed = optimizer.update(theta, gradients, old, held["lr"])
+        moved, changed = optimizer.update(theta, gradients, old, inputs["lr"])
         return moved | changed
-    others = 1 - held["first"]
+    others = 1 - inputs["first"]
     sums = {n: old[key] * others + gradients[n] for n, key in waiting.items()}
-    moved, changed = optimizer.update(theta, sums, old, held["lr"])
-    stay, move = 1 - held["last"], held["last"]
+    moved, changed = optimizer.update(theta, sums, old, inputs["lr"])
+    stay, move = 1 - inputs["last"], inputs["last"]
     blended = {n: old[n] * stay + value * move for n, value in (moved | changed).items()}
     return blended | {key: sums[n] for n, key in waiting.items()}
 
@@ -175,15 +176,15 @@ class _Extract(nn.Module):
 
 def trace_eval(module: nn.Module, tensors: Tensors, x: Tensor, *, extract: bool) -> fx.GraphModule:
     """Evaluation mode: (x, parameters, buffers, fixed) -> logits, or features and logits."""
-    held = {**tensors.parameters, **tensors.buffers, **tensors.fixed}
+    state = {**tensors.parameters, **tensors.buffers, **tensors.fixed}
     called = _Extract(module) if extract else module
     prefix = "inner." if extract else ""
 
     def forward(x: Tensor, *flat: Tensor) -> list[Tensor]:
-        named = {prefix + n: t for n, t in zip(held, flat, strict=True)}
+        named = {prefix + n: t for n, t in zip(state, flat, strict=True)}
         result = functional_call(called, named, (x,))
         return list(result) if extract else [result]
 
     module.eval()
     with torch.no_grad():
-        return trace(forward, [x, *held.values()], module)
+        return trace(forward, [x, *state.values()], module)

@@ -1,9 +1,9 @@
 """Batch, group and layer norm in training mode, and their gradients.
 
-The statistics are computed with plain reductions, in two passes, and ONNX's BatchNormalization only
-applies them, in its evaluation mode. Its training mode is of no use: its running variance is the
-biased one where PyTorch's is unbiased, and ONNX Runtime writes the statistics over the node's own
-mean and variance inputs, constants and graph inputs included.
+Plain reductions compute the statistics, in two passes, and ONNX's BatchNormalization only applies
+them, in its evaluation mode. Its training mode is of no use: its running variance is biased, where
+PyTorch's is unbiased, and ONNX Runtime writes the statistics over the node's mean and variance
+inputs, even if they are constants or graph inputs.
 
     running' = (1 - momentum) * running + momentum * (mean, or variance * n / (n - 1))
 
@@ -22,47 +22,48 @@ from typing import Any
 
 import torch
 
-from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.graph import Graph
 from tools.export.graphs.program import Spec
-from tools.export.rules.elementwise import add, mul, rsqrt, sub
+from tools.export.graphs.value import Value
 from tools.export.rules.layers import pointwise
-from tools.export.rules.layout import reshape
-from tools.export.rules.reduction import reduce
 from tools.export.rules.registry import rule
 
 aten: Any = torch.ops.aten
 
 
-def _vector(g: Graph, value: Value | None, channels: int, default: float) -> Value:
-    return g.constant([default] * channels) if value is None else value
+def _vector(g: Graph, vector: Value | None, channels: int, default: float) -> Value:
+    """A statistic or a parameter by channel, or the default where the layer has none."""
+    return g.constant([default] * channels) if vector is None else vector
 
 
-def _fixed(
-    g: Graph, x: Value, scale: Value, bias: Value, mean: Value, variance: Value, eps: float
+def _applied(
+    x: Value, scale: Value, bias: Value, mean: Value, variance: Value, eps: float
 ) -> Value:
-    return g.node(
-        "BatchNormalization", x, scale, bias, mean, variance, shape=x.shape, epsilon=float(eps)
-    )
+    """(x - mean) / sqrt(variance + eps) * scale + bias, by channel."""
+    return x.node("BatchNormalization", scale, bias, mean, variance, epsilon=float(eps))
 
 
-def _normalised(
-    g: Graph, x: Value, scale: Value, bias: Value, eps: float
-) -> tuple[Value, Value, Value]:
-    """(x - mean) / sqrt(variance + eps) * scale + bias over all but axis 1, mean, variance."""
-    mean = reduce(g, "ReduceMean", x, _rest(x))
-    distance = _distance(g, x, mean)
-    variance = reduce(g, "ReduceMean", mul(g, distance, distance), _rest(x))
-    zeros = g.constant([0.0] * x.shape[1])
-    return _fixed(g, distance, scale, bias, zeros, variance, eps), mean, variance
+def _normalised(x: Value, scale: Value, bias: Value, eps: float) -> tuple[Value, Value, Value]:
+    """The same with the batch's own statistics: output, mean and variance."""
+    mean = x.mean(_all_but_channels(x))
+    distance = _distance(x, mean)
+    variance = (distance * distance).mean(_all_but_channels(x))
+    zeros = x.graph.constant([0.0] * x.shape[1])
+    return _applied(distance, scale, bias, zeros, variance, eps), mean, variance
 
 
-def _rest(x: Value) -> list[int]:
+def _all_but_channels(x: Value) -> list[int]:
     return [0, *range(2, len(x.shape))]
 
 
-def _distance(g: Graph, x: Value, mean: Value) -> Value:
+def _distance(x: Value, mean: Value) -> Value:
     """X - mean, by channel; the backward pass finds the forward's node again."""
-    return sub(g, x, reshape(g, mean, [x.shape[1]] + [1] * (len(x.shape) - 2)))
+    return x - _by_channel(mean, x)
+
+
+def _by_channel(vector: Value, x: Value) -> Value:
+    """One number a channel, shaped to broadcast with x (N, C, ...)."""
+    return vector.reshape([x.shape[1]] + [1] * (len(x.shape) - 2))
 
 
 @rule(aten.native_batch_norm.default)
@@ -73,35 +74,33 @@ def batch_norm(
 ) -> tuple[Value | None, ...]:  # fmt: skip
     """Output, saved mean, saved 1 / sqrt(variance + eps), new running mean, new running variance.
 
-    PyTorch changes the running statistics in place; whoever lowers the node must put the last two
-    in their stead.
+    PyTorch changes the running statistics in place; `lower` replaces them by the last two.
     """
     channels = x.shape[1]
     scale, shift = _vector(g, weight, channels, 1.0), _vector(g, bias, channels, 0.0)
     if not training:
         mean = _vector(g, running_mean, channels, 0.0)
         variance = _vector(g, running_var, channels, 1.0)
-        y = _fixed(g, x, scale, shift, mean, variance, eps)
-        return y, mean, _inverse(g, variance, eps), running_mean, running_var
-    through = pointwise.seen_through(g, x)
-    if through is None:
-        y, mean, variance = _normalised(g, x, scale, shift, eps)
+        y = _applied(x, scale, shift, mean, variance, eps)
+        return y, mean, _inverse(variance, eps), running_mean, running_var
+    convolution = pointwise.widening(x)
+    if convolution is None:
+        y, mean, variance = _normalised(x, scale, shift, eps)
     else:
-        mean, variance = pointwise.statistics(g, through)
-        factor = mul(g, scale, _inverse(g, variance, eps))
-        y = pointwise.normalised(g, through, mean=mean, scale=factor, bias=shift)
-        mean = _with_bias(g, x, mean)
+        mean, variance = pointwise.statistics(convolution)
+        factor = scale * _inverse(variance, eps)
+        y = pointwise.normalised(convolution, mean=mean, scale=factor, bias=shift)
+        mean = _with_bias(x, mean)
     count = math.prod(x.shape) // channels
-    new_mean = _blend(g, running_mean, mean, momentum)
-    new_var = _blend(g, running_var, variance, momentum, count / (count - 1))
-    return y, mean, _inverse(g, variance, eps), new_mean, new_var
+    new_mean = _blend(running_mean, mean, momentum)
+    new_var = _blend(running_var, variance, momentum, count / (count - 1))
+    return y, mean, _inverse(variance, eps), new_mean, new_var
 
 
-def _with_bias(g: Graph, x: Value, mean: Value) -> Value:
+def _with_bias(x: Value, mean: Value) -> Value:
     """The mean of x, with the bias of the convolution that makes it."""
-    maker = g.maker(x)
-    bias = None if maker is None or len(maker.inputs) < 3 else g.value(maker.inputs[2])
-    return mean if bias is None else add(g, mean, bias)
+    _, _, *bias = x.sources
+    return mean + bias[0] if bias else mean
 
 
 @rule(aten._native_batch_norm_legit_no_training.default)  # noqa: SLF001
@@ -112,8 +111,9 @@ def _batch_norm_evaluated(
     return batch_norm(g, out, x, weight, bias, running_mean, running_var, False, momentum, eps)[:3]
 
 
-def _inverse(g: Graph, variance: Value, eps: float) -> Value:
-    return rsqrt(g, variance, add(g, variance, eps))
+def _inverse(variance: Value, eps: float) -> Value:
+    """1 / sqrt(variance + eps)."""
+    return (variance + eps).node("Sqrt").node("Reciprocal")
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,13 @@ class Blend:
     take: float
 
 
-def _blend(
-    g: Graph, old: Value | None, new: Value, momentum: float, factor: float = 1.0
-) -> Value | None:
+def _blend(old: Value | None, new: Value, momentum: float, factor: float = 1.0) -> Value | None:
     if old is None:
         return None
     blend = Blend(old, new, 1 - momentum, momentum * factor)
-    value = add(g, mul(g, old, blend.keep), mul(g, new, blend.take))
-    g.note(value, blend)
-    return value
+    blended = old * blend.keep + new * blend.take
+    old.graph.note(blended, blend)
+    return blended
 
 
 @rule(aten.native_batch_norm_backward.default)
@@ -146,30 +144,29 @@ def _batch_norm_backward(
     channels = x.shape[1]
     if not training:
         mean = _vector(g, running_mean, channels, 0.0)
-        inverse = _inverse(g, _vector(g, running_var, channels, 1.0), eps)
+        inverse = _inverse(_vector(g, running_var, channels, 1.0), eps)
     elif mean is None or inverse is None:
         raise TypeError("batch norm's backward pass in training mode without saved statistics")
-    distance = _distance(g, x, mean)
-    total = reduce(g, "ReduceSum", dy, _rest(x))
-    through = pointwise.seen_through(g, x) if training else None
-    if through is None:
-        joint = reduce(g, "ReduceSum", mul(g, dy, distance), _rest(x))
+    distance = _distance(x, mean)
+    total = dy.sum(_all_but_channels(x))
+    convolution = pointwise.widening(x) if training else None
+    if convolution is None:
+        joint = (dy * distance).sum(_all_but_channels(x))
     else:
-        joint = pointwise.joint(g, through, dy, total)
-    dgamma = mul(g, joint, inverse)
-    a = mul(g, _vector(g, weight, channels, 1.0), inverse)
-    wide = [channels] + [1] * (len(x.shape) - 2)
-    dx = mul(g, dy, reshape(g, a, wide))
+        joint = pointwise.joint(convolution, dy, total)
+    dgamma = joint * inverse
+    a = _vector(g, weight, channels, 1.0) * inverse
+    dx = dy * _by_channel(a, x)
     if not training:
         return dx, dgamma, total
     per_value = channels / math.prod(x.shape)
-    b = mul(g, mul(g, mul(g, a, inverse), dgamma), -per_value)
-    c = mul(g, mul(g, a, total), -per_value)
+    b = a * inverse * dgamma * -per_value
+    c = a * total * -per_value
     ones, zeros = g.constant([1.0] * channels), g.constant([0.0] * channels)
-    dx = add(g, dx, _fixed(g, distance, b, c, zeros, ones, 0.0))
-    if through is not None:
-        tall = [reshape(g, vector, (channels, 1)) for vector in (a, b, c)]
-        g.note(dx, pointwise.Gradient(through, dy, *tall))
+    dx += _applied(distance, b, c, zeros, ones, 0.0)
+    if convolution is not None:
+        tall = [vector.reshape((channels, 1)) for vector in (a, b, c)]
+        g.note(dx, pointwise.Gradient(convolution, dy, *tall))
     return dx, dgamma, total
 
 
@@ -180,17 +177,16 @@ def _group_norm(
 ) -> tuple[Value, ...]:  # fmt: skip
     # Each group of each sample is a channel of one long batch norm without scale.
     rows = batch * groups
-    flat = reshape(g, x, (1, rows, math.prod(x.shape) // rows))
+    flat = x.reshape((1, rows, math.prod(x.shape) // rows))
     ones, zeros = g.constant([1.0] * rows), g.constant([0.0] * rows)
-    normal, mean, variance = _normalised(g, flat, ones, zeros, eps)
-    y = reshape(g, normal, x.shape)
-    wide = [channels] + [1] * (len(x.shape) - 2)
+    normal, mean, variance = _normalised(flat, ones, zeros, eps)
+    y = normal.reshape(x.shape)
     if weight is not None:
-        y = mul(g, y, reshape(g, weight, wide))
+        y *= _by_channel(weight, x)
     if bias is not None:
-        y = add(g, y, reshape(g, bias, wide))
-    inverse = _inverse(g, variance, eps)
-    return y, reshape(g, mean, (batch, groups)), reshape(g, inverse, (batch, groups))
+        y += _by_channel(bias, x)
+    inverse = _inverse(variance, eps)
+    return y, mean.reshape((batch, groups)), inverse.reshape((batch, groups))
 
 
 @rule(aten.native_layer_norm.default)
@@ -199,13 +195,13 @@ def _layer_norm(
     bias: Value | None, eps: float,
 ) -> tuple[Value, ...]:  # fmt: skip
     rows = math.prod(out[1].shape)
-    flat = reshape(g, x, (1, rows, math.prod(shape)))
+    flat = x.reshape((1, rows, math.prod(shape)))
     ones, zeros = g.constant([1.0] * rows), g.constant([0.0] * rows)
-    normal, mean, variance = _normalised(g, flat, ones, zeros, eps)
-    y = reshape(g, normal, x.shape)
+    normal, mean, variance = _normalised(flat, ones, zeros, eps)
+    y = normal.reshape(x.shape)
     if weight is not None:
-        y = mul(g, y, weight)
+        y *= weight
     if bias is not None:
-        y = add(g, y, bias)
-    inverse = _inverse(g, variance, eps)
-    return y, reshape(g, mean, out[1].shape), reshape(g, inverse, out[2].shape)
+        y += bias
+    inverse = _inverse(variance, eps)
+    return y, mean.reshape(out[1].shape), inverse.reshape(out[2].shape)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tools.export.graphs.graph import Graph, Value
+from tools.export.graphs.graph import Graph
 from tools.export.graphs.program import Spec
-from tools.export.rules.elementwise import cast, mul, sub
-from tools.export.rules.layout import concat, enlarge, pad, reshape, slice_
+from tools.export.graphs.value import Value
+from tools.export.rules.layout import concat, enlarge, pad, slice_
 from tools.export.rules.registry import Unsupported, rule
 from tools.export.rules.resizing import averages, resized
 
@@ -33,8 +33,8 @@ def _each(values: Ints | int | None, default: Ints, axes: int) -> list[int]:
     return listed * axes if len(listed) == 1 else listed
 
 
-def _batched(g: Graph, x: Value, axes: int) -> Value:
-    return x if len(x.shape) == axes + 2 else reshape(g, x, (1, *x.shape))
+def _batched(x: Value, axes: int) -> Value:
+    return x if len(x.shape) == axes + 2 else x.reshape((1, *x.shape))
 
 
 def _overhang(a: Ints, out: Ints, kernel: Ints, stride: Ints, padding: Ints, dil: Ints) -> Ints:
@@ -46,14 +46,14 @@ def _overhang(a: Ints, out: Ints, kernel: Ints, stride: Ints, padding: Ints, dil
 
 
 def _largest(
-    g: Graph, x: Value, places: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
+    x: Value, places: Ints, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints,
     ceil_mode: bool,
 ) -> tuple[Value, ...]:  # fmt: skip
-    """ONNX's max pooling of (N, C, *size): values, and indices that count through all of x."""
+    """ONNX's max pooling of (N, C, *size): values, and their indices in all of x, flat."""
     past = _overhang(x.shape[2:], places, kernel, stride, padding, dilation)
     after = [max(0, n) for n in past] if ceil_mode else padding
     shape = (*x.shape[:2], *places)
-    return g.nodes(
+    return x.graph.nodes(
         "MaxPool", x, outputs=[Spec(shape, x.dtype), Spec(shape, torch.int64)],
         kernel_shape=list(kernel), strides=list(stride), pads=[*padding, *after],
         dilations=list(dilation),
@@ -61,7 +61,7 @@ def _largest(
 
 
 def _planes(shape: Ints, size: Ints) -> Any:
-    """The index of the first place of each plane of (N, C, *size), to subtract from (N, C, ...)."""
+    """The flat index of the first place of each plane of (N, C, *size), as (N, C, 1, ...)."""
     planes = np.arange(shape[0] * shape[1]) * math.prod(size)
     return planes.reshape(*shape[:2], *(1 for _ in size))
 
@@ -72,11 +72,11 @@ def _max_pool(
 ) -> tuple[Value, ...]:  # fmt: skip
     kernel = _each(kernel, (), axes)
     stride, padding = _each(stride, kernel, axes), _each(padding, (), axes)
-    image, dilation = _batched(g, x, axes), _each(dilation, (), axes)
+    image, dilation = _batched(x, axes), _each(dilation, (), axes)
     places = out[0].shape[-axes:]
-    y, indices = _largest(g, image, places, kernel, stride, padding, dilation, ceil_mode)
+    y, indices = _largest(image, places, kernel, stride, padding, dilation, ceil_mode)
     planes = g.constant(_planes(image.shape, image.shape[2:]), torch.int64)
-    return reshape(g, y, out[0].shape), reshape(g, sub(g, indices, planes), out[0].shape)
+    return y.reshape(out[0].shape), (indices - planes).reshape(out[0].shape)
 
 
 def _max_pool_backward(
@@ -86,79 +86,69 @@ def _max_pool_backward(
     kernel = _each(kernel, (), axes)
     stride, padding = _each(stride, kernel, axes), _each(padding, (), axes)
     dilation = _each(dilation, (), axes)
-    image = _batched(g, x, axes)
+    image = _batched(x, axes)
     size, places = image.shape[2:], dy.shape[-axes:]
     # the forward pass's node again
-    y, indices = _largest(g, image, places, kernel, stride, padding, dilation, ceil_mode)
-    planes = y.shape[0] * y.shape[1]
-    grad = reshape(g, dy, y.shape)
+    y, indices = _largest(image, places, kernel, stride, padding, dilation, ceil_mode)
+    grad = dy.reshape(y.shape)
     tiles = kernel == stride and not any(padding) and all(d == 1 for d in dilation)
-    if (
-        axes == 2
-        and tiles
-        and all(p * k <= n for p, k, n in zip(places, kernel, size, strict=True))
-    ):
-        return reshape(g, _tiled_max_pool_backward(g, grad, image, y, kernel), out.shape)
+    inside = all(p * k <= n for p, k, n in zip(places, kernel, size, strict=True))
+    if axes == 2 and tiles and inside:
+        return _tiled_max_pool_backward(grad, image, y, kernel).reshape(out.shape)
     # Index minus the index of the window's first tap: one small number a tap.
-    steps = [math.prod(size[i + 1 :]) for i in range(axes)]
+    apart = [math.prod(size[i + 1 :]) for i in range(axes)]  # indices from a place to the next
     first = _planes(indices.shape, size)
     for i in range(axes):
-        along = (np.arange(places[i]) * stride[i] - padding[i]) * steps[i]
+        along = (np.arange(places[i]) * stride[i] - padding[i]) * apart[i]
         first = first + along.reshape(-1, *(1 for _ in size[i + 1 :]))
-    local = sub(g, indices, g.constant(first, torch.int64))
+    local = indices - g.constant(first, torch.int64)
     taps = list(itertools.product(*(range(k) for k in kernel)))
-    parts = []
-    for tap in taps:
-        number = sum(tap[i] * dilation[i] * steps[i] for i in range(axes))
-        chosen = g.node(
-            "Equal", local, g.constant(number, torch.int64), shape=grad.shape, dtype=torch.bool
-        )
-        parts.append(mul(g, grad, cast(g, chosen, grad.dtype)))
-    stacked = concat(g, [reshape(g, part, (planes, 1, *places)) for part in parts], 1)
+    numbers = [sum(tap[i] * dilation[i] * apart[i] for i in range(axes)) for tap in taps]
+    parts = [grad * local.equals(number).cast(grad.dtype) for number in numbers]
+    planes = y.shape[0] * y.shape[1]
+    stacked = concat([part.reshape((planes, 1, *places)) for part in parts], 1)
     one_hot = np.eye(len(taps)).reshape(len(taps), 1, *kernel)
-    return reshape(g, _spread(g, stacked, one_hot, stride, padding, dilation, size), out.shape)
+    return _spread(stacked, one_hot, stride, padding, dilation, size).reshape(out.shape)
 
 
-def _tiled_max_pool_backward(g: Graph, dy: Value, x: Value, y: Value, kernel: Ints) -> Value:
+def _tiled_max_pool_backward(dy: Value, x: Value, y: Value, kernel: Ints) -> Value:
     """Windows that tile the image: the gradient goes to the first tap that equals the maximum.
 
-    Nothing here reads the indices, so that the forward pass need not make them: without, ONNX
-    Runtime's MaxPool is much faster.
+    Nothing here reads the indices, so the forward pass need not make them; ONNX Runtime's MaxPool
+    is much faster without.
     """
     rows, columns = dy.shape[2:]
     size = [rows * kernel[0], columns * kernel[1]]
-    image = slice_(g, x, [2, 3], [0, 0], size, [1, 1])
-    equal = _equals(g, image, enlarge(g, y, kernel))
+    image = slice_(x, [2, 3], [0, 0], size, [1, 1])
+    equal = _equals(image, enlarge(y, kernel))
     # Among equals the one with the greatest rank is the first.
     rank = np.arange(kernel[0] * kernel[1], 0, -1).reshape(kernel)
-    ranked = mul(g, equal, g.constant(np.tile(rank, (rows, columns)), dy.dtype))
-    first = g.node(
-        "MaxPool", ranked, shape=dy.shape, dtype=dy.dtype, kernel_shape=kernel, strides=kernel
-    )
-    chosen = _equals(g, ranked, enlarge(g, first, kernel))
+    ranked = equal * dy.graph.constant(np.tile(rank, (rows, columns)), dy.dtype)
+    first = ranked.node("MaxPool", shape=dy.shape, kernel_shape=kernel, strides=kernel)
+    chosen = _equals(ranked, enlarge(first, kernel))
     lack = [n - s for n, s in zip(x.shape[2:], size, strict=True)]
-    return pad(g, mul(g, enlarge(g, dy, kernel), chosen), [0, 0], lack)
+    return pad(enlarge(dy, kernel) * chosen, [0, 0], lack)
 
 
-def _equals(g: Graph, a: Value, b: Value) -> Value:
+def _equals(a: Value, b: Value) -> Value:
     """1 where a equals b, 0 elsewhere."""
-    return cast(g, g.node("Equal", a, b, shape=a.shape, dtype=torch.bool), a.dtype)
+    return a.equals(b).cast(a.dtype)
 
 
 def _spread(
-    g: Graph, a: Value, weight: Any, stride: Ints, padding: Ints, dilation: Ints, size: Ints
+    a: Value, weight: Any, stride: Ints, padding: Ints, dilation: Ints, size: Ints
 ) -> Value:
     """Transposed convolution of (M, taps, *places) to (M, 1, *size)."""
     kernel, places = weight.shape[2:], a.shape[2:]
     full = [
         (places[i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1 for i in range(len(kernel))
     ]
-    y = g.node(
-        "ConvTranspose", a, g.constant(weight, a.dtype), shape=(a.shape[0], 1, *full),
-        dtype=a.dtype, kernel_shape=list(kernel), strides=list(stride), dilations=list(dilation),
+    y = a.node(
+        "ConvTranspose", a.graph.constant(weight, a.dtype), shape=(a.shape[0], 1, *full),
+        kernel_shape=list(kernel), strides=list(stride), dilations=list(dilation),
     )  # fmt: skip
     cut = [-p for p in padding]
-    return pad(g, y, cut, [size[i] - full[i] + padding[i] for i in range(len(kernel))])
+    return pad(y, cut, [size[i] - full[i] + padding[i] for i in range(len(kernel))])
 
 
 def _avg_pool(
@@ -169,13 +159,13 @@ def _avg_pool(
     kernel = _each(kernel, (), axes)
     stride, padding = _each(stride, kernel, axes), _each(padding, (), axes)
     _check_average(x, out.shape, kernel, stride, padding, divisor)
-    image = _batched(g, x, axes)
+    image = _batched(x, axes)
     y = g.node(
         "AveragePool", image, shape=(*image.shape[:2], *out.shape[-axes:]), dtype=x.dtype,
         kernel_shape=kernel, strides=stride, pads=[*padding, *padding],
         count_include_pad=int(count_pads),
     )  # fmt: skip
-    return reshape(g, y, out.shape)
+    return y.reshape(out.shape)
 
 
 def _check_average(
@@ -206,13 +196,13 @@ def _avg_pool_backward(
             for i, first in enumerate(firsts)
         ]
         counts = functools.reduce(np.multiply.outer, inside)
-    shared = mul(g, dy, g.constant(1 / counts, dy.dtype))
-    alone = reshape(g, shared, (math.prod(dy.shape[:-axes]), 1, *places))
+    shared = dy * g.constant(1 / counts, dy.dtype)
+    alone = shared.reshape((math.prod(dy.shape[:-axes]), 1, *places))
     if axes == 2 and kernel == stride and not any(padding):
         lack = [n - p * k for n, p, k in zip(size, places, kernel, strict=True)]
-        return reshape(g, pad(g, enlarge(g, alone, kernel), [0, 0], lack), out.shape)
+        return pad(enlarge(alone, kernel), [0, 0], lack).reshape(out.shape)
     ones = np.ones((1, 1, *kernel))
-    return reshape(g, _spread(g, alone, ones, stride, padding, [1] * axes, size), out.shape)
+    return _spread(alone, ones, stride, padding, [1] * axes, size).reshape(out.shape)
 
 
 _RULES: dict[str, Callable[..., Any]] = {
@@ -255,17 +245,17 @@ def _adaptive(g: Graph, out: Spec, x: Value, size: Ints) -> Value:
     whole, parts = x.shape[-2:], out.shape[-2:]
     if _divides(whole, parts):
         return _avg_pool(2, g, out, x, _window(whole, parts))
-    return resized(g, x, averages(whole, parts))
+    return resized(x, averages(whole, parts))
 
 
 @rule(aten._adaptive_avg_pool2d_backward.default)  # noqa: SLF001
 def _adaptive_backward(g: Graph, out: Spec, dy: Value, x: Value) -> Value:
     whole, parts = x.shape[-2:], dy.shape[-2:]
     if not _divides(whole, parts):
-        return resized(g, dy, [matrix.T for matrix in averages(whole, parts)])
+        return resized(dy, [matrix.T for matrix in averages(whole, parts)])
     kernel = _window(whole, parts)
-    shared = mul(g, dy, 1 / math.prod(kernel))
+    shared = dy * (1 / math.prod(kernel))
     if parts == (1, 1):
-        return g.expand(shared, out.shape)
-    alone = reshape(g, shared, (math.prod(dy.shape[:-2]), 1, *parts))
-    return reshape(g, enlarge(g, alone, kernel), out.shape)
+        return shared.expand(out.shape)
+    alone = shared.reshape((math.prod(dy.shape[:-2]), 1, *parts))
+    return enlarge(alone, kernel).reshape(out.shape)
