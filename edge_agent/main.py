@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ondevice import config
 from wire import __version__, logs, records, stopping, storage
 from wire.errors import DataError, SettingsError, StillhouseError, StorageError
+from wire.settings import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"),
                       help="where to; default: agent.toml")  # fmt: skip
+    other = "another value in the file, such as threads=2; may be repeated"
+    init.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE",
+                      help=other)  # fmt: skip
     return parser
 
 
@@ -74,7 +78,7 @@ def _main(arguments: list[str] | None) -> int:
 
 def _do(chosen: argparse.Namespace) -> int:
     if chosen.command == "init":
-        return _init(chosen.file)
+        return _init(chosen.file, chosen.changes)
     if chosen.command == "measure":
         return _measure(chosen)
     if chosen.command == "predict":
@@ -86,9 +90,10 @@ def _do(chosen: argparse.Namespace) -> int:
     return _run(chosen.config, verbose=chosen.verbose)
 
 
-def _init(path: Path) -> int:
+def _init(path: Path, changes: list[str]) -> int:
+    text = config.template(parse(config.AgentConfig, changes))
     try:
-        storage.create(path, config.TEMPLATE, 0o600)  # it will hold a password
+        storage.create(path, text, 0o600)  # it will hold a password
     except OSError as fault:
         print(f"edge-agent: {path}: {fault.strerror}; nothing was written", file=sys.stderr)
         return 2

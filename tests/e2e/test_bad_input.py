@@ -92,7 +92,9 @@ def test_an_agent_that_cannot_work_says_why(tmp_path, digits, changes, text):
     ],
 )
 def test_a_run_that_cannot_start_says_why(tmp_path, digits, changes, text):
-    (tmp_path / "run.toml").write_text(config.template("fedgkt").replace(*changes))
+    settings = config.template("fedgkt")
+    assert changes[0] in settings
+    (tmp_path / "run.toml").write_text(settings.replace(*changes))
     (tmp_path / "data").symlink_to(digits)
     code, error = command(tmp_path, "orchestrator.main", "start", "--config", "run.toml")
     assert code == 2

@@ -385,10 +385,9 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
         kit = fleet.folder / f"agent-{n}.toml"
         kit.unlink()
         enroll = ("orchestrator.main", "enroll", f"device-{n}", "--config", "run.toml")
-        assert processes.start("enroll", *enroll, "--out", kit.name).wait(300) == 0
+        ours = ("--set", f"data={digits}/device-{n}.npz", "--set", f"state=state-{n}")
+        assert processes.start("enroll", *enroll, "--out", kit.name, *ours).wait(300) == 0
         assert kit.stat().st_mode & 0o077 == 0  # it holds the password
-        ours = kit.read_text().replace('"images"', f'"{digits}/device-{n}.npz"')
-        kit.write_text(ours.replace('"state"', f'"state-{n}"'))
     fleet.start()
     check_every_round_counts_each_device_once(fleet.finish(), 1)
     shown = processes.start("status", "orchestrator.main", "status", "runs/run").wait(300)
@@ -398,7 +397,7 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
 
 def test_a_kit_for_the_package_names_its_folders(processes):
     key = "ed25519:" + "A" * 43 + "="
-    (processes.folder / "run.toml").write_text(f'{template()}\n[release]\nkey = "{key}"\n')
+    (processes.folder / "run.toml").write_text(template(changes={"release.key": key}))
     enroll = ("orchestrator.main", "enroll", "pi", "--config", "run.toml", "--packaged")
     assert processes.start("enroll", *enroll).wait(300) == 0, processes.log("enroll")
     kit = tomllib.loads((processes.folder / "pi.toml").read_text())
