@@ -32,7 +32,7 @@ from orchestrator.broker.mosquitto import SBIN, Tls, configuration, find
 from wire import topics
 from wire.errors import BrokerError
 
-__all__ = ["Broker", "Kind", "Tls", "find", "start"]
+__all__ = ["Broker", "Kind", "Tls", "check", "find", "start"]
 
 Kind = Literal["mosquitto", "embedded"]
 _STOP_S = 10.0
@@ -111,13 +111,8 @@ def start(
     Raises:
         BrokerError: it does not run, and what to do.
     """
-    _check(kind, host, fleet, users, tls)
+    check(kind, host, fleet, users, tls)
     binary = find()
-    if kind == "mosquitto" and binary is None:
-        raise BrokerError(
-            f"mosquitto: no such program on PATH or in {', '.join(SBIN)}; install it "
-            "(sudo apt install mosquitto), or use kind 'embedded' for a demonstration"
-        )
     wanted, port = port, _claim(host, port)
     folder = folder.resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -168,9 +163,18 @@ def start(
     return broker
 
 
-def _check(
-    kind: str, host: str, fleet: str, users: Mapping[str, str] | None, tls: Tls | None
+def check(
+    kind: str,
+    host: str,
+    fleet: str,
+    users: Mapping[str, str] | None = None,
+    tls: Tls | None = None,
 ) -> None:
+    """Return if a broker can be started so, as far as can be seen before; arguments of `start`.
+
+    Raises:
+        BrokerError: it cannot, and what to do.
+    """
     if kind not in ("mosquitto", "embedded"):
         raise BrokerError(f"broker kind {kind!r}: expected 'mosquitto' or 'embedded'")
     try:
@@ -191,6 +195,11 @@ def _check(
     for path in (tls.cafile, tls.certfile, tls.keyfile) if tls else ():
         if not path.is_file():
             raise BrokerError(f"TLS: no file {path}; name a PEM file")
+    if kind == "mosquitto" and find() is None:
+        raise BrokerError(
+            f"mosquitto: no such program on PATH or in {', '.join(SBIN)}; install it "
+            "(sudo apt install mosquitto), or use kind 'embedded' for a demonstration"
+        )
 
 
 def _loopback(host: str) -> bool:
