@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from ondevice import config
 from wire import __version__, logs, records, stopping, storage
-from wire.errors import DataError, SettingsError, StillhouseError, StorageError
+from wire.errors import DataError, RefusedError, SettingsError, StillhouseError, StorageError
 from wire.settings import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NO_IMAGES, NO_DISK = 3, 4  # exit codes
+NO_IMAGES, NO_DISK, REFUSED = 3, 4, 5  # exit codes
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or with one line on what is wrong 2, 3 for the images, 4 for a disk.
+    """Run the command line; 0, or with one line on what is wrong 2, or one of the above.
 
     A signal that ends a command gives 128 and its number; `run` ends well by the first, with 0.
     """
@@ -64,11 +64,10 @@ def _main(arguments: list[str] | None) -> int:
             return _do(chosen)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)
-        # Images may come yet, and a disk be mended or let go by another program, so that systemd
-        # tries again; settings want a person.
-        if isinstance(fault, StorageError):
-            return NO_DISK
-        return NO_IMAGES if isinstance(fault, DataError) else 2
+        # Images may come yet, a disk be mended or let go by another program, and a device be
+        # enrolled, so that systemd tries again; settings want a person.
+        codes = {StorageError: NO_DISK, DataError: NO_IMAGES, RefusedError: REFUSED}
+        return next((code for kind, code in codes.items() if isinstance(fault, kind)), 2)
     except OSError as fault:
         if fault.filename is None:
             raise
@@ -223,7 +222,10 @@ def _run(path: Path, *, verbose: bool) -> int:
         )
 
     with stopping.instead(say, lambda: ends[-1]() if ends else None):
-        serve(chosen, ends.append)
+        try:
+            serve(chosen, ends.append)
+        except RefusedError as fault:
+            raise RefusedError(f"{fault}. As a service it tries again every 15 s") from fault
     return 0
 
 

@@ -89,8 +89,8 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
 def _nothing_left(runs: Path, name: str) -> Iterator[None]:
     """If the demonstration fails before its first round, what it made goes again."""
     fleet, folder = enrolment.path(runs, name), runs / name
-    lock = claim.lock_file(runs, name)
-    made = [path for path in (fleet, lock, runs / f"broker-{name}", folder) if not path.exists()]
+    lock, broker = claim.lock_file(runs, name), enrolment.broker_folder(runs, name)
+    made = [path for path in (fleet, lock, broker, folder) if not path.exists()]
     fresh = not runs.exists()
     try:
         yield

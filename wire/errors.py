@@ -9,7 +9,8 @@ StillhouseError            bad input or a broken promise; command lines print it
 │   ├── OrderError         an order that asks for what the device does not know
 │   ├── CodecError         a codec spec, or an encoded tensor
 │   └── TransferError      a blob: chunks, sizes, digest, or its sender no longer has it
-├── LinkError              the broker cannot be reached or refuses us for good
+├── LinkError              the broker cannot be reached
+│   └── RefusedError       the broker refuses us
 ├── SignatureError         a key that is none, or what its owner did not sign
 ├── ReleaseError           a package of the agent that a device must not install
 ├── BrokerError            a broker that the orchestrator runs itself
@@ -65,7 +66,11 @@ class TransferError(WireError):
 
 
 class LinkError(StillhouseError):
-    """The broker cannot be reached, or refuses us for good."""
+    """The broker cannot be reached, or not by these files."""
+
+
+class RefusedError(LinkError):
+    """The broker refuses us: name, password or certificate are not those that it knows."""
 
 
 class SignatureError(StillhouseError):

@@ -59,7 +59,7 @@ def enroll(
     changes: Changes = None,
     as_json: AsJson = False,
 ) -> None:
-    """Admit a device and write its agent.toml; a running broker of ours learns it at its start."""
+    """Admit a device and write its agent.toml; a running broker of ours lets it in at once."""
     chosen = config.load(config_file)
     if key := release_key or chosen.release.key:
         signing.check_public(key)

@@ -3,14 +3,15 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from orchestrator.config import RunConfig
-from orchestrator.fleet import devices, updates
+from orchestrator.fleet import devices, enrolment, updates
 from orchestrator.fleet.classes import resolve, write
 from orchestrator.fleet.updates import Rollout
 from wire.classes import listed
-from wire.errors import StillhouseError
+from wire.errors import RunError, StillhouseError
 from wire.messages import Birth, Hello, Measured, Receipt, Update
 
 log = logging.getLogger("orchestrator")
@@ -27,7 +28,7 @@ class Roster:
 
     Args:
         config: of the run.
-        enrolled: names that may take part; None takes any.
+        enrolled: names that may take part, with those that are enrolled meanwhile; None takes any.
         rollout: packages that devices are told of.
         tell: sends a device an order.
 
@@ -153,6 +154,10 @@ class Roster:
     def _stranger(self, device: str) -> str:
         """Why a device may not take part; "" if it may."""
         if self._enrolled is None or device in self._enrolled:
+            return ""
+        with suppress(RunError):  # a list that is damaged admits nobody
+            self._enrolled |= enrolment.enrolled(self._config.runs, self._config.fleet)
+        if device in self._enrolled:
             return ""
         return (
             f"device {device!r} is not enrolled in fleet {self._config.fleet!r}; "
