@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_agent.completion import PrintCompletion
 from ondevice import config
 from wire import __version__, logs, records, stopping, storage
 from wire.errors import DataError, RefusedError, SettingsError, StillhouseError, StorageError
@@ -47,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     other = "another value in the file, such as threads=2; may be repeated"
     init.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE",
                       help=other)  # fmt: skip
+    parser.add_argument("--print-completion", action=PrintCompletion, commands=commands.choices,
+                        help="lines for a shell's start-up file, and end")  # fmt: skip
     return parser
 
 

@@ -77,6 +77,29 @@ def test_a_shell_can_learn_the_commands():
     assert told.output.split() == ["start", "status"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("edge-agent in", ["init"]),
+        ("edge-agent --pr", ["--print-completion"]),
+        ("edge-agent doctor --", ["--help", "--config", "--json"]),
+        ("edge-agent measure --with", ["--with-pytorch"]),
+        ("edge-agent run --config ag", []),  # a path, which the shell completes
+    ],
+)
+def test_a_shell_can_learn_the_agents_commands(typed, told, capsys):
+    with pytest.raises(SystemExit) as end:
+        agent.main(["--print-completion", "bash"])
+    assert not end.value.code
+    words = typed.split(" ")
+    asked = (
+        f"{capsys.readouterr().out}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
+        '_edge_agent; printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run(["bash", "-eu"], input=asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == told, done.stderr
+
+
 def test_without_its_extra_a_command_says_what_to_install(tmp_path):
     """With the base install's modules alone, as a device has them."""
     hide = (
