@@ -7,18 +7,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_agent.completion import PrintCompletion
 from ondevice import config
 from wire import __version__, logs, records, stopping, storage
-from wire.errors import DataError, SettingsError, StillhouseError, StorageError
+from wire.errors import DataError, RefusedError, SettingsError, StillhouseError, StorageError
+from wire.settings import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NO_IMAGES, NO_DISK = 3, 4  # exit codes
+NO_IMAGES, NO_DISK, REFUSED = 3, 4, 5  # exit codes
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or with one line on what is wrong 2, 3 for the images, 4 for a disk.
+    """Run the command line; 0, or with one line on what is wrong 2, or one of the above.
 
     A signal that ends a command gives 128 and its number; `run` ends well by the first, with 0.
     """
@@ -43,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     init = commands.add_parser("init", help="write a commented configuration")
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"),
                       help="where to; default: agent.toml")  # fmt: skip
+    other = "another value in the file, such as threads=2; may be repeated"
+    init.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE",
+                      help=other)  # fmt: skip
+    parser.add_argument("--print-completion", action=PrintCompletion, commands=commands.choices,
+                        help="lines for a shell's start-up file, and end")  # fmt: skip
     return parser
 
 
@@ -60,11 +67,10 @@ def _main(arguments: list[str] | None) -> int:
             return _do(chosen)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)
-        # Images may come yet, and a disk be mended or let go by another program, so that systemd
-        # tries again; settings want a person.
-        if isinstance(fault, StorageError):
-            return NO_DISK
-        return NO_IMAGES if isinstance(fault, DataError) else 2
+        # Images may come yet, a disk be mended or let go by another program, and a device be
+        # enrolled, so that systemd tries again; settings want a person.
+        codes = {StorageError: NO_DISK, DataError: NO_IMAGES, RefusedError: REFUSED}
+        return next((code for kind, code in codes.items() if isinstance(fault, kind)), 2)
     except OSError as fault:
         if fault.filename is None:
             raise
@@ -74,7 +80,7 @@ def _main(arguments: list[str] | None) -> int:
 
 def _do(chosen: argparse.Namespace) -> int:
     if chosen.command == "init":
-        return _init(chosen.file)
+        return _init(chosen.file, chosen.changes)
     if chosen.command == "measure":
         return _measure(chosen)
     if chosen.command == "predict":
@@ -86,9 +92,10 @@ def _do(chosen: argparse.Namespace) -> int:
     return _run(chosen.config, verbose=chosen.verbose)
 
 
-def _init(path: Path) -> int:
+def _init(path: Path, changes: list[str]) -> int:
+    text = config.template(parse(config.AgentConfig, changes))
     try:
-        storage.create(path, config.TEMPLATE, 0o600)  # it will hold a password
+        storage.create(path, text, 0o600)  # it will hold a password
     except OSError as fault:
         print(f"edge-agent: {path}: {fault.strerror}; nothing was written", file=sys.stderr)
         return 2
@@ -218,7 +225,10 @@ def _run(path: Path, *, verbose: bool) -> int:
         )
 
     with stopping.instead(say, lambda: ends[-1]() if ends else None):
-        serve(chosen, ends.append)
+        try:
+            serve(chosen, ends.append)
+        except RefusedError as fault:
+            raise RefusedError(f"{fault}. As a service it tries again every 15 s") from fault
     return 0
 
 

@@ -1,32 +1,16 @@
-"""The agent's configuration: `agent.toml` as a frozen dataclass."""
+"""The agent's configuration: `agent.toml` as a frozen dataclass, and a template of one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from wire import records, signing, topics
+from wire import records, settings, signing, topics
 from wire.address import BrokerAddress
 from wire.errors import SettingsError, SignatureError
+from wire.settings import Setting, Template
 
 BAD_SHARE = 0.05  # of a folder's pictures
-TEMPLATE = """\
-# Configuration of one Stillhouse edge agent. Start it with: edge-agent run --config agent.toml
-
-device = "device-0"     # the name it is enrolled under (orchestrator enroll)
-fleet = "fleet"         # the fleet it belongs to
-data = "images"         # an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class
-state = "state"         # artifacts, weights and the journal; survives power cuts
-image = [3, 32, 32]     # channels, height, width; a folder's images are brought to it
-bad_share = 0.05        # damaged pictures are left out; more than this share are an error
-threads = 0             # of ONNX Runtime and numpy; 0 takes all cores
-chunk_bytes = 131072    # of the pieces that results travel in; less where the broker takes less
-release_key = ""        # updates of the package are signed by it; "" takes none
-update_minutes = 5      # that an update has until it runs, or it is rolled back
-
-[broker]
-url = "mqtt://localhost:1883"   # mqtts:// with ca_file, and cert_file and key_file for mutual TLS
-username = ""                   # with a password where the broker asks for one
-password = ""
-"""
 
 
 @dataclass(frozen=True)
@@ -94,6 +78,60 @@ class AgentConfig:
                 signing.check_public(self.release_key)
             except SignatureError as fault:
                 raise ValueError(f"release_key: {fault}") from fault
+
+
+ABOUT = (
+    "Configuration of one Stillhouse edge agent. Start it with: edge-agent run --config agent.toml"
+)
+TEMPLATE = Template(
+    AgentConfig,
+    (ABOUT,),
+    {
+        "device": Setting("device-0", "the name it is enrolled under (orchestrator enroll)"),
+        "fleet": Setting("fleet", "the fleet it belongs to"),
+        "data": Setting(
+            "images",
+            "an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class",
+        ),
+        "state": Setting("state", "artifacts, weights and the journal; survives power cuts"),
+        "image": Setting(
+            AgentConfig.image, "channels, height, width; a folder's images are brought to it"
+        ),
+        "bad_share": Setting(
+            AgentConfig.bad_share,
+            "damaged pictures are left out; more than this share are an error",
+        ),
+        "threads": Setting(AgentConfig.threads, "of ONNX Runtime and numpy; 0 takes all cores"),
+        "chunk_bytes": Setting(
+            AgentConfig.chunk_bytes,
+            "of the pieces that results travel in; less where the broker takes less",
+        ),
+        "release_key": Setting(
+            AgentConfig.release_key, 'updates of the package are signed by it; "" takes none'
+        ),
+        "update_minutes": Setting(
+            AgentConfig.update_minutes, "that an update has until it runs, or it is rolled back"
+        ),
+        "broker.url": Setting(
+            "mqtt://localhost:1883",
+            "mqtts:// with ca_file, and cert_file and key_file for mutual TLS",
+        ),
+        "broker.username": Setting("", "with a password where the broker asks for one"),
+        "broker.password": Setting(""),
+    },
+)
+
+
+def template(changes: Mapping[str, Any] | None = None) -> str:
+    """A commented `agent.toml`.
+
+    Args:
+        changes: other values than the template's, by dotted key.
+
+    Raises:
+        SettingsError: it could not be loaded; the message tells what was expected.
+    """
+    return settings.render(TEMPLATE, changes or {})
 
 
 def load(path: Path) -> AgentConfig:

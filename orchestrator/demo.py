@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import models
+from ondevice import config as agent
 from orchestrator import datasets
 from orchestrator.config import (
     BrokerConfig,
@@ -35,20 +36,6 @@ from wire.errors import RunError
 from wire.names import anchored
 
 STOP_S = 20.0
-
-_AGENT = """\
-device = "{name}"
-fleet = "{fleet}"
-data = "{data}"
-state = "{state}"
-image = {image}
-threads = 1
-
-[broker]
-url = "{url}"
-username = "{name}"
-password = "{password}"
-"""
 
 
 @dataclass(frozen=True)
@@ -102,8 +89,8 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
 def _nothing_left(runs: Path, name: str) -> Iterator[None]:
     """If the demonstration fails before its first round, what it made goes again."""
     fleet, folder = enrolment.path(runs, name), runs / name
-    lock = claim.lock_file(runs, name)
-    made = [path for path in (fleet, lock, runs / f"broker-{name}", folder) if not path.exists()]
+    lock, broker = claim.lock_file(runs, name), enrolment.broker_folder(runs, name)
+    made = [path for path in (fleet, lock, broker, folder) if not path.exists()]
     fresh = not runs.exists()
     try:
         yield
@@ -197,14 +184,18 @@ def _agent(
     """One agent process; its log stands beside its state."""
     folder = (config.folder / "agents" / name).resolve()
     folder.mkdir(parents=True)
-    text = _AGENT.format(
-        name=name,
-        fleet=config.fleet,
-        data=(config.folder / "data" / f"{name}.npz").resolve(),
-        state=folder / "state",
-        image=list(config.device.input),
-        url=address.url,
-        password=password,
+    text = agent.template(
+        {
+            "device": name,
+            "fleet": config.fleet,
+            "data": str((config.folder / "data" / f"{name}.npz").resolve()),
+            "state": str(folder / "state"),
+            "image": config.device.input,
+            "threads": 1,
+            "broker.url": address.url,
+            "broker.username": name,
+            "broker.password": password,
+        }
     )
     settings = folder / "agent.toml"
     settings.touch(0o600)

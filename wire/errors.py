@@ -9,7 +9,8 @@ StillhouseError            bad input or a broken promise; commands print it and 
 │   ├── OrderError         an order that the device cannot read
 │   ├── CodecError         a codec spec, or an encoded tensor
 │   └── TransferError      a blob: chunks, sizes, digest, or its sender no longer has it
-├── LinkError              the broker cannot be reached or refuses us for good
+├── LinkError              the broker cannot be reached
+│   └── RefusedError       the broker refuses us
 ├── SignatureError         a damaged key, or data that its owner did not sign
 ├── ReleaseError           a package of the agent that a device must not install
 ├── BrokerError            a broker that the orchestrator runs itself
@@ -65,7 +66,11 @@ class TransferError(WireError):
 
 
 class LinkError(StillhouseError):
-    """The broker cannot be reached, or refuses us for good."""
+    """The broker cannot be reached, or not by these files."""
+
+
+class RefusedError(LinkError):
+    """The broker refuses us: name, password or certificate are not those that it knows."""
 
 
 class SignatureError(StillhouseError):

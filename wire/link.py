@@ -22,7 +22,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from wire.address import BrokerAddress
-from wire.errors import LinkError
+from wire.errors import LinkError, RefusedError
 
 KEEPALIVE_S = 30
 BACKOFF_BASE_S = 0.5
@@ -162,7 +162,7 @@ class Link:
         self.address = address
         self.bytes_in = 0
         self.bytes_out = 0
-        self.refused: LinkError | None = None
+        self.refused: RefusedError | None = None
         self._subscriptions = list(subscriptions)
         self._emit, self._will = emit, will
         self._answer = ""  # the broker's answer to the current attempt
@@ -259,7 +259,7 @@ class Link:
         self._answer = code.getName()
         if code.is_failure:
             if code.getName() in _FINAL:
-                self.refused = LinkError(
+                self.refused = RefusedError(
                     f"broker {self.address.url} refuses this client: {code.getName()}; check "
                     "username, password and certificate against the enrolment"
                 )

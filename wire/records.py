@@ -53,12 +53,11 @@ def build(
     if not isinstance(mapping, Mapping):
         raise error(f"{where}: expected a table of settings, got {type(mapping).__name__}")
     fields = [f for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    types_ = _hints(cls)  # type: ignore[arg-type]
-    hints = {field.name: types_[field.name] for field in fields}
+    known = hints(cls)  # type: ignore[arg-type]
     for key in mapping if strict else ():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(hints)}"
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}"
             raise error(f"{where}: unknown key {key!r:.80}; {hint}")
     values = {}
     for field in fields:
@@ -66,7 +65,7 @@ def build(
             place = f"{where}: {field.name}"
             try:
                 values[field.name] = _value(
-                    hints[field.name], mapping[field.name], place, error, strict
+                    known[field.name], mapping[field.name], place, error, strict
                 )
             except error:
                 if field.repr:
@@ -94,9 +93,25 @@ def load(cls: type[T], path: Path) -> T:
         raise SettingsError(f"{path}: cannot be read: {fault.strerror}") from fault
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise SettingsError(f"{path}: not TOML: {fault}") from fault
+    return of_table(cls, table, str(path))
+
+
+def of_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Make a `cls` of what a TOML file holds.
+
+    Raises:
+        SettingsError: it is not a `cls`; the message names `where`.
+    """
     if key := _nan(table):
-        raise SettingsError(f"{path}: {key}: expected a number, got nan")
-    return build(cls, table, where=str(path), error=SettingsError)
+        raise SettingsError(f"{where}: {key}: expected a number, got nan")
+    return build(cls, table, where=where, error=SettingsError)
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """The type of each field that `build` reads."""
+    types_ = typing.get_type_hints(cls)
+    return {field.name: types_[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def _nan(value: object, at: str = "") -> str:
@@ -153,11 +168,6 @@ def _path(text: str, where: str, error: type[StillhouseError]) -> Path:
             f"{where}: {text!r}: expected the home folder of a user of this machine, and there is "
             f"none; write the whole path, or ./{text} for a name that begins with ~"
         ) from None
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _value(hint: Any, value: object, where: str, error: type[StillhouseError], strict: bool) -> Any:

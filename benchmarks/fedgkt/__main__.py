@@ -37,10 +37,12 @@ from typing import Any
 
 import numpy as np
 
+import models
 from benchmarks import command, runs
 from benchmarks.fedgkt import report, settings
 from benchmarks.fedgkt.settings import Plan, Setting
 from wire.errors import SettingsError
+from wire.names import anchored
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=("iid", "dirichlet"), default="iid")
     parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet distribution")
     parser.add_argument("--heldout-limit", type=command.count, help="images to evaluate on")
-    parser.add_argument("--server-model", choices=tuple(settings.WHOLE))
+    parser.add_argument(
+        "--server-model",
+        help="a known network, or your own, nets.py:large; "
+        f"settings of a whole network want one of {', '.join(settings.WHOLE)}",
+    )
     parser.add_argument("--server-epochs", type=command.count)
     parser.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), help="of server training"
@@ -77,6 +83,9 @@ def _measure(options: argparse.Namespace) -> None:
         _one(options, plan, **json.loads(options.one))
         return
     chosen = settings.find(options.settings, plan.devices)
+    models.input_shape(anchored(plan.server_model, Path()))  # there is such a network
+    for setting in chosen:
+        settings.device_model(setting, plan)
     report.check(plan, options.out)
     for seed in range(options.seeds):
         for setting in chosen:

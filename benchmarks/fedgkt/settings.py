@@ -24,6 +24,7 @@ from benchmarks import runs
 from orchestrator.config import RunConfig
 from wire import records
 from wire.errors import SettingsError
+from wire.names import anchored
 
 FEATURES = "relu|q=4|zstd"
 
@@ -300,7 +301,7 @@ def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: 
         "seed": seed,
         "cohort": {"min_devices": setting.devices or plan.devices},
         "device": {
-            "model": WHOLE[plan.server_model] if setting.whole else "resnet8",
+            "model": device_model(setting, plan),
             "classes": chosen.classes,
             "input": (3, 32, 32),
             "mean": chosen.mean,
@@ -312,7 +313,7 @@ def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: 
             "features": FEATURES,
         },
         "server": {
-            "model": plan.server_model,
+            "model": anchored(plan.server_model, Path()),
             "epochs": plan.server_epochs,
             "precision": plan.precision,
             "schedule": plan.schedule,
@@ -328,6 +329,22 @@ def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: 
     for key, value in setting.change.items():
         table[key] = {**table.get(key, {}), **value} if isinstance(value, Mapping) else value
     return records.build(RunConfig, table, where=f"setting {setting.name!r}", error=SettingsError)
+
+
+def device_model(setting: Setting, plan: Plan) -> str:
+    """What devices train: a small network, or the whole that the server's network is the rest of.
+
+    Raises:
+        SettingsError: nobody knows which whole that is.
+    """
+    if not setting.whole:
+        return "resnet8"
+    if plan.server_model not in WHOLE:
+        raise SettingsError(
+            f"setting {setting.name!r} trains the whole network, which is known for the server's "
+            f"{', '.join(WHOLE)}, not for {plan.server_model}; leave it out of --settings"
+        )
+    return WHOLE[plan.server_model]
 
 
 def data_folder(setting: Setting, plan: Plan, seed: int, folder: Path) -> Path:

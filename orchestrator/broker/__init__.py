@@ -27,12 +27,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
-from orchestrator.broker.access import ORCHESTRATOR, access_list, hashed
+from orchestrator.broker.access import ORCHESTRATOR, access_list, hashed, matches, passwords
 from orchestrator.broker.mosquitto import SBIN, Tls, configuration, find
-from wire import topics
+from wire import storage, topics
 from wire.errors import BrokerError
 
-__all__ = ["Broker", "Kind", "Tls", "find", "start"]
+__all__ = ["Broker", "Kind", "Tls", "check", "find", "let_in", "start"]
 
 Kind = Literal["mosquitto", "embedded"]
 _STOP_S = 10.0
@@ -111,13 +111,8 @@ def start(
     Raises:
         BrokerError: it does not run, and what to do.
     """
-    _check(kind, host, fleet, users, tls)
+    check(kind, host, fleet, users, tls)
     binary = find()
-    if kind == "mosquitto" and binary is None:
-        raise BrokerError(
-            f"mosquitto: no such program on PATH or in {', '.join(SBIN)}; install it "
-            "(sudo apt install mosquitto), or use kind 'embedded' for a demonstration"
-        )
     wanted, port = port, _claim(host, port)
     folder = folder.resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -126,9 +121,8 @@ def start(
     command = [sys.executable, "-m", "orchestrator.broker", str(folder)]
     if kind == "mosquitto":
         _write(folder / "acl", access_list(fleet))
-        passwords = users is not None
         config = configuration(
-            folder, host, port, passwords=passwords, tls=tls, autosave_s=autosave_s
+            folder, host, port, passwords=users is not None, tls=tls, autosave_s=autosave_s
         )
         _write(folder / "mosquitto.conf", config)
         command += ["mosquitto", str(binary)]
@@ -168,9 +162,18 @@ def start(
     return broker
 
 
-def _check(
-    kind: str, host: str, fleet: str, users: Mapping[str, str] | None, tls: Tls | None
+def check(
+    kind: str,
+    host: str,
+    fleet: str,
+    users: Mapping[str, str] | None = None,
+    tls: Tls | None = None,
 ) -> None:
+    """Return if a broker can be started so, as far as can be seen before; arguments of `start`.
+
+    Raises:
+        BrokerError: it cannot, and what to do.
+    """
     if kind not in ("mosquitto", "embedded"):
         raise BrokerError(f"broker kind {kind!r}: expected 'mosquitto' or 'embedded'")
     try:
@@ -191,6 +194,32 @@ def _check(
     for path in (tls.cafile, tls.certfile, tls.keyfile) if tls else ():
         if not path.is_file():
             raise BrokerError(f"TLS: no file {path}; name a PEM file")
+    if kind == "mosquitto" and find() is None:
+        raise BrokerError(
+            f"mosquitto: no such program on PATH or in {', '.join(SBIN)}; install it "
+            "(sudo apt install mosquitto), or use kind 'embedded' for a demonstration"
+        )
+
+
+def let_in(folder: Path, users: Mapping[str, str]) -> None:
+    """Tell the broker of a folder its users; one that runs and asks for passwords lets them in.
+
+    It looks twice a second. Those who are connected stay so.
+
+    Args:
+        folder: of `start`.
+        users: likewise; all of them.
+    """
+    path = folder / "passwd"
+    if not path.exists():
+        return
+    known = passwords(path)
+    for user, password in users.items():
+        if user not in known or not matches(password, known[user]):
+            known[user] = hashed(password)
+    lines = (f"{user}:{stored}\n" for user, stored in sorted(known.items()) if user in users)
+    with storage.at(path):
+        storage.write(path, "".join(lines).encode(), 0o600)
 
 
 def _loopback(host: str) -> bool:

@@ -11,7 +11,10 @@ import ctypes
 import os
 import signal
 import sys
+from asyncio.subprocess import Process
 from pathlib import Path
+
+from orchestrator.broker.watch import replaced
 
 _SETTLED_S = 1.0  # a Mosquitto that lived this long is started again when it dies
 _STOP_S = 8.0
@@ -48,6 +51,7 @@ async def _mosquitto(binary: str, folder: Path) -> None:
             preexec_fn=_die_with_parent,  # this process has one thread
         )
         _note(folder, process.pid)
+        telling = asyncio.create_task(_tell_of_users(process, folder / "passwd"))
         try:
             code = await process.wait()
         except asyncio.CancelledError:
@@ -58,9 +62,18 @@ async def _mosquitto(binary: str, folder: Path) -> None:
                 process.kill()
                 await process.wait()
             raise
+        finally:
+            telling.cancel()
         print(f"mosquitto ended with code {code}", file=sys.stderr, flush=True)
         if loop.time() - began < _SETTLED_S:
             return
+
+
+async def _tell_of_users(process: Process, passwords: Path) -> None:
+    """Let Mosquitto read its passwords again when they were replaced."""
+    async for _ in replaced(passwords):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended; the next one reads them
+            process.send_signal(signal.SIGHUP)
 
 
 def _die_with_parent() -> None:

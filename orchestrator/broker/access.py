@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import secrets
 from base64 import b64decode, b64encode
+from pathlib import Path
 
 from wire import topics
 
@@ -29,6 +30,12 @@ def matches(password: str, stored: str) -> bool:
     _, _, rounds, salt, digest = stored.split("$")
     given = hashlib.pbkdf2_hmac("sha512", password.encode(), b64decode(salt), int(rounds))
     return hmac.compare_digest(given, b64decode(digest))
+
+
+def passwords(path: Path) -> dict[str, str]:
+    """What `hashed` made of each user's password, by user name, from a file of user:hash lines."""
+    lines = path.read_text("utf-8").splitlines()
+    return {user: stored for user, _, stored in (line.partition(":") for line in lines)}
 
 
 def access_list(fleet: str) -> str:

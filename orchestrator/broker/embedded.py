@@ -27,7 +27,9 @@ from amqtt.broker import Broker, RetainedApplicationMessage
 from amqtt.contexts import Action
 from amqtt.errors import AMQTTError
 
+from orchestrator.broker import access
 from orchestrator.broker.access import matches, may
+from orchestrator.broker.watch import replaced
 from wire import logs
 
 _WILL = ("will_flag", "will_topic", "will_message", "will_qos", "will_retain")
@@ -47,19 +49,19 @@ class _Embedded(Broker):  # type: ignore[misc]  # amqtt has no types
         bind = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         super().__init__({"listeners": {"default": {"type": "tcp", "bind": bind}}, "plugins": {}})
         self._fleet = fleet
-        self._passwords = passwords
+        self.passwords = passwords
 
     async def _authenticate(self, session: Any, _listener: Any) -> bool:
-        if self._passwords is None:
+        if self.passwords is None:
             return True
-        stored = self._passwords.get(session.username or "")
+        stored = self.passwords.get(session.username or "")
         if stored is None or not matches(session.password or "", stored):
             return False
         will = session.will_topic if session.will_flag else None
         return will is None or may(session.username, will, self._fleet, write=True)
 
     async def _topic_filtering(self, session: Any, topic: str, action: Any) -> bool:
-        if self._passwords is None:
+        if self.passwords is None:
             return True
         return may(session.username or "", topic, self._fleet, write=action == Action.PUBLISH)
 
@@ -128,19 +130,20 @@ async def serve(host: str, port: int, fleet: str, passwords: Path | None) -> Non
         host: a loopback address.
         port: the port.
         fleet: whose topics the access rules open, where there are passwords.
-        passwords: a file of user:hash lines (see `access.hashed`), or None to let anybody in.
+        passwords: a file of user:hash lines (see `access.hashed`), read again when it is replaced;
+            None lets anybody in.
     """
     logs.to_stream(level=logging.WARNING)
-    broker = _Embedded(host, port, fleet, None if passwords is None else _users(passwords))
+    known = None if passwords is None else access.passwords(passwords)
+    broker = _Embedded(host, port, fleet, known)
     await broker.start()
     try:
-        await asyncio.Event().wait()
+        if passwords is None:
+            await asyncio.Event().wait()
+        else:
+            async for _ in replaced(passwords):
+                broker.passwords = access.passwords(passwords)
     finally:
         # Nothing to save. amqtt's shutdown hangs if a packet comes while it cancels a reader: in
         # Python 3.11, asyncio.wait_for drops a cancellation that meets a result.
         os._exit(0)
-
-
-def _users(passwords: Path) -> dict[str, str]:
-    lines = passwords.read_text("utf-8").splitlines()
-    return {user: stored for user, _, stored in (line.partition(":") for line in lines)}

@@ -1,17 +1,14 @@
 """A run's configuration: `run.toml` as frozen dataclasses, and a template of one."""
 
-from orchestrator.config.cohort import BrokerConfig, CohortConfig
-from orchestrator.config.device import (
-    DeviceConfig,
-    Other,
-    Recipe,
-    SubmodelConfig,
-    Tier,
-    cosine,
-)
+from orchestrator.config.broker import BrokerConfig
+from orchestrator.config.cohort import CohortConfig
+from orchestrator.config.device import DeviceConfig, Other, Recipe, cosine
+from orchestrator.config.presets import DEFAULT, WHY_DEFAULT, presets, template
 from orchestrator.config.release import ReleaseConfig
-from orchestrator.config.run import DEFAULT, WHY_DEFAULT, RunConfig, load, presets, template
-from orchestrator.config.server import ServerConfig, TransferConfig
+from orchestrator.config.run import RunConfig, load
+from orchestrator.config.server import ServerConfig
+from orchestrator.config.submodel import SubmodelConfig, Tier
+from orchestrator.config.transfer import TransferConfig
 
 __all__ = [
     "DEFAULT",

@@ -166,72 +166,6 @@ class DeviceConfig:
             raise ValueError("expected classes >= 2, batch >= 1, epochs >= 1, lr > 0")
 
 
-@dataclass(frozen=True)
-class Tier:
-    """Devices that train at one keep rate.
-
-    Attributes:
-        keep_rate: over 0 to 1.
-        devices: a pattern of names, `zero-*`.
-        memory_mb: devices with at most so much memory; 0 asks for none.
-    """
-
-    keep_rate: float
-    devices: str = "*"
-    memory_mb: int = 0
-
-    def __post_init__(self) -> None:
-        check_keep_rate(self.keep_rate)
-        if self.memory_mb < 0 or (self.devices == "*" and not self.memory_mb):
-            raise ValueError(
-                "expected a pattern of names in `devices`, or `memory_mb` over 0: a tier of all "
-                "devices is `submodel.keep_rate`"
-            )
-
-    def holds(self, device: str, memory_bytes: int) -> bool:
-        """Whether a device is of this tier."""
-        small = not self.memory_mb or memory_bytes <= self.memory_mb * 10**6
-        return small and fnmatch.fnmatchcase(device, self.devices)
-
-
-@dataclass(frozen=True)
-class SubmodelConfig:
-    """What sub-models devices train (Federated Dropout).
-
-    Attributes:
-        keep_rate: p, the share of the units of each hidden layer that a device of no tier trains.
-        units: which ones. "random": drawn for each device and round; "shared": drawn for each
-            round; "ordered": the first, always (FjORD, HeteroFL); "rolling": a window that moves
-            with the rounds (FedRolex).
-        absent: what an absent unit counts in the average. "zero": an update of zero (the paper);
-            "holders": nothing, the average is of those who have it.
-        tiers: the first that holds a device decides.
-    """
-
-    keep_rate: float = 1.0
-    units: Literal["random", "shared", "ordered", "rolling"] = "random"
-    absent: Literal["zero", "holders"] = "zero"
-    tiers: tuple[Tier, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_keep_rate(self.keep_rate)
-
-    def rate_of(self, device: str, memory_bytes: int) -> float:
-        """The keep rate of a device."""
-        fits = (tier.keep_rate for tier in self.tiers if tier.holds(device, memory_bytes))
-        return next(fits, self.keep_rate)
-
-    @property
-    def rates(self) -> frozenset[float]:
-        """All keep rates that a device may be given."""
-        return frozenset({self.keep_rate, *(tier.keep_rate for tier in self.tiers)})
-
-    @property
-    def whole(self) -> bool:
-        """Whether every device trains the whole model."""
-        return self.rates == {1}
-
-
 def default_pixels(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and standard deviation of pixels by channel, and whose they are.
 
@@ -251,9 +185,3 @@ def _values(numbers: tuple[float, ...]) -> str:
 def cosine(lr: float, done: float) -> float:
     """The learning rate when a share of the training is done: from lr to 0 along half a cosine."""
     return lr * (1 + math.cos(math.pi * min(done, 1))) / 2
-
-
-def check_keep_rate(rate: float) -> None:
-    """Raise ValueError unless 0 < rate <= 1."""
-    if not 0 < rate <= 1:
-        raise ValueError(f"keep_rate: expected over 0 to 1 (the whole model), got {rate}")

@@ -2,23 +2,19 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from orchestrator.config.cohort import BrokerConfig, CohortConfig
-from orchestrator.config.device import DeviceConfig, Recipe, SubmodelConfig
+from orchestrator.config.broker import BrokerConfig
+from orchestrator.config.cohort import CohortConfig
+from orchestrator.config.device import DeviceConfig, Recipe
 from orchestrator.config.release import ReleaseConfig
-from orchestrator.config.server import ServerConfig, TransferConfig
+from orchestrator.config.server import ServerConfig
+from orchestrator.config.submodel import SubmodelConfig
+from orchestrator.config.transfer import TransferConfig
 from wire import records, topics
 from wire.errors import SettingsError
 from wire.names import anchored
-
-DEFAULT = "shared"  # the preset of `orchestrator init`
-WHY_DEFAULT = (
-    "The default, shared, is FedGKT in which devices share what they learn: of these it trains "
-    "both the large and the small network well on digits as on photos."
-)
 
 
 @dataclass(frozen=True)
@@ -175,24 +171,3 @@ def load(path: Path) -> RunConfig:
         pretrained=config.pretrained and folder / config.pretrained,
         runs=folder / config.runs,
     )
-
-
-def presets() -> tuple[str, ...]:
-    """The names that `template` knows."""
-    files = (resources.files(__package__) / "presets").iterdir()
-    return tuple(sorted({file.name.removesuffix(".toml") for file in files} - {"common"}))
-
-
-def template(preset: str = DEFAULT) -> str:
-    """A commented `run.toml`: what all runs need, and a preset's strategy, device and server.
-
-    Raises:
-        SettingsError: no preset has the name; the message tells all.
-    """
-    if preset not in presets():
-        raise SettingsError(f"no preset {preset!r}; there are {', '.join(presets())}")
-    folder = resources.files(__package__) / "presets"
-    common, own = ((folder / f"{name}.toml").read_text() for name in ("common", preset))
-    # Keys of the run stand before the first table.
-    (head, tables), (keys, more) = (text.split("\n[", 1) for text in (common, own))
-    return f"{head}\n{keys}\n[{tables}\n[{more}"

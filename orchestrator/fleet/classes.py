@@ -156,6 +156,11 @@ def settle(config: RunConfig, settled: Classes) -> RunConfig:
         log.info("classes, by %s: %s", settled.by, classes.listed(settled.names))
     else:
         log.info("%d classes, by number; nobody names them yet", settled.count)
+    return named(config, settled)
+
+
+def named(config: RunConfig, settled: Classes) -> RunConfig:
+    """A run's configuration with the names that training artifacts hold."""
     if not settled.mapped:
         return config
     return replace(config, device=replace(config.device, classes=settled.names))

@@ -9,6 +9,7 @@ import secrets
 import socket
 from pathlib import Path
 
+from orchestrator.broker import let_in
 from orchestrator.config import BrokerConfig
 from wire import address, storage, topics
 from wire.errors import RunError, SettingsError
@@ -55,6 +56,8 @@ def enrolled(runs: Path, fleet: str) -> frozenset[str]:
 def enroll(runs: Path, fleet: str, device: str) -> str:
     """Add a device; returns its password. One that is known keeps the password it has.
 
+    A broker of ours that runs lets the device in, within a second.
+
     Raises:
         RunError: the name cannot stand in a topic.
     """
@@ -66,6 +69,7 @@ def enroll(runs: Path, fleet: str, device: str) -> str:
     if device not in known:
         known[device] = secrets.token_urlsafe(32)
         _write(path(runs, fleet), known)
+    let_in(broker_folder(runs, fleet), known)
     return known[device]
 
 
@@ -127,6 +131,11 @@ def is_empty(path: Path) -> bool:
 def path(runs: Path, fleet: str) -> Path:
     """The file of a fleet."""
     return runs / f"fleet-{fleet}.json"
+
+
+def broker_folder(runs: Path, fleet: str) -> Path:
+    """Where a broker that we run for a fleet keeps its files."""
+    return runs / f"broker-{fleet}"
 
 
 def _write(path: Path, known: dict[str, str]) -> None:

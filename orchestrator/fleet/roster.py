@@ -3,14 +3,15 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from orchestrator.config import RunConfig
-from orchestrator.fleet import devices, updates
+from orchestrator.fleet import devices, enrolment, updates
 from orchestrator.fleet.classes import resolve, write
 from orchestrator.fleet.updates import Rollout
 from wire.classes import listed
-from wire.errors import StillhouseError
+from wire.errors import RunError, StillhouseError
 from wire.messages import Birth, Hello, Measured, Receipt, Update
 
 log = logging.getLogger("orchestrator")
@@ -27,7 +28,8 @@ class Roster:
 
     Args:
         config: the run's settings.
-        enrolled: names that may take part; None allows any.
+        enrolled: names that may take part; None allows any. Devices that are enrolled later are
+            found when they are born.
         rollout: packages to offer to devices.
         tell: sends a device a message on its `order` topic.
 
@@ -157,6 +159,10 @@ class Roster:
     def _stranger(self, device: str) -> str:
         """Why a device may not take part; "" if it may."""
         if self._enrolled is None or device in self._enrolled:
+            return ""
+        with suppress(RunError):  # a list that is damaged admits nobody
+            self._enrolled |= enrolment.enrolled(self._config.runs, self._config.fleet)
+        if device in self._enrolled:
             return ""
         return (
             f"device {device!r} is not enrolled in fleet {self._config.fleet!r}; "

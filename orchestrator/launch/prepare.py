@@ -157,7 +157,7 @@ def _remove(made: Sequence[Path], config: RunConfig) -> None:
 
 def broker_folder(config: RunConfig) -> Path:
     """Where a broker that we run keeps its files."""
-    return config.runs / f"broker-{config.fleet}"
+    return enrolment.broker_folder(config.runs, config.fleet)
 
 
 def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:

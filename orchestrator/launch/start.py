@@ -1,28 +1,22 @@
-"""From a configuration to a finished run: broker, artifact, held-out images, coordinator."""
+"""From a configuration to a finished run: artifacts, folder, broker, coordinator."""
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
-from models import submodel
 from orchestrator import broker
-from orchestrator.config import DeviceConfig, Recipe, RunConfig
+from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
 from orchestrator.fleet import classes, enrolment, updates
 from orchestrator.launch import networks
-from orchestrator.launch.prepare import broker_folder, check, fresh, opened, read_heldout, task
+from orchestrator.launch.artifacts import compiled, prepare_variants
+from orchestrator.launch.prepare import broker_folder, check, opened, read_heldout, task
 from orchestrator.loop.coordinator import Coordinator
-from orchestrator.run_folder.store import Store
 from orchestrator.strategies import create
-from orchestrator.strategies.strategy import Variant
-from tools.export import Adam, Optimizer, Sgd, export
 from wire import stopping, storage
 from wire.address import BrokerAddress
-from wire.artifact import Artifact, open_artifact
-from wire.errors import BrokerError, RunError
-from wire.names import title
+from wire.errors import BrokerError
 
 log = logging.getLogger("orchestrator")
 
@@ -46,25 +40,28 @@ def run(
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached. If
             no round was opened, nothing is left that this start made.
     """
-    # First: what is cheap to find wrong is found before a folder is made or a broker runs.
+    # First: what is wrong with the settings is found before a folder is made or a broker runs.
     sources = networks.check(config)
     heldout = read_heldout(config)
     check(config, heldout)
+    if address is None and config.broker.kind != "external":
+        broker.check(config.broker.kind, config.broker.host, config.fleet)
+    settled = classes.resolve(config, heldout.names)
     with contextlib.ExitStack() as stack:
+        made = stack.enter_context(compiled(classes.named(config, settled)))
         store = stack.enter_context(opened(config, heldout))
         patiently = store.patience.attempt
         patiently(lambda: networks.claim(store.folder, sources))
-        settled = classes.resolve(config, heldout.names)
         config = patiently(partial(classes.settle, config, settled))
         enrolled = None
         if config.admission == "enrolled":
             enrolled = patiently(lambda: enrolment.enrolled(config.runs, config.fleet))
         rollout = updates.read(config.release, store.blobs, enrolled=enrolled)
         store.keep(frozenset(update.blob.digest for update in rollout.updates))
+        variants = prepare_variants(config, store, made)
         if address is None:
             address = patiently(lambda: stack.enter_context(serve(config)))
         report = Report(config, store, sources, enrolled)
-        variants = prepare_variants(config, store)
         strategy = create(config.strategy, task(config, store, variants, heldout, report))
         coordinator = Coordinator(
             config,
@@ -122,75 +119,3 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
         log.info("%s broker at %s", running.kind, running.url)
         password = users[enrolment.ORCHESTRATOR] if users else ""
         yield BrokerAddress(running.url, enrolment.ORCHESTRATOR if users else "", password)
-
-
-def prepare_variants(config: RunConfig, store: Store) -> dict[Recipe, Variant]:
-    """The training artifact of each recipe: the one in the run's folder, or a new export.
-
-    Raises:
-        ExportError: the model cannot be compiled.
-        ArtifactError: one in the folder is damaged.
-    """
-    variants, digests = {}, set()
-    for recipe in config.recipes:
-        artifact = store.patience.attempt(partial(_artifact, config, store.folder, recipe))
-        files = {"manifest.json": artifact.digest}
-        files |= {name: ref.sha256 for name, ref in artifact.manifest.files.items()}
-        for name, digest in files.items():
-            if not store.blobs.has(digest):
-                store.blobs.put((artifact.folder / name).read_bytes())
-        digests |= set(files.values())
-        ref = store.blobs.ref(artifact.digest)
-        variants[recipe] = Variant(recipe, ref, artifact.manifest.features)
-    store.keep(frozenset(digests))
-    return variants
-
-
-def _artifact(config: RunConfig, folder: Path, recipe: Recipe) -> Artifact:
-    device, rate = config.device, recipe.keep_rate
-    parts = [
-        "artifact",
-        networks.folder_name(recipe.model) if recipe.model != device.network else "",
-    ]
-    parts += [repr(rate) if rate != 1 else "", "frozen" if recipe.frozen else ""]
-    folder /= "-".join(filter(None, parts))
-    with storage.at(folder):
-        if not folder.exists():
-            _compile(config, recipe, folder)
-        artifact = open_artifact(folder)
-    if artifact.manifest.model.keep_rate != rate:
-        raise RunError(
-            f"{folder}: expected an artifact of keep rate {rate!r}, got one of "
-            f"{artifact.manifest.model.keep_rate!r}; remove it"
-        )
-    return artifact
-
-
-def _compile(config: RunConfig, recipe: Recipe, folder: Path) -> None:
-    device, rate = config.device, recipe.keep_rate
-    model = fresh(config, recipe)
-    what = f"keep rate {rate:g}" + (", the extractor frozen" if recipe.frozen else "")
-    log.info("compiling the training step of %s, %s", title(recipe.model), what)
-    if rate != 1:
-        model = submodel.narrow(model, submodel.layout(model, device.input), rate)
-    export(
-        model,
-        name=title(recipe.model),
-        classes=device.class_count,
-        class_names=device.class_names,
-        input_shape=device.input,
-        batch=device.batch,
-        task="distill" if config.strategy == "fedgkt" else "classify",
-        optimizer=_optimizer(device),
-        mean=device.mean,
-        std=device.std,
-        keep_rate=rate,
-        proximal=device.mu > 0,
-        out=folder,
-    )
-
-
-def _optimizer(device: DeviceConfig) -> Optimizer:
-    if device.optimizer == "adam":
-        return Adam(weight_decay=device.weight_decay)
-    return Sgd(device.momentum, nesterov=device.momentum > 0, weight_decay=device.weight_decay)

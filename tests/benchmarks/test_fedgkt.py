@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,6 +159,24 @@ def test_an_option_wins_over_the_preset(given, reached, tmp_path, capsys):
     assert f"devices 0 (now {devices})" in told
     assert f"server_model  (now {model})" in told
     assert f"server_epochs 0 (now {epochs})" in told
+
+
+def test_the_server_may_train_a_network_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n\n\ndef large(classes, input_shape):\n"
+        "    size = input_shape[0] * input_shape[1] * input_shape[2]\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(size, classes))\n"
+    )
+    plan = replace(PLAN, server_model="nets.py:large")
+    made = settings.run_config(BASE, plan, seed=0, rounds=1, folder=tmp_path)
+    assert models.build(made.server.model, classes=10, input_shape=(16, 32, 32))
+    own = ("--server-model", "nets.py:large")
+    assert main(command(tmp_path / "out", *own, "--settings", "fedavg large")) == 2
+    assert "the whole network, which is known for the server's resnet10" in capsys.readouterr().err
+    assert main(command(tmp_path / "out", "--server-model", "resnet12")) == 2
+    assert "resnet12" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_run_begins_with_is_done_before_it():

@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_agent.main import NO_IMAGES
+from edge_agent.main import NO_DISK, NO_IMAGES, REFUSED
 from orchestrator import broker, config
 from tests.conftest import ROOT, Processes
 from tests.e2e.test_run import Fleet
@@ -92,7 +93,9 @@ def test_an_agent_that_cannot_work_says_why(tmp_path, digits, changes, text):
     ],
 )
 def test_a_run_that_cannot_start_says_why(tmp_path, digits, changes, text):
-    (tmp_path / "run.toml").write_text(config.template("fedgkt").replace(*changes))
+    settings = config.template("fedgkt")
+    assert changes[0] in settings
+    (tmp_path / "run.toml").write_text(settings.replace(*changes))
     (tmp_path / "data").symlink_to(digits)
     code, error = command(tmp_path, "orchestrator.main", "start", "--config", "run.toml")
     assert code == 2
@@ -178,8 +181,9 @@ def test_a_wrong_password_ends_the_agent_with_a_remedy(tmp_path, digits):
             f'[broker]\nurl = "{running.url}"\nusername = "pi"\npassword = "wrong"\n'
         )
         code, error = command(tmp_path, "edge_agent.main", "run", "--config", "agent.toml")
-    assert code == 2
+    assert code == REFUSED
     assert "check username, password and certificate" in error
+    assert "As a service it tries again" in error
 
 
 @pytest.mark.e2e
@@ -222,3 +226,11 @@ def test_the_status_of_no_run_says_so(tmp_path):
     code, error = command(tmp_path, "orchestrator.main", "export", "nothing", "--out", "m.onnx")
     assert code == 2
     assert json.dumps("nothing")[1:-1] in error
+
+
+def test_systemd_starts_an_agent_again_but_for_its_settings():
+    unit = (ROOT / "hardware/package/stillhouse-edge-agent.service").read_text()
+    assert "\nRestart=on-failure\n" in unit
+    never = re.findall(r"(?m)^RestartPreventExitStatus=(.*)$", unit)[0].split()
+    assert not {str(NO_IMAGES), str(NO_DISK), str(REFUSED)} & {*never}
+    assert never == ["2"]

@@ -29,14 +29,14 @@ BIN = Path(sys.executable).parent
 PRELUDE = """
 pip() {{ echo "pip $*"; }}
 edge-agent() {{
+    case "$1" in init) set -- "$@" --set broker.url=mqtt://localhost:{port};; esac
     "{python}" -m edge_agent.main "$@"
-    case "$1" in init) sed -i 's/:1883/:{port}/' "$2";; esac
 }}
 python() {{ "{python}" "$@"; }}
 orchestrator() {{
+    case "$1" in init) set -- "$@" --set broker.port={port} --set rounds={rounds} \
+        --set server.model=resnet10 --set cohort.wait_s=0;; esac
     "{python}" -m orchestrator.main "$@"
-    case "$1" in init) sed -i 's/^port.*/port = {port}/; s/^rounds.*/rounds = {rounds}/
-        s/resnet55/resnet10/; s/^wait_s.*/wait_s = 0.0/' run.toml;; esac
 }}
 set -e
 """
@@ -142,7 +142,7 @@ def test_use_it_server_devices_and_what_it_costs(processes):
 def test_on_one_machine_in_three_shells_and_the_simulation_of_the_same(processes):
     newcomer = Newcomer(processes)
     first, other = blocks("On one machine, in three shells")
-    newcomer.leave("start", first.replace("rounds = 3", "rounds = 2"))
+    newcomer.leave("start", first)
     for n in range(2):
         newcomer.leave(f"device-{n}", other.replace("N=0", f"N={n}"))
     process = processes.running["start"]

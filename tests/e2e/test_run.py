@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from edge_agent.main import REFUSED
 from orchestrator import broker
 from orchestrator.config import load, template
 from orchestrator.deploy.export import export_run
@@ -382,14 +383,24 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
     text = path.read_text().replace('"open"', '"enrolled"').replace('"external"', '"mosquitto"')
     path.write_text(text.replace('url = "mqtt://unused"', f"port = {port}"))
     for n in range(3):
+        if n == 2:  # the last one while the run goes on
+            fleet.orchestrator()
+            processes.wait_for("who is awaited", lambda: "0 of at least 3" in processes.log("run"))
         kit = fleet.folder / f"agent-{n}.toml"
         kit.unlink()
         enroll = ("orchestrator.main", "enroll", f"device-{n}", "--config", "run.toml")
-        assert processes.start("enroll", *enroll, "--out", kit.name).wait(300) == 0
+        ours = ("--set", f"data={digits}/device-{n}.npz", "--set", f"state=state-{n}")
+        assert processes.start("enroll", *enroll, "--out", kit.name, *ours).wait(300) == 0
         assert kit.stat().st_mode & 0o077 == 0  # it holds the password
-        ours = kit.read_text().replace('"images"', f'"{digits}/device-{n}.npz"')
-        kit.write_text(ours.replace('"state"', f'"state-{n}"'))
-    fleet.start()
+    for n in range(3):
+        fleet.agent(n)
+
+    def begun() -> bool:
+        if processes.running["agent-2"].poll() == REFUSED:  # quicker than the broker
+            fleet.agent(2)  # as its service does
+        return fleet.status()["round"] == 1
+
+    processes.wait_for("the round of all three", begun)
     check_every_round_counts_each_device_once(fleet.finish(), 1)
     shown = processes.start("status", "orchestrator.main", "status", "runs/run").wait(300)
     assert shown == 0
@@ -398,7 +409,7 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
 
 def test_a_kit_for_the_package_names_its_folders(processes):
     key = "ed25519:" + "A" * 43 + "="
-    (processes.folder / "run.toml").write_text(f'{template()}\n[release]\nkey = "{key}"\n')
+    (processes.folder / "run.toml").write_text(template(changes={"release.key": key}))
     enroll = ("orchestrator.main", "enroll", "pi", "--config", "run.toml", "--packaged")
     assert processes.start("enroll", *enroll).wait(300) == 0, processes.log("enroll")
     kit = tomllib.loads((processes.folder / "pi.toml").read_text())

@@ -1,6 +1,7 @@
 """The brokers that the orchestrator runs, real ones, with real clients in real processes."""
 
 import contextlib
+import itertools
 import os
 import queue
 import shutil
@@ -169,6 +170,33 @@ def test_only_the_right_password_opens(kind, tmp_path, connect):
         private = {p.name for p in tmp_path.iterdir() if not p.stat().st_mode & 0o077}
         assert {"passwd"} | ({"acl", "mosquitto.conf"} if kind == "mosquitto" else set()) <= private
         assert "pass a" not in (tmp_path / "passwd").read_text()
+
+
+@both
+def test_a_device_that_is_enrolled_meanwhile_is_let_in_and_nobody_else_is_sent_away(
+    kind, tmp_path, connect
+):
+    before = {user: USERS[user] for user in ("orchestrator", "a")}
+    with broker.start(kind, folder=tmp_path, fleet=FLEET, port=0, users=before) as running:
+        server = connect(running.url, "server", user="orchestrator")
+        device = connect(running.url, "a", user="a")
+        server.subscribe("#", "+")
+        names = (f"b-{number}" for number in itertools.count())
+        assert connect(running.url, next(names), user="b").code.is_failure
+        broker.let_in(tmp_path, USERS)
+        until(lambda: not connect(running.url, next(names), user="b").code.is_failure, "b is in")
+        assert not (tmp_path / "passwd").stat().st_mode & 0o077
+        connect(running.url, "b", user="b").publish("b", "birth", b"here")
+        assert server.get() == ("b/birth", b"here")
+        device.publish("a", "birth", b"still here")
+        assert server.get() == ("a/birth", b"still here")
+        assert not device.gone.is_set()
+        assert connect(running.url, "wrong", user="b", password="pass a").code.is_failure
+
+
+def test_where_nobody_is_asked_for_a_password_none_is_written(tmp_path):
+    broker.let_in(tmp_path, USERS)
+    assert not list(tmp_path.iterdir())
 
 
 @both

@@ -12,6 +12,7 @@ import typer.testing
 
 import wire
 from edge_agent import main as agent
+from ondevice import config as agent_config
 from orchestrator import config, main
 from orchestrator.datasets import __main__ as datasets
 from tests.conftest import ROOT
@@ -74,6 +75,29 @@ def test_a_shell_can_learn_the_commands():
         env=typed | {"_ORCHESTRATOR_COMPLETE": "complete_bash"},
     )
     assert told.output.split() == ["start", "status"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("edge-agent in", ["init"]),
+        ("edge-agent --pr", ["--print-completion"]),
+        ("edge-agent doctor --", ["--help", "--config", "--json"]),
+        ("edge-agent measure --with", ["--with-pytorch"]),
+        ("edge-agent run --config ag", []),  # a path, which the shell completes
+    ],
+)
+def test_a_shell_can_learn_the_agents_commands(typed, told, capsys):
+    with pytest.raises(SystemExit) as end:
+        agent.main(["--print-completion", "bash"])
+    assert not end.value.code
+    words = typed.split(" ")
+    asked = (
+        f"{capsys.readouterr().out}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
+        '_edge_agent; printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
+    done = subprocess.run(["bash", "-eu"], input=asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == told, done.stderr
 
 
 def test_without_its_extra_a_command_says_what_to_install(tmp_path):
@@ -143,6 +167,33 @@ def test_the_default_preset_is_named_and_its_reason(tmp_path):
     assert run("init", str(tmp_path)).exit_code == 0
     assert (tmp_path / "run.toml").read_text() == config.template(config.DEFAULT)
     assert {"dropout", "fedavg", "fedgkt", "frugal", "paper", "shared"} == set(config.presets())
+
+
+def test_init_takes_other_values_and_tells_scripts_what_it_wrote(tmp_path):
+    chosen = ("--set", "device.lr=0.1", "--set", "rounds=20", "--set", "name=trial")
+    told = json.loads(run("init", str(tmp_path), "--preset", "fedavg", *chosen, "--json").output)
+    assert told == {"file": str(tmp_path / "run.toml"), "preset": "fedavg"}
+    made = config.load(tmp_path / "run.toml")
+    assert (made.device.lr, made.rounds, made.name, made.strategy) == (0.1, 20, "trial", "fedavg")
+
+
+def test_init_writes_nothing_where_a_value_is_wrong(tmp_path):
+    with pytest.raises(StillhouseError, match=r"did you mean 'device.lr' or 'server.lr'\?"):
+        run("init", str(tmp_path / "new"), "--set", "lr=0.1")
+    with pytest.raises(StillhouseError, match="--set: rounds: expected int, got str 'many'"):
+        run("init", str(tmp_path / "new"), "--set", "rounds=many")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_agents_init_takes_other_values(tmp_path, capsys):
+    path = tmp_path / "agent.toml"
+    chosen = ["--set", "device=pi-3", "--set", "broker.url=mqtt://barn", "--set", "threads=2"]
+    assert agent.main(["init", str(path), *chosen]) == 0
+    made = agent_config.load(path)
+    assert (made.device, made.broker.url, made.threads) == ("pi-3", "mqtt://barn:1883", 2)
+    assert agent.main(["init", str(tmp_path / "b.toml"), "--set", "devise=pi-3"]) == 2
+    assert "unknown key 'devise'; did you mean 'device'?" in capsys.readouterr().err
+    assert not (tmp_path / "b.toml").exists()
 
 
 def test_missing_held_out_images_are_named_by_their_key(tmp_path):

@@ -18,7 +18,7 @@ from orchestrator.config import (
     template,
 )
 from orchestrator.launch.prepare import fresh
-from wire.errors import StillhouseError
+from wire.errors import SettingsError, StillhouseError
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_preset_is_a_run_that_can_be_loaded(preset, tmp_path):
 @pytest.mark.parametrize("preset", presets())
 def test_grey_images_work_from_every_preset(preset, tmp_path):
     path = tmp_path / "run.toml"
-    path.write_text(template(preset).replace("input = [3, 32, 32]", "input = [1, 28, 28]"))
+    path.write_text(template(preset, {"device.input": (1, 28, 28)}))
     config = load(path)
     assert config.device.mean == (0.4809,)
     assert "CIFAR-10's in grey: mean 0.4809, std 0.2392; set device.mean" in config.device.pixels
@@ -152,12 +152,17 @@ def test_pixels_are_normalized_by_a_named_default_or_by_what_is_set():
 def test_paths_of_a_run_may_begin_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "run.toml"
-    text = template("fedgkt").replace('"data/heldout.npz"', '"~/heldout"')
-    path.write_text(f'pretrained = "~/runs/first"\nruns = "~/runs"\n{text}')
+    home = {"pretrained": "~/runs/first", "runs": "~/runs", "heldout": "~/heldout"}
+    path.write_text(template("fedgkt", home))
     config = load(path)
     assert config.heldout == tmp_path / "heldout"
     assert config.runs == tmp_path / "runs"
     assert config.pretrained == tmp_path / "runs" / "first"
+
+
+def test_a_preset_with_other_values_is_refused_where_they_do_not_go_together():
+    with pytest.raises(SettingsError, match="--set: transfer: strategy 'fedavg' sends no feature"):
+        template("shared", {"strategy": "fedavg"})
 
 
 def test_an_unknown_preset_is_refused_with_those_that_there_are():

@@ -30,7 +30,7 @@ from orchestrator.config import (
     SubmodelConfig,
 )
 from orchestrator.deploy import export, graph
-from orchestrator.launch import start
+from orchestrator.launch import artifacts
 from orchestrator.main import app
 from orchestrator.run_folder.store import last_checkpoint
 from orchestrator.simulation import simulate
@@ -251,7 +251,8 @@ def test_names_and_normalization_are_those_that_devices_train_by(runs, tmp_path)
     """They stand in the artifact's manifest; what run.json says may be less."""
     config = export.read_config(runs / "avg")
     trained = replace(config.device, classes=NAMES, mean=(0.5,) * 3, std=(0.25,) * 3)
-    start._artifact(replace(config, device=trained), tmp_path, Recipe("caldas_cnn"))
+    trained = replace(config, device=trained)
+    artifacts._artifact(trained, tmp_path / "artifact", Recipe("caldas_cnn"))
     for name in ("run.json", "status.json", "checkpoints"):
         (tmp_path / name).symlink_to(runs / "avg" / name)
     card = export.export_run(tmp_path, tmp_path / "m.onnx").card

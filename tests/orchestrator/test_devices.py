@@ -6,6 +6,7 @@ import pytest
 import typer.testing
 
 from orchestrator import main
+from orchestrator.commands import terminal
 from orchestrator.config import template
 from orchestrator.fleet import devices, enrolment
 from tests.wire.test_measurement import REPORT, changed
@@ -79,7 +80,7 @@ def test_a_talkative_device_fills_no_disk(runs, key):
 
 
 def command(tmp_path, *arguments):
-    (tmp_path / "run.toml").write_text(template().replace('fleet = "fleet"', 'fleet = "home"'))
+    (tmp_path / "run.toml").write_text(template(changes={"fleet": "home"}))
     arguments = [*arguments, "--config", str(tmp_path / "run.toml")]
     return typer.testing.CliRunner().invoke(main.app, arguments, catch_exceptions=False)
 
@@ -112,7 +113,7 @@ def test_the_table_fits_eighty_columns_and_scripts_get_json(runs, key, tmp_path,
     devices.take(runs, "home", "pi-3", signed(key))
     devices.take(runs, "home", long, signed(key, "platform.model", model, name=long, valid=False))
     for columns, tables in ((80, 2), (68, 2), (260, 1)):
-        monkeypatch.setattr(main.console, "_width", columns)
+        monkeypatch.setattr(terminal.console, "_width", columns)
         lines = command(tmp_path, "devices").output.splitlines()
         assert max(map(len, lines)) <= columns
         assert sum(line.startswith("device ") for line in lines) == tables

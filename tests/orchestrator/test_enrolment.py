@@ -103,11 +103,8 @@ def test_a_run_whose_url_is_in_capitals_has_it_in_its_one_form_and_no_password_i
 def enroll(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
-    def run(*options: str, **changes: str) -> str:
-        text = config.template()
-        for key, value in changes.items():
-            text = text.replace(key, value, 1)
-        (tmp_path / "run.toml").write_text(text)
+    def run(*options: str, **changes: object) -> str:
+        (tmp_path / "run.toml").write_text(config.template(changes=changes))
         monkeypatch.setattr("sys.argv", ["orchestrator", "enroll", "pi", *options])
         main.app(standalone_mode=False)
         return capsys.readouterr().out
@@ -116,12 +113,39 @@ def enroll(tmp_path, monkeypatch, capsys):
 
 
 def test_the_kit_has_the_runs_chunk_bytes_and_the_url_is_said(enroll, tmp_path):
-    said = enroll("--config", "run.toml", fleet="chunk_bytes = 20000\nfleet")
+    said = enroll("--config", "run.toml", chunk_bytes=20_000)
     kit = tomllib.loads((tmp_path / "pi.toml").read_text())
     assert kit["chunk_bytes"] == 20_000
     assert kit["broker"]["url"] == "mqtt://127.0.0.1:1883"
     assert "pi.toml written, for the broker mqtt://127.0.0.1:1883" in said
     assert LOOPBACK in said
+
+
+def test_a_kit_is_of_its_device_and_run_with_whatever_else_was_chosen(enroll, tmp_path):
+    enroll("--config", "run.toml", "--packaged", "--set", "data=my images", "--set", "window=3",
+           fleet="barn", **{"device.input": (1, 28, 28)})  # fmt: skip
+    kit = tomllib.loads((tmp_path / "pi.toml").read_text())
+    assert (kit["device"], kit["fleet"], kit["image"]) == ("pi", "barn", [1, 28, 28])
+    assert (kit["data"], kit["state"]) == ("my images", "/var/lib/stillhouse/state")
+    assert kit["window"] == 3
+    assert kit["broker"]["username"] == "pi"
+    assert kit["broker"]["password"] == enrolment.users(tmp_path / "runs", "barn")["pi"]
+    assert (tmp_path / "pi.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_script_is_told_what_was_written_as_json(enroll):
+    told = json.loads(enroll("--config", "run.toml", "--json"))
+    assert told.pop("notes")[0].startswith("the broker of these settings listens on 127.0.0.1")
+    assert told == {
+        "file": "pi.toml", "device": "pi", "fleet": "fleet", "url": "mqtt://127.0.0.1:1883",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", ["thread=2", "threads=two", "threads=-1"])
+def test_a_setting_that_cannot_be_enrolls_nobody(enroll, tmp_path, wrong):
+    with pytest.raises(SettingsError, match="thread"):
+        enroll("--config", "run.toml", "--set", wrong)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
 
 
 def test_a_refused_url_enrolls_nobody_and_writes_nothing(enroll, tmp_path):

@@ -21,7 +21,7 @@ from orchestrator.config import (
     load,
 )
 from orchestrator.deploy import export
-from orchestrator.launch import networks, start
+from orchestrator.launch import artifacts, networks, start
 from orchestrator.run_folder.store import last_checkpoint
 from orchestrator.simulation import simulate
 from tools.pytorch_step import prepare as pytorch_step
@@ -246,7 +246,7 @@ def test_the_artifact_has_a_short_name_and_pytorch_finds_its_network(run, tmp_pa
     config = run(more=others("stem"))
     store = Store(config)
     try:
-        start.prepare_variants(config, store)
+        artifacts.prepare_variants(config, store)
         folders = {path.name for path in store.folder.glob("artifact*")}
         manifests = [open_artifact(store.folder / name).manifest for name in sorted(folders)]
     finally:

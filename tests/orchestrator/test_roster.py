@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import DeviceConfig, RunConfig
-from orchestrator.fleet import classes, devices, roster
+from orchestrator.fleet import classes, devices, enrolment, roster
 from orchestrator.fleet.roster import Roster
 from orchestrator.fleet.updates import Rollout
 from tests.wire.test_measurement import REPORT
@@ -62,6 +62,16 @@ def test_who_is_not_enrolled_is_told_so_and_leaves_nothing(make, told, tmp_path)
     ]
     assert there.births == {}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_enrolled_while_the_run_goes_on_may_take_part(make, told, tmp_path):
+    there = make("pi")
+    enrolment.enroll(tmp_path, "fleet", "late")
+    assert there.born("late", birth("late"), 0.0) == birth("late")
+    enrolment.path(tmp_path, "fleet").write_text("{")  # damaged: nobody else, and no end of the run
+    assert there.born("spy", birth("spy"), 0.0) is None
+    assert there.born("late", birth("late"), 0.0) == birth("late")
+    assert [device for device, _ in reasons(told)] == ["spy"]
 
 
 def test_an_updates_fault_is_shown_in_one_printable_line(make, caplog):

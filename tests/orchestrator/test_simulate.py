@@ -34,7 +34,7 @@ from orchestrator.config import (
 )
 from orchestrator.deploy import export
 from orchestrator.display.report import Report
-from orchestrator.launch import prepare, start
+from orchestrator.launch import artifacts, prepare
 from orchestrator.rules import rounds
 from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.simulation import devices, simulate
@@ -137,7 +137,7 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
     births = {name: devices.birth(name, held) for name, held in images.items()}
     store = Store(real)
     try:
-        variants = start.prepare_variants(real, store)
+        variants = artifacts.prepare_variants(real, store)
         task = prepare.task(real, store, variants, prepare.read_heldout(real), Report(real, store))
         strategy = create(real.strategy, task)
         state = strategy.begin()
@@ -213,7 +213,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
     own = {}
     store = Store(real)
     try:
-        variants = start.prepare_variants(real, store)
+        variants = artifacts.prepare_variants(real, store)
         task = prepare.task(real, store, variants, prepare.read_heldout(real), Report(real, store))
         strategy = create(real.strategy, task)
         state = strategy.begin()

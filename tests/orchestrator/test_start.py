@@ -1,7 +1,9 @@
 """A start that fails leaves nothing of its own behind, and takes nothing of an earlier one."""
 
 import contextlib
+import shutil
 import socket
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +16,13 @@ from models import registry
 from orchestrator import broker
 from orchestrator.config import BrokerConfig, DeviceConfig, RunConfig, ServerConfig, changes
 from orchestrator.fleet import claim, enrolment
-from orchestrator.launch import prepare, start
+from orchestrator.launch import artifacts, prepare, start
 from orchestrator.run_folder.store import Store
 from orchestrator.simulation import simulate
 from tests.conftest import Disk
 from wire import records, stopping
 from wire.address import BrokerAddress
+from wire.artifact import open_artifact
 from wire.errors import ExportError, RunError, StillhouseError
 
 
@@ -27,17 +30,23 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
+DEVICE = DeviceConfig(batch=16, mean=(0.3,) * 3, std=(0.37,) * 3)
+
+
 @pytest.fixture
 def config(tmp_path, digits):
-    device = DeviceConfig(batch=16, mean=(0.3,) * 3, std=(0.37,) * 3)
     return RunConfig(
         "run",
         heldout=digits / "heldout.npz",
         runs=tmp_path / "runs",
         broker=BrokerConfig(port=0),
-        device=device,
+        device=DEVICE,
         server=ServerConfig(model="resnet10"),
     )
+
+
+class ReadyError(StillhouseError):
+    """All is there for the first round."""
 
 
 FAULTS = {
@@ -68,7 +77,32 @@ def test_what_a_failed_start_made_goes_with_it(config, tmp_path, fault):
     assert everything(tmp_path) == before
 
 
-def test_a_network_that_cannot_be_compiled_leaves_nothing(config, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, digits):
+    """The artifact of `config`, compiled once."""
+    folder = tmp_path_factory.mktemp("compiled")
+    config = RunConfig("run", heldout=digits / "heldout.npz", runs=folder, device=DEVICE)
+    with artifacts.compiled(config) as made:
+        return shutil.copytree(made / "artifact", folder / "artifact")
+
+
+@pytest.fixture
+def compiled_before(artifact, monkeypatch):
+    """In place of a compilation, which takes seconds, a copy of what was compiled before."""
+    monkeypatch.setattr(artifacts, "export", lambda *_, out, **__: shutil.copytree(artifact, out))
+
+
+@pytest.fixture
+def scratch(tmp_path_factory, monkeypatch):
+    """Where temporary folders are made."""
+    folder = tmp_path_factory.mktemp("scratch")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_network_that_cannot_be_compiled_is_found_before_anything_is_begun(
+    config, tmp_path, scratch, monkeypatch
+):
     class Odd(nn.Module):
         def __init__(self, classes: int) -> None:
             super().__init__()
@@ -79,12 +113,35 @@ def test_a_network_that_cannot_be_compiled_leaves_nothing(config, tmp_path, monk
 
     entry = registry._Entry(lambda classes, _shape: Odd(classes), (3, 32, 32))
     monkeypatch.setitem(registry._MODELS, "odd", entry)
+    for later in ("opened", "serve"):  # no folder is made, and no broker starts
+        monkeypatch.setattr(start, later, lambda *_: pytest.fail("it was begun"))
     before = everything(tmp_path)
     with pytest.raises(ExportError):
         start.run(replace(config, strategy="fedavg", device=replace(config.device, model="odd")))
     assert everything(tmp_path) == before
+    assert not list(scratch.glob("stillhouse-*"))
 
 
+def test_what_was_compiled_is_moved_into_the_runs_folder_and_not_compiled_again(
+    config, scratch, monkeypatch
+):
+    def fails(*_: object) -> None:
+        raise ReadyError
+
+    monkeypatch.setattr(start, "create", fails)
+    with contextlib.closing(Store(config)) as store:
+        store.begin(1, {})  # what a failed start made stays with a run that has begun
+    with pytest.raises(ReadyError):
+        start.run(config)
+    made = open_artifact(config.folder / "artifact")
+    assert not list(scratch.glob("stillhouse-*"))
+    monkeypatch.setattr(artifacts, "export", lambda *_, **__: pytest.fail("compiled again"))
+    with pytest.raises(ReadyError):
+        start.run(config)
+    assert open_artifact(config.folder / "artifact").digest == made.digest
+
+
+@pytest.mark.usefixtures("compiled_before")
 def test_a_port_that_is_taken_leaves_nothing_and_what_was_there_stays(config, tmp_path):
     enrolment.enroll(config.runs, config.fleet, "pi")
     before = everything(tmp_path)
@@ -100,19 +157,23 @@ def test_a_port_that_is_taken_leaves_nothing_and_what_was_there_stays(config, tm
     assert after == before
 
 
-def test_a_broker_that_was_started_goes_where_the_fleet_was_there_before(
-    config, tmp_path, monkeypatch
+@pytest.mark.usefixtures("compiled_before")
+@pytest.mark.parametrize("before_us", ["nothing", "the fleet"])
+def test_a_broker_that_was_started_goes_with_the_start_that_failed(
+    config, tmp_path, monkeypatch, before_us
 ):
-    enrolment.enroll(config.runs, config.fleet, "pi")
-    claim.lock_file(config.runs, config.fleet).touch()
+    if before_us == "the fleet":
+        enrolment.enroll(config.runs, config.fleet, "pi")
+        claim.lock_file(config.runs, config.fleet).touch()
     before = everything(tmp_path).keys()
 
     def fails(*_: object) -> None:
         assert prepare.broker_folder(config).is_dir()
-        raise ExportError("it cannot be compiled")
+        assert (config.folder / "artifact").is_dir()
+        raise ReadyError
 
-    monkeypatch.setattr(start, "prepare_variants", fails)
-    with pytest.raises(ExportError):
+    monkeypatch.setattr(start, "create", fails)
+    with pytest.raises(ReadyError):
         start.run(config)
     assert everything(tmp_path).keys() == before
 
@@ -130,11 +191,8 @@ class Room(threading.Event):
         return False
 
 
-class ReadyError(StillhouseError):
-    """All is there for the first network to be compiled."""
-
-
-@pytest.mark.parametrize("pages", [0, 8, 12, *range(16, 44, 2)])
+@pytest.mark.usefixtures("compiled_before")
+@pytest.mark.parametrize("pages", [0, 8, 16, *range(24, 132, 4)])
 def test_a_disk_that_is_full_at_any_moment_of_a_start_is_waited_for(
     config, disk, monkeypatch, pages
 ):
@@ -146,16 +204,17 @@ def test_a_disk_that_is_full_at_any_moment_of_a_start_is_waited_for(
 
     room = Room(disk)
     monkeypatch.setattr(stopping, "asked", room)
-    monkeypatch.setattr(start, "prepare_variants", ready)
+    monkeypatch.setattr(start, "create", ready)
     disk.fill(leave=4096 * pages)
     with pytest.raises(ReadyError):
         start.run(
             replace(config, runs=disk.path / "runs", broker=BrokerConfig("mosquitto", port=0))
         )
-    assert room.waits or pages > 36
+    assert room.waits or pages > 100
     assert not (disk.path / "runs").exists()
 
 
+@pytest.mark.usefixtures("compiled_before")
 def test_a_broker_that_refuses_the_orchestrator_leaves_nothing(config, tmp_path):
     if broker.find() is None:
         pytest.skip("mosquitto is not installed: sudo apt install mosquitto")

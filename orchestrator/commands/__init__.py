@@ -1,0 +1,1 @@
+"""The commands of `orchestrator`, a function each; `orchestrator.main` collects them."""
