@@ -66,10 +66,11 @@ def start(
     config_file: Annotated[Path, typer.Option("--config", help="run.toml")],
 ) -> None:
     """Do a run, or go on with one that was stopped."""
+    from orchestrator import strategies
     from orchestrator.launch import start
     from orchestrator.training import ranks
 
-    chosen = config.load(config_file)
+    chosen = config.load(config_file, strategies.check)
     with ranks.joined(chosen.server) as group:
         if group and group.rank:
             stopping.at_once()
@@ -94,10 +95,11 @@ def simulate(
     late: Annotated[float, typer.Option(help="Share of devices that miss a round's end.")] = 0.0,
 ) -> None:
     """Do a run with its devices simulated in this process, by PyTorch."""
+    from orchestrator import strategies
     from orchestrator.simulation import simulate as simulation
     from orchestrator.training import ranks
 
-    chosen = config.load(config_file)
+    chosen = config.load(config_file, strategies.check)
     if threads:
         simulation.hold_threads(threads)
     with ranks.joined(chosen.server) as group:

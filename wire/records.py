@@ -4,11 +4,11 @@ TOML tables (configuration) and msgpack maps (messages) pass through the same do
 be known (but in most messages, see there), every required key present, every value of the annotated
 type. Inside, types are trusted.
 
-Annotations understood: bool, int, float (an int is accepted), str, bytes, Path (from str; `~` is
-the home folder), Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, X | tuple[Y, ...] (a
-list is the tuple), Mapping[str, X], and nested dataclasses. A dataclass states its own ranges in
-`__post_init__` by raising ValueError. What is `init=False` there is neither read nor written, and
-what is `repr=False` is a secret: text that no message repeats.
+Annotations understood: bool, int, float (an int is accepted), str, bytes, Any (whatever comes),
+Path (from str; `~` is the home folder), Literal, X | None, tuple[X, ...] or tuple[X, X] of one
+type, X | tuple[Y, ...] (a list is the tuple), Mapping[str, X], and nested dataclasses. A dataclass
+states its own ranges in `__post_init__` by raising ValueError. What is `init=False` there is
+neither read nor written, and what is `repr=False` is a secret: text that no message repeats.
 """
 
 import dataclasses
@@ -160,6 +160,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _value(hint: Any, value: object, where: str, error: type[StillhouseError], strict: bool) -> Any:
+    if hint is Any:
+        return value
     wanted, hint = hint, _member(hint, value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:

@@ -16,7 +16,7 @@ from orchestrator.launch.prepare import broker_folder, check, fresh, opened, rea
 from orchestrator.loop.coordinator import Coordinator
 from orchestrator.run_folder.store import Store
 from orchestrator.strategies import create
-from orchestrator.strategies.strategy import Variant
+from orchestrator.strategies.task import Variant
 from tools.export import Adam, Optimizer, Sgd, export
 from wire import stopping, storage
 from wire.address import BrokerAddress

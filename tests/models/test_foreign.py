@@ -311,7 +311,7 @@ def install(folder: Path, name: str, entry_points: str = "", top_level: str = ""
 
 
 def test_entry_points_are_names_and_a_clash_is_said(folder, monkeypatch, caplog):
-    points = f"[{foreign.GROUP}]\nmy-net = theirs.nets:Net\nresnet8 = theirs.nets:Net\n"
+    points = f"[{foreign.NETWORKS.group}]\nmy-net = theirs.nets:Net\nresnet8 = theirs.nets:Net\n"
     site = install(folder, "theirs", points)
     write(site, theirs__nets=NET)
     monkeypatch.syspath_prepend(str(site))
@@ -339,7 +339,7 @@ def test_an_installed_package_called_as_ours_is_found_beside_ours(folder, monkey
 def test_what_is_installed_is_imported_once_and_as_ever(folder):
     write(folder, nets=NET)
     assert isinstance(build("torch.nn:Identity", classes=2), nn.Identity)
-    assert foreign.find("torch.nn:Identity").factory is nn.Identity
+    assert foreign.find("torch.nn:Identity").found.value is nn.Identity
 
 
 def test_what_a_module_draws_at_import_does_not_change_its_networks(folder):

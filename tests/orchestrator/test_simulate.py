@@ -33,11 +33,13 @@ from orchestrator.config import (
 from orchestrator.deploy import export
 from orchestrator.display.report import Report
 from orchestrator.launch import prepare, start
+from orchestrator.loop.contributions import Contributions
 from orchestrator.rules import rounds
 from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.simulation import cohort, simulate
 from orchestrator.simulation.cohort import Job
-from orchestrator.strategies import create, extractors
+from orchestrator.strategies import create
+from orchestrator.strategies.gkt.state import GktState
 from orchestrator.training import distill
 from tests.conftest import ROOT
 from wire import frames, records, tensors
@@ -178,10 +180,10 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
                 flops = outcome.metrics["train_flops"] / same["train_flops"]
                 assert 0.9 < flops < 1.25, flops
                 strategy.admit(state, order, results[-1])
-            state, _ = strategy.aggregate(state, number, orders, results)
+            state, _ = Contributions(strategy).aggregate(state, number, orders, results)
     finally:
         store.close()
-    assert_close(state.tensors, weights_of(config), start_of(config), 0.05)
+    assert_close(state.pack().tensors, weights_of(config), start_of(config), 0.05)
 
 
 @pytest.fixture(scope="session")
@@ -257,7 +259,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
                 same = entry["devices"][name]
                 assert done.metrics["train_loss"] == pytest.approx(same["train_loss"], rel=0.03)
                 assert sum(ref.size for ref in done.blobs.values()) == same["bytes_up"]
-            state, metrics = strategy.aggregate(state, number, orders, results)
+            state, metrics = Contributions(strategy).aggregate(state, number, orders, results)
             assert metrics["server_loss"] == pytest.approx(entry["server_loss"], rel=0.03)
     finally:
         store.close()
@@ -365,7 +367,7 @@ def test_devices_with_one_model_go_on_with_the_mean_of_their_networks(gkt, few, 
     sizes = {name: len(held.y) for name, held in simulate.read_shards(gkt, few).items()}
     alike = {"resnet8": ["device-0", "device-2"], "resnet4": ["device-1"]}
     for model, names in alike.items():
-        together = extractors.shared(state, model)
+        together = GktState.unpack(state, alike).shared(model)
         assert together.keys() == state.under(f"device/{names[0]}").keys()
         for key, array in together.items():
             of = [*sizes] if key.startswith("extractor.") else names
@@ -410,8 +412,9 @@ def test_a_late_extractor_does_not_move_what_is_frozen(gkt, few):
     gkt = replace(gkt, transfer=transfer)
     simulate.run(gkt, few, late=0.4)
     state, before = last_checkpoint(gkt.folder)[1], read_checkpoint(gkt.folder, 1)
-    for key, array in extractors.shared(state, "resnet8").items():
-        same = np.array_equal(array, extractors.shared(before, "resnet8")[key])
+    now, then = (GktState.unpack(one, ["resnet8"]).shared("resnet8") for one in (state, before))
+    for key, array in now.items():
+        same = np.array_equal(array, then[key])
         assert same == key.startswith("extractor."), key
 
 
