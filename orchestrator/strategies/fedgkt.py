@@ -17,37 +17,32 @@ the server has are not those that the device would send now; else z_c alone trav
 """
 
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 import models
 from models import average
-from ondevice.data import MIRRORED, PLAIN, held_out
+from ondevice.data import MIRRORED, PLAIN
 from orchestrator.config import Recipe, RunConfig, unused
-from orchestrator.strategies.gkt import evaluation, extractors
+from orchestrator.strategies.gkt import evaluation, extractors, payloads
+from orchestrator.strategies.gkt.payloads import Logits
 from orchestrator.strategies.gkt.state import GktState, HeldShard, Teacher
 from orchestrator.strategies.payloads import admit_device_weights, nbytes
 from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, Weights
 from orchestrator.strategies.task import Task
-from orchestrator.training import distill, ranks, shards
-from orchestrator.training.samples import Samples, Source
-from orchestrator.training.shards import Shard
+from orchestrator.training import distill, ranks
+from orchestrator.training.samples import Samples
 from wire import codecs, tensors
 from wire.errors import AdmissionError
 from wire.messages import Birth, BlobRef, Order, Result
 from wire.names import title, written
 
 log = logging.getLogger("orchestrator")
-
-Logits = NDArray[np.float32]
-LEAST = 1e-6  # weight of a sample, so that a batch of old ones has a mean
 
 
 @dataclass(frozen=True)
@@ -185,7 +180,7 @@ class FedGKT:
                 view=order.views[0],
                 cropped=len(order.views) > 1,
             )
-            self._shard(held)
+            payloads.shelve(self.task, held, self.shape)
             return Answer(weights, held, None)
         held = replace(
             state.shards[result.device], round=order.round, data_digest=result.data_digest
@@ -197,7 +192,7 @@ class FedGKT:
                 f"logits of {rows} samples, but feature maps of {held.samples} are here"
             )
         ref = result.blobs["logits"]
-        logits = self._logits(ref, rows, order.returns["logits"])
+        logits = payloads.read_logits(self.task, ref, rows, order.returns["logits"])
         return Answer(weights, replace(held, logits=ref), logits)
 
     def aggregate(
@@ -210,7 +205,7 @@ class FedGKT:
         """The server's half of a round."""
         state, logits = self.take_in(state, results, contributions)
         state = self.share(state, round_, results)
-        samples = self.samples(state, round_, logits)
+        samples = payloads.samples(self.task, state, round_, logits, self.shape)
         trained = self.train(state, round_, samples)
         teachers = self.teach(state, round_, trained.model, samples)
         after = replace(
@@ -221,7 +216,7 @@ class FedGKT:
         )
         scores = self.evaluate(after, trained.model, samples) if self.task.evaluated(round_) else {}
         after = replace(after, schedule=trained.schedule.after(scores.get("server_accuracy")))
-        self._forget(after)
+        payloads.forget(self.task, after)
         return after, {"server_loss": trained.loss, **scores}
 
     def take_in(
@@ -263,13 +258,6 @@ class FedGKT:
         }
         held = {name: replace(each, moved=moved[name]) for name, each in state.shards.items()}
         return replace(state, shards=held)
-
-    def samples(self, state: GktState, round_: int, logits: Mapping[str, Logits]) -> Samples:
-        """H, z_c and y of all devices, in the order of their names."""
-        sources = [
-            self._source(state, name, round_, logits.get(name)) for name in sorted(state.shards)
-        ]
-        return Samples(sources, self.task.torch_device)
 
     def train(self, state: GktState, round_: int, samples: Samples) -> Trained:
         """Train W_s on all samples."""
@@ -350,45 +338,6 @@ class FedGKT:
             return any(not np.array_equal(made_by[key], now[key]) for key in now)
         return not transfer.resend or (held.moved or 0.0) > transfer.resend
 
-    def _source(self, state: GktState, name: str, round_: int, logits: Logits | None) -> Source:
-        """What is held of a device, its newest logits beside its feature maps."""
-        config, held = self.task.config, state.shards[name]
-        shard = self._shard(held)
-        if logits is None and held.logits:
-            logits = self._logits(held.logits, held.samples, config.transfer.logits)
-        if logits is not None:
-            shard = replace(shard, logits=logits)
-        fill = extractors.fill(self.task, name, state.extractors[name]) if held.cropped else None
-        count = len(shard) // (2 if held.cropped else 1)
-        left_out = held_out(held.data_digest, count, config.device.holdout)
-        weight = max(config.transfer.age_decay ** (round_ - held.round), LEAST)
-        return Source(shard, weight, fill, left_out)
-
-    def _shard(self, held: HeldShard) -> Shard:
-        """The feature maps that are held, decoded to files where they are not yet.
-
-        Raises:
-            AdmissionError, WireError: they are not `held.samples` proper samples.
-        """
-        return shards.shelve(
-            self.task.blobs.path(held.features.digest),
-            self.task.shards / held.features.digest,
-            samples=held.samples,
-            shape=self.shape,
-            classes=self.task.config.device.class_count,
-            spec=self.task.config.device.features,
-        )
-
-    def _logits(self, ref: BlobRef, rows: int, spec: str) -> Logits:
-        """Logits that came without feature maps, (rows, C).
-
-        Raises:
-            AdmissionError, WireError: they are not that.
-        """
-        classes = self.task.config.device.class_count
-        path = self.task.blobs.path(ref.digest)
-        return shards.read_logits(path, rows=rows, classes=classes, spec=spec)
-
     def _packed(self, logits: Logits) -> bytes:
         """Teacher logits as they travel; what the codec cannot hold is cut."""
         spec = self.task.config.transfer.logits
@@ -411,10 +360,3 @@ class FedGKT:
     def _offered(self, ref: BlobRef) -> BlobRef:
         """A blob as devices pull it now; when it was noted, chunks may have had another size."""
         return replace(ref, chunk_bytes=self.task.config.chunk_bytes)
-
-    def _forget(self, state: GktState) -> None:
-        """Delete decoded shards that newer ones have replaced."""
-        held = {each.features.digest for each in state.shards.values()}
-        for folder in self.task.shards.iterdir():
-            if folder.name not in held:
-                shutil.rmtree(folder)
