@@ -77,7 +77,7 @@ def test_a_strategy_of_ours_has_no_settings_of_its_own(folder):
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        (("import numpy as np", "import nunpy as np"), "importing it fails with ModuleNotFoundError"),
+        (("import numpy as np", "import nunpy as np"), "importing it fails with ModuleNotFound"),
         (("class FedAvgM:", "class Other:"), "py has no 'FedAvgM'; it has Settings"),
         (("class FedAvgM:", "FedAvgM = 3\nclass Other:"), "expected a class, got int"),
         (("def admit(self", "def other(self"), r"has no function admit\(state, order, result\)"),
