@@ -7,6 +7,7 @@ the key and the remedy.
 from orchestrator.config.device import SubmodelConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.config.server import TransferConfig
+from wire.names import written
 
 
 def need_heldout(config: RunConfig) -> None:
@@ -22,8 +23,8 @@ def refuse_holdout(config: RunConfig) -> None:
     """For a strategy that does not evaluate on images which devices hold out."""
     if config.device.holdout:
         raise ValueError(
-            f"device.holdout: strategy {config.strategy!r} evaluates on the server's images; "
-            "leave it out"
+            f"device.holdout: strategy {written(config.strategy)!r} evaluates on the server's "
+            "images; leave it out"
         )
 
 
@@ -31,7 +32,7 @@ def refuse_submodel(config: RunConfig) -> None:
     """For a strategy that trains whole models."""
     if config.submodel != SubmodelConfig():
         raise ValueError(
-            f"submodel: strategy {config.strategy!r} trains whole models; use feddropout"
+            f"submodel: strategy {written(config.strategy)!r} trains whole models; use feddropout"
         )
 
 
@@ -39,7 +40,7 @@ def refuse_transfer(config: RunConfig) -> None:
     """For a strategy without feature maps."""
     if config.transfer != TransferConfig():
         raise ValueError(
-            f"transfer: strategy {config.strategy!r} sends no feature maps; use fedgkt"
+            f"transfer: strategy {written(config.strategy)!r} sends no feature maps; use fedgkt"
         )
 
 
@@ -48,7 +49,7 @@ def refuse_own_networks(config: RunConfig) -> None:
     if config.device.others or config.cohort.carry_rounds:
         raise ValueError(
             f"device.others and cohort.carry_rounds are for fedgkt and local, not for "
-            f"{config.strategy}, which averages weights; leave them out"
+            f"{written(config.strategy)}, which averages weights; leave them out"
         )
 
 
@@ -57,7 +58,8 @@ def refuse_split(config: RunConfig) -> None:
     device = config.device
     if any([device.split, *(other.split for other in device.others)]):
         raise ValueError(
-            f"device.split: strategy {config.strategy!r} sends no feature maps; leave it out"
+            f"device.split: strategy {written(config.strategy)!r} sends no feature maps; leave it "
+            "out"
         )
 
 
@@ -66,5 +68,5 @@ def refuse_updates(config: RunConfig) -> None:
     if config.device.mu or config.device.feedback:
         raise ValueError(
             f"device.mu and device.feedback are for fedavg and feddropout, not for "
-            f"{config.strategy}; leave them out"
+            f"{written(config.strategy)}; leave them out"
         )

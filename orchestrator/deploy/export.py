@@ -177,7 +177,9 @@ def _parts(
     name = config.device.model_of(device)
     model = models.build(name, classes=config.device.class_count, input_shape=config.device.input)
     if not device:
-        return [distill.load(model, state.under("global"))], title(name)
+        if not (weights := state.under("global")):
+            raise RunError(f"strategy {title(config.strategy)} keeps no model of the whole fleet")
+        return [distill.load(model, weights)], title(name)
     if config.strategy == "local":
         return [distill.load(model, state.under(f"device/{device}"))], title(name)
     learnt = GktState.unpack(state, config.device.models)
