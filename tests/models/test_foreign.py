@@ -325,6 +325,25 @@ def test_entry_points_are_names_and_a_clash_is_said(folder, monkeypatch, caplog)
     foreign.say_clash.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("point", "text"),
+    [
+        ("gone.nets:Net", "cannot be imported: no module 'gone' in the installed packages"),
+        ("broken.nets:Net", "takes 'depth', which has no default; a factory may ask for"),
+        ("broken.nets:Nett", "has no 'Nett'; did you mean 'Net'"),
+    ],
+)
+def test_a_network_that_cannot_be_made_is_named_with_its_entry_point(
+    folder, monkeypatch, point, text
+):
+    name = folder.name  # another one in each test: what is found stays
+    site = install(folder, name, f"[{foreign.NETWORKS.group}]\n{name} = {point}\n")
+    write(site, broken__nets=NET.replace("width=4", "depth"))
+    monkeypatch.syspath_prepend(str(site))
+    with pytest.raises(StillhouseError, match=f"^{name} = {point}: .*{text}"):
+        build(name)
+
+
 def test_an_installed_package_called_as_ours_is_found_beside_ours(folder, monkeypatch):
     site = install(folder, "theirs", top_level="models\ntheirs\n")
     write(site, models__INIT="", models__net="from models.blocks import Net",
