@@ -196,7 +196,7 @@ def _contenders(
 
 
 def _ours(name: str, config: ServerConfig, samples: Samples, model: nn.Module) -> Contender:
-    step = distill.optimizer(model, config)
+    step = distill.make_optimizer(model, config)
     whole = range(len(samples))
 
     def train() -> int:

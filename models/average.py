@@ -1,4 +1,6 @@
-"""Averaging the updates of devices that trained different sub-models, as they come.
+"""Averages of what devices trained: of updates as they come, and of whole networks.
+
+`Average` adds up the updates of devices that may have trained different sub-models.
 
 With w the whole model's tensors, d_k the update of device k put where its sub-model lies and zero
 elsewhere, n_k its samples and N those of all:
@@ -14,9 +16,12 @@ arXiv 1602.05629), bit for bit.
 
 Memory: one float64 copy of the model, with "holders" a count of samples for each coordinate as
 well, and whatever the caller holds; nothing grows with the number of devices.
+
+`mean` is the mean of networks, sum_k n_k w_k / sum_k n_k. In both, n_k is what `counted` says.
 """
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -24,6 +29,26 @@ import numpy as np
 from models.units import Array, Layout, Places, Units, all_places
 
 Absent = Literal["zero", "holders"]
+
+
+def counted(samples: Sequence[int], max_weight: float) -> list[int]:
+    """n_k of each device: its samples, but at most `max_weight` times those of the median device.
+
+    Nobody can check how many samples a device says to have. The limit is rounded down; the median
+    of an even number of devices is the lower of the middle two.
+    """
+    limit = int(max_weight * statistics.median_low(samples))
+    return [min(n, limit) for n in samples]
+
+
+def mean(networks: Sequence[Mapping[str, Array]], samples: Sequence[int]) -> dict[str, Array]:
+    """The mean of networks with the same tensors, weighted by n_k; added in float64, as float32."""
+    return {
+        name: np.average([each[name] for each in networks], axis=0, weights=samples).astype(
+            np.float32
+        )
+        for name in networks[0]
+    }
 
 
 class Average:

@@ -7,6 +7,8 @@
 A factory may take, by name, `classes` (or `num_classes`), the number of logits, and `input_shape`,
 the shape of one sample. A name may begin with the folder that it is relative to:
 `/home/me/run/./nets.py:make` (`wire.names`).
+
+`locate` finds what else a user may bring (a strategy's class) by the same forms of names.
 """
 
 import difflib
@@ -21,7 +23,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,26 +34,65 @@ from models.submodel import run
 from wire.errors import StillhouseError
 from wire.names import MARK
 
-GROUP = "stillhouse.models"
 _CLASSES = ("classes", "num_classes")
-_FORMS = "name path/to/file.py:factory or package.module:factory"
 log = logging.getLogger("models")
 
 
-@dataclass
-class Foreign:
-    """A factory of a user's networks.
+class Kind(NamedTuple):
+    """What a user's name stands for.
 
     Attributes:
-        name: as it was written.
+        group: of the entry points by which packages offer such.
+        word: for what stands behind the colon, in messages.
+    """
+
+    group: str
+    word: str
+
+    @property
+    def forms(self) -> str:
+        """How a name may be written, for messages."""
+        return f"name path/to/file.py:{self.word} or package.module:{self.word}"
+
+
+NETWORKS = Kind("stillhouse.models", "factory")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a user's name stands for.
+
+    Attributes:
+        name: as it was written; of an entry point, with what that points at.
         scope: its modules.
-        factory: the function or class itself.
+        value: the function or class.
     """
 
     name: str
     scope: Scope
-    factory: Callable[..., Any]
+    value: Any
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """SHA-256 of its source files, by path, as far as they are imported."""
+        return dict(self.scope.sources) or _installed(self.value)
+
+
+@dataclass
+class Foreign:
+    """A network's factory.
+
+    Attributes:
+        found: where.
+    """
+
+    found: Found
     _last: Callable[[], object] = field(default=lambda: None)
+
+    @property
+    def name(self) -> str:
+        """As it was written."""
+        return self.found.name
 
     def make(self, classes: int, shape: tuple[int, ...]) -> nn.Module:
         """A new network; the random numbers of numpy and Python follow torch's seed, too.
@@ -78,44 +119,54 @@ class Foreign:
 
     @property
     def sources(self) -> Mapping[str, str]:
-        """SHA-256 of each of its source files that was imported so far, by path."""
-        return dict(self.scope.sources) or _installed(self.factory)
+        """SHA-256 of its source files, by path, as far as they are imported."""
+        return self.found.sources
 
     def _call(self, classes: int, shape: tuple[int, ...]) -> object:
         last: Exception | None = None
-        for asked in _asked(self.name, self.factory):
+        for asked in _asked(self.name, self.found.value):
             values = {key: shape if key == "input_shape" else classes for key in asked}
             state = torch.get_rng_state()
             try:
-                return _bound(self.factory, values)
+                return _bound(self.found.value, values)
             except Exception as fault:  # noqa: BLE001 - it is the user's code
                 last = fault
                 if not _refuses(fault, asked):
                     break
             torch.set_rng_state(state)
         assert last is not None  # noqa: S101 - there is something to ask for, or nothing
-        raise StillhouseError(f"{self.name}: fails {_at(last, self.scope)}") from last
+        raise StillhouseError(f"{self.name}: fails {_at(last, self.found.scope)}") from last
 
 
 def find(name: str) -> Foreign | None:
-    """The factory of this name; None if the name has no `:` and is no entry point.
+    """The network that a name stands for; None where it has no `:` and is no entry point.
 
     Raises:
         StillhouseError: there is no such file, module or factory, or importing it fails.
     """
+    found = locate(name, NETWORKS)
+    return _network(found) if found else None
+
+
+def locate(name: str, kind: Kind) -> Found | None:
+    """What a name stands for; None where it has no `:` and is no entry point.
+
+    Raises:
+        StillhouseError: there is no such file, module, function or class, or importing it fails.
+    """
     if ":" in name:
-        return _find(name, str(Path.cwd()))
-    return _offered(name) if name in entry_points() else None
+        return _find(name, str(Path.cwd()), kind)
+    return _offered(name, kind) if name in entry_points(kind) else None
 
 
-def entry_points() -> dict[str, list[metadata.EntryPoint]]:
-    """Networks that installed packages offer, by name."""
-    by_name: dict[str, list[metadata.EntryPoint]] = {}
-    for point in metadata.entry_points(group=GROUP):
-        same = by_name.setdefault(point.name, [])
+def entry_points(kind: Kind = NETWORKS) -> dict[str, list[metadata.EntryPoint]]:
+    """What installed packages offer, by name."""
+    found: dict[str, list[metadata.EntryPoint]] = {}
+    for point in metadata.entry_points(group=kind.group):
+        same = found.setdefault(point.name, [])
         if point.value not in (other.value for other in same):
             same.append(point)
-    return by_name
+    return found
 
 
 @cache
@@ -129,48 +180,60 @@ def say_clash(name: str) -> None:
 
 
 @cache
-def _offered(name: str) -> Foreign:
-    first, *more = entry_points()[name]
+def _network(found: Found) -> Foreign:
+    value = found.value
+    if isinstance(value, nn.Module) or not callable(value):
+        what = "a network that is made already" if isinstance(value, nn.Module) else "no function"
+        raise StillhouseError(
+            f"{found.name}: {found.name.rpartition(':')[2]!r} is {what} ({type(value).__name__}); "
+            "name a function or a class that makes a new network at each call"
+        )
+    return Foreign(found)
+
+
+@cache
+def _offered(name: str, kind: Kind) -> Found:
+    first, *more = entry_points(kind)[name]
     if more:
         values = ", ".join(point.value for point in (first, *more))
         raise StillhouseError(
             f"{name}: entry points of several packages have this name; name one of {values}"
         )
-    return _resolved(name, first.module, first.attr, [])
+    return _resolved(f"{name} = {first.value}", first.module, first.attr, [], kind)
 
 
 @cache
-def _find(name: str, current: str) -> Foreign:
+def _find(name: str, current: str, kind: Kind) -> Found:
     base, mark, rest = name.partition(MARK)
     if not mark:
         base, rest = current, name
-    place, _, factory = rest.rpartition(":")
+    place, _, attribute = rest.rpartition(":")
     folders = [Path(base), Path(current)]
-    if not place or not all(part.isidentifier() for part in factory.split(".")):
-        raise StillhouseError(f"{rest!r}: expected a factory behind the colon; {_FORMS}")
+    if not place or not all(part.isidentifier() for part in attribute.split(".")):
+        raise StillhouseError(f"{rest!r}: expected a {kind.word} behind the colon; {kind.forms}")
     if place.endswith(".py"):
-        path = _file(rest, place, folders)
-        # A file in a package is imported as a module of that package.
+        path = _file(rest, place, folders, kind)
+        # Where the file is in a package, it is imported as a module of it.
         root, parts = path.parent, [path.stem]
         while (root / "__init__.py").is_file():
             root, parts = root.parent, [root.name, *parts]
-        return _resolved(rest, ".".join(parts), factory, [root, *folders])
+        return _resolved(rest, ".".join(parts), attribute, [root, *folders], kind)
     if not all(part.isidentifier() for part in place.split(".")):
-        raise StillhouseError(f"{rest}: {place!r} is neither a module nor a file; {_FORMS}")
-    return _resolved(rest, place, factory, folders)
+        raise StillhouseError(f"{rest}: {place!r} is neither a module nor a file; {kind.forms}")
+    return _resolved(rest, place, attribute, folders, kind)
 
 
-def _file(name: str, place: str, folders: list[Path]) -> Path:
+def _file(name: str, place: str, folders: list[Path], kind: Kind) -> Path:
     tried = [(folder / Path(place).expanduser()).resolve() for folder in folders]
     for path in tried:
         if path.is_file():
             return path
     beside = [path.name for path in tried[0].parent.glob("*.py")]
     hint = _nearest(tried[0].name, beside)
-    raise StillhouseError(f"{name}: no file {tried[0]}{hint or '; ' + _FORMS}")
+    raise StillhouseError(f"{name}: no file {tried[0]}{hint or '; ' + kind.forms}")
 
 
-def _resolved(name: str, place: str, factory: str, folders: list[Path]) -> Foreign:
+def _resolved(name: str, place: str, attribute: str, folders: list[Path], kind: Kind) -> Found:
     scope = Scope([folder for folder in dict.fromkeys(folders) if folder.is_dir()], place)
     try:
         module = scope.load(place)
@@ -180,25 +243,19 @@ def _resolved(name: str, place: str, factory: str, folders: list[Path]) -> Forei
             where = " and ".join(dict.fromkeys(map(str, folders))) or "the installed packages"
             raise StillhouseError(
                 f"{name}: cannot be imported: no module {plain(fault.name or '')!r} in {where}, "
-                f"nor installed{_nearest(place, near) or '; ' + _FORMS}"
+                f"nor installed{_nearest(place, near) or '; ' + kind.forms}"
             ) from fault
         raise StillhouseError(f"{name}: importing it fails {_at(fault, scope)}") from fault
-    target: Any = module
-    for part in factory.split("."):
-        if not hasattr(target, part):
-            known = [key for key in vars(target) if not key.startswith("_")]
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            known = [key for key in vars(found) if not key.startswith("_")]
             raise StillhouseError(
                 f"{name}: {getattr(module, '__file__', place)} has no {part!r}"
-                f"{_nearest(part, known) or '; it has ' + _callables(target)}"
+                f"{_nearest(part, known) or '; it has ' + _callables(found)}"
             )
-        target = getattr(target, part)
-    if isinstance(target, nn.Module) or not callable(target):
-        what = "a network that is made already" if isinstance(target, nn.Module) else "no function"
-        raise StillhouseError(
-            f"{name}: {factory!r} is {what} ({type(target).__name__}); name a function or a class "
-            "that makes a new network at each call"
-        )
-    return Foreign(name, scope, target)
+        found = getattr(found, part)
+    return Found(name, scope, found)
 
 
 def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:

@@ -185,6 +185,17 @@ def weights(state: Mapping[str, Array], spec: str) -> list[Named]:
     return [(name, array, rule.codec(array.ndim).spec) for name, array in state.items()]
 
 
+def with_prefix(prefix: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The same tensors, each named `prefix/NAME`."""
+    return {f"{prefix}/{name}": array for name, array in tensors.items()}
+
+
+def strip_prefix(prefix: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """The tensors that are named `prefix/NAME`, by NAME; the others are left out."""
+    start = f"{prefix}/"
+    return {n.removeprefix(start): a for n, a in tensors.items() if n.startswith(start)}
+
+
 def pack(tensors: Iterable[Named], *, seed: int) -> bytes:
     """The bytes of one TENSORS frame.
 

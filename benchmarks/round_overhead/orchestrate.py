@@ -21,7 +21,7 @@ from orchestrator import config
 from orchestrator.display.report import Report
 from orchestrator.launch import start
 from orchestrator.strategies.fedavg import FedAvg
-from orchestrator.strategies.strategy import State
+from orchestrator.strategies.global_model import GlobalModel
 from wire.messages import Birth, Order
 
 
@@ -29,7 +29,7 @@ class NoTraining(FedAvg):
     """FedAvg whose devices return at once."""
 
     def orders(
-        self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
+        self, state: GlobalModel, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
         """The orders of FedAvg, with no epochs."""
         orders = super().orders(state, round_, sequence, cohort)

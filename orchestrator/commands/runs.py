@@ -17,10 +17,11 @@ from wire.errors import SettingsError, StillhouseError
 
 def start(config_file: ConfigFile) -> None:
     """Do a run, or go on with one that was stopped."""
+    from orchestrator import strategies
     from orchestrator.launch import start
     from orchestrator.training import ranks
 
-    chosen = config.load(config_file)
+    chosen = config.load(config_file, strategies.check)
     with ranks.joined(chosen.server) as group:
         if group and group.rank:
             stopping.at_once()
@@ -46,10 +47,11 @@ def simulate(
     name: Annotated[str, typer.Option(help="Another name for the run than run.toml's.")] = "",
 ) -> None:
     """Do a run with its devices simulated in this process, by PyTorch."""
+    from orchestrator import strategies
     from orchestrator.simulation import simulate as simulation
     from orchestrator.training import ranks
 
-    chosen = config.load(config_file)
+    chosen = config.load(config_file, strategies.check)
     if name:
         try:
             chosen = replace(chosen, name=name)

@@ -1,6 +1,7 @@
 """Files that a run and its devices begin with: `init`, `enroll`."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from ondevice import config as agent
 from orchestrator import config
 from orchestrator.commands.terminal import AsJson, Changes, ConfigFile, console
 from orchestrator.fleet import enrolment
-from wire import settings, signing, storage
+from wire import records, settings, signing, storage
 from wire.errors import StillhouseError
 
 PACKAGED = {"data": "/srv/stillhouse/images", "state": "/var/lib/stillhouse/state"}
@@ -29,6 +30,10 @@ def init(
 ) -> None:
     """Write a commented configuration."""
     text = config.template(preset, settings.parse(config.RunConfig, changes or ()))
+    if changes:  # presets are known to be right
+        from orchestrator import strategies
+
+        strategies.check(records.of_table(config.RunConfig, tomllib.loads(text), "--set"))
     path = folder / "run.toml"
     if path.exists():
         raise StillhouseError(f"{path} is there already; nothing was written")

@@ -13,6 +13,7 @@ FREE = (
     "retry_s", "max_upload_bytes", "broker", "cohort", "release",
     "server.torch_device", "server.compile", "server.eval_batch",
 )  # fmt: skip
+WHOLE = "strategy_settings"  # compared as one: only the strategy knows the defaults of its keys
 
 
 class Change(NamedTuple):
@@ -64,7 +65,7 @@ def _why(change: Change, now: Mapping[str, Any], round_: int) -> str | None:
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[Change]:
     for key in now:
         old, new = before.get(key), now[key]
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and key != WHOLE:
             yield from _changes(old, new, f"{at}{key}.")
         elif old != new:
             yield Change(at + key, old, new)

@@ -1,9 +1,10 @@
 """A whole run."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.config.broker import BrokerConfig
 from orchestrator.config.cohort import CohortConfig
@@ -24,7 +25,9 @@ class RunConfig:
     Attributes:
         name: of the run, and of its folder under `runs`.
         fleet: whose devices may take part.
-        strategy: the algorithm.
+        strategy: the algorithm, one of ours ("fedgkt", "fedavg", "feddropout", "local") or your own
+            (`orchestrator.strategies.registry`), which also checks the settings that concern it.
+        strategy_settings: of a strategy of your own; what stands there is its to say.
         rounds: how many.
         heldout: images that the server evaluates on (.npz or folder). None: feature maps and logits
             of images that devices hold out (`device.holdout`; fedgkt).
@@ -44,7 +47,7 @@ class RunConfig:
     name: str
     heldout: Path | None = None
     fleet: str = "fleet"
-    strategy: Literal["fedgkt", "fedavg", "feddropout", "local"] = "fedgkt"
+    strategy: str = "fedgkt"
     rounds: int = 10
     heldout_limit: int = 0
     pretrained: Path | None = None
@@ -62,6 +65,7 @@ class RunConfig:
     transfer: TransferConfig = field(default_factory=TransferConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
+    strategy_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         topics.check_name(self.name, "run name")
@@ -77,58 +81,6 @@ class RunConfig:
             raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
         if not 0 < self.retry_s < math.inf:
             raise ValueError(f"retry_s: expected over 0, got {self.retry_s}")
-        self._check_heldout()
-        self._check_strategy()
-
-    def _check_heldout(self) -> None:
-        device = self.device
-        if self.heldout is None and (
-            self.strategy != "fedgkt" or not device.holdout or self.transfer.resend
-        ):
-            raise ValueError(
-                "heldout: name images that the server evaluates on; only fedgkt does without, with "
-                "device.holdout over 0 and transfer.resend = 0"
-            )
-        if device.holdout and self.strategy != "fedgkt":
-            raise ValueError(
-                f"device.holdout: strategy {self.strategy!r} evaluates on the server's images; "
-                "leave it out"
-            )
-
-    def _check_strategy(self) -> None:
-        """Settings that the strategy would ignore are refused."""
-        device = self.device
-        if self.submodel != SubmodelConfig() and self.strategy != "feddropout":
-            raise ValueError(f"submodel: strategy {self.strategy!r} trains whole models; "
-                             "use feddropout")  # fmt: skip
-        if device.clip and self.transfer.views and self.transfer.freeze_after is not None:
-            raise ValueError(
-                "device.clip: a crop of a clipped feature map is not that of the crop; leave out "
-                "clip and noise, or transfer.views or freeze_after"
-            )
-        if self.transfer != TransferConfig() and self.strategy != "fedgkt":
-            raise ValueError(f"transfer: strategy {self.strategy!r} sends no feature maps; "
-                             "use fedgkt")  # fmt: skip
-        if (device.others or self.cohort.carry_rounds) and self.strategy not in ("fedgkt", "local"):
-            raise ValueError(
-                f"device.others and cohort.carry_rounds are for fedgkt and local, not for "
-                f"{self.strategy}, which averages weights; leave them out"
-            )
-        split = [device.split, *(other.split for other in device.others)]
-        if any(split) and self.strategy not in ("fedgkt", "local"):
-            raise ValueError(
-                f"device.split: strategy {self.strategy!r} sends no feature maps; leave it out"
-            )
-        if (device.mu or device.feedback) and self.strategy not in ("fedavg", "feddropout"):
-            raise ValueError(
-                f"device.mu and device.feedback are for fedavg and feddropout, not for "
-                f"{self.strategy}; leave them out"
-            )
-        if device.feedback and self.submodel.units != "ordered" and not self.submodel.whole:
-            raise ValueError(
-                "device.feedback: what a codec left out belongs to the same units in every round; "
-                'use submodel.units = "ordered", or whole models'
-            )
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
@@ -146,8 +98,13 @@ class RunConfig:
         return self.runs / self.name
 
 
-def load(path: Path) -> RunConfig:
+def load(path: Path, check: Callable[[RunConfig], None] = lambda _: None) -> RunConfig:
     """Read `run.toml`; relative paths are relative to the folder it lies in, networks' too.
+
+    Args:
+        path: of the file.
+        check: looks over the settings that concern the strategy (`strategies.check`), and raises
+            SettingsError.
 
     Raises:
         SettingsError: the message names the file, the key and what was expected.
@@ -161,8 +118,9 @@ def load(path: Path) -> RunConfig:
         broker = config.broker.beside(folder)
     except ValueError as fault:
         raise SettingsError(f"{path}: broker: {fault}") from fault
-    return replace(
+    config = replace(
         config,
+        strategy=anchored(config.strategy, folder),
         broker=broker,
         device=replace(device, model=anchored(device.model, folder), others=others),
         server=replace(server, model=anchored(server.model, folder)),
@@ -171,3 +129,8 @@ def load(path: Path) -> RunConfig:
         pretrained=config.pretrained and folder / config.pretrained,
         runs=folder / config.runs,
     )
+    try:
+        check(config)
+    except SettingsError as fault:
+        raise SettingsError(f"{path}: {fault}") from fault
+    return config

@@ -25,8 +25,8 @@ from orchestrator.config import RunConfig
 from orchestrator.deploy import graph
 from orchestrator.launch import networks
 from orchestrator.run_folder.store import last_checkpoint
-from orchestrator.strategies import extractors
-from orchestrator.strategies.strategy import State
+from orchestrator.strategies.gkt.state import GktState
+from orchestrator.strategies.strategy import Checkpoint
 from orchestrator.training import distill
 from wire import __version__, records
 from wire.errors import RunError
@@ -134,8 +134,8 @@ def export_run(
         raise RunError("strategy local has no model of the whole fleet; --small exports a device's")
     has_devices = config.strategy in ("fedgkt", "local")
     if (small or device is not None) and not has_devices:
-        option = "--small" if small else "--device"
-        raise RunError(f"strategy {config.strategy} has one model for all; export without {option}")
+        option, made = "--small" if small else "--device", title(config.strategy)
+        raise RunError(f"strategy {made} has one model for all; export without {option}")
     networks.unchanged(folder, config)
     round_, state = last_checkpoint(folder)
     names = sorted({key.split("/")[1] for key in state.tensors if key.startswith("device/")})
@@ -156,7 +156,7 @@ def export_run(
         mean=preprocess.mean,
         std=preprocess.std,
         run=config.name,
-        strategy=config.strategy,
+        strategy=title(config.strategy),
         round=round_,
         device=chosen,
         model=description,
@@ -171,25 +171,28 @@ def export_run(
 
 
 def _parts(
-    config: RunConfig, state: State, device: str, *, small: bool
+    config: RunConfig, state: Checkpoint, device: str, *, small: bool
 ) -> tuple[list[nn.Module], str]:
     """The networks that make up the graph, from pixels to logits, and their names in words."""
     name = config.device.model_of(device)
     model = models.build(name, classes=config.device.class_count, input_shape=config.device.input)
     if not device:
-        return [distill.load(model, state.under("global"))], title(name)
-    if small:
-        weights = extractors.network(state, config.device, device)
+        if not (weights := state.under("global")):
+            raise RunError(f"strategy {title(config.strategy)} keeps no model of the whole fleet")
         return [distill.load(model, weights)], title(name)
-    weights = state.under(f"extractor/{device}")
-    extractor = distill.load(model.get_submodule("extractor"), weights)
+    if config.strategy == "local":
+        return [distill.load(model, state.under(f"device/{device}"))], title(name)
+    learnt = GktState.unpack(state, config.device.models)
+    if small:
+        return [distill.load(model, learnt.network(name, device))], title(name)
+    extractor = distill.load(model.get_submodule("extractor"), learnt.extractors[device])
     server = models.build(
         config.server.model,
         classes=config.device.class_count,
         input_shape=_feature_shape(extractor, config),
     )
     clip = [models.Clip(config.device.clip)] if config.device.clip else []
-    parts = [extractor, *clip, distill.load(server, state.under("server"))]
+    parts = [extractor, *clip, distill.load(server, learnt.server)]
     return parts, f"{title(config.server.model)} on the extractor of {title(name)}"
 
 

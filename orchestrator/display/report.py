@@ -23,6 +23,7 @@ from orchestrator.run_folder.store import Attempt, Store, Verdict, as_written
 from wire import records, stopping
 from wire.errors import StalledError
 from wire.messages import Birth, Telemetry
+from wire.names import written
 
 log = logging.getLogger("orchestrator")
 
@@ -177,7 +178,7 @@ class Report:
         left_s, left_by = self._time_left()
         return {
             "run": self._config.name,
-            "strategy": self._config.strategy,
+            "strategy": written(self._config.strategy),
             "phase": state.phase.value,
             "round": state.round,
             "rounds": self._config.rounds,

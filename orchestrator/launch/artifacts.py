@@ -17,7 +17,7 @@ from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.launch import networks
 from orchestrator.launch.prepare import fresh
 from orchestrator.run_folder.store import Store
-from orchestrator.strategies.strategy import Variant
+from orchestrator.strategies.task import Variant
 from tools.export import Adam, Optimizer, Sgd, export
 from wire import stopping, storage
 from wire.artifact import Artifact, open_artifact

@@ -1,7 +1,7 @@
-"""A run's networks, tried before anything is begun: device models, and the server's on their maps.
+"""A run's strategy and networks, tried before anything is begun.
 
-Of networks that are not ours, the source files' digests go into the run's folder; a run goes on
-only with the sources that it was begun with.
+Digests of the source files of a strategy or network that is not ours go into the run's folder: a
+run goes on only with the sources that it was begun with.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ from torch import nn
 
 import models
 from models import split
+from orchestrator import strategies
 from orchestrator.config import RunConfig
-from orchestrator.strategies import extractors
+from orchestrator.strategies.gkt import extractors
 from orchestrator.training import distill
 from wire import storage
 from wire.errors import RunError, StillhouseError
@@ -28,17 +29,20 @@ FILE = "sources.json"
 
 
 def check(config: RunConfig) -> Sources:
-    """Build and run every network of a run on two images.
+    """Let the strategy look the settings over, then build and run every network on two images.
 
     Returns:
-        Of those that are not ours, by name, the SHA-256 of each source file.
+        Of networks and strategy that are not ours, by name, the SHA-256 of each source file.
 
     Raises:
         StillhouseError: the message names the key of the configuration, what is wrong and what to
             do.
     """
+    strategies.check(config)
     device, found = config.device, {}
     sources: dict[str, Mapping[str, str]] = {}
+    if files := strategies.sources(config.strategy):
+        sources[written(config.strategy)] = files
     for name in device.models:
         key = "device.model" if name == device.network else "device.others"
         with _saying(key):
@@ -51,7 +55,7 @@ def check(config: RunConfig) -> Sources:
             if config.strategy == "feddropout" and sources and not config.submodel.whole:
                 models.layout(model, device.input)
     if config.strategy == "fedgkt":
-        maps = extractors.check(config, found)
+        maps = extractors.feature_shape(config, found)
         with _saying("server.model"):
             _tried(config, config.server.model, maps, sources)
     return sources
@@ -160,7 +164,7 @@ def _check_crops(model: nn.Module, name: str, shape: tuple[int, int, int]) -> No
     with torch.no_grad():
         plain, moved = extractor(x), extractor(other)
     if plain.shape[2:] != x.shape[2:]:
-        return  # `extractors.check` says so
+        return  # `extractors.feature_shape` says so
     row, column = plain.shape[2] // 2, plain.shape[3] // 2
     expected, got = plain[0, :, row, column], moved[0, :, row + 1, column + 1]
     if not torch.allclose(expected, got, rtol=1e-2, atol=1e-3 * float(plain.abs().max())):

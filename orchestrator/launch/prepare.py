@@ -21,7 +21,7 @@ from orchestrator.display.report import Report
 from orchestrator.fleet import claim, classes, enrolment
 from orchestrator.run_folder.store import AGENTS, Store, last_checkpoint
 from orchestrator.strategies import create
-from orchestrator.strategies.strategy import HeldOut, Progress, Task, Variant
+from orchestrator.strategies.task import HeldOut, Progress, Task, Variant
 from orchestrator.training import distill
 from wire import stopping, storage
 from wire.blobs import BlobStore

@@ -23,7 +23,7 @@ from orchestrator.loop.worker import Admitted, Aggregated, Failed, Outcome, Work
 from orchestrator.rules import admit, rounds
 from orchestrator.rules.rounds import Action, Close, Finish, GiveUp, Open, Phase, Remind, Session
 from orchestrator.run_folder.store import Attempt, Store, Verdict, referred
-from orchestrator.strategies.strategy import Metrics, State, Strategy
+from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
 from wire import messages, stopping, topics
 from wire.address import BrokerAddress
 from wire.errors import (
@@ -101,7 +101,8 @@ class Coordinator:
         self._checking: set[str] = set()
         self._began = time.monotonic()
         self._late: frozenset[str] = frozenset()
-        self._state = store.checkpoint() or strategy.begin()
+        checkpoint = store.checkpoint()
+        self._state = strategy.restore(checkpoint) if checkpoint else strategy.begin()
         last = store.last_attempt()
         self._attempt = None if last is None or last.closed else last
         self._carried: dict[str, Order] = {}
@@ -428,12 +429,12 @@ class Coordinator:
         for device, order in orders.items():
             self._send(device, "order", order)
 
-    def _close(self, state: State, metrics: Metrics) -> None:
+    def _close(self, state: LearntState, metrics: Metrics) -> None:
         assert self._attempt is not None  # noqa: S101 - a round was open
         seconds = time.monotonic() - self._began
         entry = self.report.closed(self._attempt, metrics, seconds)
         needed = self._late | referred(self._carried.values())
-        self.store.close_round(self._attempt, state, entry, needed)
+        self.store.close_round(self._attempt, state.pack(), entry, needed)
         self.report.kept(entry)
         self._state, self._attempt = state, None
         log.info("%s", self.report.last_round())

@@ -1,12 +1,13 @@
-"""The thread that does a run's heavy part: looking payloads over, aggregation."""
+"""The thread that does a run's heavy part: checking payloads, aggregation."""
 
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from orchestrator.loop.contributions import Contributions
 from orchestrator.run_folder.journal import Attempt
-from orchestrator.strategies.strategy import Metrics, State, Strategy
+from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
 from wire.errors import AdmissionError, StillhouseError, StorageError
 from wire.messages import Order, Result
 from wire.storage import Patience
@@ -24,7 +25,7 @@ class Admitted(NamedTuple):
 class Aggregated(NamedTuple):
     """A round is in the model."""
 
-    state: State
+    state: LearntState
     metrics: Metrics
 
 
@@ -49,28 +50,26 @@ class Worker:
     def __init__(
         self, strategy: Strategy, patience: Patience, emit: Callable[[Outcome], None]
     ) -> None:
-        self._strategy, self._patience, self._emit = strategy, patience, emit
+        self._contributions = Contributions(strategy, patience.attempt)
+        self._emit = emit
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="work")
 
-    def look_over(self, state: State, order: Order, result: Result) -> None:
-        """Look over the result of an order; comes to Admitted."""
+    def look_over(self, state: LearntState, order: Order, result: Result) -> None:
+        """Check the result of an order, and keep what it adds; comes to Admitted."""
         self._submit(self._look_over, state, order, result)
 
-    def aggregate(self, state: State, attempt: Attempt, results: Sequence[Result]) -> None:
+    def aggregate(self, state: LearntState, attempt: Attempt, results: Sequence[Result]) -> None:
         """Take in a round's results; comes to Aggregated."""
-        self._submit(
-            lambda: Aggregated(
-                *self._strategy.aggregate(state, attempt.round, attempt.orders, results)
-            )
-        )
+        aggregate = self._contributions.aggregate
+        self._submit(lambda: Aggregated(*aggregate(state, attempt.round, attempt.orders, results)))
 
     def end(self, *, wait: bool) -> None:
         """Begin nothing more, and wait for what is under way."""
         self._threads.shutdown(wait=wait, cancel_futures=True)
 
-    def _look_over(self, state: State, order: Order, result: Result) -> Outcome:
+    def _look_over(self, state: LearntState, order: Order, result: Result) -> Outcome:
         try:
-            self._patience.attempt(lambda: self._strategy.admit(state, order, result))
+            self._contributions.admit(state, order, result)
         except StorageError:  # that is ours
             raise
         except StillhouseError as fault:

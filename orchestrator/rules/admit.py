@@ -23,7 +23,7 @@ MAX_VALUE = 1e5  # of a feature or a logit: beyond it, training has diverged
 def header(
     result: Result, order: Order | None, device: str, samples: int, limits: Mapping[str, int]
 ) -> None:
-    """Look over a result before its blobs are pulled.
+    """Check a result before its blobs are pulled.
 
     Args:
         result: as it came.
@@ -79,15 +79,20 @@ def _same_order(result: Result, order: Order) -> None:
         )
 
 
+def norm(weights: Mapping[str, Array]) -> float:
+    """L2 norm of all weights; the scale by which absurd updates are rejected."""
+    return math.sqrt(sum(float(np.square(a, dtype=np.float64).sum()) for a in weights.values()))
+
+
 def weights(
     tensors: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]], reference: float
 ) -> None:
-    """Look over parameters and buffers, or their update.
+    """Check parameters and buffers, or an update of them.
 
     Args:
         tensors: as decoded.
         expected: shapes of the parameters and buffers that were sent out.
-        reference: norm of the weights they belong to.
+        reference: `norm` of the weights that they belong to.
 
     Raises:
         AdmissionError: names or shapes differ, a value is not finite, the norm is absurd.
@@ -95,7 +100,6 @@ def weights(
     if set(tensors) != set(expected):
         odd = sorted(set(tensors) ^ set(expected))
         raise AdmissionError(f"expected {len(expected)} tensors; missing or unknown: {odd[:4]}")
-    total = 0.0
     for name, array in tensors.items():
         if array.shape != expected[name] or array.dtype != np.float32:
             raise AdmissionError(
@@ -104,14 +108,13 @@ def weights(
             )
         if not np.isfinite(array).all():
             raise AdmissionError(f"tensor {name!r} holds NaN or infinity")
-        total += float(np.square(array, dtype=np.float64).sum())
     limit = MAX_NORM_RATIO * max(reference, 1.0)
-    if math.sqrt(total) > limit:
-        raise AdmissionError(f"norm {math.sqrt(total):.3g}, limit {limit:.3g}; training diverged")
+    if norm(tensors) > limit:
+        raise AdmissionError(f"norm {norm(tensors):.3g}, limit {limit:.3g}; training diverged")
 
 
 def variances(tensors: Mapping[str, Array]) -> None:
-    """Look over the running variances of a device's own weights, which nothing has rounded.
+    """Check the running variances of weights that no lossy codec has rounded.
 
     Raises:
         AdmissionError: one is negative, and batch norm would make NaN of it.
@@ -122,7 +125,7 @@ def variances(tensors: Mapping[str, Array]) -> None:
 
 
 def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, room: int) -> None:
-    """Look over one batch of feature maps (n, *shape), logits (n, classes), labels (n,).
+    """Check one batch of feature maps (n, *shape), logits (n, classes), labels (n,).
 
     Args:
         record: as decoded; where feature maps are levels, with their `low` and `step`.
@@ -161,7 +164,7 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
 
 
 def logits(record: Mapping[str, Array], classes: int, room: int) -> None:
-    """Look over one batch of logits (n, classes) that came without feature maps.
+    """Check one batch of logits (n, classes) that came without feature maps.
 
     Raises:
         AdmissionError: a name, shape, dtype or count is wrong, or a value is not finite or absurd.
@@ -180,7 +183,7 @@ def logits(record: Mapping[str, Array], classes: int, room: int) -> None:
 
 
 def plausible(samples: int, classes: int, size: int) -> None:
-    """Whether a payload of `size` bytes can hold so many samples, before room is made for them.
+    """Check that a payload of `size` bytes can hold so many samples, before room is made for them.
 
     Raises:
         AdmissionError: its logits (float32) and labels (two bytes) alone would be larger.
@@ -190,10 +193,10 @@ def plausible(samples: int, classes: int, size: int) -> None:
 
 
 def complete(samples: int, announced: int) -> None:
-    """Whether all samples came.
+    """Check that all samples came.
 
     Raises:
-        AdmissionError: otherwise.
+        AdmissionError: fewer or more did.
     """
     if samples != announced:
         raise AdmissionError(f"features of {samples} samples, {announced} were announced")

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from orchestrator.strategies.strategy import State
+from orchestrator.strategies.strategy import Checkpoint
 from wire import records, storage
 from wire.errors import RunError
 
@@ -41,7 +41,7 @@ class Resumption(NamedTuple):
     rounds: list[dict[str, Any]]
 
 
-def write(folder: Path, round_: int, state: State, journal: Resumption) -> None:
+def write(folder: Path, round_: int, state: Checkpoint, journal: Resumption) -> None:
     """Write the checkpoint after a round; one that is there is replaced."""
     final = folder / "checkpoints" / f"{round_:04d}"
     building = final.with_suffix(".new")
@@ -63,7 +63,7 @@ def drop_old(folder: Path) -> None:
         shutil.rmtree(folder / "checkpoints" / f"{number:04d}")
 
 
-def read(folder: Path, round_: int) -> State:
+def read(folder: Path, round_: int) -> Checkpoint:
     """The state after a round.
 
     Raises:
@@ -78,10 +78,10 @@ def read(folder: Path, round_: int) -> State:
             f"checkpoint {path} cannot be read: {fault}; restore it. To go back by a round, move "
             f"it and {folder / 'journal.db'} elsewhere, and start again"
         ) from fault
-    return State({name: np.asarray(array) for name, array in tensors.items()}, notes)
+    return Checkpoint({name: np.asarray(array) for name, array in tensors.items()}, notes)
 
 
-def last(folder: Path) -> tuple[int, State]:
+def last(folder: Path) -> tuple[int, Checkpoint]:
     """The newest checkpoint of a run folder, for commands that only read.
 
     Raises:

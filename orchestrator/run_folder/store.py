@@ -27,7 +27,7 @@ from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import last as last_checkpoint
 from orchestrator.run_folder.checkpoints import read as read_checkpoint
 from orchestrator.run_folder.journal import Attempt, Journal, Verdict
-from orchestrator.strategies.strategy import State
+from orchestrator.strategies.strategy import Checkpoint
 from wire import locks, records, stopping, storage
 from wire.blobs import BlobStore
 from wire.errors import RunError
@@ -110,7 +110,7 @@ class Store(Journal):
     def close_round(
         self,
         attempt: Attempt,
-        state: State,
+        state: Checkpoint,
         report: Mapping[str, Any],
         needed: Collection[str] = (),
     ) -> None:
@@ -135,7 +135,7 @@ class Store(Journal):
         checkpoints.drop_old(self.folder)
         self.blobs.keep_only(state.blobs() | self._kept | set(needed))
 
-    def checkpoint(self) -> State | None:
+    def checkpoint(self) -> Checkpoint | None:
         """The state after the last closed round.
 
         Raises:
@@ -214,8 +214,12 @@ class Store(Journal):
 
 
 def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the networks' names as run.toml has them: a run's folder may move."""
+    """A configuration with the names of networks and strategy as run.toml has them.
+
+    A run's folder may move.
+    """
     plain: dict[str, Any] = json.loads(json.dumps(config))
+    plain["strategy"] = written(plain["strategy"])
     device = plain["device"]
     for owner in (plain["server"], device, *device["others"]):
         owner["model"] = written(owner["model"])

@@ -29,13 +29,14 @@ from orchestrator.config import RunConfig
 from orchestrator.display.report import Report, said
 from orchestrator.fleet import classes
 from orchestrator.launch import networks, prepare
+from orchestrator.loop.contributions import Contributions
 from orchestrator.rules import admit, rounds
 from orchestrator.run_folder.store import Attempt, Store, Verdict, referred
 from orchestrator.simulation import devices
 from orchestrator.simulation.kept import Kept
 from orchestrator.simulation.stack import STEPS, TorchEngine
 from orchestrator.strategies import create
-from orchestrator.strategies.strategy import State, Strategy
+from orchestrator.strategies.strategy import LearntState, Strategy
 from wire import seeds, stopping
 from wire.errors import RunError, StillhouseError
 from wire.messages import Order, Result
@@ -129,6 +130,7 @@ class _Simulation:
         tell: Callable[[], None],
     ) -> None:
         self._config, self._store, self._strategy, self._tell = config, store, strategy, tell
+        self._contributions = Contributions(strategy)
         self._images, self._stack, self._late = images, stack, late
         self._births = {name: devices.birth(name, held) for name, held in images.items()}
         self._kept = Kept(store.folder)
@@ -144,7 +146,8 @@ class _Simulation:
 
     def run(self, report: Report, changed: Callable[[Report], None]) -> None:
         config, store = self._config, self._store
-        state = store.checkpoint() or self._strategy.begin()
+        checkpoint = store.checkpoint()
+        state = self._strategy.restore(checkpoint) if checkpoint else self._strategy.begin()
         last = store.last_attempt(closed=True)
         carried = self._carried(last) if last else {}
         for number in range(len(store.closed_rounds()) + 1, config.rounds + 1):
@@ -185,10 +188,10 @@ class _Simulation:
                 first = next(iter(verdicts.values())).reason
                 raise RunError(f"round {number}: no result can be used; the first: {first}")
             attempt = replace(attempt, verdicts=verdicts)
-            state, metrics = self._strategy.aggregate(state, number, attempt.orders, accepted)
+            state, metrics = self._contributions.aggregate(state, number, attempt.orders, accepted)
             entry = report.closed(attempt, metrics, time.monotonic() - began)
             carried = self._carried(attempt)
-            store.close_round(attempt, state, entry, referred(carried.values()))
+            store.close_round(attempt, state.pack(), entry, referred(carried.values()))
             report.kept(entry)
             log.info("%s", report.last_round())
             changed(report)
@@ -208,11 +211,11 @@ class _Simulation:
         late = self._missing(attempt) if self._config.cohort.carry_rounds else ()
         return {name: attempt.orders[name] for name in late}
 
-    def _decide(self, state: State, order: Order, result: Result) -> Verdict:
+    def _decide(self, state: LearntState, order: Order, result: Result) -> Verdict:
         device, limits = result.device, self._strategy.task.limits
         try:
             admit.header(result, order, device, len(self._images[device].y), limits)
-            self._strategy.admit(state, order, result)
+            self._contributions.admit(state, order, result)
         except StillhouseError as fault:
             log.warning("%s: result refused: %s", device, fault)
             return Verdict(device, accepted=False, reason=str(fault), result=result)

@@ -5,72 +5,177 @@
 
 The keep rate p of a device follows from its tier, so that small and large devices serve in one
 run; which units it keeps in a round from `submodel.units`. Lossy codecs act in both directions.
-At p = 1 this is FedAvg, bit for bit.
+At p = 1 this is FedAvg, bit for bit. `device.mu` and `device.feedback` are those of FedAvg.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import models
-from models import submodel
-from models.average import Average
+from models import Average, Units, submodel
 from models.units import all_places
-from orchestrator.strategies.fedavg import FedAvg, Share
-from orchestrator.strategies.strategy import Array, Task
-from wire.messages import Birth, Order
+from orchestrator.config import Recipe, RunConfig, unused
+from orchestrator.rules import admit
+from orchestrator.strategies import global_model
+from orchestrator.strategies.global_model import GlobalModel
+from orchestrator.strategies.payloads import nbytes, read_payload, shapes
+from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, Weights
+from orchestrator.strategies.task import Task
+from wire.messages import Birth, BlobRef, Order, Result
+
+_REMEMBERED = 4096  # sub-models whose units are at hand, those of a round's devices
 
 
-class FedDropout(FedAvg):
+class Submodel(NamedTuple):
+    """What one device trains in one round.
+
+    Attributes:
+        keep_rate: p, over 0 to 1.
+        units: that it keeps; None: all of them.
+        digest: of the units, by which device and server agree on them; "": all.
+    """
+
+    keep_rate: float
+    units: Units | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class SubmodelUpdate:
+    """What one device's training changed in its sub-model."""
+
+    tensors: Weights
+    submodel: Submodel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return nbytes(self.tensors)
+
+
+class FedDropout:
     """`Task.config.submodel` says what is cut; units follow from seed, round and device alone.
 
     Raises:
         StillhouseError: the model's channels cannot be followed; the message names the module.
     """
 
+    settings: ClassVar[type] = NoSettings
+
     def __init__(self, task: Task) -> None:
-        super().__init__(task)
+        self.task = task
         device = task.config.device
         model = models.build(device.network, classes=device.class_count, input_shape=device.input)
-        self.layout = submodel.layout(model, device.input)
-        self._rates = {v.artifact.digest: r.keep_rate for r, v in task.variants.items()}
+        self._layout = submodel.layout(model, device.input)
+        self._rates = {v.artifact.digest: recipe.keep_rate for recipe, v in task.variants.items()}
+        self._norm = admit.norm(task.initial)
+        self._submodel = functools.lru_cache(_REMEMBERED)(self._drawn)
 
-    def share(self, name: str, birth: Birth, round_: int) -> Share:
-        """By the device's tier."""
-        rate = self.task.config.submodel.rate_of(name, birth.platform.memory_bytes)
-        return self._share(name, rate, round_)
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """One model for all, and no feature maps; what a codec left out keeps its units."""
+        unused.need_heldout(config)
+        unused.refuse_holdout(config)
+        unused.refuse_transfer(config)
+        unused.refuse_own_networks(config)
+        unused.refuse_split(config)
+        cut = config.submodel
+        if config.device.feedback and cut.units != "ordered" and not cut.whole:
+            raise ValueError(
+                "device.feedback: what a codec left out belongs to the same units in every round; "
+                'use submodel.units = "ordered", or whole models'
+            )
 
-    def share_of(self, order: Order, name: str) -> Share:
-        """The artifact of an order tells the keep rate, also after a restart."""
-        return self._share(name, self._rates[order.artifact.digest], order.round)
+    def begin(self) -> GlobalModel:
+        """The initial weights of the whole model."""
+        return GlobalModel(self.task.initial)
 
-    def _share(self, name: str, rate: float, round_: int) -> Share:
+    def restore(self, checkpoint: Checkpoint) -> GlobalModel:
+        """The weights of a checkpoint."""
+        return GlobalModel.unpack(checkpoint)
+
+    def orders(
+        self, state: GlobalModel, round_: int, sequence: int, cohort: Mapping[str, Birth]
+    ) -> dict[str, Order]:
+        """Start from the weights of your sub-model, return the difference."""
+        config = self.task.config
+        sent: dict[str, BlobRef] = {}  # devices with the same sub-model get the same blob
+        orders = {}
+        for name, birth in cohort.items():
+            rate = config.submodel.rate_of(name, birth.platform.memory_bytes)
+            chosen = self._submodel(name, rate, round_)
+            if chosen.digest not in sent:
+                weights = self._cut(state.weights, chosen)
+                sent[chosen.digest] = global_model.send(self.task, weights, round_, chosen.digest)
+            orders[name] = global_model.order(
+                self.task,
+                state,
+                name,
+                round_,
+                sequence,
+                sent=sent[chosen.digest],
+                recipe=Recipe(config.device.network, rate),
+                submodel=chosen.digest,
+            )
+        return orders
+
+    def admit(self, state: GlobalModel, order: Order, result: Result) -> SubmodelUpdate:
+        """Names and shapes as in the sub-model, finite values, and a norm that is not absurd."""
+        # The artifact of an order tells the keep rate, also after a restart.
+        rate = self._rates[order.artifact.digest]
+        chosen = self._submodel(result.device, rate, order.round)
+        update = read_payload(self.task, order, result, "update")
+        admit.weights(update, self._shapes(state.weights, chosen), self._norm)
+        return SubmodelUpdate(update, chosen)
+
+    def aggregate(
+        self,
+        state: GlobalModel,
+        round_: int,
+        results: Sequence[Result],
+        contributions: Iterable[SubmodelUpdate],
+    ) -> tuple[GlobalModel, Metrics]:
+        """Add the updates where their sub-models lie, one by one; see `models.average`."""
+        samples = global_model.counted(self.task, results)  # n_k
+        absent = self.task.config.submodel.absent
+        average = Average(state.weights, self._layout, samples_total=sum(samples), absent=absent)
+        devices = {}
+        for result, n_k, update in zip(results, samples, contributions, strict=True):
+            average.add(update.tensors, update.submodel.units, n_k)
+            devices[result.device] = {"keep_rate": update.submodel.keep_rate}
+            self.task.progress("aggregate", len(devices), len(results))
+        after = global_model.after(self.task, state, average.total(), results)
+        return after, {**global_model.scores(self.task, after, round_), "devices": devices}
+
+    def _drawn(self, name: str, rate: float, round_: int) -> Submodel:
+        """The sub-model of a device in a round."""
         if rate == 1:
-            return Share()
+            return Submodel(rate)
         config = self.task.config
         units = submodel.choose(
-            self.layout,
+            self._layout,
             rate,
             config.submodel.units,
             seed=config.seed,
             round_=round_,
             device=name,
         )
-        return Share(rate, units, submodel.digest(units))
+        return Submodel(rate, units, submodel.digest(units))
 
-    def cut(self, weights: Mapping[str, Array], share: Share) -> Mapping[str, Array]:
-        """The sub-model's weights."""
-        return weights if share.units is None else submodel.cut(weights, self.layout, share.units)
+    def _cut(self, weights: Weights, chosen: Submodel) -> Weights:
+        """The weights of a sub-model, w[units]."""
+        return (
+            weights if chosen.units is None else submodel.cut(weights, self._layout, chosen.units)
+        )
 
-    def shapes(self, share: Share) -> dict[str, tuple[int, ...]]:
-        """Of the sub-model's weights."""
-        if share.units is None:
-            return super().shapes(share)
-        at = all_places(self.layout, share.units)
+    def _shapes(self, weights: Weights, chosen: Submodel) -> dict[str, tuple[int, ...]]:
+        """The shapes of a sub-model's weights."""
+        if chosen.units is None:
+            return shapes(weights)
+        at = all_places(self._layout, chosen.units)
         return {
             name: (*map(len, at[name]), *shape[len(at[name]) :])
-            for name, shape in self.layout.shapes.items()
+            for name, shape in self._layout.shapes.items()
         }
-
-    def average(self, weights: Mapping[str, Array], samples: int) -> Average:
-        """By the configured meaning of an absent unit."""
-        absent = self.task.config.submodel.absent
-        return Average(weights, self.layout, samples_total=samples, absent=absent)

@@ -1,95 +1,151 @@
 """FedGKT (He et al. 2020): devices teach a large model with feature maps, and it teaches them.
 
-A round: devices train with the last z_s as teacher (none at first), send H, z_c and y of all their
-samples and their own weights (42 kB for ResNet-8); the server trains W_s on all shards it has,
-those of absent devices included, and sends z_s of each sample back with the next order. It
-evaluates without any device's test data: the extractor travels with the weights, and held-out
-images go through extractor and large model here.
+A device's network is W_e, the extractor, and W_c behind it; the large model W_s takes the
+extractor's output. A round of algorithm 1:
 
-`TransferConfig` says what differs from the paper. A shard is asked for only where the feature maps
-that the server has are not those that the device would send now; else z_c alone travel.
+    device   trains W_e, W_c with CE(z_c, y) + alpha T^2 KL(softmax(z_s / T) || softmax(z_c / T))
+             sends H = W_e(x), z_c = W_c(H) and y of all its samples, and W_e, W_c
+    server   trains W_s with CE(z_s, y) + alpha T^2 KL(softmax(z_c / T) || softmax(z_s / T))
+             on the H of all devices that it has, those of absent ones included
+             sends z_s = W_s(H) of its samples back to each device, with the next order
+
+There is no z_s before round 1. The networks (42 kB for ResNet-8) travel for evaluation: held-out
+images go through extractor and large model here, so that no device's test data are needed.
+
+`TransferConfig` says what differs from the paper. Feature maps are asked for only where those that
+the server has are not those that the device would send now; else z_c alone travel.
 """
 
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 import models
-from ondevice.views import MIRRORED, PLAIN, held_out
-from orchestrator.config import Recipe
-from orchestrator.strategies import extractors
-from orchestrator.strategies.fedavg import read_payload
-from orchestrator.strategies.local import admit_own_weights, device_model, evaluate_device
-from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated
-from orchestrator.training import distill, ranks, shards
-from orchestrator.training.samples import Samples, Source
-from orchestrator.training.shards import Shard
+from models import average
+from ondevice.views import MIRRORED, PLAIN
+from orchestrator.config import Recipe, RunConfig, unused
+from orchestrator.strategies.gkt import evaluation, extractors, payloads
+from orchestrator.strategies.gkt.payloads import Logits
+from orchestrator.strategies.gkt.state import GktState, HeldShard, Teacher
+from orchestrator.strategies.payloads import admit_device_weights, nbytes
+from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, Weights
+from orchestrator.strategies.task import Task
+from orchestrator.training import distill, ranks
+from orchestrator.training.samples import Samples
 from wire import codecs, tensors
-from wire.errors import AdmissionError, RunError
+from wire.errors import AdmissionError
 from wire.messages import Birth, BlobRef, Order, Result
-from wire.names import title
+from wire.names import title, written
 
 log = logging.getLogger("orchestrator")
 
-LEAST = 1e-6  # weight of a sample, so that a batch of old ones has a mean
+
+@dataclass(frozen=True)
+class Answer:
+    """What one device sent; its feature maps are decoded to a shard on disk.
+
+    Attributes:
+        weights: W_e and W_c.
+        held: what the server then holds of the device.
+        logits: z_c (rows, C), where they came without feature maps.
+    """
+
+    weights: Weights
+    held: HeldShard
+    logits: Logits | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return nbytes(self.weights) + (0 if self.logits is None else self.logits.nbytes)
+
+
+class Trained(NamedTuple):
+    """What a round's training made of the large model."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: distill.Schedule
+    loss: float
 
 
 class FedGKT:
     """Group knowledge transfer.
 
-    State: tensors `server/...` (the large model), `optimizer/...` (its optimizer),
-    `device/<name>/...` (each device's last weights), `extractor/<name>/...` (the one that made the
-    device's feature maps), `shared/...` (the extractor that all go on with, if they do) and
-    `network/<model>/...` (what follows it, likewise, for all with this model); notes "shards" and
-    "teachers", each by device, and "schedule".
-
     Raises:
-        RunError: the device models do not fit each other or the run; see `extractors.check`.
+        RunError: the device models do not fit each other or the run; see `feature_shape`.
     """
+
+    settings: ClassVar[type] = NoSettings
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        found = {
+        networks = {
             name: (task.variants[Recipe(name)].features, task.others.get(name, task.initial))
             for name in task.config.device.models
         }
-        self.shape = extractors.check(task.config, found)
+        self.shape = extractors.feature_shape(task.config, networks)
 
-    def begin(self) -> State:
-        """A fresh large model; the same seed gives the same."""
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Whole models, no averaged updates; held-out images, here or on the devices."""
+        device, transfer = config.device, config.transfer
+        if not device.holdout or transfer.resend:
+            unused.need_heldout(config)
+        unused.refuse_submodel(config)
+        if device.clip and extractors.crops(config):
+            raise ValueError(
+                "device.clip: a crop of a clipped feature map is not that of the crop; leave out "
+                "clip and noise, or transfer.views or freeze_after"
+            )
+        unused.refuse_updates(config)
+
+    def begin(self) -> GktState:
+        """A fresh large model, and what devices begin with together."""
         torch.manual_seed(self.task.config.seed)
-        server = self._server()
+        server = self._large_model()
         if self.task.pretrained and not models.inherit(server, self.task.pretrained):
             log.warning("pretrained: nothing fits %s, which begins with random weights",
                         title(self.task.config.server.model))  # fmt: skip
-        learnt = _under("server", distill.weights(server)) | extractors.begin(self.task)
-        return State(learnt, {"shards": {}, "teachers": {}, "blobs": []})
+        task, device, transfer = self.task, self.task.config.device, self.task.config.transfer
+        shared_extractor: Weights = {}
+        if transfer.extractor == "shared":
+            shared_extractor = extractors.of_network(task.initial)
+        shared_networks = {
+            written(model): extractors.behind(task.others.get(model, task.initial))
+            for model in (device.models if transfer.network == "shared" else ())
+        }
+        return GktState(
+            server=distill.weights(server),
+            shared_extractor=shared_extractor,
+            shared_networks=shared_networks,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> GktState:
+        """The state of a checkpoint."""
+        return GktState.unpack(checkpoint, self.task.config.device.models)
 
     def orders(
-        self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
+        self, state: GktState, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
-        """To each device its own teacher logits, if they are for the samples it has now."""
+        """To each device its own teacher logits, if they are of the samples that it has now."""
         task, device, transfer = self.task, self.task.config.device, self.task.config.transfer
-        frozen, orders = transfer.frozen(round_), {}
-        shared, refs = state.under("shared"), {}
-        for model in device.models if shared else ():
-            packed = tensors.pack(
-                tensors.weights(extractors.shared(state, model), "float32"), seed=0
-            )
-            refs[model] = task.blobs.put(packed)
+        shared_weights = {}
+        for model in device.models if state.shared_extractor else ():
+            named = tensors.weights(state.shared(model), "float32")
+            shared_weights[model] = task.blobs.put(tensors.pack(named, seed=0))
+        orders = {}
         for name, birth in cohort.items():
-            teacher = state.notes["teachers"].get(name)
-            fits = teacher is not None and teacher["data_digest"] == birth.data_digest
-            fits = fits and device.alpha > 0
+            teacher = state.teachers.get(name) if device.alpha else None
+            if teacher and teacher.data_digest != birth.data_digest:
+                teacher = None
             returns = {"state": "float32"}
-            if self._stale(state, name, birth, round_, shared):
+            if self._stale(state, name, birth, round_):
                 returns["features"] = device.features
             elif task.config.server.alpha or not len(task.heldout.y):
                 returns["logits"] = transfer.logits
@@ -97,13 +153,13 @@ class FedGKT:
                 name,
                 round_,
                 sequence,
-                Recipe(device.model_of(name), frozen=frozen),
-                state=refs.get(device.model_of(name)),
+                Recipe(device.model_of(name), frozen=transfer.frozen(round_)),
+                state=shared_weights.get(device.model_of(name)),
                 own=True,
-                teacher=self._offered(teacher["ref"]) if fits else None,
+                teacher=self._offered(teacher.logits) if teacher else None,
                 data_digest=birth.data_digest,
-                alpha=device.alpha if fits else 0.0,
-                view=teacher["view"] if fits else self._view(round_ - 1),
+                alpha=device.alpha if teacher else 0.0,
+                view=teacher.view if teacher else self._view(round_ - 1),
                 views=self._views(round_),
                 clip=device.clip,
                 noise=device.noise,
@@ -111,151 +167,178 @@ class FedGKT:
             )
         return orders
 
-    def admit(self, state: State, order: Order, result: Result) -> None:
-        """Weights as `Local` does; every record of the features, decoded to a shard on the way."""
-        admit_own_weights(self.task, order, result)
+    def admit(self, state: GktState, order: Order, result: Result) -> Answer:
+        """A network as the device's, and every record of its feature maps or logits."""
+        weights = admit_device_weights(self.task, order, result)
         rows = result.samples * len(order.views)
         if "features" in result.blobs:
-            self._shelve(result.blobs["features"], rows)
-        if "logits" in result.blobs:
-            held = state.notes["shards"][result.device]
-            if held["samples"] != rows:
-                raise AdmissionError(
-                    f"logits of {rows} samples, but feature maps of {held['samples']} are here"
-                )
-            self._logits(result.blobs["logits"], rows, order.returns["logits"])
+            held = HeldShard(
+                order.round,
+                result.data_digest,
+                result.blobs["features"],
+                rows,
+                view=order.views[0],
+                cropped=len(order.views) > 1,
+            )
+            payloads.shelve(self.task, held, self.shape)
+            return Answer(weights, held, None)
+        held = replace(
+            state.shards[result.device], round=order.round, data_digest=result.data_digest
+        )
+        if "logits" not in result.blobs:
+            return Answer(weights, held, None)
+        if held.samples != rows:
+            raise AdmissionError(
+                f"logits of {rows} samples, but feature maps of {held.samples} are here"
+            )
+        ref = result.blobs["logits"]
+        logits = payloads.read_logits(self.task, ref, rows, order.returns["logits"])
+        return Answer(weights, replace(held, logits=ref), logits)
 
     def aggregate(
-        self, state: State, round_: int, orders: Mapping[str, Order], results: Sequence[Result]
-    ) -> tuple[State, Metrics]:
-        """Train on all shards, compute every sample's z_s, evaluate."""
-        task, config = self.task, self.task.config.server
-        held: dict[str, dict[str, Any]] = dict(state.notes["shards"])
-        kept = {
-            name: array
-            for name, array in state.tensors.items()
-            if name.startswith(("device/", "extractor/", "shared/", "network/"))
-        }
-        own = {r.device: read_payload(task, orders[r.device], r, "state") for r in results}
-        for result in results:
-            name, order = result.device, orders[result.device]
+        self,
+        state: GktState,
+        round_: int,
+        results: Sequence[Result],
+        contributions: Iterable[Answer],
+    ) -> tuple[GktState, Metrics]:
+        """The server's half of a round."""
+        state, logits = self.take_in(state, results, contributions)
+        state = self.share(state, round_, results)
+        samples = payloads.samples(self.task, state, round_, logits, self.shape)
+        trained = self.train(state, round_, samples)
+        teachers = self.teach(state, round_, trained.model, samples)
+        after = replace(
+            state,
+            server=distill.weights(trained.model),
+            optimizer=distill.slots(trained.optimizer),
+            teachers=teachers,
+        )
+        scores = self.evaluate(after, trained.model, samples) if self.task.evaluated(round_) else {}
+        after = replace(after, schedule=trained.schedule.after(scores.get("server_accuracy")))
+        payloads.forget(self.task, after)
+        return after, {"server_loss": trained.loss, **scores}
+
+    def take_in(
+        self, state: GktState, results: Sequence[Result], contributions: Iterable[Answer]
+    ) -> tuple[GktState, dict[str, Logits]]:
+        """The state with each device's network and payloads, and the logits that came alone."""
+        devices, made_by, held = dict(state.devices), dict(state.extractors), dict(state.shards)
+        logits = {}
+        for result, answer in zip(results, contributions, strict=True):
+            name = result.device
+            devices[name], held[name] = answer.weights, answer.held
             if "features" in result.blobs:
-                kept |= _under(f"extractor/{name}", extractors.part(own[name]))
-            held[name] = {**held.get(name, {}), **_entry(order, result)}
-            kept |= _under(f"device/{name}", own[name])
-        transfer = task.config.transfer
-        if transfer.extractor == "shared":
-            kept |= extractors.means(task, own, results, round_)
-        for name, entry in held.items() if transfer.resend else ():
-            weights = State(kept, {})
-            now = weights.under("shared") or extractors.part(weights.under(f"device/{name}"))
-            moved = extractors.moved(task, name, weights.under(f"extractor/{name}"), now)
-            held[name] = {**entry, "moved": moved}
-        names = sorted(held)
-        model = distill.load(self._server(), state.under("server")).to(task.torch_device)
+                made_by[name] = extractors.of_network(answer.weights)
+            if answer.logits is not None:
+                logits[name] = answer.logits
+        return replace(state, devices=devices, extractors=made_by, shards=held), logits
+
+    def share(self, state: GktState, round_: int, results: Sequence[Result]) -> GktState:
+        """The state with the means that devices go on with, where they share.
+
+        Means of extractors are over all devices of the round, of what follows over those with one
+        model, weighted by their samples as in FedAvg.
+        """
+        device, transfer = self.task.config.device, self.task.config.transfer
+        if transfer.extractor == "shared" and not transfer.frozen(round_):
+            state = replace(
+                state, shared_extractor=self._mean(state, results, extractors.of_network)
+            )
+        networks = dict(state.shared_networks)
+        for model in device.models if transfer.network == "shared" else ():
+            if same := [r for r in results if device.model_of(r.device) == model]:
+                networks[written(model)] = self._mean(state, same, extractors.behind)
+        state = replace(state, shared_networks=networks)
+        if not transfer.resend:
+            return state
+        moved = {
+            name: extractors.moved(self.task, name, state.extractors[name], state.extractor(name))
+            for name in state.shards
+        }
+        held = {name: replace(each, moved=moved[name]) for name, each in state.shards.items()}
+        return replace(state, shards=held)
+
+    def train(self, state: GktState, round_: int, samples: Samples) -> Trained:
+        """Train W_s on all samples."""
+        task, config = self.task, self.task.config.server
+        model = distill.load(self._large_model(), state.server).to(task.torch_device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        step = distill.optimizer(model, config)
-        distill.resume(step, state.under("optimizer"))
-        samples = Samples(
-            [self._source(name, held[name], kept, round_) for name in names], task.torch_device
-        )
-        schedule = distill.Schedule(
-            config, step, round_, task.config.rounds, state.notes.get("schedule")
-        )
-        mean_loss = ranks.train(
+        optimizer = distill.make_optimizer(model, config)
+        distill.resume(optimizer, state.optimizer)
+        schedule = distill.Schedule(config, optimizer, round_, task.config.rounds, state.schedule)
+        loss = ranks.train(
             model,
-            step,
+            optimizer,
             samples,
             config,
             seed=(task.config.seed << 20) + round_,
             progress=lambda done, total: task.progress("distil", done, total),
             rate=schedule.rate,
         )
-        teachers = {}
-        for i, (name, span) in enumerate(zip(names, samples.spans, strict=True)):
-            if not task.config.device.alpha:
-                break
+        return Trained(model, optimizer, schedule, loss)
+
+    def teach(
+        self, state: GktState, round_: int, model: nn.Module, samples: Samples
+    ) -> dict[str, Teacher]:
+        """z_s of each device's samples; none where devices do not learn from them."""
+        teachers: dict[str, Teacher] = {}
+        if not self.task.config.device.alpha:
+            return teachers
+        for name, span in zip(sorted(state.shards), samples.spans, strict=True):
+            held = state.shards[name]
             # Uncropped feature maps show the view that they were sent in.
-            view = self._view(round_) if held[name]["cropped"] else held[name]["view"]
-            logits = ranks.teach(model, samples, span, config, view)
-            ref = task.blobs.put(self._packed(logits))
-            own_data = held[name]["data_digest"]
-            teachers[name] = {"ref": _plain(ref), "data_digest": own_data, "view": view}
-            task.progress("teach", i + 1, len(names))
-        after = State(_under("server", distill.weights(model)) | kept, {})
-        scores: Metrics = {}
-        if evaluated(task.config, round_):
-            scores = (
-                self._evaluate(after, model, names)
-                if len(task.heldout.y)
-                else self._evaluate_left_out(model, samples, names)
-            )
-        notes = {
-            "shards": held,
-            "teachers": teachers,
-            "schedule": schedule.after(scores.get("server_accuracy")),
-            "blobs": sorted(_digests(held, teachers)),
-        }
-        after = State({**after.tensors, **_under("optimizer", distill.slots(step))}, notes)
-        self._forget({entry["ref"]["digest"] for entry in held.values()})
-        return after, {"server_loss": mean_loss, **scores}
+            view = self._view(round_) if held.cropped else held.view
+            logits = ranks.teach(model, samples, span, self.task.config.server, view)
+            blob = self.task.blobs.put(self._packed(logits))
+            teachers[name] = Teacher(blob, held.data_digest, view)
+            self.task.progress("teach", len(teachers), len(state.shards))
+        return teachers
+
+    def evaluate(self, state: GktState, model: nn.Module, samples: Samples) -> Metrics:
+        """Accuracy of the large model and of each device's network; see `gkt.evaluation`."""
+        if len(self.task.heldout.y):
+            return evaluation.on_heldout(self.task, state, model)
+        return evaluation.on_left_out(self.task, state, model, samples)
+
+    def _mean(
+        self,
+        state: GktState,
+        results: Sequence[Result],
+        part: Callable[[Weights], Weights],
+    ) -> Weights:
+        """The mean of a part of the networks that these devices returned."""
+        networks = [part(state.devices[result.device]) for result in results]
+        sizes = [result.samples for result in results]
+        return average.mean(networks, average.counted(sizes, self.task.config.cohort.max_weight))
 
     def _views(self, round_: int) -> tuple[int, ...]:
-        """Of which views feature maps and logits are sent in a round."""
+        """The views that feature maps and logits are sent of in a round."""
         transfer = self.task.config.transfer
         if transfer.views and transfer.frozen(round_):
             return PLAIN, MIRRORED
         return (self._view(round_),)
 
     def _view(self, round_: int) -> int:
-        """That devices see in a round: a drawn one is 2 or higher, since 0 and 1 are not drawn."""
+        """What devices see in a round: a drawn view is 2 or higher, since 0 and 1 are not drawn."""
         config, transfer = self.task.config, self.task.config.transfer
         drawn = transfer.views and transfer.student_views
         return (config.seed << 20) + round_ + 2 if drawn else PLAIN
 
-    def _stale(
-        self, state: State, name: str, birth: Birth, round_: int, shared: Mapping[str, Array]
-    ) -> bool:
-        """Whether the feature maps that are here are not those that the device would send."""
-        held, transfer = state.notes["shards"].get(name), self.task.config.transfer
-        if held is None or held["data_digest"] != birth.data_digest:
+    def _stale(self, state: GktState, name: str, birth: Birth, round_: int) -> bool:
+        """Whether the feature maps that are held are not those that the device would send."""
+        held, transfer = state.shards.get(name), self.task.config.transfer
+        if held is None or held.data_digest != birth.data_digest:
             return True
         views = self._views(round_)
-        if held["cropped"] != (len(views) > 1) or held["view"] != views[0]:
+        if held.cropped != (len(views) > 1) or held.view != views[0]:
             return True
-        sent = state.under(f"extractor/{name}")
-        now = shared or extractors.part(state.under(f"device/{name}"))
         if transfer.frozen(round_):
-            return any(not np.array_equal(sent[key], now[key]) for key in now)
-        return not transfer.resend or held["moved"] > transfer.resend
+            made_by, now = state.extractors[name], state.extractor(name)
+            return any(not np.array_equal(made_by[key], now[key]) for key in now)
+        return not transfer.resend or (held.moved or 0.0) > transfer.resend
 
-    def _source(
-        self, name: str, entry: Mapping[str, Any], kept: Mapping[str, Array], round_: int
-    ) -> Source:
-        """What is here of a device, its newest logits beside its feature maps."""
-        shard = self._shelve(BlobRef(**entry["ref"]), entry["samples"])
-        if entry["logits"]:
-            ref, spec = BlobRef(**entry["logits"]), self.task.config.transfer.logits
-            shard = replace(shard, logits=self._logits(ref, entry["samples"], spec))
-        made_by = State(kept, {}).under(f"extractor/{name}")
-        fill = extractors.fill(self.task, name, made_by) if entry["cropped"] else None
-        age, n = round_ - entry["round"], len(shard) // (2 if entry["cropped"] else 1)
-        left_out = held_out(entry["data_digest"], n, self.task.config.device.holdout)
-        weight = max(self.task.config.transfer.age_decay**age, LEAST)
-        return Source(shard, weight, fill, left_out)
-
-    def _logits(self, ref: BlobRef, rows: int, spec: str) -> NDArray[np.float32]:
-        """The records of a payload "logits", (rows, C) together.
-
-        Raises:
-            AdmissionError, WireError: they are not that.
-        """
-        classes = self.task.config.device.class_count
-        return shards.read_logits(
-            self.task.blobs.path(ref.digest), rows=rows, classes=classes, spec=spec
-        )
-
-    def _packed(self, logits: NDArray[np.float32]) -> bytes:
+    def _packed(self, logits: Logits) -> bytes:
         """Teacher logits as they travel; what the codec cannot hold is cut."""
         spec = self.task.config.transfer.logits
         most = codecs.parse(spec).coder.highest
@@ -267,106 +350,13 @@ class FedGKT:
             logits = np.clip(logits, -most, most)
         return tensors.pack([("logits", logits, spec)], seed=0)
 
-    def _evaluate(self, state: State, model: nn.Module, names: Sequence[str]) -> Metrics:
-        """Held-out accuracy of each device's extractor + large model, and of its own classifier."""
-        heldout, config = self.task.heldout, self.task.config.server
-        device, transfer = self.task.config.device, self.task.config.transfer
-        devices, known, small = {}, {}, {}
-        for i, name in enumerate(names):
-            weights = state.under(f"extractor/{name}")
-            key = b"".join(weights[n].tobytes() for n in sorted(weights))
-            if key not in known:  # a shared extractor is looked at once
-                stacked = nn.Sequential(extractors.build(self.task, name, weights), model)
-                logits = distill.predict(stacked, heldout.x, config)
-                known[key] = distill.accuracy(logits, heldout.y)
-            whose = device.model_of(name) if transfer.network == "shared" else name
-            if whose not in small:  # so is a shared network
-                network = extractors.network(state, device, name)
-                small[whose] = evaluate_device(self.task, device_model(self.task, name, network))
-            devices[name] = {"server_accuracy": known[key], "device_accuracy": small[whose]}
-            self.task.progress("evaluate", i + 1, len(names))
-        means = {
-            key: float(np.mean([d[key] for d in devices.values()]))
-            for key in ("server_accuracy", "device_accuracy")
-        }
-        return {**means, "devices": devices}
-
-    def _evaluate_left_out(
-        self, model: nn.Module, samples: Samples, names: Sequence[str]
-    ) -> Metrics:
-        """Accuracy on what devices hold out, of the large model and by the logits that they sent.
-
-        Feature maps of one view are evaluated in that view.
-        """
-        right: dict[str, list[NDArray[np.bool_]]] = {"server": [], "device": []}
-        devices = {}
-        for name, span, source in zip(names, samples.spans, samples.sources, strict=True):
-            assert source.left_out is not None  # noqa: S101 - `_source` sets it
-            of, shard = np.flatnonzero(source.left_out), source.shard
-            logits = ranks.teach(model, samples, span, self.task.config.server)
-            for who, z in (("server", logits), ("device", shard.logits)):
-                right[who].append(z[of].argmax(axis=1) == shard.labels[of])
-            devices[name] = {
-                f"{who}_accuracy": float(each[-1].mean()) for who, each in right.items() if len(of)
-            }
-            self.task.progress("evaluate", len(devices), len(names))
-        if not any(len(each) for each in right["server"]):
-            raise RunError("device.holdout leaves no image of any device to evaluate on; raise it")
-        means = {f"{who}_accuracy": float(np.concatenate(e).mean()) for who, e in right.items()}
-        return {**means, "devices": devices}
-
-    def _server(self) -> nn.Module:
+    def _large_model(self) -> nn.Module:
+        """W_s with fresh weights."""
         config = self.task.config
         return models.build(
             config.server.model, classes=config.device.class_count, input_shape=self.shape
         )
 
-    def _shelve(self, ref: BlobRef, rows: int) -> Shard:
-        return shards.shelve(
-            self.task.blobs.path(ref.digest),
-            self.task.shards / ref.digest,
-            samples=rows,
-            shape=self.shape,
-            classes=self.task.config.device.class_count,
-            spec=self.task.config.device.features,
-        )
-
-    def _offered(self, ref: Mapping[str, Any]) -> BlobRef:
+    def _offered(self, ref: BlobRef) -> BlobRef:
         """A blob as devices pull it now; when it was noted, chunks may have had another size."""
-        return replace(BlobRef(**ref), chunk_bytes=self.task.config.chunk_bytes)
-
-    def _forget(self, digests: set[str]) -> None:
-        """Delete decoded shards that a newer one has replaced."""
-        for folder in self.task.shards.iterdir():
-            if folder.name not in digests:
-                shutil.rmtree(folder)
-
-
-def _entry(order: Order, result: Result) -> dict[str, Any]:
-    """What is noted of a result's payloads, beside or in place of what was noted before."""
-    noted: dict[str, Any] = {"round": order.round, "data_digest": result.data_digest}
-    if "features" in result.blobs:
-        noted |= {
-            "ref": _plain(result.blobs["features"]),
-            "logits": None,
-            "samples": result.samples * len(order.views),
-            "view": order.views[0],
-            "cropped": len(order.views) > 1,
-        }
-    elif "logits" in result.blobs:
-        noted["logits"] = _plain(result.blobs["logits"])
-    return noted
-
-
-def _plain(ref: BlobRef) -> dict[str, Any]:
-    return {"digest": ref.digest, "size": ref.size, "chunk_bytes": ref.chunk_bytes}
-
-
-def _digests(held: Mapping[str, Any], teachers: Mapping[str, Any]) -> set[str]:
-    refs = [entry[key] for entry in held.values() for key in ("ref", "logits")]
-    refs += [entry["ref"] for entry in teachers.values()]
-    return {ref["digest"] for ref in refs if ref}
-
-
-def _under(prefix: str, weights: Mapping[str, Array]) -> dict[str, Array]:
-    return {f"{prefix}/{name}": array for name, array in weights.items()}
+        return replace(ref, chunk_bytes=self.task.config.chunk_bytes)

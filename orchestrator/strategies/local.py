@@ -3,81 +3,110 @@
 Devices keep their own weights and optimizer, train, and return their weights for evaluation only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-from torch import nn
 
-import models
-from orchestrator.rules import admit
-from orchestrator.strategies.fedavg import read_payload
-from orchestrator.strategies.strategy import Array, Metrics, State, Task, evaluated, norm
-from orchestrator.training import distill
+from orchestrator.config import RunConfig, unused
+from orchestrator.strategies.payloads import (
+    admit_device_weights,
+    device_network,
+    heldout_accuracy,
+    nbytes,
+)
+from orchestrator.strategies.strategy import Array, Checkpoint, Metrics, NoSettings, Weights
+from orchestrator.strategies.task import Task
+from wire import tensors
 from wire.messages import Birth, Order, Result
+
+
+@dataclass(frozen=True)
+class LocalState:
+    """The last network of each device that returned one, by its name."""
+
+    devices: Mapping[str, Weights]
+
+    def pack(self) -> Checkpoint:
+        """Tensors `device/<name>/...`."""
+        packed: dict[str, Array] = {}
+        for name, weights in self.devices.items():
+            packed |= tensors.with_prefix(f"device/{name}", weights)
+        return Checkpoint(packed)
+
+    @classmethod
+    def unpack(cls, checkpoint: Checkpoint) -> "LocalState":
+        """The state that was packed."""
+        return cls(checkpoint.by_device("device"))
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network that one device returned."""
+
+    weights: Weights
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return nbytes(self.weights)
 
 
 class Local:
     """Local training only."""
 
+    settings: ClassVar[type] = NoSettings
+
     def __init__(self, task: Task) -> None:
         self.task = task
 
-    def begin(self) -> State:
-        """Nothing is learnt yet."""
-        return State({}, {})
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Whole models, and nothing that is sent to be averaged or distilled."""
+        unused.need_heldout(config)
+        unused.refuse_holdout(config)
+        unused.refuse_submodel(config)
+        unused.refuse_transfer(config)
+        unused.refuse_updates(config)
+
+    def begin(self) -> LocalState:
+        """No device has returned a network yet."""
+        return LocalState({})
+
+    def restore(self, checkpoint: Checkpoint) -> LocalState:
+        """The networks of a checkpoint."""
+        return LocalState.unpack(checkpoint)
 
     def orders(
-        self, state: State, round_: int, sequence: int, cohort: Mapping[str, Birth]
+        self, state: LocalState, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
         """Go on with your own weights."""
         del state
         returns = {"state": "float32"}
         return {name: self.task.order(name, round_, sequence, returns=returns) for name in cohort}
 
-    def admit(self, state: State, order: Order, result: Result) -> None:
+    def admit(self, state: LocalState, order: Order, result: Result) -> Network:
         """Names, shapes and finite values."""
         del state
-        admit_own_weights(self.task, order, result)
+        return Network(admit_device_weights(self.task, order, result))
 
     def aggregate(
-        self, state: State, round_: int, orders: Mapping[str, Order], results: Sequence[Result]
-    ) -> tuple[State, Metrics]:
-        """Evaluate each device's own classifier."""
-        tensors, devices = dict(state.tensors), {}
-        for i, result in enumerate(results):
-            weights = read_payload(self.task, orders[result.device], result, "state")
-            tensors |= {f"device/{result.device}/{n}": a for n, a in weights.items()}
-            if evaluated(self.task.config, round_):
-                right = evaluate_device(self.task, device_model(self.task, result.device, weights))
-                devices[result.device] = {"device_accuracy": right}
-            self.task.progress("evaluate", i + 1, len(results))
-        scores: Metrics = {"devices": devices}
-        if devices:
-            scores["device_accuracy"] = float(
-                np.mean([device["device_accuracy"] for device in devices.values()])
-            )
-        return State(tensors, {}), scores
-
-
-def admit_own_weights(task: Task, order: Order, result: Result) -> None:
-    """Look over the "state" payload of a device that keeps its own weights."""
-    initial = task.initial_of(result.device)
-    shapes = {name: array.shape for name, array in initial.items()}
-    own = read_payload(task, order, result, "state")
-    admit.weights(own, shapes, norm(initial))
-    admit.variances(own)
-
-
-def device_model(task: Task, name: str, weights: Mapping[str, Array]) -> nn.Module:
-    """A device's model with its weights, where large tensors are computed."""
-    device = task.config.device
-    model = models.build(
-        device.model_of(name), classes=device.class_count, input_shape=device.input
-    )
-    return distill.load(model, weights).to(task.torch_device)
-
-
-def evaluate_device(task: Task, model: nn.Module) -> float:
-    """Accuracy of a device's own classifier on held-out images."""
-    logits = distill.predict(model, task.heldout.x, task.config.server)
-    return distill.accuracy(logits, task.heldout.y)
+        self,
+        state: LocalState,
+        round_: int,
+        results: Sequence[Result],
+        contributions: Iterable[Network],
+    ) -> tuple[LocalState, Metrics]:
+        """Keep each device's network, and evaluate it."""
+        networks, accuracies = {}, {}
+        for result, network in zip(results, contributions, strict=True):
+            networks[result.device] = network.weights
+            if self.task.evaluated(round_):
+                built = device_network(self.task, result.device, network.weights)
+                accuracies[result.device] = heldout_accuracy(self.task, built)
+            self.task.progress("evaluate", len(networks), len(results))
+        scores: Metrics = {"devices": {n: {"device_accuracy": a} for n, a in accuracies.items()}}
+        if accuracies:
+            scores["device_accuracy"] = float(np.mean([*accuracies.values()]))
+        return LocalState({**state.devices, **networks}), scores

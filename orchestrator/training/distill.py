@@ -39,14 +39,14 @@ class Ranks:
         return numbers
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, begun with rank 0's weights, with the mean of all ranks' gradients."""
+        """`model` with rank 0's weights and, when trained, the mean of all ranks' gradients."""
         return model
 
     def settle(self, model: nn.Module) -> None:
-        """Give all ranks the means of what batch norm kept in each."""
+        """Give all ranks the mean of their batch-norm statistics."""
 
     def sum(self, value: float) -> float:
-        """Of all ranks' values."""
+        """The sum of all ranks' values."""
         return value
 
     def gather(self, rows: NDArray[np.float32], total: int) -> NDArray[np.float32]:
@@ -58,7 +58,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def optimizer(model: nn.Module, config: ServerConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: ServerConfig) -> torch.optim.Optimizer:
     """The optimizer that the configuration names."""
     if config.optimizer == "adam":
         return torch.optim.Adam(
@@ -79,27 +79,27 @@ class Schedule:
 
     Args:
         config: which one.
-        step: the optimizer that follows it.
+        optimizer: that follows it.
         round_: of this training, from 1.
         rounds: of the run.
-        noted: what `after` gave in the round before, None in the first.
+        noted: what `after` returned in the round before; None in the first.
     """
 
     def __init__(
         self,
         config: ServerConfig,
-        step: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         round_: int,
         rounds: int,
         noted: Mapping[str, Any] | None,
     ) -> None:
         self._config, self._round, self._rounds = config, round_, rounds
-        self._plateau = ReduceLROnPlateau(step, "max", patience=config.patience)
+        self._plateau = ReduceLROnPlateau(optimizer, "max", patience=config.patience)
         if noted:
             self._plateau.load_state_dict(dict(noted))
 
     def rate(self, epoch: int) -> float:
-        """Of an epoch of this round, from 0."""
+        """The learning rate of an epoch of this round, from 0."""
         config = self._config
         if config.schedule == "plateau":
             return float(self._plateau.get_last_lr()[0])
@@ -117,35 +117,35 @@ class Schedule:
         return self._plateau.state_dict()
 
 
-def slots(step: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
+def slots(optimizer: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
     """The optimizer's tensors as PARAMETER NUMBER/NAME."""
     return {
         f"{number}/{name}": value.detach().cpu().numpy()
-        for number, own in step.state_dict()["state"].items()
-        for name, value in own.items()
+        for number, slot in optimizer.state_dict()["state"].items()
+        for name, value in slot.items()
         if isinstance(value, torch.Tensor)
     }
 
 
-def resume(step: torch.optim.Optimizer, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+def resume(optimizer: torch.optim.Optimizer, tensors: Mapping[str, NDArray[np.float32]]) -> None:
     """Let the optimizer go on where `slots` took them; with none it begins anew."""
     if not tensors:
         return
-    given: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, torch.Tensor]] = {}
     for path, array in tensors.items():
         number, name = path.split("/")
-        given.setdefault(int(number), {})[name] = torch.from_numpy(np.array(array))
-    step.load_state_dict({**step.state_dict(), "state": given})
+        state.setdefault(int(number), {})[name] = torch.from_numpy(np.array(array))
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     # Fused optimizers walk through memory: each slot must lie there as its parameter does.
-    for parameter, own in step.state.items():
-        for name, value in own.items():
+    for parameter, slot in optimizer.state.items():
+        for name, value in slot.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                own[name] = torch.empty_like(parameter).copy_(value)
+                slot[name] = torch.empty_like(parameter).copy_(value)
 
 
 def train(
     model: nn.Module,
-    step: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     samples: Samples,
     config: ServerConfig,
     *,
@@ -158,7 +158,7 @@ def train(
 
     Args:
         model: W_s.
-        step: its optimizer.
+        optimizer: its own.
         samples: of all devices.
         config: batch, epochs, precision and the loss.
         seed: of the order of samples, and of their looks.
@@ -180,7 +180,7 @@ def train(
     joint = ranks.wrap(model)
     whole = torch.compile(joint, dynamic=False) if config.compile else joint
     for epoch in range(config.epochs):
-        for group in step.param_groups if rate else ():
+        for group in optimizer.param_groups if rate else ():
             group["lr"] = rate(epoch)  # type: ignore[misc]
         order = trained[seeds.raw(seed, epoch, len(trained)).argsort(kind="stable")]
         looks = views.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
@@ -189,8 +189,8 @@ def train(
             chosen = order[i * config.batch : (i + 1) * config.batch]
             if len(chosen) < 2 * ranks.size:
                 continue
-            mine = ranks.part(chosen)
-            drawn = samples.draw(mine, looks.of(mine))
+            part = ranks.part(chosen)
+            drawn = samples.draw(part, looks.of(part))
             with autocast(config, device):
                 out = (whole if len(chosen) == config.batch else joint)(drawn.features)
             value = loss.mean(
@@ -202,10 +202,10 @@ def train(
                 weights=drawn.weights,
                 total=None if ranks.size == 1 else samples.weight(chosen),
             )
-            step.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             # The gradient of the batch's mean is the sum of the ranks' gradients, not their mean.
             (value * ranks.size).backward()  # type: ignore[no-untyped-call]
-            step.step()
+            optimizer.step()
             total += value.detach() * len(chosen)
             seen += len(chosen)
             progress(epoch * batches + i + 1, config.epochs * batches)
@@ -300,8 +300,7 @@ def load(model: nn.Module, tensors: Mapping[str, NDArray[np.float32]]) -> nn.Mod
     Raises:
         RuntimeError: a name or shape differs.
     """
-    own = model.state_dict()
-    given = {n: torch.from_numpy(np.array(a)) for n, a in tensors.items()}
-    counters = {n: v for n, v in own.items() if n.endswith("num_batches_tracked")}
-    model.load_state_dict({**counters, **given})
+    counters = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}
+    loaded = {n: torch.from_numpy(np.array(a)) for n, a in tensors.items()}
+    model.load_state_dict({**counters, **loaded})
     return model

@@ -45,6 +45,7 @@ from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard
 from wire import records
 from wire.errors import RunError
+from wire.tensors import strip_prefix, with_prefix
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -60,7 +61,7 @@ _here: "Group | None" = None  # a process has one rank, as torch.distributed has
 
 def train(
     model: nn.Module,
-    step: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     samples: Samples,
     config: ServerConfig,
     *,
@@ -74,7 +75,9 @@ def train(
         RunError: as there, or another rank failed, or a batch is too small for so many.
     """
     if _here is None:
-        return distill.train(model, step, samples, config, seed=seed, progress=progress, rate=rate)
+        return distill.train(
+            model, optimizer, samples, config, seed=seed, progress=progress, rate=rate
+        )
     if config.batch < 2 * _here.size:
         raise RunError(
             f"server.batch: expected 2 samples or more for each of {_here.size} ranks, got "
@@ -86,16 +89,24 @@ def train(
         "config": records.plain(config),
         "seed": seed,
         "rates": [
-            rate(epoch) if rate else step.param_groups[0]["lr"] for epoch in range(config.epochs)
+            rate(epoch) if rate else optimizer.param_groups[0]["lr"]
+            for epoch in range(config.epochs)
         ],
         "sources": [each for each, _ in described],
     }
-    arrays = {name: array for _, own in described for name, array in own.items()}
-    arrays |= {f"slot/{name}": array for name, array in distill.slots(step).items()}
+    arrays = {name: array for _, unmapped in described for name, array in unmapped.items()}
+    arrays |= with_prefix("slot", distill.slots(optimizer))
     with _here.together():
         _here.post(job, arrays)
         return distill.train(
-            model, step, samples, config, seed=seed, progress=progress, rate=rate, ranks=_here
+            model,
+            optimizer,
+            samples,
+            config,
+            seed=seed,
+            progress=progress,
+            rate=rate,
+            ranks=_here,
         )
 
 
@@ -309,11 +320,11 @@ class Group(Ranks):
         shape, classes = first.features.shape[1:], first.logits.shape[1]
         model = models.build(config.model, classes=classes, input_shape=shape).to(self._device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        step = distill.optimizer(model, config)
-        distill.resume(step, _under("slot", tensors))
+        optimizer = distill.make_optimizer(model, config)
+        distill.resume(optimizer, strip_prefix("slot", tensors))
         distill.train(
             model,
-            step,
+            optimizer,
             samples,
             config,
             seed=job["seed"],
@@ -342,7 +353,7 @@ def _source(name: str, described: Mapping[str, Any], arrays: Mapping[str, Array]
     Raises:
         RunError: a file is not here, or not that file.
     """
-    columns = _under(name, arrays)
+    columns = strip_prefix(name, arrays)
     fill, left_out = columns.pop("fill", None), columns.pop("left_out", None)
     for column, (path, shape) in described["files"].items():
         try:
@@ -367,11 +378,6 @@ def _device(config: ServerConfig) -> torch.device:
         raise RunError(f"expected a GPU for each of {here} ranks, got {there}; start {there} ranks")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
-
-
-def _under(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    start = f"{prefix}/"
-    return {n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)}
 
 
 def _key(job: int) -> str:

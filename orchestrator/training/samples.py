@@ -92,7 +92,7 @@ class Samples:
         self._resident: dict[str, torch.Tensor] = {}
         if device.type == "cuda" and self._fits():
             for name in self._columns[0]:
-                parts = [torch.from_numpy(np.array(own[name])) for own in self._columns]
+                parts = [torch.from_numpy(np.array(columns[name])) for columns in self._columns]
                 self._resident[name] = torch.cat([part.to(device) for part in parts])
 
     def __len__(self) -> int:
@@ -113,8 +113,9 @@ class Samples:
             rows += np.where(cropped & looks.flips, self._sizes[owner], 0)
         features = _decode(read := self._read(owner, rows))
         if looks is not None and cropped.any():
-            middle = np.where(cropped, looks.rows, PAD), np.where(cropped, looks.columns, PAD)
-            features = _crop(features, Looks(*middle, looks.flips), self._fills[owner])
+            # Samples that cannot be cropped are shown from the middle of their padding: whole.
+            corner = np.where(cropped, looks.rows, PAD), np.where(cropped, looks.columns, PAD)
+            features = _crop(features, Looks(*corner, looks.flips), self._fills[owner])
         if features.dim() == 4:  # 1.5 to 1.9 times the images a second of NCHW, on two x86 cores
             features = features.contiguous(memory_format=torch.channels_last)
         weights = torch.from_numpy(self._weights[owner]).to(self._device)
@@ -125,7 +126,7 @@ class Samples:
         return float(self._weights[self._owner[chosen]].sum())
 
     def _read(self, owner: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """Columns of these rows of these sources."""
+        """All columns of these rows of these sources, by name."""
         if self._resident:
             at = torch.from_numpy(self._first[owner] + rows).to(self._device)
             return {name: column[at] for name, column in self._resident.items()}

@@ -63,11 +63,11 @@ def shelve(
     classes: int,
     spec: str | None = None,
 ) -> Shard:
-    """Put a features payload into a shard, looking over every record.
+    """Decode a features payload to a shard, and check every record.
 
     Args:
         payload: file of TENSORS frames, one a batch.
-        folder: where the shard goes; one that is there, of as many samples, is taken.
+        folder: where the shard goes. A shard that is there already, of as many samples, is taken.
         samples: how many the device announced.
         shape: of one feature map.
         classes: of the task.
@@ -113,7 +113,7 @@ def read_logits(payload: Path, *, rows: int, classes: int, spec: str) -> NDArray
     """The records of a payload "logits", (rows, classes) together.
 
     Raises:
-        AdmissionError, WireError: it is not that.
+        AdmissionError, WireError: it is not `rows` proper logits.
     """
     read: list[Array] = []
     done = 0
@@ -140,7 +140,7 @@ def _record(parts: Mapping[str, Part]) -> dict[str, Array]:
 
 
 def _append(record: Mapping[str, Array], arrays: Room, done: int) -> int:
-    """Write a record behind `done` samples; how many there are then."""
+    """Write a record behind `done` samples; returns how many samples there are then."""
     if record.keys() != arrays.keys():
         raise AdmissionError(f"sample {done} came by another codec than those before")
     end = done + len(record["labels"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import models
-from models import Average
+from models import Average, average
 
 SHAPE = (1, 4, 4)
 
@@ -125,3 +125,23 @@ def test_absent_units_slow_the_paper_and_not_the_holders():
     assert moved["zero"]["0.weight"].mean() == pytest.approx(0.5)
     assert moved["zero"]["3.weight"].mean() == pytest.approx(0.5 * 0.4)
     assert all(np.allclose(tensor, 1) for tensor in moved["holders"].values())
+
+
+@pytest.mark.parametrize(
+    ("samples", "max_weight", "expected"),
+    [
+        ([10, 10, 100], 10.0, [10, 10, 100]),
+        ([10, 10, 101], 10.0, [10, 10, 100]),
+        ([3, 5, 7, 9], 1.5, [3, 5, 7, 7]),  # the lower median, 5, and 7.5 rounded down
+        ([10**12], 1.0, [10**12]),  # alone, it is the median
+    ],
+)
+def test_nobody_counts_more_than_max_weight_times_the_median(samples, max_weight, expected):
+    assert average.counted(samples, max_weight) == expected
+
+
+def test_a_mean_of_networks_is_weighted_by_samples():
+    networks = [{"w": np.array([1, 2], np.float32)}, {"w": np.array([4, 8], np.float32)}]
+    found = average.mean(networks, [1, 2])["w"]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.array([3, 6], np.float32))

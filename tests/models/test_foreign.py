@@ -311,7 +311,7 @@ def install(folder: Path, name: str, entry_points: str = "", top_level: str = ""
 
 
 def test_entry_points_are_names_and_a_clash_is_said(folder, monkeypatch, caplog):
-    points = f"[{foreign.GROUP}]\nmy-net = theirs.nets:Net\nresnet8 = theirs.nets:Net\n"
+    points = f"[{foreign.NETWORKS.group}]\nmy-net = theirs.nets:Net\nresnet8 = theirs.nets:Net\n"
     site = install(folder, "theirs", points)
     write(site, theirs__nets=NET)
     monkeypatch.syspath_prepend(str(site))
@@ -323,6 +323,25 @@ def test_entry_points_are_names_and_a_clash_is_said(folder, monkeypatch, caplog)
     assert isinstance(build("resnet8"), models.SplitModel)
     assert "resnet8: the network of this name is Stillhouse's; that of an installed" in caplog.text
     foreign.say_clash.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("point", "text"),
+    [
+        ("gone.nets:Net", "cannot be imported: no module 'gone' in the installed packages"),
+        ("broken.nets:Net", "takes 'depth', which has no default; a factory may ask for"),
+        ("broken.nets:Nett", "has no 'Nett'; did you mean 'Net'"),
+    ],
+)
+def test_a_network_that_cannot_be_made_is_named_with_its_entry_point(
+    folder, monkeypatch, point, text
+):
+    name = folder.name  # another one in each test: what is found stays
+    site = install(folder, name, f"[{foreign.NETWORKS.group}]\n{name} = {point}\n")
+    write(site, broken__nets=NET.replace("width=4", "depth"))
+    monkeypatch.syspath_prepend(str(site))
+    with pytest.raises(StillhouseError, match=f"^{name} = {point}: .*{text}"):
+        build(name)
 
 
 def test_an_installed_package_called_as_ours_is_found_beside_ours(folder, monkeypatch):
@@ -339,7 +358,7 @@ def test_an_installed_package_called_as_ours_is_found_beside_ours(folder, monkey
 def test_what_is_installed_is_imported_once_and_as_ever(folder):
     write(folder, nets=NET)
     assert isinstance(build("torch.nn:Identity", classes=2), nn.Identity)
-    assert foreign.find("torch.nn:Identity").factory is nn.Identity
+    assert foreign.find("torch.nn:Identity").found.value is nn.Identity
 
 
 def test_what_a_module_draws_at_import_does_not_change_its_networks(folder):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator import strategies
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
@@ -43,17 +44,19 @@ def test_error_feedback_takes_codecs_of_least_error_alone(update):
 def test_what_a_strategy_would_ignore_is_refused(settings):
     device = DeviceConfig(**settings)
     for strategy in ("fedgkt", "local"):
-        with pytest.raises(ValueError, match=f"not for {strategy}; leave them out"):
-            RunConfig(name="run", heldout=Path("heldout.npz"), strategy=strategy, device=device)
+        run = RunConfig("run", Path("heldout.npz"), strategy=strategy, device=device)
+        with pytest.raises(SettingsError, match=f"not for {strategy}; leave them out"):
+            strategies.check(run)
 
 
 def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
     device = DeviceConfig(update="eden|b=1|mse", feedback=True)
     settings = {"name": "run", "heldout": Path("heldout.npz"), "strategy": "feddropout"}
-    with pytest.raises(ValueError, match=r'use submodel\.units = "ordered", or whole models'):
-        RunConfig(**settings, device=device, submodel=SubmodelConfig(0.5))
-    RunConfig(**settings, device=device, submodel=SubmodelConfig(0.5, units="ordered"))
-    RunConfig(**settings, device=device)
+    with pytest.raises(SettingsError, match=r'use submodel\.units = "ordered", or whole models'):
+        strategies.check(RunConfig(**settings, device=device, submodel=SubmodelConfig(0.5)))
+    ordered = SubmodelConfig(0.5, units="ordered")
+    strategies.check(RunConfig(**settings, device=device, submodel=ordered))
+    strategies.check(RunConfig(**settings, device=device))
 
 
 @pytest.mark.parametrize(
@@ -80,8 +83,8 @@ def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
     ],
 )  # fmt: skip
 def test_a_run_that_could_not_do_what_it_says_is_refused(settings, text):
-    with pytest.raises(ValueError, match=text):
-        RunConfig(**{"name": "run", "heldout": Path("heldout.npz"), **settings})
+    with pytest.raises(SettingsError, match=text):
+        strategies.check(RunConfig(**{"name": "run", "heldout": Path("heldout.npz"), **settings}))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_the_first_pattern_that_holds_a_device_decides_its_model():
 def test_a_preset_is_a_run_that_can_be_loaded(preset, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(template(preset))
-    config = load(path)
+    config = load(path, strategies.check)
     others = {"dropout": "feddropout", "fedavg": "fedavg"}
     assert config.strategy == others.get(preset, "fedgkt")
     assert config.broker.host == "127.0.0.1"

@@ -40,7 +40,7 @@ def test_the_loss_is_the_papers():
 def train(shards, seed=0, config=CONFIG):
     torch.manual_seed(0)
     model = models.build("resnet10", classes=3, input_shape=(16, 8, 8))
-    step = distill.optimizer(model, config)
+    step = distill.make_optimizer(model, config)
     samples = Samples([*map(Source, shards)], torch.device("cpu"))
     loss = distill.train(model, step, samples, config, seed=seed, progress=lambda *_: None)
     return model, step, loss
@@ -107,7 +107,7 @@ def test_training_goes_on_after_a_checkpoint_as_if_it_had_not_stopped(optimizer)
     other = models.build("resnet10", classes=3, input_shape=(16, 8, 8))
     other.load_state_dict(whole.state_dict())
     other.to(memory_format=torch.channels_last)
-    again = distill.optimizer(other, config)
+    again = distill.make_optimizer(other, config)
     # As files keep them: in C order, whatever the order in memory was.
     kept = {name: np.array(array, order="C") for name, array in distill.slots(step).items()}
     distill.resume(again, kept)
@@ -120,7 +120,7 @@ def test_training_goes_on_after_a_checkpoint_as_if_it_had_not_stopped(optimizer)
 
 def test_the_optimizer_survives_a_checkpoint():
     model, step, _ = train([shard(24, 0)])
-    fresh = distill.optimizer(model, CONFIG)
+    fresh = distill.make_optimizer(model, CONFIG)
     distill.resume(fresh, distill.slots(step))
     before, after = step.state_dict()["state"], fresh.state_dict()["state"]
     assert before.keys() == after.keys()

@@ -19,9 +19,11 @@ from orchestrator.config import (
 from orchestrator.deploy.export import export_run
 from orchestrator.display.report import Report
 from orchestrator.launch import prepare
+from orchestrator.loop.contributions import Contributions
 from orchestrator.run_folder.store import Store, last_checkpoint
 from orchestrator.simulation import devices, simulate
-from orchestrator.strategies import create, extractors
+from orchestrator.strategies import create
+from orchestrator.strategies.gkt import extractors
 from orchestrator.training import distill
 from wire import frames, tensors
 from wire.errors import AdmissionError, RunError, StillhouseError
@@ -130,7 +132,7 @@ def test_logits_that_do_not_fit_are_refused(made, config, array, text):
     answers = [result(strategy, orders[n], births[n]) for n in births]
     for answer in answers:
         strategy.admit(state, orders[answer.device], answer)
-    state, _ = strategy.aggregate(state, 1, orders, answers)
+    state, _ = Contributions(strategy).aggregate(state, 1, orders, answers)
     orders = strategy.orders(state, 2, 2, births)
     name = min(births)
     assert set(orders[name].returns) == {"state", "logits"}
@@ -149,7 +151,7 @@ def test_feature_maps_are_asked_for_again_where_the_samples_are_others(made, con
     state = strategy.begin()
     orders = strategy.orders(state, 1, 1, births)
     assert all(order.views == (0, 1) for order in orders.values())
-    state, _ = strategy.aggregate(
+    state, _ = Contributions(strategy).aggregate(
         state, 1, orders, [result(strategy, orders[n], births[n]) for n in births]
     )
     name = min(births)
@@ -175,7 +177,7 @@ def test_neither_logits_nor_teacher_travel_where_nobody_learns_from_them(made, c
     strategy, births, _ = made(config)
     state = strategy.begin()
     orders = strategy.orders(state, 1, 1, births)
-    state, _ = strategy.aggregate(
+    state, _ = Contributions(strategy).aggregate(
         state, 1, orders, [result(strategy, orders[n], births[n]) for n in births]
     )
     for order in strategy.orders(state, 2, 2, births).values():
@@ -207,8 +209,8 @@ def test_nobody_moves_a_shared_extractor_by_claiming_many_samples(made, config):
     liar = min(births)
     many = replace(births[liar], samples=640)
     answers[0] = result(strategy, orders[liar], many, change=far)
-    after, _ = strategy.aggregate(state, 1, orders, answers)
-    moved = after.under("shared")["0.weight"] - state.under("shared")["0.weight"]
+    after, _ = Contributions(strategy).aggregate(state, 1, orders, answers)
+    moved = after.shared_extractor["0.weight"] - state.shared_extractor["0.weight"]
     assert np.allclose(moved, 8 / 3, atol=1e-5)  # as one of three, not as ten of twelve
 
 
@@ -234,7 +236,7 @@ def test_clipped_feature_maps_are_evaluated_and_exported_clipped(made, config, d
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (config.device.mean, config.device.std))
     pixels = strategy.task.heldout.x[:9] * std + mean
     (logits,) = session.run(None, {"image": pixels.numpy()})
-    large = distill.load(strategy._server(), state.under("server")).eval()
+    large = distill.load(strategy._large_model(), state.under("server")).eval()
     with torch.no_grad():
         np.testing.assert_allclose(logits, large(maps).numpy(), atol=1e-3)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import models
-from orchestrator import demo
+from orchestrator import demo, strategies
 from orchestrator.config import (
     BrokerConfig,
     CohortConfig,
@@ -92,7 +92,7 @@ def run(tmp_path, digits, monkeypatch):
     def make(strategy="fedgkt", split='split = "stem"', more=""):
         path = tmp_path / "job/run.toml"
         path.write_text(RUN.format(digits=digits, strategy=strategy, split=split, more=more))
-        return load(path)
+        return load(path, strategies.check)
 
     return make
 

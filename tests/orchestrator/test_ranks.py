@@ -63,7 +63,7 @@ def learn(folder: Path, config: ServerConfig) -> tuple[dict[str, np.ndarray], li
     """Weights after two rounds of training, teacher logits, and the losses of both rounds."""
     torch.manual_seed(0)
     model = models.build(config.model, classes=CLASSES, input_shape=SHAPE)
-    step, samples = distill.optimizer(model, config), read_samples(folder)
+    step, samples = distill.make_optimizer(model, config), read_samples(folder)
     losses = [
         ranks.train(model, step, samples, config, seed=seed, progress=lambda *_: None,
                     rate=lambda epoch: config.lr / (1 + epoch))
@@ -97,7 +97,7 @@ def scenario_forever(folder: Path) -> None:
 def forever(folder: Path, progress: distill.Progress) -> None:
     config = replace(PLAIN, epochs=10**6)
     model = models.build(config.model, classes=CLASSES, input_shape=SHAPE)
-    step = distill.optimizer(model, config)
+    step = distill.make_optimizer(model, config)
     ranks.train(model, step, read_samples(folder), config, seed=0, progress=progress)
 
 

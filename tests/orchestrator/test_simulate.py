@@ -35,10 +35,12 @@ from orchestrator.config import (
 from orchestrator.deploy import export
 from orchestrator.display.report import Report
 from orchestrator.launch import artifacts, prepare
+from orchestrator.loop.contributions import Contributions
 from orchestrator.rules import rounds
 from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.simulation import devices, simulate
-from orchestrator.strategies import create, extractors
+from orchestrator.strategies import create
+from orchestrator.strategies.gkt.state import GktState
 from orchestrator.training import distill
 from tests.conftest import ROOT
 from wire import frames, records, tensors
@@ -160,10 +162,10 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
                 flops = outcome.metrics["train_flops"] / same["train_flops"]
                 assert 0.9 < flops < 1.25, flops
                 strategy.admit(state, order, results[-1])
-            state, _ = strategy.aggregate(state, number, orders, results)
+            state, _ = Contributions(strategy).aggregate(state, number, orders, results)
     finally:
         store.close()
-    assert_close(state.tensors, weights_of(config), start_of(config), 0.05)
+    assert_close(state.pack().tensors, weights_of(config), start_of(config), 0.05)
 
 
 @pytest.fixture(scope="session")
@@ -239,7 +241,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
                 same = entry["devices"][name]
                 assert done.metrics["train_loss"] == pytest.approx(same["train_loss"], rel=0.03)
                 assert sum(ref.size for ref in done.blobs.values()) == same["bytes_up"]
-            state, metrics = strategy.aggregate(state, number, orders, results)
+            state, metrics = Contributions(strategy).aggregate(state, number, orders, results)
             assert metrics["server_loss"] == pytest.approx(entry["server_loss"], rel=0.03)
     finally:
         store.close()
@@ -347,7 +349,7 @@ def test_devices_with_one_model_go_on_with_the_mean_of_their_networks(gkt, few, 
     sizes = {name: len(held.y) for name, held in devices.read_shards(gkt, few).items()}
     alike = {"resnet8": ["device-0", "device-2"], "resnet4": ["device-1"]}
     for model, names in alike.items():
-        together = extractors.shared(state, model)
+        together = GktState.unpack(state, alike).shared(model)
         assert together.keys() == state.under(f"device/{names[0]}").keys()
         for key, array in together.items():
             of = [*sizes] if key.startswith("extractor.") else names
@@ -392,8 +394,9 @@ def test_a_late_extractor_does_not_move_what_is_frozen(gkt, few):
     gkt = replace(gkt, transfer=transfer)
     simulate.run(gkt, few, late=0.4)
     state, before = last_checkpoint(gkt.folder)[1], read_checkpoint(gkt.folder, 1)
-    for key, array in extractors.shared(state, "resnet8").items():
-        same = np.array_equal(array, extractors.shared(before, "resnet8")[key])
+    now, then = (GktState.unpack(one, ["resnet8"]).shared("resnet8") for one in (state, before))
+    for key, array in now.items():
+        same = np.array_equal(array, then[key])
         assert same == key.startswith("extractor."), key
 
 
@@ -550,7 +553,6 @@ import json, sys
 for name in {ABSENT!r}:
     sys.modules[name] = None  # an import of it fails
 from pathlib import Path
-from orchestrator.simulation import simulate
 from orchestrator.config import RunConfig
 from wire import records
 table = json.loads(Path("run.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
 from orchestrator.run_folder.store import Store, Verdict, last_checkpoint
-from orchestrator.strategies.strategy import State
+from orchestrator.strategies.strategy import Checkpoint
 from tests.agent.test_disk import DAMAGE
 from wire.errors import RunError, StorageError
 from wire.messages import BlobRef, Order, Result
@@ -41,7 +41,7 @@ def order(sequence: int) -> Order:
     return Order("run", sequence, 1, REF, 1, 0.1, 7, {"features": "float32"})
 
 
-EMPTY = State({"w": np.ones(1, np.float32)}, {})
+EMPTY = Checkpoint({"w": np.ones(1, np.float32)}, {})
 
 
 def verdict(device: str, sequence: int, accepted: bool) -> Verdict:
@@ -109,7 +109,8 @@ def test_checkpoints_come_back_and_blobs_nobody_needs_go(config, opened):
     assert store.checkpoint() is None
     for round_ in (1, 2, 3):
         attempt = store.begin(round_, {"a": order(round_)})
-        state = State({"w": np.full(3, round_, np.float32)}, {"blobs": [kept.digest], "n": round_})
+        notes = {"blobs": [kept.digest], "n": round_}
+        state = Checkpoint({"w": np.full(3, round_, np.float32)}, notes)
         store.close_round(attempt, state, {"round": round_})
     assert [entry["round"] for entry in store.closed_rounds()] == [1, 2, 3]
     assert store.last_attempt().closed
@@ -126,7 +127,7 @@ def test_tensors_of_any_memory_layout_come_back_as_they_were(config, opened):
     store = opened(config)
     wanted = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
     channels_last = np.ascontiguousarray(wanted.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-    state = State({"w": channels_last, "step": np.float32(7).reshape(())}, {})
+    state = Checkpoint({"w": channels_last, "step": np.float32(7).reshape(())}, {})
     store.close_round(store.begin(1, {}), state, {"round": 1})
     back = store.checkpoint().tensors
     np.testing.assert_array_equal(back["w"], wanted)
@@ -143,7 +144,7 @@ def test_a_crash_between_checkpoint_and_journal_repeats_the_round(config, opened
     again = opened(config)
     assert again.checkpoint() is None
     attempt = again.last_attempt()
-    again.close_round(attempt, State({"w": np.ones(1, np.float32)}, {}), {"round": 1})
+    again.close_round(attempt, Checkpoint({"w": np.ones(1, np.float32)}, {}), {"round": 1})
     assert again.checkpoint().tensors["w"] == 1
 
 
@@ -178,7 +179,7 @@ def test_a_run_begun_when_means_were_always_written_goes_on(config, opened):
 
 def test_a_damaged_checkpoint_is_named(config, opened):
     store = opened(config)
-    store.close_round(store.begin(1, {}), State({"w": np.ones(1, np.float32)}, {}), {"round": 1})
+    store.close_round(store.begin(1, {}), EMPTY, {"round": 1})
     path = config.folder / "checkpoints" / "0001" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(RunError, match="0001 cannot be read"):
@@ -202,7 +203,7 @@ def test_a_damaged_journal_goes_on_after_the_last_checkpoint(config, opened, dam
     store = opened(config)
     run = store.run_id
     for round_ in (1, 2):
-        state = State({"w": np.full(1, round_, np.float32)}, {})
+        state = Checkpoint({"w": np.full(1, round_, np.float32)}, {})
         store.close_round(store.begin(round_, {"a": order(round_)}), state, {"round": round_})
     attempt = store.begin(3, {"a": order(3), "b": order(3)})
     store.decide(attempt.sequence, verdict("a", attempt.sequence, accepted=True))

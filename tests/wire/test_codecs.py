@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from wire import codecs
+from tests.extensions import signs
+from wire import codecs, frames, tensors
 from wire.errors import CodecError
 
 LOSSLESS = ["float32", "float32|zstd"]
@@ -252,3 +253,21 @@ def test_a_hostile_scale_is_refused_or_harmless(spec, filler):
         assert "'x' decodes to NaN or infinity" in str(fault)  # noqa: PT017
     else:
         assert np.isfinite(decoded).all()
+
+
+@pytest.mark.parametrize("family", codecs._FAMILIES)
+def test_a_spec_belongs_to_one_family(family):
+    for spec in family.examples:
+        assert [f for f in codecs._FAMILIES if f.parse(spec)] == [family]
+
+
+def test_a_codec_is_one_file_and_one_line_of_the_table(monkeypatch):
+    monkeypatch.setattr(codecs, "_FAMILIES", (*codecs._FAMILIES, signs.FAMILY))
+    codecs.parse.cache_clear()
+    values = np.array([[1, -2, 3], [-4, 5, 0]], np.float32)
+    frame = frames.decode(tensors.pack([("w", values, "signs|zstd")], seed=0))
+    found = tensors.unpack(frame, where="payload", spec="signs|zstd")
+    np.testing.assert_array_equal(found["w"], np.array([[1, -1, 1], [-1, 1, 1]]) * 2.5)
+    with pytest.raises(CodecError, match="unknown codec 'sings'; did you mean 'signs'"):
+        codecs.parse("sings")
+    codecs.parse.cache_clear()

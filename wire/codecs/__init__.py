@@ -43,49 +43,22 @@ of the block's largest, and a coefficient on the border between two levels may b
 On one machine the same seed and values give the same bytes with every codec.
 
 Lossy codecs take magnitudes up to 2^100: so sums and squares stay within float32.
+Sums and squares stay within float32 for magnitudes up to 2^100, which is what lossy codecs take.
+
+A codec is one file here, with a `FAMILY`, and its name in `_FAMILIES`.
 """
 
 import difflib
-import re
 from functools import lru_cache
 
-from wire.codecs.codec import Cast, Codec, Coder, Lattice
+from wire.codecs import cast, eden, relu, uniform
+from wire.codecs.codec import Codec, Lattice
 from wire.codecs.draws import Floats
-from wire.codecs.eden import Eden
-from wire.codecs.relu import TERNARY, Relu
-from wire.codecs.transforms import Hadamard, Identity, Kashin, Transform
-from wire.codecs.uniform import Uniform
 from wire.errors import CodecError
 
 __all__ = ["Codec", "Floats", "Lattice", "parse"]
 
-_NUMBER = r"\d{1,3}(?:\.\d{1,4})?"
-_SPEC = re.compile(
-    rf"""
-    (?: (?P<cast>float32|float16)
-      | (?P<transform>identity|hadamard|kashin) (?:\|s=(?P<s>{_NUMBER}))? \|q=(?P<q>\d{{1,3}})
-      | (?: eden\|b=(?P<b>{_NUMBER}) | drive ) (?P<mse>\|mse)?
-      | relu\|q=(?P<levels>1\.5|\d{{1,3}})
-    ) (?P<zstd>\|zstd)?
-    """,
-    re.VERBOSE | re.ASCII,
-)
-_TRANSFORMS: dict[str, Transform] = {
-    "identity": Identity(),
-    "hadamard": Hadamard(),
-    "kashin": Kashin(),
-}
-_CASTS = {
-    "float32": Cast("float32", "<f4", lossless=True, highest=3.4028234663852886e38),
-    "float16": Cast("float16", "<f2", lossless=False, highest=65504.0),
-}
-_KNOWN = (
-    *_CASTS, "float32|zstd", "float16|zstd", "drive", "drive|mse",
-    *(f"{t}|q={n}" for t in (*_TRANSFORMS, "relu") for n in (8, 4, 2)),
-    *(f"{t}|s=0.25|q=4" for t in _TRANSFORMS),
-    *(f"eden|b={n}{mse}" for n in (2, 4) for mse in ("", "|mse")),
-    "relu|q=4|zstd", "relu|q=1.5|zstd", "identity|q=8|zstd",
-)  # fmt: skip
+_FAMILIES = (cast.FAMILY, uniform.FAMILY, eden.FAMILY, relu.FAMILY)
 
 
 @lru_cache(maxsize=1024)  # specs come from the network: bounded
@@ -96,34 +69,9 @@ def parse(spec: str) -> Codec:
         CodecError: the codec is unknown (the message names the nearest known spec), or a number is
             out of range.
     """
-    match = _SPEC.fullmatch(spec)
-    if not match:
-        near = difflib.get_close_matches(spec[:64], _KNOWN, n=1, cutoff=0.0)[0]
-        raise CodecError(f"unknown codec {spec!r:.80}; did you mean {near!r}?")
-    return Codec(_coder(spec, match), compressed=match["zstd"] is not None)
-
-
-def _coder(spec: str, match: re.Match[str]) -> Coder:
-    if match["cast"]:
-        return _CASTS[match["cast"]]
-    if match["transform"]:
-        rate, bits = float(match["s"] or 1), int(match["q"])
-        if not 0 < rate <= 1:
-            raise CodecError(f"codec {spec!r}: s must be over 0 to 1, got {rate:g}")
-        name = match["transform"]
-        return Uniform(name, _TRANSFORMS[name], rate, _levels(spec, bits))
-    if match["levels"]:
-        if match["levels"] == "1.5":
-            return Relu(TERNARY, 2)
-        bits = _levels(spec, int(match["levels"]))
-        return Relu(2**bits - 1, bits)
-    share = float(match["b"] or 1)
-    if not 0.05 <= share <= 8:
-        raise CodecError(f"codec {spec!r}: b must be 0.05 to 8 bits, got {share:g}")
-    return Eden(share, mse=match["mse"] is not None)
-
-
-def _levels(spec: str, bits: int) -> int:
-    if not 1 <= bits <= 8:
-        raise CodecError(f"codec {spec!r}: q must be 1 to 8 bits, got {bits}")
-    return bits
+    for family in _FAMILIES:
+        if codec := family.parse(spec):
+            return codec
+    known = [example for family in _FAMILIES for example in family.examples]
+    near = difflib.get_close_matches(spec[:64], known, n=1, cutoff=0.0)[0]
+    raise CodecError(f"unknown codec {spec!r:.80}; did you mean {near!r}?")

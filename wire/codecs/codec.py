@@ -8,8 +8,10 @@ results of 256 KiB stay in the processor's cache, and memory is needed for a gro
 """
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -84,32 +86,45 @@ class Lattice:
 
 
 @dataclass(frozen=True)
-class Cast:
-    """`float32` and `float16`: the values as little-endian numbers."""
+class Family:
+    """Coders that one file makes, by the specs that name them.
 
-    spec: str
-    dtype: str
-    lossless: bool
-    highest: float
+    Attributes:
+        pattern: of their specs, a regular expression (verbose) with named groups.
+        make: the coder of a match; raises CodecError where a number is out of range.
+        examples: of specs, among which a misspelt one finds its nearest.
+    """
 
-    block = 4096
+    pattern: str
+    make: Callable[[re.Match[str]], Coder]
+    examples: tuple[str, ...]
 
-    @property
-    def lowest(self) -> float:
-        """The negative of `highest`."""
-        return -self.highest
+    def parse(self, spec: str) -> "Codec | None":
+        """The codec of a spec, with Zstandard or without; None: it is not one of these.
 
-    def row_bytes(self, n: int) -> int:
-        """Bytes of a block of `n` values."""
-        return n * np.dtype(self.dtype).itemsize
+        Raises:
+            CodecError: a number is out of range.
+        """
+        match = self._specs.fullmatch(spec)
+        return Codec(self.make(match), match["zstd"] is not None) if match else None
 
-    def encode(self, blocks: Floats, draws: Draws, out: Bytes) -> None:  # noqa: ARG002
-        """(rows, n) -> (rows, row_bytes(n))."""
-        out[...] = np.ascontiguousarray(blocks, self.dtype).view(np.uint8)
+    @cached_property
+    def _specs(self) -> re.Pattern[str]:
+        return re.compile(rf"(?: {self.pattern} ) (?P<zstd>\|zstd)?", re.VERBOSE | re.ASCII)
 
-    def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:  # noqa: ARG002
-        """(rows, row_bytes(n)) -> (rows, n)."""
-        return rows.view(self.dtype).astype(np.float32, copy=False)
+
+NUMBER = r"\d{1,3}(?:\.\d{1,4})?"  # in a pattern
+
+
+def bits(match: re.Match[str]) -> int:
+    """The group `q` of a spec: bits a value.
+
+    Raises:
+        CodecError: they are not 1 to 8.
+    """
+    if not 1 <= int(match["q"]) <= 8:
+        raise CodecError(f"codec {match.string!r}: q must be 1 to 8 bits, got {int(match['q'])}")
+    return int(match["q"])
 
 
 @dataclass(frozen=True)

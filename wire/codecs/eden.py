@@ -47,17 +47,19 @@ are padded to at least 64.
 The body of a block is S as float32 little-endian, then the packed levels.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wire.codecs.codec import LARGEST
+from wire.codecs.codec import LARGEST, NUMBER, Family
 from wire.codecs.draws import Bytes, Draws, Floats
 from wire.codecs.lloyd_max import levels, nearest
 from wire.codecs.packing import look_up, pack, packed_bytes
 from wire.codecs.transforms import BLOCK, rotate
+from wire.errors import CodecError
 
 _SCALE = np.dtype("<f4")
 _HEAD = _SCALE.itemsize
@@ -169,3 +171,17 @@ def _dots(a: Floats, b: Floats) -> NDArray[np.float64]:
 def _width(n: int) -> int:
     """How many coefficients `n` values have: a power of two."""
     return max(_SMALLEST, 1 << (n - 1).bit_length())
+
+
+def _make(match: re.Match[str]) -> Eden:
+    share = float(match["b"] or 1)
+    if not 0.05 <= share <= 8:
+        raise CodecError(f"codec {match.string!r}: b must be 0.05 to 8 bits, got {share:g}")
+    return Eden(share, mse=match["mse"] is not None)
+
+
+FAMILY = Family(
+    rf"(?: eden\|b=(?P<b>{NUMBER}) | drive ) (?P<mse>\|mse)?",
+    _make,
+    ("drive", "drive|mse", *(f"eden|b={b}{mse}" for b in (2, 4) for mse in ("", "|mse"))),
+)

@@ -27,11 +27,12 @@ The body of a block is `a` as float32 little-endian, then the packed levels. Val
 the nearest level, without random numbers: maps are examples to learn from, and are not averaged.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from wire.codecs.codec import LARGEST
+from wire.codecs.codec import LARGEST, Family, bits
 from wire.codecs.draws import Bytes, Draws, Floats
 from wire.codecs.packing import pack, packed_bytes, unpack
 
@@ -104,3 +105,16 @@ class Relu:
         np.rint(chosen, out=chosen)
         np.minimum(chosen, top, out=chosen)
         return chosen
+
+
+def _make(match: re.Match[str]) -> Relu:
+    if match["q"] == "1.5":
+        return Relu(TERNARY, 2)
+    return Relu(2 ** bits(match) - 1, bits(match))
+
+
+FAMILY = Family(
+    r"relu\|q=(?P<q>1\.5|\d{1,3})",
+    _make,
+    (*(f"relu|q={q}" for q in (8, 4, 2)), "relu|q=4|zstd", "relu|q=1.5|zstd"),
+)

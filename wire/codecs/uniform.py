@@ -24,14 +24,16 @@ so means are exact to 2^-17 of a step.) Equal coefficients have step 0 and are e
 The body of a block is `min` and `step` as float32 little-endian, then the packed levels.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from wire.codecs.codec import LARGEST
+from wire.codecs.codec import LARGEST, NUMBER, Family, bits
 from wire.codecs.draws import Bytes, Draws, Floats, strata_edges
 from wire.codecs.packing import pack, packed_bytes, unpack
-from wire.codecs.transforms import Identity, Transform
+from wire.codecs.transforms import Hadamard, Identity, Kashin, Transform
+from wire.errors import CodecError
 
 _SCALE = np.dtype("<f4")
 _HEAD = 2 * _SCALE.itemsize
@@ -107,3 +109,28 @@ class Uniform:
     def _sent(self, width: int) -> int:
         """How many of `width` coefficients are sent."""
         return max(1, round(self.rate * width))
+
+
+_TRANSFORMS: dict[str, Transform] = {
+    "identity": Identity(),
+    "hadamard": Hadamard(),
+    "kashin": Kashin(),
+}
+
+
+def _make(match: re.Match[str]) -> Uniform:
+    rate, name = float(match["s"] or 1), match["transform"]
+    if not 0 < rate <= 1:
+        raise CodecError(f"codec {match.string!r}: s must be over 0 to 1, got {rate:g}")
+    return Uniform(name, _TRANSFORMS[name], rate, bits(match))
+
+
+FAMILY = Family(
+    rf"(?P<transform>identity|hadamard|kashin) (?:\|s=(?P<s>{NUMBER}))? \|q=(?P<q>\d{{1,3}})",
+    _make,
+    (
+        *(f"{name}|q={q}" for name in _TRANSFORMS for q in (8, 4, 2)),
+        *(f"{name}|s=0.25|q=4" for name in _TRANSFORMS),
+        "identity|q=8|zstd",
+    ),
+)

@@ -1,0 +1,72 @@
+"""Settings that a strategy does not use, and that are refused: it would ignore them in silence.
+
+A strategy's `check` calls the functions that concern it. Each raises ValueError; the message names
+the key and the remedy.
+"""
+
+from orchestrator.config.run import RunConfig
+from orchestrator.config.submodel import SubmodelConfig
+from orchestrator.config.transfer import TransferConfig
+from wire.names import written
+
+
+def need_heldout(config: RunConfig) -> None:
+    """For a strategy that evaluates on images which the server has."""
+    if config.heldout is None:
+        raise ValueError(
+            "heldout: name images that the server evaluates on; only fedgkt does without, with "
+            "device.holdout over 0 and transfer.resend = 0"
+        )
+
+
+def refuse_holdout(config: RunConfig) -> None:
+    """For a strategy that does not evaluate on images which devices hold out."""
+    if config.device.holdout:
+        raise ValueError(
+            f"device.holdout: strategy {written(config.strategy)!r} evaluates on the server's "
+            "images; leave it out"
+        )
+
+
+def refuse_submodel(config: RunConfig) -> None:
+    """For a strategy that trains whole models."""
+    if config.submodel != SubmodelConfig():
+        raise ValueError(
+            f"submodel: strategy {written(config.strategy)!r} trains whole models; use feddropout"
+        )
+
+
+def refuse_transfer(config: RunConfig) -> None:
+    """For a strategy without feature maps."""
+    if config.transfer != TransferConfig():
+        raise ValueError(
+            f"transfer: strategy {written(config.strategy)!r} sends no feature maps; use fedgkt"
+        )
+
+
+def refuse_own_networks(config: RunConfig) -> None:
+    """For a strategy in which all devices train one network, on the weights of this round."""
+    if config.device.others or config.cohort.carry_rounds:
+        raise ValueError(
+            f"device.others and cohort.carry_rounds are for fedgkt and local, not for "
+            f"{written(config.strategy)}, which averages weights; leave them out"
+        )
+
+
+def refuse_split(config: RunConfig) -> None:
+    """For a strategy that cuts no network in two."""
+    device = config.device
+    if any([device.split, *(other.split for other in device.others)]):
+        raise ValueError(
+            f"device.split: strategy {written(config.strategy)!r} sends no feature maps; leave it "
+            "out"
+        )
+
+
+def refuse_updates(config: RunConfig) -> None:
+    """For a strategy that asks for no updates of a global model."""
+    if config.device.mu or config.device.feedback:
+        raise ValueError(
+            f"device.mu and device.feedback are for fedavg and feddropout, not for "
+            f"{written(config.strategy)}; leave them out"
+        )

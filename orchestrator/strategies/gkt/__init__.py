@@ -1,0 +1,1 @@
+"""What FedGKT needs besides the paper's algorithm: its state, extractors, evaluation."""

@@ -1,0 +1,67 @@
+"""How good FedGKT's networks are: on images that the server has, or on those devices hold out."""
+
+import numpy as np
+from torch import nn
+
+from orchestrator.strategies.gkt import extractors
+from orchestrator.strategies.gkt.state import GktState
+from orchestrator.strategies.payloads import device_network, heldout_accuracy
+from orchestrator.strategies.strategy import Array, Metrics
+from orchestrator.strategies.task import Task
+from orchestrator.training import ranks
+from orchestrator.training.samples import Samples
+from wire.errors import RunError
+
+
+def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
+    """Held-out accuracy of each device's extractor + large model, and of its own network.
+
+    The extractor is the one that made the feature maps that the large model learnt from.
+    """
+    device, names = task.config.device, sorted(state.shards)
+    large: dict[bytes, float] = {}  # by extractor: a shared one is evaluated once
+    small: dict[str, float] = {}  # by network, likewise
+    devices: dict[str, dict[str, float]] = {}
+    for name in names:
+        weights, trained = state.extractors[name], device.model_of(name)
+        extractor = b"".join(weights[key].tobytes() for key in sorted(weights))
+        if extractor not in large:
+            stacked = nn.Sequential(extractors.build(task, name, weights), model)
+            large[extractor] = heldout_accuracy(task, stacked)
+        network = trained if task.config.transfer.network == "shared" else name
+        if network not in small:
+            built = device_network(task, name, state.network(trained, name))
+            small[network] = heldout_accuracy(task, built)
+        devices[name] = {"server_accuracy": large[extractor], "device_accuracy": small[network]}
+        task.progress("evaluate", len(devices), len(names))
+    means = {
+        key: float(np.mean([scores[key] for scores in devices.values()]))
+        for key in ("server_accuracy", "device_accuracy")
+    }
+    return {**means, "devices": devices}
+
+
+def on_left_out(task: Task, state: GktState, model: nn.Module, samples: Samples) -> Metrics:
+    """Accuracy on what devices hold out, of the large model and by the logits that they sent.
+
+    Feature maps of one view are evaluated in that view.
+
+    Raises:
+        RunError: no device holds any image out.
+    """
+    right: dict[str, list[Array]] = {"server": [], "device": []}
+    names, devices = sorted(state.shards), {}
+    for name, span, source in zip(names, samples.spans, samples.sources, strict=True):
+        assert source.left_out is not None  # noqa: S101 - FedGKT's sources have it
+        rows, shard = np.flatnonzero(source.left_out), source.shard
+        logits = ranks.teach(model, samples, span, task.config.server)
+        for who, z in (("server", logits), ("device", shard.logits)):
+            right[who].append(z[rows].argmax(axis=1) == shard.labels[rows])
+        devices[name] = {
+            f"{who}_accuracy": float(each[-1].mean()) for who, each in right.items() if len(rows)
+        }
+        task.progress("evaluate", len(devices), len(names))
+    if not any(len(each) for each in right["server"]):
+        raise RunError("device.holdout leaves no image of any device to evaluate on; raise it")
+    means = {f"{who}_accuracy": float(np.concatenate(e).mean()) for who, e in right.items()}
+    return {**means, "devices": devices}

@@ -1,0 +1,114 @@
+"""Extractors: the first layers of the devices' networks, whose output travels in FedGKT."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import models
+from orchestrator.config import RunConfig
+from orchestrator.strategies.payloads import shapes
+from orchestrator.strategies.strategy import Array, Weights
+from orchestrator.strategies.task import Task
+from orchestrator.training import distill
+from wire.errors import RunError
+from wire.names import written
+
+EXTRACTOR = "extractor."
+PROBE = 64  # held-out images that tell how far an extractor has moved
+
+
+def feature_shape(
+    config: RunConfig, networks: Mapping[str, tuple[tuple[int, ...] | None, Weights]]
+) -> tuple[int, int, int]:
+    """The shape (C, H, W) of the devices' feature maps.
+
+    Args:
+        config: of the run.
+        networks: of each device model, by name, the shape of its feature maps, None where it has no
+            extractor, and its weights.
+
+    Raises:
+        RunError: a device model has none, or the feature maps of two differ in shape, or crops of
+            images are not crops of feature maps, or the mean of extractors is asked for that are
+            not alike.
+    """
+    shapes_of = {written(name): shape for name, (shape, _) in networks.items()}
+    for name, shape in shapes_of.items():
+        if shape is None:
+            raise RunError(
+                f"model {name!r} has no feature extractor, which fedgkt needs; name the module "
+                'that it is cut behind (split = "layer.path"), or use resnet8, or strategy fedavg'
+            )
+    if len(set(shapes_of.values())) > 1:
+        raise RunError(
+            f"feature maps of the device models differ: {shapes_of}; the large model takes one "
+            "shape, use models with one"
+        )
+    every = [shapes(of_network(weights)) for _, weights in networks.values()]
+    if config.transfer.extractor == "shared" and any(one != every[0] for one in every):
+        raise RunError(
+            f"transfer.extractor: models {', '.join(shapes_of)} have different extractors, of "
+            'which there is no mean; use "own"'
+        )
+    channels, height, width = next(shape for shape in shapes_of.values() if shape)
+    image = config.device.input
+    if crops(config) and (height, width) != image[1:]:
+        raise RunError(
+            f"transfer.views: feature maps of {height} x {width} are not crops of images of "
+            f"{image[1]} x {image[2]}; use an extractor without strides, or no views"
+        )
+    return channels, height, width
+
+
+def crops(config: RunConfig) -> bool:
+    """Whether the server crops feature maps in place of images."""
+    return config.transfer.views and config.transfer.freeze_after is not None
+
+
+def of_network(weights: Weights) -> dict[str, Array]:
+    """W_e: the extractor's weights, by their names in the extractor, of a network's weights."""
+    cut = len(EXTRACTOR)
+    return {n[cut:]: array for n, array in weights.items() if n.startswith(EXTRACTOR)}
+
+
+def behind(weights: Weights) -> dict[str, Array]:
+    """W_c: what follows the extractor, by names in the network, of a network's weights."""
+    return {name: array for name, array in weights.items() if not name.startswith(EXTRACTOR)}
+
+
+def in_network(extractor: Weights) -> dict[str, Array]:
+    """An extractor's weights by their names in the network."""
+    return {EXTRACTOR + name: array for name, array in extractor.items()}
+
+
+def build(task: Task, name: str, weights: Weights) -> nn.Module:
+    """A device's extractor in evaluation mode; with `device.clip`, its feature maps are clipped."""
+    device = task.config.device
+    model = models.build(
+        device.model_of(name), classes=device.class_count, input_shape=device.input
+    )
+    extractor = distill.load(model.get_submodule("extractor"), weights)
+    extractor = extractor.to(task.torch_device).eval()
+    return nn.Sequential(extractor, models.Clip(device.clip)) if device.clip else extractor
+
+
+@torch.inference_mode()
+def moved(task: Task, name: str, before: Weights, after: Weights) -> float:
+    """How far an extractor has moved: |H' - H|^2 / |H'|^2 of its maps of held-out images."""
+    x = task.heldout.x[:PROBE].to(task.torch_device)
+    old, new = (build(task, name, weights)(x) for weights in (before, after))
+    return float((new - old).square().sum() / new.square().sum())
+
+
+@torch.inference_mode()
+def fill(task: Task, name: str, weights: Weights) -> NDArray[np.float32]:
+    """The feature map of a black image, far from its border: (channels,)."""
+    device = task.config.device
+    black = [-mean / std for mean, std in zip(device.mean, device.std, strict=True)]
+    x = torch.tensor(black)[None, :, None, None].expand(1, *device.input)
+    maps = build(task, name, weights)(x.to(task.torch_device))
+    middle: NDArray[np.float32] = maps[0, :, maps.shape[2] // 2, maps.shape[3] // 2].cpu().numpy()
+    return middle

@@ -1,0 +1,174 @@
+"""FedGKT's state: what is learnt, what is held of each device, and how a checkpoint keeps it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.strategies.gkt.extractors import in_network, of_network
+from orchestrator.strategies.strategy import Checkpoint, Weights
+from wire import records, tensors
+from wire.messages import BlobRef
+from wire.names import written
+
+
+@dataclass(frozen=True)
+class HeldShard:
+    """The payloads of one device that the server trains on, and how they were made.
+
+    Attributes:
+        round: of the order under which the device last answered.
+        data_digest: of the device's samples.
+        features: blob of feature maps, logits and labels.
+        samples: rows of it: the device's samples, twice where plain and mirrored views are there.
+        view: that the first row of each sample shows.
+        cropped: whether plain and mirrored views are there, for the server to crop.
+        logits: blob of newer logits of these rows; None: those beside the feature maps.
+        moved: how far the device's extractor has moved since it made these feature maps, where
+            `transfer.resend` wants to know: squared error over the square.
+    """
+
+    round: int
+    data_digest: str
+    features: BlobRef
+    samples: int
+    view: int
+    cropped: bool
+    logits: BlobRef | None = None
+    moved: float | None = None
+
+    def pack(self) -> dict[str, Any]:
+        """As JSON."""
+        noted = {
+            "round": self.round,
+            "data_digest": self.data_digest,
+            "ref": records.plain(self.features),
+            "logits": records.plain(self.logits),
+            "samples": self.samples,
+            "view": self.view,
+            "cropped": self.cropped,
+        }
+        return noted if self.moved is None else {**noted, "moved": self.moved}
+
+    @classmethod
+    def unpack(cls, noted: Mapping[str, Any]) -> "HeldShard":
+        """What was packed."""
+        logits = noted["logits"]
+        return cls(
+            noted["round"],
+            noted["data_digest"],
+            BlobRef(**noted["ref"]),
+            noted["samples"],
+            noted["view"],
+            noted["cropped"],
+            logits and BlobRef(**logits),
+            noted.get("moved"),
+        )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The large model's logits z_s of one device's samples.
+
+    Attributes:
+        logits: blob of them.
+        data_digest: of the samples.
+        view: of the samples that the large model saw.
+    """
+
+    logits: BlobRef
+    data_digest: str
+    view: int
+
+    def pack(self) -> dict[str, Any]:
+        """As JSON."""
+        ref = records.plain(self.logits)
+        return {"ref": ref, "data_digest": self.data_digest, "view": self.view}
+
+    @classmethod
+    def unpack(cls, noted: Mapping[str, Any]) -> "Teacher":
+        """What was packed."""
+        return cls(BlobRef(**noted["ref"]), noted["data_digest"], noted["view"])
+
+
+@dataclass(frozen=True)
+class GktState:
+    """What FedGKT has learnt.
+
+    Attributes:
+        server: W_s, the large model.
+        optimizer: its optimizer's tensors (`distill.slots`).
+        schedule: of its learning rate, as PyTorch has it (`distill.Schedule.after`).
+        devices: by device, the network that it returned last.
+        extractors: by device, the extractor that made the feature maps that are held.
+        shared_extractor: the one that all devices go on with; empty where each has its own.
+        shared_networks: by model (as run.toml names it), what follows the extractor, likewise.
+        shards: by device, what is held of it.
+        teachers: by device, what goes back to it.
+    """
+
+    server: Weights
+    optimizer: Weights = field(default_factory=dict)
+    schedule: Mapping[str, Any] | None = None
+    devices: Mapping[str, Weights] = field(default_factory=dict)
+    extractors: Mapping[str, Weights] = field(default_factory=dict)
+    shared_extractor: Weights = field(default_factory=dict)
+    shared_networks: Mapping[str, Weights] = field(default_factory=dict)
+    shards: Mapping[str, HeldShard] = field(default_factory=dict)
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
+
+    def shared(self, model: str) -> Weights:
+        """The weights that all devices with a model go on with, by their names in it."""
+        rest = self.shared_networks.get(written(model), {})
+        return {**rest, **in_network(self.shared_extractor)}
+
+    def extractor(self, device: str) -> Weights:
+        """The extractor that a device goes on with: the shared one, or that of its own network."""
+        return self.shared_extractor or of_network(self.devices[device])
+
+    def network(self, model: str, device: str) -> Weights:
+        """A device's network: the one that it goes on with, if that is shared, or its own last."""
+        return (
+            self.shared(model) if written(model) in self.shared_networks else self.devices[device]
+        )
+
+    def pack(self) -> Checkpoint:
+        """The state as files have it since the first version.
+
+        Tensors `server/...`, `optimizer/...`, `device/<name>/...`, `extractor/<name>/...`,
+        `shared/...` (the extractor) and `network/<model>/...`; notes "shards", "teachers",
+        "schedule" and "blobs".
+        """
+        packed = tensors.with_prefix("server", self.server)
+        packed |= tensors.with_prefix("optimizer", self.optimizer)
+        packed |= tensors.with_prefix("shared", self.shared_extractor)
+        groups = {"device": self.devices, "extractor": self.extractors}
+        groups["network"] = self.shared_networks
+        for prefix, group in groups.items():
+            for name, weights in group.items():
+                packed |= tensors.with_prefix(f"{prefix}/{name}", weights)
+        refs = [ref for held in self.shards.values() for ref in (held.features, held.logits)]
+        refs += [teacher.logits for teacher in self.teachers.values()]
+        notes = {
+            "shards": {name: held.pack() for name, held in self.shards.items()},
+            "teachers": {name: teacher.pack() for name, teacher in self.teachers.items()},
+            "schedule": self.schedule,
+            "blobs": sorted({ref.digest for ref in refs if ref}),
+        }
+        return Checkpoint(packed, notes)
+
+    @classmethod
+    def unpack(cls, checkpoint: Checkpoint, models: Iterable[str]) -> "GktState":
+        """The state that was packed, of a run whose devices train these models."""
+        under, notes = checkpoint.under, checkpoint.notes
+        networks = {written(model): under(f"network/{written(model)}") for model in models}
+        return cls(
+            server=under("server"),
+            optimizer=under("optimizer"),
+            schedule=notes.get("schedule"),
+            devices=checkpoint.by_device("device"),
+            extractors=checkpoint.by_device("extractor"),
+            shared_extractor=under("shared"),
+            shared_networks={model: weights for model, weights in networks.items() if weights},
+            shards={name: HeldShard.unpack(noted) for name, noted in notes["shards"].items()},
+            teachers={name: Teacher.unpack(noted) for name, noted in notes["teachers"].items()},
+        )

@@ -1,0 +1,70 @@
+"""What several strategies do with the payloads of a device: read, check and evaluate them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from numpy.typing import NDArray
+from torch import nn
+
+import models
+from orchestrator.rules import admit
+from orchestrator.strategies.task import Task
+from orchestrator.training import distill
+from wire import tensors
+from wire.messages import Order, Result
+
+Weights = Mapping[str, NDArray[Any]]
+
+
+def read_payload(task: Task, order: Order, result: Result, name: str) -> dict[str, NDArray[Any]]:
+    """The tensors of a payload that is one frame, by the codecs that were ordered.
+
+    Raises:
+        WireError: it is damaged, too large, or came by other codecs.
+    """
+    return tensors.load(
+        task.blobs.path(result.blobs[name].digest),
+        where=f"payload {name!r} of {result.device}",
+        most=task.values,
+        spec=order.returns[name],
+    )
+
+
+def admit_device_weights(task: Task, order: Order, result: Result) -> dict[str, NDArray[Any]]:
+    """The payload "state" of a device that keeps weights of its own: its network, checked.
+
+    Raises:
+        AdmissionError: names or shapes are not those of its model, a value is not finite, a running
+            variance is negative, or the norm is absurd.
+        WireError: as `read_payload`.
+    """
+    initial = task.initial_of(result.device)
+    weights = read_payload(task, order, result, "state")
+    admit.weights(weights, shapes(initial), admit.norm(initial))
+    admit.variances(weights)
+    return weights
+
+
+def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by its name."""
+    return {name: array.shape for name, array in weights.items()}
+
+
+def nbytes(weights: Weights) -> int:
+    """Bytes of memory that the tensors take."""
+    return sum(array.nbytes for array in weights.values())
+
+
+def device_network(task: Task, name: str, weights: Weights) -> nn.Module:
+    """A device's network with its weights, where large tensors are computed."""
+    device = task.config.device
+    model = models.build(
+        device.model_of(name), classes=device.class_count, input_shape=device.input
+    )
+    return distill.load(model, weights).to(task.torch_device)
+
+
+def heldout_accuracy(task: Task, network: nn.Module) -> float:
+    """Accuracy of a network, from pixels to logits, on held-out images."""
+    logits = distill.predict(network, task.heldout.x, task.config.server)
+    return distill.accuracy(logits, task.heldout.y)

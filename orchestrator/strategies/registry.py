@@ -1,0 +1,119 @@
+"""Strategies by name, for `strategy` in run.toml.
+
+fedgkt, fedavg, feddropout, local    ours
+name                                 an entry point of the group `stillhouse.strategies`
+path/to/file.py:Class                relative to run.toml
+package.module:Class                 beside run.toml, in the current folder, or installed
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+
+from models import foreign
+from models.foreign import Found, Kind
+from orchestrator.config import RunConfig
+from orchestrator.strategies.fedavg import FedAvg
+from orchestrator.strategies.feddropout import FedDropout
+from orchestrator.strategies.fedgkt import FedGKT
+from orchestrator.strategies.local import Local
+from orchestrator.strategies.strategy import Strategy
+from orchestrator.strategies.task import Task, strategy_settings
+from wire.errors import SettingsError, StillhouseError
+
+STRATEGIES = Kind("stillhouse.strategies", "Class")
+_OURS: dict[str, type[Strategy]] = {
+    "fedgkt": FedGKT,
+    "fedavg": FedAvg,
+    "feddropout": FedDropout,
+    "local": Local,
+}
+# What a class must have, and what each function is given.
+_FUNCTIONS = {
+    "check": ("config",),
+    "begin": (),
+    "restore": ("checkpoint",),
+    "orders": ("state", "round_", "sequence", "cohort"),
+    "admit": ("state", "order", "result"),
+    "aggregate": ("state", "round_", "results", "contributions"),
+}
+
+
+def check(config: RunConfig) -> None:
+    """Find the strategy of a configuration, and let it look the settings over.
+
+    Raises:
+        SettingsError: there is none of this name, it cannot be imported, it is no strategy, or a
+            setting does not go with it; the message names the key.
+    """
+    try:
+        cls = _find(config.strategy)
+    except StillhouseError as fault:
+        raise SettingsError(f"strategy: {fault}") from fault
+    strategy_settings(config, cls.settings)
+    try:
+        cls.check(config)
+    except ValueError as fault:
+        raise SettingsError(str(fault)) from fault
+
+
+def create(name: str, task: Task) -> Strategy:
+    """The strategy of a name, for a run.
+
+    Raises:
+        StillhouseError: there is none of this name, or it cannot be imported.
+    """
+    make: Callable[[Task], Strategy] = _find(name)
+    return make(task)
+
+
+def sources(name: str) -> Mapping[str, str]:
+    """SHA-256 of each source file that a user's strategy was made of, by path; none for ours."""
+    found = None if name in _OURS else foreign.locate(name, STRATEGIES)
+    return found.sources if found else {}
+
+
+def _find(name: str) -> type[Strategy]:
+    if name in _OURS:
+        return _OURS[name]
+    found = foreign.locate(name, STRATEGIES)
+    if found is None:
+        known = [*_OURS, *foreign.entry_points(STRATEGIES)]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; or {STRATEGIES.forms}"
+        raise StillhouseError(f"expected one of {', '.join(map(repr, known))}, got {name!r}{hint}")
+    return _checked(found)
+
+
+def _checked(found: Found) -> type[Strategy]:
+    """A user's class, if it has what a strategy has."""
+    cls, name = found.value, found.name
+    if not isinstance(cls, type):
+        raise StillhouseError(
+            f"{name}: expected a class, got {type(cls).__name__}; CONTRIBUTING.md says what it has"
+        )
+    if not dataclasses.is_dataclass(getattr(cls, "settings", None)):
+        raise StillhouseError(
+            f"{name}: expected a dataclass as its attribute `settings`, got "
+            f"{getattr(cls, 'settings', None)!r}; without settings of its own it is NoSettings"
+        )
+    _accepts(name, cls, ("task",))
+    for function, arguments in _FUNCTIONS.items():
+        defined = getattr(cls, function, None)
+        if not callable(defined):
+            raise StillhouseError(f"{name}: has no function {function}({', '.join(arguments)})")
+        bound = isinstance(inspect.getattr_static(cls, function), staticmethod | classmethod)
+        _accepts(f"{name}: {function}", defined, arguments if bound else ("self", *arguments))
+    return cls
+
+
+def _accepts(what: str, function: Callable[..., object], arguments: tuple[str, ...]) -> None:
+    """Refuse a function that cannot be called with so many arguments."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*arguments)
+    except TypeError as fault:
+        raise StillhouseError(
+            f"{what}: expected it to take ({', '.join(arguments)}), got {signature}: {fault}"
+        ) from fault

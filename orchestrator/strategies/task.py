@@ -1,0 +1,149 @@
+"""What a strategy works with: the run's settings, its networks, blobs and held-out images."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from numpy.typing import NDArray
+
+from orchestrator.config import Recipe, RunConfig
+from wire import records
+from wire.blobs import BlobStore
+from wire.errors import SettingsError
+from wire.messages import BlobRef, Order
+
+Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that no device has: x float32 (N, C, H, W) normalized, y int64 (N,).
+
+    There may be none, where devices hold out some of theirs. `names` are those of the classes as
+    they are stored, in their order there; () where labels are numbers alone. `digest` is that of
+    the images.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    names: tuple[str, ...] = ()
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the models that devices train.
+
+    Attributes:
+        recipe: what it is.
+        artifact: the manifest of its training artifact, by which devices know it.
+        features: shape of one sample's feature map, or None where it has no extractor.
+    """
+
+    recipe: Recipe
+    artifact: BlobRef
+    features: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a strategy works with.
+
+    Attributes:
+        config: of the run.
+        run: its name for devices, which is its alone.
+        variants: what devices train, by recipe; all those that the configuration names.
+        initial: parameters and buffers of the whole device model before round 1,
+        others: and of other models that devices train, by name.
+        blobs: the run's blob store.
+        shards: folder for decoded feature maps.
+        heldout: for evaluation.
+        torch_device: where large tensors are computed.
+        progress: (what, done, total), called now and then from long work.
+        pretrained: parameters and buffers of the model that all begin with; none: random weights.
+    """
+
+    config: RunConfig
+    run: str
+    variants: Mapping[Recipe, Variant]
+    initial: Mapping[str, NDArray[Any]]
+    blobs: BlobStore
+    shards: Path
+    heldout: HeldOut
+    torch_device: torch.device
+    progress: Progress
+    others: Mapping[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    pretrained: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def initial_of(self, device: str) -> Mapping[str, NDArray[Any]]:
+        """Parameters and buffers of a device's model before round 1."""
+        model = self.config.device.model_of(device)
+        return self.others.get(model, self.initial)
+
+    def settings(self, cls: type[T]) -> T:
+        """The strategy's own settings; see `strategy_settings`."""
+        return strategy_settings(self.config, cls)
+
+    @property
+    def values(self) -> int:
+        """How many values the largest of the device models has."""
+        every = (self.initial, *self.others.values())
+        return max(sum(array.size for array in model.values()) for model in every)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Bytes that a payload may have: weights twice their size in float32, features as set."""
+        weights = 8 * self.values + (1 << 20)
+        return {
+            "state": weights,
+            "update": weights,
+            "features": self.config.max_upload_bytes,
+            "logits": self.config.max_upload_bytes,
+        }
+
+    def order(
+        self, name: str, round_: int, sequence: int, recipe: Recipe | None = None, **settings: Any
+    ) -> Order:
+        """An order to device `name`, with what is the same for every strategy filled in.
+
+        Each device and round has a seed of its own: if rounding errors were the same everywhere,
+        they would not average out.
+
+        Args:
+            name: of the device.
+            round_: from 1.
+            sequence: of the round's orders.
+            recipe: what the device trains; None: the whole model that is its.
+            settings: further fields of the order; they stand in place of those filled in.
+        """
+        device = self.config.device
+        key = hashlib.sha256(f"{self.config.seed}/{round_}/{name}".encode()).digest()
+        shared: dict[str, Any] = {
+            "artifact": self.variants[recipe or Recipe(device.model_of(name))].artifact,
+            "epochs": device.epochs,
+            "lr": device.rate(round_, self.config.rounds),
+            "temperature": device.temperature,
+            "augment": device.augment,
+            "holdout": device.holdout,
+            "seed": int.from_bytes(key[:6], "little"),
+        }
+        return Order(self.run, sequence, round_, **(shared | settings))
+
+    def evaluated(self, round_: int) -> bool:
+        """Whether a round ends with an evaluation."""
+        return round_ % self.config.server.eval_every == 0 or round_ == self.config.rounds
+
+
+def strategy_settings(config: RunConfig, cls: type[T]) -> T:
+    """The table `[strategy_settings]` of run.toml, as the dataclass of the strategy.
+
+    Raises:
+        SettingsError: an unknown, missing or wrong key; the message names it.
+    """
+    return records.build(
+        cls, config.strategy_settings, where="strategy_settings", error=SettingsError
+    )
