@@ -4,11 +4,11 @@ TOML tables (configuration) and msgpack maps (messages) are checked in the same 
 be known (most messages are laxer, see `wire.messages`), every required key must be there, and every
 value must have the annotated type. Inside, types are trusted.
 
-Annotations may be bool, int, float (an int is accepted), str, bytes, Any (not checked), Path (from str; `~` is the
-home folder), Literal, X | None, tuple[X, ...] or tuple[X, X] of one type, X | tuple[Y, ...] (a list
-becomes the tuple), Mapping[str, X], and nested dataclasses. A dataclass checks its ranges in
-`__post_init__`, and raises ValueError. A field with `init=False` is neither read nor written. A
-field with `repr=False` is a secret text, which no message repeats.
+Annotations may be bool, int, float (an int is accepted), str, bytes, Any (not checked), Path (from
+str; `~` is the home folder), Literal, X | None, tuple[X, ...] or tuple[X, X] of one type,
+X | tuple[Y, ...] (a list becomes the tuple), Mapping[str, X], and nested dataclasses. A dataclass
+checks its ranges in `__post_init__`, and raises ValueError. A field with `init=False` is neither
+read nor written. A field with `repr=False` is a secret text, which no message repeats.
 """
 
 import dataclasses
