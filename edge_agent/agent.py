@@ -80,7 +80,7 @@ class Agent:
             self._folder.close()
             raise
         self._updates = Updates(config)
-        self._state = rounds.State()
+        self._state = rounds.RoundState()
         self._supply: Supply | None = None
         self._put_off: list[Event] = []  # for which the disk has no room yet
         self._again_s = 0.0  # when these are handled again, and chunks asked for
@@ -260,8 +260,8 @@ class Agent:
         else:
             self._patience.over("supply")
 
-    def _apply(self, step: rounds.Step) -> None:
-        self._state, actions = step
+    def _apply(self, transition: rounds.Transition) -> None:
+        self._state, actions = transition
         for action in actions:
             self._do(action)
 

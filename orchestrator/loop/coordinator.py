@@ -376,8 +376,8 @@ class Coordinator:
         receipt = Receipt("result", verdict.accepted, result.run, result.sequence, verdict.reason)
         self._send(verdict.device, "order", receipt)
 
-    def _apply(self, step: rounds.Step) -> None:
-        self._rounds, actions = step
+    def _apply(self, transition: rounds.Transition) -> None:
+        self._rounds, actions = transition
         self.report.rounds(self._rounds)
         for action in actions:
             self._do(action)
@@ -441,9 +441,9 @@ class Coordinator:
             raise Interrupted
         self._apply(rounds.aggregated(self._rounds, self.config.cohort, time.monotonic()))
 
-    def _restored(self, attempt: Attempt | None) -> rounds.State:
+    def _restored(self, attempt: Attempt | None) -> rounds.RoundState:
         """Where an earlier orchestrator left off; its deadline begins anew."""
-        fresh = rounds.State(rounds=self.config.rounds, seed=self.config.seed)
+        fresh = rounds.RoundState(rounds=self.config.rounds, seed=self.config.seed)
         closed = len(self.store.closed_rounds())
         if attempt is None or attempt.closed:
             phase = Phase.FINISHED if closed >= self.config.rounds else Phase.FORMING

@@ -212,7 +212,7 @@ class _Simulation:
             attempt = store.begin(number, {**carried, **orders})
             missing = self._missing(attempt)
             done = {n: order for n, order in sorted(attempt.orders.items()) if n not in missing}
-            now = rounds.State(
+            now = rounds.RoundState(
                 config.rounds,
                 config.seed,
                 number,
@@ -244,7 +244,7 @@ class _Simulation:
             log.info("%s", report.last_round())
             changed(report)
         report.rounds(
-            rounds.State(config.rounds, config.seed, config.rounds, rounds.Phase.FINISHED)
+            rounds.RoundState(config.rounds, config.seed, config.rounds, rounds.Phase.FINISHED)
         )
         report.save(final=True)
 
