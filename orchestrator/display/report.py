@@ -18,8 +18,9 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.display import words
 from orchestrator.fleet import classes
+from orchestrator.rules.attempt import Attempt, Verdict
 from orchestrator.rules.rounds import PAUSE_S, Phase, RoundState
-from orchestrator.run_folder.store import Attempt, Store, Verdict, as_written
+from orchestrator.run_folder.store import Store, as_written
 from wire import records, stopping
 from wire.errors import StalledError
 from wire.messages import Birth, Telemetry

@@ -9,6 +9,7 @@ from orchestrator.config import RunConfig
 from orchestrator.fleet import devices, updates
 from orchestrator.fleet.classes import resolve, write
 from orchestrator.fleet.updates import Rollout
+from orchestrator.rules.attempt import MAX_REASON
 from wire.classes import listed
 from wire.errors import StillhouseError
 from wire.messages import Birth, Hello, Measured, Receipt, Update
@@ -17,7 +18,6 @@ log = logging.getLogger("orchestrator")
 
 MEASURED_S = 0.25  # looking a report over takes tens of milliseconds of the run's own thread
 MAX_STATES = 4  # state folders of a device that are remembered
-MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 Tell = Callable[[str, Receipt | Update | Hello], None]  # a device, and its order
 

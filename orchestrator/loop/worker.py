@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from orchestrator.run_folder.journal import Attempt
+from orchestrator.rules.attempt import Attempt
 from orchestrator.strategies.strategy import Metrics, State, Strategy
 from wire.errors import AdmissionError, StillhouseError, StorageError
 from wire.messages import Order, Result

@@ -35,7 +35,8 @@ from orchestrator.fleet import classes
 from orchestrator.fleet.classes import Classes
 from orchestrator.launch import networks, prepare
 from orchestrator.rules import admit, rounds
-from orchestrator.run_folder.store import Attempt, Store, Verdict, referred
+from orchestrator.rules.attempt import Attempt, Verdict
+from orchestrator.run_folder.store import Store, referred
 from orchestrator.simulation import cohort
 from orchestrator.simulation.cohort import Job, Trained
 from orchestrator.strategies import create

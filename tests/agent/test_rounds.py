@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from edge_agent import rounds
-from edge_agent.rounds import Accept, Fetch, Offer, Phase, Settle, RoundState, Work
+from edge_agent.rounds import Accept, Fetch, Offer, Phase, RoundState, Settle, Work
 from wire.messages import BlobRef, Order, Receipt, Result
 
 REF = BlobRef("ab" * 32, 1000, 1024)

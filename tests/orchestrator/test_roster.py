@@ -10,6 +10,7 @@ from orchestrator.config import DeviceConfig, RunConfig
 from orchestrator.fleet import classes, devices, roster
 from orchestrator.fleet.roster import Roster
 from orchestrator.fleet.updates import Rollout
+from orchestrator.rules.attempt import MAX_REASON
 from tests.wire.test_measurement import REPORT
 from wire import measurement, signing
 from wire.classes import digest
@@ -67,7 +68,7 @@ def test_who_is_not_enrolled_is_told_so_and_leaves_nothing(make, told, tmp_path)
 def test_an_updates_fault_is_shown_in_one_printable_line(make, caplog):
     shown = make().born("pi", birth("pi", "0.2 is refused\x1b[2J\n" + 600 * "x"), 0.0)
     assert shown.update.isprintable()
-    assert len(shown.update) == roster.MAX_REASON
+    assert len(shown.update) == MAX_REASON
     assert caplog.messages == [f"pi: update: {shown.update}"]
 
 

@@ -15,8 +15,8 @@ from orchestrator.rules.rounds import (
     Open,
     Phase,
     Remind,
-    Session,
     RoundState,
+    Session,
 )
 
 RULES = CohortConfig(min_devices=2, wait_s=10.0, quorum=1.0, deadline_s=100.0)

@@ -12,8 +12,9 @@ from rich.console import Console
 from orchestrator.config import CohortConfig, RunConfig
 from orchestrator.display import view, words
 from orchestrator.display.report import Report, names_of
+from orchestrator.rules.attempt import Verdict
 from orchestrator.rules.rounds import Phase, RoundState
-from orchestrator.run_folder.store import Store, Verdict
+from orchestrator.run_folder.store import Store
 from wire import records
 from wire.errors import WireError
 from wire.messages import Birth, Platform, Result, Telemetry
@@ -47,8 +48,8 @@ def busy(report, rounds=17):
     """Forty devices in the middle of a round: one has failed, one is away, the rest train."""
     report.entries.extend(entry(number) for number in range(1, rounds + 1))
     live = dict.fromkeys(NAMES[:-1], 1)
-    report.rounds(RoundState(100, 0, rounds + 1, Phase.COLLECTING, live=live, cohort=frozenset(NAMES),
-                        failed=frozenset(["pi-07"]), returned=frozenset(["pi-01"])))  # fmt: skip
+    state = RoundState(100, 0, rounds + 1, Phase.COLLECTING, live=live, cohort=frozenset(NAMES))
+    report.rounds(replace(state, failed=frozenset(["pi-07"]), returned=frozenset(["pi-01"])))
     for n, name in enumerate(NAMES):
         told = {"device": name, "run": "r", "round": rounds + 1, "phase": "train",
                 "done": 40 - n, "total": 100, "memory_bytes": 117_000_000}  # fmt: skip
