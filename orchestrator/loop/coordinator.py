@@ -102,7 +102,7 @@ class Coordinator:
             self._link.start()
             try:
                 if self._round.collecting:
-                    self._decide(rounds.ticked(self._round.state, self._rules, monotonic()))
+                    self._follow(rounds.ticked(self._round.state, self._rules, monotonic()))
                 while not self.finished():
                     if self._round.state.phase is not Phase.AGGREGATING:
                         self._stop.check()
@@ -148,7 +148,7 @@ class Coordinator:
                 self._born(device, message)
             case Death(session=number, state_id=state_id):
                 self._roster.died(device, number, state_id)
-                self._decide(rounds.died(self._round.state, device, Session(number, state_id)))
+                self._follow(rounds.died(self._round.state, device, Session(number, state_id)))
             case Telemetry():
                 if message.run == self.store.run_id and device in self._roster.births:
                     self.report.telemetry(device, message)
@@ -174,7 +174,7 @@ class Coordinator:
             self._intake.resume(device)
             session = Session(birth.session, birth.state_id)
             state = self._round.state
-            self._decide(rounds.born(state, self._rules, device, session, monotonic()))
+            self._follow(rounds.born(state, self._rules, device, session, monotonic()))
         elif message.device == device:
             self._turn_away(device, self._roster.refused[device])
 
@@ -182,7 +182,7 @@ class Coordinator:
         """A device whose birth is refused gets no order, and the one that it has counts no more."""
         self.report.turned_away(device, reason)
         if session := self._round.state.live.get(device):
-            self._decide(rounds.died(self._round.state, device, session))
+            self._follow(rounds.died(self._round.state, device, session))
         self._lose(device, AdmissionError(reason))
 
     def _offered(self, device: str, result: Result) -> None:
@@ -219,13 +219,13 @@ class Coordinator:
             self._worker.look_over(self._learnt, order, result)
         self._disk.takes(lambda: self._ask(now))
         self._roster.ticked(now)
-        self._decide(rounds.ticked(self._round.state, self._rules, now))
+        self._follow(rounds.ticked(self._round.state, self._rules, now))
 
     def _ask(self, now_s: float) -> None:
         for device, want in self._intake.wants(now_s, frozenset(self._round.state.live)):
             self._link.send(device, "down", want)
 
-    def _decide(self, transition: rounds.Transition) -> None:
+    def _follow(self, transition: rounds.Transition) -> None:
         """Do what the rules say of the devices' names."""
         self._apply(open_round.follow(self._round, transition))
 

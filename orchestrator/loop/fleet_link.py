@@ -113,8 +113,7 @@ class FleetLink:
             self._awaited_s = None  # said once
         if not self._claim.held:
             self._say(self._claim.ticked(now_s))
-            return False
-        return True
+        return self._claim.held
 
     def send(self, device: str, channel: str, message: Message, body: bytes = b"") -> None:
         """Tell a device something."""
