@@ -4,8 +4,6 @@ One thread owns all state; the network thread and the worker thread only put eve
 """
 
 import contextlib
-import gc
-import itertools
 import logging
 import queue
 import threading
@@ -17,6 +15,7 @@ from typing import Any
 from edge_agent import rounds
 from edge_agent.folder import Folder
 from edge_agent.notify import Notifier
+from edge_agent.presence import Presence
 from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
 from edge_agent.supply import Supply
 from edge_agent.update.staging import Updates
@@ -24,11 +23,10 @@ from edge_agent.worker import Advanced, Ended, Worker
 from ondevice import images, meter
 from ondevice.config import AgentConfig
 from ondevice.outcome import Outcome
-from wire import __version__, classes, messages, storage, topics
+from wire import __version__, messages, storage, topics
 from wire.errors import OrderError, StalledError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import (
-    Birth,
     BlobRef,
     Chunk,
     Death,
@@ -41,7 +39,6 @@ from wire.messages import (
     Update,
     Want,
 )  # fmt: skip
-from wire.stopping import Interrupted
 from wire.storage import Patience
 
 log = logging.getLogger("edge-agent")
@@ -80,15 +77,13 @@ class Agent:
             self._folder.close()
             raise
         self._updates = Updates(config)
-        self._state = rounds.State()
+        self._state = rounds.RoundState()
         self._supply: Supply | None = None
         self._put_off: list[Event] = []  # for which the disk has no room yet
         self._again_s = 0.0  # when these are handled again, and chunks asked for
         self._stopping = threading.Event()
         self._reported = 0.0
-        self._platform = meter.this_platform()
-        self._sessions = itertools.count(self._folder.first_session)
-        self._session = self._folder.first_session
+        self._presence = Presence(config.device, self._folder, self.images, self._updates)
         self._refused = ""  # why the orchestrator refuses this device, "" where it does not
         self.link = Link(
             config.broker,
@@ -99,7 +94,7 @@ class Agent:
                 (topics.topic(config.fleet, topics.ALL, "hello"), 1),
             ],
             emit=self._events.put,
-            will=self._will,
+            will=lambda: self._death(self._presence.begin_session()),
             persistent=True,
             rival=f"is another agent at work as {config.device!r}? Each needs a name of its own",
         )
@@ -129,7 +124,7 @@ class Agent:
         finally:
             self._systemd.stopping()
             self._worker.end(STOP_S)
-            self.link.close(self._death())
+            self.link.close(self._death(self._presence.death()))
             self._folder.close()
         if self.link.refused:
             raise self.link.refused
@@ -260,8 +255,8 @@ class Agent:
         else:
             self._patience.over("supply")
 
-    def _apply(self, step: rounds.Step) -> None:
-        self._state, actions = step
+    def _apply(self, transition: rounds.Transition) -> None:
+        self._state, actions = transition
         for action in actions:
             self._do(action)
 
@@ -352,33 +347,13 @@ class Agent:
         self._folder.kept.tidy()
 
     def _be_born(self) -> None:
-        names, digest = classes.told(self.images.names)
-        birth = Birth(
-            device=self.config.device,
-            session=self._session,
-            version=__version__,
-            samples=len(self.images.y),
-            data_digest=self.images.digest,
-            platform=self._platform,
-            package=self._updates.own,
-            update=self._updates.word,
-            classes=names,
-            classes_digest=digest,
-            state_id=self._folder.state_id,
-        )
-        self._publish("birth", birth, retain=True)
+        self._publish("birth", self._presence.birth(), retain=True)
         if self._supply:
             self._supply.reconnected()
         if self._state.phase is Phase.OFFERING:
             self._state = replace(self._state, offer_at_s=0.0)
 
-    def _will(self) -> tuple[str, bytes]:
-        """A new session's will; called by the network thread before each attempt to connect."""
-        self._session = next(self._sessions)
-        return self._death()
-
-    def _death(self) -> tuple[str, bytes]:
-        death = Death(self.config.device, self._session, self._folder.state_id)
+    def _death(self, death: Death) -> tuple[str, bytes]:
         return self._topic("death"), messages.encode(death)
 
     def _report(self, phase: str, done: int, total: int) -> None:
@@ -409,25 +384,3 @@ class Agent:
 
     def _topic(self, channel: str) -> str:
         return topics.topic(self.config.fleet, self.config.device, channel)
-
-
-def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None]) -> None:
-    """Run an agent; `install_stop` is given what to call, in this thread, to end it."""
-    systemd, wait = Notifier(), threading.Event().wait
-
-    def end() -> None:
-        raise Interrupted  # images may take minutes to read, and nothing is begun
-
-    def pause(seconds: float) -> bool:
-        systemd.alive()
-        return wait(seconds)
-
-    install_stop(end)
-    try:
-        # Without room for the journal there is no agent, and the service is up all the same.
-        agent = Patience(systemd.ready, pause).attempt(lambda: Agent(config))
-        install_stop(agent.stop)
-    except Interrupted:
-        return
-    gc.freeze()  # what is here stays: later collections pass it over
-    agent.run()

@@ -210,7 +210,7 @@ def _measure(chosen: argparse.Namespace) -> int:
 
 
 def _run(path: Path, *, verbose: bool) -> int:
-    from edge_agent.agent import serve
+    from edge_agent.service import serve
 
     logs.to_stream(level=logging.DEBUG if verbose else logging.INFO)
 

@@ -22,7 +22,7 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True)
-class State:
+class RoundState:
     """The open or last order; `result` once there is one; when to offer it again."""
 
     phase: Phase = Phase.IDLE
@@ -67,18 +67,18 @@ class Settle:
 
 
 Action = Accept | Fetch | Work | Offer | Settle
-Step = tuple[State, tuple[Action, ...]]
+Transition = tuple[RoundState, tuple[Action, ...]]
 
 
-def restored(order: Order, result: Result | None, *, receipted: bool) -> Step:
+def restored(order: Order, result: Result | None, *, receipted: bool) -> Transition:
     """Go on after a restart with what the journal holds."""
     if result is None:
-        return State(Phase.FETCHING, order), (Fetch(order),)
+        return RoundState(Phase.FETCHING, order), (Fetch(order),)
     phase = Phase.IDLE if receipted else Phase.OFFERING
-    return State(phase, order, result), ()
+    return RoundState(phase, order, result), ()
 
 
-def ordered(state: State, order: Order, now_s: float, resend_s: float) -> Step:
+def ordered(state: RoundState, order: Order, now_s: float, resend_s: float) -> Transition:
     """An order came. Older and repeated ones change nothing, but a known result is offered."""
     current = state.order
     if current and current.run == order.run and order.sequence <= current.sequence:
@@ -86,25 +86,25 @@ def ordered(state: State, order: Order, now_s: float, resend_s: float) -> Step:
             again = replace(state, phase=Phase.OFFERING, offer_at_s=now_s + resend_s)
             return again, (Offer(state.result),)
         return state, ()
-    return State(Phase.FETCHING, order), (Accept(order), Fetch(order))
+    return RoundState(Phase.FETCHING, order), (Accept(order), Fetch(order))
 
 
-def fetched(state: State) -> Step:
+def fetched(state: RoundState) -> Transition:
     """Everything the open order names is here."""
     if state.phase is not Phase.FETCHING or state.order is None:
         return state, ()
     return replace(state, phase=Phase.WORKING), (Work(state.order),)
 
 
-def worked(state: State, result: Result, now_s: float, resend_s: float) -> Step:
+def worked(state: RoundState, result: Result, now_s: float, resend_s: float) -> Transition:
     """Work ended, well or with a fault; the result of a replaced order is dropped."""
     order = state.order
     if order is None or (order.run, order.sequence) != (result.run, result.sequence):
         return state, ()
-    return State(Phase.OFFERING, order, result, now_s + resend_s), (Offer(result),)
+    return RoundState(Phase.OFFERING, order, result, now_s + resend_s), (Offer(result),)
 
 
-def received(state: State, receipt: Receipt) -> Step:
+def received(state: RoundState, receipt: Receipt) -> Transition:
     """The orchestrator spoke on a result."""
     result = state.result
     if state.phase is not Phase.OFFERING or result is None:
@@ -114,7 +114,7 @@ def received(state: State, receipt: Receipt) -> Step:
     return replace(state, phase=Phase.IDLE), (Settle(receipt),)
 
 
-def ticked(state: State, now_s: float, resend_s: float) -> Step:
+def ticked(state: RoundState, now_s: float, resend_s: float) -> Transition:
     """Time passed; a result without a receipt is offered again when it is due."""
     if state.phase is Phase.OFFERING and state.result and now_s >= state.offer_at_s:
         return replace(state, offer_at_s=now_s + resend_s), (Offer(state.result),)

@@ -18,8 +18,9 @@ from typing import Any
 from orchestrator.config import RunConfig
 from orchestrator.display import words
 from orchestrator.fleet import classes
-from orchestrator.rules.rounds import PAUSE_S, Phase, State
-from orchestrator.run_folder.store import Attempt, Store, Verdict, as_written
+from orchestrator.rules.attempt import Attempt, Verdict
+from orchestrator.rules.rounds import PAUSE_S, Phase, RoundState
+from orchestrator.run_folder.store import Store, as_written
 from wire import records, stopping
 from wire.errors import StalledError
 from wire.messages import Birth, Telemetry
@@ -58,7 +59,7 @@ class Report:
         self._down = Counter({device: down for device, (_, down) in traffic.items()})
         self._births: dict[str, Birth] = {}
         self._telemetry: dict[str, Telemetry] = {}
-        self._state = State(config.rounds, config.seed)
+        self._state = RoundState(config.rounds, config.seed)
         self._work = ("", 0, 0)
         self._faults: dict[str, str] = {}
         self._refused: dict[str, str] = {}  # devices that may not take part, and why
@@ -105,7 +106,7 @@ class Report:
         else:
             self._faults[verdict.device] = verdict.reason
 
-    def rounds(self, state: State) -> None:
+    def rounds(self, state: RoundState) -> None:
         """Note the new state of the rules, and log who is awaited now."""
         self._state = state
         self._awaited = self._awaits()

@@ -10,6 +10,7 @@ from orchestrator.config import RunConfig
 from orchestrator.fleet import devices, enrolment, updates
 from orchestrator.fleet.classes import resolve, write
 from orchestrator.fleet.updates import Rollout
+from orchestrator.rules.attempt import MAX_REASON
 from wire.classes import listed
 from wire.errors import RunError, StillhouseError
 from wire.messages import Birth, Hello, Measured, Receipt, Update
@@ -18,7 +19,6 @@ log = logging.getLogger("orchestrator")
 
 MEASURED_S = 0.25  # least time between a device's reports: checking one takes tens of milliseconds
 MAX_STATES = 4  # state folders to remember for each device
-MAX_REASON = 500  # characters of a device's text that go into journal, report and receipt
 
 Tell = Callable[[str, Receipt | Update | Hello], None]  # a device, and its order
 

@@ -25,9 +25,15 @@ class Intake:
         self._blobs, self._budget, self._retry_s = blobs, budget, retry_s
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
         self._silent: set[str] = set()
+        self._checked: set[str] = set()  # devices whose result is being looked over
 
     def begin(self, result: Result) -> None:
-        """Pull a result's blobs; the same result again goes on where it is, another replaces it."""
+        """Pull a result's blobs; the same result again goes on where it is, another replaces it.
+
+        While an earlier one is looked over, nothing is begun: the device offers its result again.
+        """
+        if result.device in self._checked:
+            return
         known = self._pulls.get(result.device)
         if known and known[0] == result:
             return
@@ -75,11 +81,16 @@ class Intake:
                     fetch.chunk(message, body)
 
     def complete(self) -> Iterator[Result]:
-        """Results whose blobs are all here; each is given once."""
+        """Results whose blobs are all here, to be looked over; each is given once."""
         for device, (result, fetches) in list(self._pulls.items()):
             if all(fetch.done for fetch in fetches):
                 del self._pulls[device]
+                self._checked.add(device)
                 yield result
+
+    def looked_over(self, device: str) -> None:
+        """A result that was complete is looked over: the next one of the device may come."""
+        self._checked.discard(device)
 
     def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
         """What to ask of whom; the device with the fewest chunks under way goes first.

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from orchestrator.loop.contributions import Contributions
-from orchestrator.run_folder.journal import Attempt
+from orchestrator.rules.attempt import Attempt
 from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
 from wire.errors import AdmissionError, StillhouseError, StorageError
 from wire.messages import Order, Result

@@ -47,7 +47,7 @@ class Session(NamedTuple):
 
 
 @dataclass(frozen=True)
-class State:
+class RoundState:
     """One run's rounds.
 
     Attributes:
@@ -120,10 +120,12 @@ class Finish:
 
 
 Action = Open | Remind | Close | GiveUp | Finish
-Step = tuple[State, tuple[Action, ...]]
+Transition = tuple[RoundState, tuple[Action, ...]]
 
 
-def born(state: State, rules: CohortConfig, device: str, session: Session, now_s: float) -> Step:
+def born(
+    state: RoundState, rules: CohortConfig, device: str, session: Session, now_s: float
+) -> Transition:
     """A device is there; a session older than the known one is a late message.
 
     A device that comes with another state folder than before is in a newer life (its card was
@@ -147,7 +149,7 @@ def born(state: State, rules: CohortConfig, device: str, session: Session, now_s
     return ticked(state, rules, now_s)
 
 
-def died(state: State, device: str, session: Session) -> Step:
+def died(state: RoundState, device: str, session: Session) -> Transition:
     """A connection ended; the will of another session does not end this one."""
     if state.live.get(device) != session:
         return state, ()
@@ -155,21 +157,21 @@ def died(state: State, device: str, session: Session) -> Step:
     return replace(state, live=live), ()
 
 
-def returned(state: State, rules: CohortConfig, device: str, now_s: float) -> Step:
+def returned(state: RoundState, rules: CohortConfig, device: str, now_s: float) -> Transition:
     """A device's result was accepted."""
     if device not in state.cohort:
         return state, ()
     return ticked(replace(state, returned=state.returned | {device}), rules, now_s)
 
 
-def failed(state: State, rules: CohortConfig, device: str, now_s: float) -> Step:
+def failed(state: RoundState, rules: CohortConfig, device: str, now_s: float) -> Transition:
     """A device reported a fault, or its result was refused; the round goes on without it."""
     if device not in state.cohort:
         return state, ()
     return ticked(replace(state, failed=state.failed | {device}), rules, now_s)
 
 
-def ticked(state: State, rules: CohortConfig, now_s: float) -> Step:
+def ticked(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
     """Time passed: form a cohort or close a round if it is due."""
     if state.phase is Phase.FORMING:
         return _form(state, rules, now_s)
@@ -178,7 +180,7 @@ def ticked(state: State, rules: CohortConfig, now_s: float) -> Step:
     return state, ()
 
 
-def aggregated(state: State, rules: CohortConfig, now_s: float) -> Step:
+def aggregated(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
     """The open round is in the model."""
     if state.round >= state.rounds:
         return replace(state, phase=Phase.FINISHED, cohort=frozenset()), (Finish(),)
@@ -194,7 +196,7 @@ def aggregated(state: State, rules: CohortConfig, now_s: float) -> Step:
     return _form(forming, rules, now_s)
 
 
-def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
+def _form(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
     if now_s < state.not_before_s:
         return state, ()
     if len(state.live) < rules.min_devices:
@@ -224,7 +226,7 @@ def _form(state: State, rules: CohortConfig, now_s: float) -> Step:
     return opened, (Open(number, cohort),)
 
 
-def _collect(state: State, rules: CohortConfig, now_s: float) -> Step:
+def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
     # Who is gone with an order of an earlier round may answer, but is not waited for.
     gone = state.carried.keys() - state.live.keys() - state.returned - state.failed
     enough = math.ceil(rules.quorum * len(state.cohort - gone) - 1e-9)

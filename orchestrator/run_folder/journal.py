@@ -11,10 +11,10 @@ import secrets
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator.rules.attempt import Attempt, Verdict
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import Resumption
 from wire import messages, storage
@@ -45,32 +45,6 @@ _COUNT = """
 INSERT INTO traffic VALUES (?, ?, ?)
 ON CONFLICT DO UPDATE SET up = up + excluded.up, down = down + excluded.down
 """
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one device's result."""
-
-    device: str
-    accepted: bool
-    reason: str
-    result: Result
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A round that was opened: its orders, those carried over included, and verdicts so far."""
-
-    sequence: int
-    round: int
-    orders: Mapping[str, Order]
-    verdicts: Mapping[str, Verdict]
-    closed: bool = False
-
-    def carried(self, rounds: int) -> dict[str, Order]:
-        """Orders that are open still once the round is closed: not answered, nor too old."""
-        unanswered = {n: o for n, o in self.orders.items() if n not in self.verdicts}
-        return {n: o for n, o in unanswered.items() if self.round - o.round < rounds}
 
 
 class Journal:

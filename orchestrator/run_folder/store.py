@@ -23,10 +23,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import IO, Any
 
 from orchestrator.config import RunConfig, changes
+from orchestrator.rules.attempt import Attempt
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import last as last_checkpoint
 from orchestrator.run_folder.checkpoints import read as read_checkpoint
-from orchestrator.run_folder.journal import Attempt, Journal, Verdict
+from orchestrator.run_folder.journal import Journal
 from orchestrator.strategies.strategy import Checkpoint
 from wire import locks, records, stopping, storage
 from wire.blobs import BlobStore
@@ -37,9 +38,7 @@ from wire.storage import Patience
 
 AGENTS = "agents"  # what does a run's orders, where it is not simulated devices
 
-__all__ = [
-    "Attempt", "Store", "Verdict", "as_written", "last_checkpoint", "read_checkpoint", "referred",
-]  # fmt: skip
+__all__ = ["Store", "as_written", "last_checkpoint", "read_checkpoint", "referred"]
 
 
 def referred(orders: Iterable[Order]) -> set[str]:

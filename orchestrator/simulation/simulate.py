@@ -31,7 +31,8 @@ from orchestrator.fleet import classes
 from orchestrator.launch import networks, prepare
 from orchestrator.loop.contributions import Contributions
 from orchestrator.rules import admit, rounds
-from orchestrator.run_folder.store import Attempt, Store, Verdict, referred
+from orchestrator.rules.attempt import Attempt, Verdict
+from orchestrator.run_folder.store import Store, referred
 from orchestrator.simulation import devices
 from orchestrator.simulation.kept import Kept
 from orchestrator.simulation.stack import STEPS, TorchEngine
@@ -164,7 +165,7 @@ class _Simulation:
             attempt = store.begin(number, {**carried, **orders})
             missing = self._missing(attempt)
             done = {n: order for n, order in sorted(attempt.orders.items()) if n not in missing}
-            now = rounds.State(
+            now = rounds.RoundState(
                 config.rounds,
                 config.seed,
                 number,
@@ -196,7 +197,7 @@ class _Simulation:
             log.info("%s", report.last_round())
             changed(report)
         report.rounds(
-            rounds.State(config.rounds, config.seed, config.rounds, rounds.Phase.FINISHED)
+            rounds.RoundState(config.rounds, config.seed, config.rounds, rounds.Phase.FINISHED)
         )
         report.save(final=True)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from edge_agent import rounds
-from edge_agent.rounds import Accept, Fetch, Offer, Phase, Settle, State, Work
+from edge_agent.rounds import Accept, Fetch, Offer, Phase, RoundState, Settle, Work
 from wire.messages import BlobRef, Order, Receipt, Result
 
 REF = BlobRef("ab" * 32, 1000, 1024)
@@ -12,12 +12,12 @@ RESULT = Result("pi", "run", 3, 1, 10)
 RECEIPT = Receipt("result", accepted=True, run="run", sequence=3)
 
 
-def offering() -> State:
-    return State(Phase.OFFERING, ORDER, RESULT, offer_at_s=40.0)
+def offering() -> RoundState:
+    return RoundState(Phase.OFFERING, ORDER, RESULT, offer_at_s=40.0)
 
 
 def test_an_order_goes_from_idle_to_receipt():
-    state, actions = rounds.ordered(State(), ORDER, 0.0, 30.0)
+    state, actions = rounds.ordered(RoundState(), ORDER, 0.0, 30.0)
     assert actions == (Accept(ORDER), Fetch(ORDER))
     state, actions = rounds.fetched(state)
     assert actions == (Work(ORDER),)
@@ -39,7 +39,7 @@ def test_a_result_is_offered_until_it_is_receipted():
 
 
 def test_an_order_that_comes_twice_is_done_once():
-    state, _ = rounds.ordered(State(), ORDER, 0.0, 30.0)
+    state, _ = rounds.ordered(RoundState(), ORDER, 0.0, 30.0)
     assert rounds.ordered(state, ORDER, 1.0, 30.0) == (state, ())
     state, _ = rounds.fetched(state)
     assert rounds.ordered(state, ORDER, 2.0, 30.0) == (state, ())
@@ -54,7 +54,7 @@ def test_an_order_that_is_done_has_its_result_offered_again():
 
 def test_a_newer_order_replaces_the_open_one_and_drops_its_late_result():
     newer = replace(ORDER, sequence=4)
-    state, _ = rounds.fetched(rounds.ordered(State(), ORDER, 0.0, 30.0)[0])
+    state, _ = rounds.fetched(rounds.ordered(RoundState(), ORDER, 0.0, 30.0)[0])
     state, actions = rounds.ordered(state, newer, 1.0, 30.0)
     assert actions == (Accept(newer), Fetch(newer))
     assert rounds.worked(state, RESULT, 2.0, 30.0) == (state, ())

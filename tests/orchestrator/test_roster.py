@@ -10,6 +10,7 @@ from orchestrator.config import DeviceConfig, RunConfig
 from orchestrator.fleet import classes, devices, enrolment, roster
 from orchestrator.fleet.roster import Roster
 from orchestrator.fleet.updates import Rollout
+from orchestrator.rules.attempt import MAX_REASON
 from tests.wire.test_measurement import REPORT
 from wire import measurement, signing
 from wire.classes import digest
@@ -77,7 +78,7 @@ def test_a_device_that_is_enrolled_while_the_run_goes_on_may_take_part(make, tol
 def test_an_updates_fault_is_shown_in_one_printable_line(make, caplog):
     shown = make().born("pi", birth("pi", "0.2 is refused\x1b[2J\n" + 600 * "x"), 0.0)
     assert shown.update.isprintable()
-    assert len(shown.update) == roster.MAX_REASON
+    assert len(shown.update) == MAX_REASON
     assert caplog.messages == [f"pi: update: {shown.update}"]
 
 

@@ -8,13 +8,22 @@ from hypothesis import strategies as st
 
 from orchestrator.config import CohortConfig
 from orchestrator.rules import rounds
-from orchestrator.rules.rounds import Close, Finish, GiveUp, Open, Phase, Remind, Session, State
+from orchestrator.rules.rounds import (
+    Close,
+    Finish,
+    GiveUp,
+    Open,
+    Phase,
+    Remind,
+    RoundState,
+    Session,
+)
 
 RULES = CohortConfig(min_devices=2, wait_s=10.0, quorum=1.0, deadline_s=100.0)
 
 
-def collecting(*devices: str, rules: CohortConfig = RULES, last: int = 2) -> State:
-    state = State(rounds=last, seed=0)
+def collecting(*devices: str, rules: CohortConfig = RULES, last: int = 2) -> RoundState:
+    state = RoundState(rounds=last, seed=0)
     for device in devices:
         state, _ = rounds.born(state, rules, device, Session(1), 0.0)
     state, actions = rounds.ticked(state, rules, 10.0)
@@ -23,7 +32,7 @@ def collecting(*devices: str, rules: CohortConfig = RULES, last: int = 2) -> Sta
 
 
 def test_a_cohort_waits_for_the_minimum_and_then_for_latecomers():
-    state = State(rounds=1, seed=0)
+    state = RoundState(rounds=1, seed=0)
     state, actions = rounds.born(state, RULES, "a", Session(1), 0.0)
     assert actions == ()
     assert rounds.ticked(state, RULES, 1e6)[1] == ()
@@ -36,7 +45,7 @@ def test_a_cohort_waits_for_the_minimum_and_then_for_latecomers():
 
 def test_a_full_cohort_does_not_wait_and_is_the_same_for_the_same_seed():
     rules = CohortConfig(min_devices=2, max_devices=2, wait_s=1e9)
-    state, _ = rounds.born(State(rounds=1, seed=0), rules, "a", Session(1), 0.0)
+    state, _ = rounds.born(RoundState(rounds=1, seed=0), rules, "a", Session(1), 0.0)
     _, actions = rounds.born(state, rules, "b", Session(1), 0.0)
     assert actions == (Open(1, frozenset("ab")),)
     many = {f"d{i}": 1 for i in range(50)}
@@ -85,7 +94,7 @@ def test_a_round_in_which_all_fail_is_formed_again_after_a_pause(rules):
     assert rounds.ticked(state, rules, 31.0)[1] == (Open(1, frozenset("ab")),)
 
 
-def failing(state: State, rules: CohortConfig, now_s: float) -> tuple[State, tuple]:
+def failing(state: RoundState, rules: CohortConfig, now_s: float) -> tuple[RoundState, tuple]:
     """Every device of the open round fails."""
     for device in sorted(state.cohort):
         state, actions = rounds.failed(state, rules, device, now_s)
@@ -119,7 +128,7 @@ def test_a_round_that_is_closed_and_a_silent_one_do_not_count_as_failed():
 def test_further_attempts_ask_devices_that_were_not_asked_before(seed, silent):
     rules = CohortConfig(min_devices=2, max_devices=2, wait_s=10.0, deadline_s=100.0)
     state, asked = (
-        replace(State(rounds=1, seed=seed), live={f"d{i}": Session(1) for i in range(7)}),
+        replace(RoundState(rounds=1, seed=seed), live={f"d{i}": Session(1) for i in range(7)}),
         [],
     )
     for attempt in range(4):
@@ -139,7 +148,7 @@ def test_one_bad_device_among_good_ones_does_not_end_the_run():
     rules = CohortConfig(min_devices=1, max_devices=1, wait_s=0.0)
     for seed in range(50):
         state, now_s = (
-            replace(State(rounds=1, seed=seed), live={"bad": Session(1), "good": Session(1)}),
+            replace(RoundState(rounds=1, seed=seed), live={"bad": Session(1), "good": Session(1)}),
             0.0,
         )
         while state.phase is not Phase.AGGREGATING:
@@ -217,7 +226,7 @@ EVENTS = st.lists(
 
 @given(EVENTS, st.sampled_from([RULES, replace(RULES, quorum=0.5, carry_rounds=2)]))
 def test_whatever_happens_rounds_go_up_by_one_and_close_only_with_results(events, rules):
-    state, now, opened, closed = State(rounds=3, seed=0), 0.0, 0, 0
+    state, now, opened, closed = RoundState(rounds=3, seed=0), 0.0, 0, 0
     for kind, device, session, pause in events:
         now += pause
         if kind in ("returned", "failed") and (
@@ -283,7 +292,7 @@ def test_an_order_is_carried_no_longer_than_the_rules_say():
 def test_carried_devices_take_the_places_of_new_ones():
     rules = replace(ASYNC, max_devices=2, quorum=0.5)
     state = replace(
-        State(rounds=9, seed=0), live=dict.fromkeys("abcde", Session(1)), ready_at_s=0.0
+        RoundState(rounds=9, seed=0), live=dict.fromkeys("abcde", Session(1)), ready_at_s=0.0
     )
     state, actions = rounds.ticked(state, rules, 1.0)
     (opened,) = actions
@@ -331,7 +340,7 @@ def test_a_failed_order_is_not_carried():
 def test_an_order_that_was_carried_is_not_waited_for_when_its_device_lost_it():
     """Between two rounds nobody sends it again: the device is free for an order of the next one."""
     state = replace(
-        State(rounds=9, seed=0, round=1),
+        RoundState(rounds=9, seed=0, round=1),
         live={name: Session(5, "ab") for name in "abc"},
         state_ids=dict.fromkeys("abc", "ab"),
         carried={"c": 1},

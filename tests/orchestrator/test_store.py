@@ -10,7 +10,8 @@ import pytest
 
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
-from orchestrator.run_folder.store import Store, Verdict, last_checkpoint
+from orchestrator.rules.attempt import Verdict
+from orchestrator.run_folder.store import Store, last_checkpoint
 from orchestrator.strategies.strategy import Checkpoint
 from tests.agent.test_disk import DAMAGE
 from wire.errors import RunError, StorageError

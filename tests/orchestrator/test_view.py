@@ -12,8 +12,9 @@ from rich.console import Console
 from orchestrator.config import CohortConfig, RunConfig
 from orchestrator.display import view, words
 from orchestrator.display.report import Report, names_of
-from orchestrator.rules.rounds import Phase, State
-from orchestrator.run_folder.store import Store, Verdict
+from orchestrator.rules.attempt import Verdict
+from orchestrator.rules.rounds import Phase, RoundState
+from orchestrator.run_folder.store import Store
 from wire import records
 from wire.errors import WireError
 from wire.messages import Birth, Platform, Result, Telemetry
@@ -47,8 +48,8 @@ def busy(report, rounds=17):
     """Forty devices in the middle of a round: one has failed, one is away, the rest train."""
     report.entries.extend(entry(number) for number in range(1, rounds + 1))
     live = dict.fromkeys(NAMES[:-1], 1)
-    report.rounds(State(100, 0, rounds + 1, Phase.COLLECTING, live=live, cohort=frozenset(NAMES),
-                        failed=frozenset(["pi-07"]), returned=frozenset(["pi-01"])))  # fmt: skip
+    state = RoundState(100, 0, rounds + 1, Phase.COLLECTING, live=live, cohort=frozenset(NAMES))
+    report.rounds(replace(state, failed=frozenset(["pi-07"]), returned=frozenset(["pi-01"])))
     for n, name in enumerate(NAMES):
         told = {"device": name, "run": "r", "round": rounds + 1, "phase": "train",
                 "done": 40 - n, "total": 100, "memory_bytes": 117_000_000}  # fmt: skip
@@ -136,7 +137,7 @@ def test_times_are_said_in_two_units_at_most(seconds, text):
 def test_who_is_awaited_is_logged_and_shown(report, caplog):
     caplog.set_level(logging.INFO)
     report._enrolled = frozenset(["pi-3", "pi-4", "pi-7"])
-    forming = State(10, 0, live={"pi-3": 1})
+    forming = RoundState(10, 0, live={"pi-3": 1})
     report.rounds(forming)
     report.rounds(forming)
     text = "waiting for devices: 1 of at least 2 here (pi-3); enrolled and not here: pi-4, pi-7"
@@ -175,7 +176,7 @@ def test_a_file_gets_lines_and_no_view(report, monkeypatch):
 
 def test_a_simulated_run_says_what_it_does(report):
     live = dict.fromkeys(NAMES, 1)
-    now = State(10, 0, 3, Phase.COLLECTING, live=live, cohort=frozenset(NAMES[:4]))
+    now = RoundState(10, 0, 3, Phase.COLLECTING, live=live, cohort=frozenset(NAMES[:4]))
     report.rounds(replace(now, returned=frozenset(NAMES[:1])))
     assert words.progress(report.snapshot()) == "round 3 of 100, 1 of 4 devices done"
     report.rounds(replace(now, phase=Phase.AGGREGATING))

@@ -1,0 +1,140 @@
+"""The run's link to its fleet: what arrives is read here once, what goes out is written here.
+
+Before the fleet is ours (`orchestrator.fleet.claim`) devices are neither heard nor told anything.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from orchestrator.config import RunConfig
+from orchestrator.display.report import Report
+from orchestrator.fleet.claim import Claim, Say
+from wire import messages, topics
+from wire.address import BrokerAddress
+from wire.errors import WireError
+from wire.link import Arrived, Connected, Link, LinkEvent, Lost
+from wire.messages import Message
+
+log = logging.getLogger("orchestrator")
+
+CONNECT_S = 30.0
+_QOS = {"up": 0, "down": 0}  # chunks, which are asked for again; all else is 1
+
+
+class Heard(NamedTuple):
+    """A message of a device, named by the topic, which the broker's access list guards."""
+
+    device: str
+    message: Message
+    body: memoryview
+
+
+class FleetLink:
+    """One run's connection to the broker, and through it to the devices of its fleet.
+
+    Args:
+        config: of the run.
+        run: its id.
+        address: the broker.
+        report: counts bytes.
+        emit: is given what happens on the connection, in a thread of its own; `read` takes it.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: str,
+        address: BrokerAddress,
+        *,
+        report: Report,
+        emit: Callable[[LinkEvent], None],
+    ) -> None:
+        self._fleet, self._url, self._report = config.fleet, address.url, report
+        self._claim = Claim(config.fleet, run, boot=str(time.time_ns()))
+        self._hearing = False  # devices
+        self._awaited_s: float | None = None  # since when the broker is waited for
+        self._link = Link(
+            address,
+            f"stillhouse-{config.fleet}-orchestrator-{run.rpartition('.')[2]}",
+            subscriptions=[(self._claim.topic, 1)],
+            emit=emit,
+            will=lambda: (self._claim.topic, b""),
+            rival=f"is a copy of the run {config.name!r} at work on another machine?",
+        )
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._awaited_s = time.monotonic()
+        self._link.start()
+
+    def close(self) -> None:
+        """End the connection; the claim on the fleet is taken away."""
+        self._link.close((self._claim.topic, b"") if self._claim.held else None)
+
+    def read(self, event: LinkEvent) -> Heard | None:
+        """What a device says; None for all else, and for what cannot be read.
+
+        Raises:
+            RunError: another run has the fleet.
+        """
+        match event:
+            case Arrived(self._claim.topic, payload):
+                self._say(self._claim.arrived(payload))
+            case Arrived(topic, payload) if payload:  # an empty one: we took it from the broker
+                try:
+                    device = topics.parse(topic).device
+                    message, body = messages.decode(payload, sender=topic)
+                except WireError as fault:
+                    log.warning("message dropped: %s", fault)
+                    return None
+                self._report.received(device, len(payload))
+                return Heard(device, message, body)
+            case Connected():
+                log.info("connected to %s", self._url)
+                self._say(self._claim.connected(time.monotonic()))
+            case Lost(reason):
+                log.warning("%s; trying again", reason)
+        return None
+
+    def ticked(self, now_s: float) -> bool:
+        """Time passed; whether the fleet is ours.
+
+        Raises:
+            LinkError: the broker refuses us for good.
+        """
+        if self._link.refused:
+            raise self._link.refused
+        if self._link.connected:
+            self._awaited_s = None
+        elif self._awaited_s is not None and now_s - self._awaited_s > CONNECT_S:
+            log.warning("%s is not there yet; still trying", self._url)
+            self._awaited_s = None  # said once
+        if not self._claim.held:
+            self._say(self._claim.ticked(now_s))
+        return self._claim.held
+
+    def send(self, device: str, channel: str, message: Message, body: bytes = b"") -> None:
+        """Tell a device something."""
+        payload = messages.encode(message, body)
+        self._report.sent(device, len(payload))
+        self._link.publish(self._topic(device, channel), payload, qos=_QOS.get(channel, 1))
+
+    def take_away(self, device: str, channel: str) -> None:
+        """Take a retained message of a device from the broker."""
+        self._link.publish(self._topic(device, channel), b"", retain=True)
+
+    def _say(self, all_: tuple[Say, ...]) -> None:
+        """Speak to other runs and to all devices."""
+        if self._claim.held and not self._hearing:
+            # Only now: what the broker keeps of devices comes once, to whom the fleet is.
+            self._hearing = True
+            channels = topics.FROM_DEVICE
+            self._link.subscribe([(self._topic("+", name), _QOS.get(name, 1)) for name in channels])
+        for channel, hello, retain in all_:
+            self._link.publish(self._topic(topics.ALL, channel), messages.encode(hello),
+                               retain=retain)  # fmt: skip
+
+    def _topic(self, device: str, channel: str) -> str:
+        return topics.topic(self._fleet, device, channel)

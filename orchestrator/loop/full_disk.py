@@ -1,0 +1,46 @@
+"""A full disk while results come in: what it does not take is left, for it comes again."""
+
+import math
+import time
+from collections.abc import Callable
+
+from wire.errors import StalledError
+from wire.storage import Patience
+
+STALLED_S = 60.0  # devices offer a result again within half of it
+_KEY = "intake"
+
+
+class FullDisk:
+    """What results meet of a full disk.
+
+    A chunk that finds no room is asked for again, a result whose verdict finds none is offered
+    again, and meanwhile the open round's deadline waits.
+
+    Args:
+        patience: says that the disk is full, and when it no longer is.
+    """
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._met_s = -math.inf  # when the disk was last found full
+        self._ticked_s = time.monotonic()
+
+    def takes(self, work: Callable[[], None]) -> bool:
+        """Do `work`; whether there was room for it."""
+        try:
+            work()
+        except StalledError as fault:
+            self._met_s = time.monotonic()
+            self._patience.met(fault, _KEY)
+            return False
+        return True
+
+    def over(self) -> None:
+        """Something of a result was written."""
+        self._patience.over(_KEY)
+
+    def delay(self, now_s: float) -> float:
+        """Seconds since the last call that do not count towards a round's deadline."""
+        passed_s, self._ticked_s = now_s - self._ticked_s, now_s
+        return passed_s if now_s - self._met_s < STALLED_S else 0.0

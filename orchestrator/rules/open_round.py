@@ -1,0 +1,223 @@
+"""The open round, as pure rules: (round, event) -> (round, effects).
+
+`rounds` decides by names alone. Here stand, beside its state, the orders that the names were given
+and the verdicts on their results, so that an event ends in effects that are ready to be carried
+out:
+
+    offered --Pull--> admitted or refused --Note, Send, Show--> ... --Aggregate--> aggregated
+    Begin --> begun --Send--> offered
+
+Nothing here touches the network, the disk or the clock.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from orchestrator.config import CohortConfig
+from orchestrator.rules import admit, rounds
+from orchestrator.rules.attempt import MAX_REASON, Attempt, Verdict
+from orchestrator.rules.effects import (
+    Aggregate,
+    Begin,
+    Effect,
+    End,
+    Note,
+    Pull,
+    Send,
+    Show,
+    Warn,
+)
+from orchestrator.rules.rounds import Close, Finish, GiveUp, Open, Phase, Remind, RoundState
+from wire.errors import AdmissionError, StillhouseError
+from wire.messages import Order, Receipt, Result
+
+NOTHING_ASKED = Attempt(0, 0, {}, {}, closed=True)
+
+
+@dataclass(frozen=True)
+class OpenRound:
+    """The round that is open or, between two rounds, what is carried into the next.
+
+    Attributes:
+        state: who is there, who was asked, who has answered.
+        attempt: the orders that may be answered, those of earlier rounds included, and the verdicts
+            so far; between two rounds, the carried orders alone.
+    """
+
+    state: RoundState
+    attempt: Attempt = NOTHING_ASKED
+
+    @property
+    def collecting(self) -> bool:
+        """Whether results are taken."""
+        return self.state.phase is Phase.COLLECTING
+
+    @property
+    def carried(self) -> dict[str, Order]:
+        """Orders of earlier rounds that are open still."""
+        return {device: self.attempt.orders[device] for device in self.state.carried}
+
+
+class Offer(NamedTuple):
+    """A result as it came.
+
+    Attributes:
+        device: by the topic, which the broker's access list guards.
+        result: what it offers.
+        samples: that the device was born with.
+        limits: bytes that a payload of each name may have.
+    """
+
+    device: str
+    result: Result
+    samples: int
+    limits: Mapping[str, int]
+
+
+Transition = tuple[OpenRound, tuple[Effect, ...]]
+
+
+def restored(last: Attempt | None, closed: int, begun: RoundState, rules: CohortConfig,
+             now_s: float) -> OpenRound:  # fmt: skip
+    """Where an earlier orchestrator left off; the deadline of an open round begins anew.
+
+    Args:
+        last: the attempt that the journal holds last.
+        closed: how many rounds are closed.
+        begun: the state that a run begins with.
+        rules: of cohorts.
+        now_s: the time.
+    """
+    if last is None or last.closed:
+        left = last or NOTHING_ASKED
+        orders = left.carried(rules.carry_rounds)
+        state = replace(
+            begun,
+            round=closed,
+            phase=Phase.FINISHED if closed >= begun.rounds else Phase.FORMING,
+            carried={name: closed + 1 - order.round for name, order in orders.items()},
+        )
+        return OpenRound(state, replace(left, orders=orders, verdicts={}))
+    ages = {name: last.round - order.round for name, order in last.orders.items()}
+    verdicts = last.verdicts.values()
+    state = replace(
+        begun,
+        round=last.round,
+        phase=Phase.COLLECTING,
+        cohort=frozenset(last.orders),
+        carried={name: age for name, age in ages.items() if age > 0},
+        returned=frozenset(v.device for v in verdicts if v.accepted),
+        failed=frozenset(v.device for v in verdicts if not v.accepted),
+        deadline_s=now_s + rules.deadline_s,
+    )
+    return OpenRound(state, last)
+
+
+def begun(now: OpenRound, attempt: Attempt) -> Transition:
+    """The round's orders are in the journal: each device that is given a new one is told."""
+    fresh = {name: o for name, o in attempt.orders.items() if name not in now.state.carried}
+    return replace(now, attempt=attempt), tuple(Send(name, order) for name, order in fresh.items())
+
+
+def offered(now: OpenRound, offer: Offer, rules: CohortConfig, now_s: float) -> Transition:
+    """A device offers a result on which there is no verdict yet."""
+    device, result = offer.device, offer.result
+    order = now.attempt.orders.get(device)
+    try:
+        open_order = order if now.collecting else None
+        admit.header(result, open_order, device, offer.samples, offer.limits)
+    except StillhouseError as fault:
+        answers = order and (result.run, result.sequence) == (order.run, order.sequence)
+        if answers and result.device == device:
+            return decided(now, result, fault, rules, now_s)
+        # Of a round that is closed, not ours, in another's name: nothing to note.
+        return now, (receipt(_verdict(device, result, fault), result), Warn(device, fault))
+    return now, (Pull(result),)
+
+
+def decided(
+    now: OpenRound,
+    result: Result,
+    fault: StillhouseError | None,
+    rules: CohortConfig,
+    now_s: float,
+) -> Transition:
+    """A result was looked over; `fault`: why it is refused. The first word stands."""
+    device, attempt = result.device, now.attempt
+    order = attempt.orders.get(device)
+    if not now.collecting or order is None or result.sequence != order.sequence:
+        return now, ()  # the round closed meanwhile; the device hears so when it offers again
+    if known := attempt.verdicts.get(device):
+        return now, (receipt(known, result),)
+    verdict = _verdict(device, result, fault)
+    now = replace(now, attempt=replace(attempt, verdicts={**attempt.verdicts, device: verdict}))
+    ends = rounds.failed if fault else rounds.returned
+    after, effects = follow(now, ends(now.state, rules, device, now_s))
+    told = (Note(attempt.sequence, verdict), receipt(verdict, result), Show(verdict, fault))
+    return after, (*told, *effects)
+
+
+def lost(now: OpenRound, device: str, fault: Exception, rules: CohortConfig, now_s: float
+         ) -> Transition:  # fmt: skip
+    """A device's result cannot be had: it is refused, and the round goes on without it."""
+    order = now.attempt.orders.get(device)
+    if order is None:
+        return now, ()
+    result = Result(device, order.run, order.sequence, order.round, 0)
+    return decided(now, result, AdmissionError(str(fault)), rules, now_s)
+
+
+def aggregated(now: OpenRound, rules: CohortConfig, now_s: float) -> Transition:
+    """The round is in the model; orders that are carried stay open."""
+    left = replace(now.attempt, orders=now.carried, verdicts={}, closed=True)
+    return follow(replace(now, attempt=left), rounds.aggregated(now.state, rules, now_s))
+
+
+def delayed(now: OpenRound, seconds: float) -> OpenRound:
+    """The disk was full: devices offer again, so the round waits for them as long."""
+    deadline_s = now.state.deadline_s + seconds
+    return replace(now, state=replace(now.state, deadline_s=deadline_s))
+
+
+def follow(now: OpenRound, transition: rounds.Transition) -> Transition:
+    """What the rules decided by names, as effects on orders and results."""
+    state, actions = transition
+    after = replace(now, state=state)
+    return after, tuple(_effect(after, action) for action in actions)
+
+
+def receipt(verdict: Verdict, result: Result) -> Send:
+    """What a device is told of a result that it offers."""
+    said = Receipt("result", verdict.accepted, result.run, result.sequence, verdict.reason)
+    return Send(verdict.device, said)
+
+
+def _effect(now: OpenRound, action: rounds.Action) -> Effect:
+    attempt = now.attempt
+    match action:
+        case Open(number, cohort):
+            return Begin(number, now.carried, cohort - now.state.carried.keys())
+        case Remind(device):
+            return Send(device, attempt.orders[device])
+        case Close(_, returned):
+            results = [attempt.verdicts[device].result for device in sorted(returned)]
+            return Aggregate(attempt, tuple(results))
+        case GiveUp(number):
+            return End(_hopeless(number, now.state.fruitless, attempt.verdicts))
+        case Finish():
+            return End()
+
+
+def _verdict(device: str, result: Result, fault: StillhouseError | None) -> Verdict:
+    reason = str(fault)[:MAX_REASON] if fault else ""
+    return Verdict(device, fault is None, reason, result)
+
+
+def _hopeless(number: int, times: int, verdicts: Mapping[str, Verdict]) -> str:
+    name = min(verdicts)
+    return (
+        f"round {number}: every device that was asked failed, {times} times "
+        f"in a row; {name} says: {verdicts[name].reason}. Start the run again when the cause is "
+        "gone, and it goes on with this round; if settings are the cause, begin one of another name"
+    )
