@@ -184,8 +184,7 @@ def _parts(
         return [distill.load(model, state.under(f"device/{device}"))], title(name)
     learnt = GktState.unpack(state, config.device.models)
     if small:
-        weights = learnt.network(name, device)
-        return [distill.load(model, weights)], title(name)
+        return [distill.load(model, learnt.network(name, device))], title(name)
     extractor = distill.load(model.get_submodule("extractor"), learnt.extractors[device])
     server = models.build(
         config.server.model,
