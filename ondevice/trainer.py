@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ondevice.denormals import Denormals
 from wire.artifact import Artifact
 from wire.errors import ArtifactError
 from wire.manifest import ANCHOR, Graph, TensorSpec
@@ -37,8 +38,7 @@ class TrainStep:
         artifact: opened and verified.
         state: every state tensor of the artifact by name; copied.
         threads: of one operator; 0 takes all cores.
-        flush_denormals: take numbers under 1.2e-38 for 0. The first session of a process decides
-            it for the thread that makes it, whatever else that thread computes.
+        flush_denormals: take numbers under 1.2e-38 for 0 within a step; see `ondevice.denormals`.
         profile: where ONNX Runtime writes the time of each node, FILE and a time stamp, at
             `end_profile`; None writes nothing.
 
@@ -64,6 +64,7 @@ class TrainStep:
         manifest = artifact.manifest
         _check_state(manifest.state, state)
         graph = manifest.graphs["train"]
+        self._denormals = Denormals(flush=flush_denormals)
         self._session = _session(
             artifact, graph, threads, flush_denormals=flush_denormals, profile=profile
         )
@@ -120,9 +121,10 @@ class TrainStep:
 
     def __call__(self) -> None:
         """One step on what the input buffers hold."""
-        for bindings in self._bindings:
-            self._session.run_with_iobinding(bindings[self._current])
-            self._current = 1 - self._current
+        with self._denormals:
+            for bindings in self._bindings:
+                self._session.run_with_iobinding(bindings[self._current])
+                self._current = 1 - self._current
         self.loss[...], self.correct[...] = self._metrics.sum(axis=0)
 
     def end_profile(self) -> Path:
@@ -160,6 +162,7 @@ class Inference:
             )
         graph = artifact.manifest.graphs[kind]
         self.flops = graph.flops
+        self._denormals = Denormals(flush=flush_denormals)
         self._session = _session(artifact, graph, threads, flush_denormals=flush_denormals)
         self.outputs: State = {o.name: np.empty(o.shape, o.dtype) for o in graph.outputs}
         inputs = {
@@ -173,7 +176,8 @@ class Inference:
 
     def __call__(self) -> None:
         """One pass over what `x` holds."""
-        self._session.run_with_iobinding(self._binding)
+        with self._denormals:
+            self._session.run_with_iobinding(self._binding)
 
 
 def _session(
@@ -200,7 +204,7 @@ def _session(
     # pass to the backward pass. The arena alone needs least.
     options.enable_mem_pattern = False
     options.enable_mem_reuse = False
-    # Values that fade to denormals in training are slow on x86; elsewhere this changes nothing.
+    # For the session's own threads; `Denormals` does it for the caller's.
     options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush_denormals)))
     # Threads spin between the operators of a run, which are too short to sleep in between, but not
     # a moment longer: a Pi often shares its cores.
@@ -208,11 +212,12 @@ def _session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     offered = ort.get_available_providers()
     try:
-        return ort.InferenceSession(
-            artifact.folder / graph.file,
-            options,
-            providers=[provider for provider in _PROVIDERS if provider in offered],
-        )
+        with Denormals(flush=flush_denormals):  # the first session sets it for this thread
+            return ort.InferenceSession(
+                artifact.folder / graph.file,
+                options,
+                providers=[provider for provider in _PROVIDERS if provider in offered],
+            )
     except Exception as fault:  # onnxruntime raises its own classes, one a status code
         raise ArtifactError(
             f"artifact {artifact.digest:.12}: onnxruntime {ort.__version__} cannot load "
