@@ -12,7 +12,7 @@ from orchestrator import config
 from orchestrator.commands.terminal import AsJson, Changes, ConfigFile, console
 from orchestrator.fleet import enrolment
 from wire import records, settings, signing, storage
-from wire.errors import StillhouseError
+from wire.errors import SettingsError, StillhouseError
 
 PACKAGED = {"data": "/srv/stillhouse/images", "state": "/var/lib/stillhouse/state"}
 
@@ -33,7 +33,10 @@ def init(
     if changes:  # presets are known to be right
         from orchestrator import strategies
 
-        strategies.check(records.of_table(config.RunConfig, tomllib.loads(text), "--set"))
+        try:
+            strategies.check(records.of_table(config.RunConfig, tomllib.loads(text), "--set"))
+        except SettingsError as fault:
+            raise SettingsError(f"--set: {fault}") from fault
     path = folder / "run.toml"
     if path.exists():
         raise StillhouseError(f"{path} is there already; nothing was written")

@@ -135,5 +135,5 @@ def test_what_keeps_a_report_from_the_orchestrator_is_one_line(processes, digits
         text = kit.read_text().replace(NOWHERE, running.url)
         kit.write_text(f'{text}username = "device-0"\npassword = "wrong"\n')
         code, _, error = submit(processes.folder, artifact, "--config", "agent-0.toml")
-    assert (code, error.count("\n")) == (2, 1)
+    assert (code, error.count("\n")) == (5, 1)
     assert "check username, password and certificate" in error

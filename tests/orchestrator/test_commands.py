@@ -182,6 +182,9 @@ def test_init_writes_nothing_where_a_value_is_wrong(tmp_path):
         run("init", str(tmp_path / "new"), "--set", "lr=0.1")
     with pytest.raises(StillhouseError, match="--set: rounds: expected int, got str 'many'"):
         run("init", str(tmp_path / "new"), "--set", "rounds=many")
+    together = "--set: transfer: strategy 'fedavg' sends no feature"
+    with pytest.raises(StillhouseError, match=together):
+        run("init", str(tmp_path / "new"), "--set", "strategy=fedavg")
     assert not (tmp_path / "new").exists()
 
 

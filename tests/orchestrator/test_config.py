@@ -163,11 +163,6 @@ def test_paths_of_a_run_may_begin_with_a_tilde(tmp_path, monkeypatch):
     assert config.pretrained == tmp_path / "runs" / "first"
 
 
-def test_a_preset_with_other_values_is_refused_where_they_do_not_go_together():
-    with pytest.raises(SettingsError, match="--set: transfer: strategy 'fedavg' sends no feature"):
-        template("shared", {"strategy": "fedavg"})
-
-
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
     with pytest.raises(
         StillhouseError, match="no preset 'common'; there are dropout, fedavg, fedgkt"

@@ -533,10 +533,11 @@ def test_a_device_weighs_no_more_than_ten_median_ones(config, digits, honest):
             packed, _ = encode_update(orders[name], update, {})
             ref = store.blobs.put(packed)
             results.append(Result(name, store.run_id, 1, 1, samples, blobs={"update": ref}))
-        after, _ = strategy.aggregate(state, 1, orders, results)
+        contributions = [strategy.admit(state, orders[r.device], r) for r in results]
+        after, _ = strategy.aggregate(state, 1, results, contributions)
     finally:
         store.close()
-    moved = after.tensors["global/fc1.bias"] - state.tensors["global/fc1.bias"]
+    moved = after.weights["fc1.bias"] - state.weights["fc1.bias"]
     assert np.allclose(moved, 1000 / (1000 + 100 * honest), atol=1e-5)
 
 
@@ -553,6 +554,7 @@ import json, sys
 for name in {ABSENT!r}:
     sys.modules[name] = None  # an import of it fails
 from pathlib import Path
+from orchestrator.simulation import simulate
 from orchestrator.config import RunConfig
 from wire import records
 table = json.loads(Path("run.json").read_text())
