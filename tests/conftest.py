@@ -10,12 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from orchestrator import broker, datasets
 from orchestrator.broker import Broker
 
 ROOT = Path(__file__).parent.parent
+
+# How long an example takes, or its making, says nothing but how busy the machine is.
+hypothesis.settings.register_profile(
+    "stillhouse", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("stillhouse")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job, and inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)

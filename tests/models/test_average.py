@@ -64,7 +64,7 @@ def reference(state, updates, absent):
     absent=st.sampled_from(["zero", "holders"]),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_average_is_the_formula_at_every_coordinate(devices, absent, seed):
     layout, rng = network(), np.random.default_rng(seed)
     state = {n: rng.standard_normal(s).astype(np.float32) for n, s in layout.shapes.items()}

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from models.submodel import layout as layout_of
@@ -24,7 +24,6 @@ def draws(how, *, rounds=(1,), device="a", seed=1, groups=("g",), n=16, keep_rat
     how=st.sampled_from(["random", "shared", "ordered", "rolling"]),
     round_=st.integers(0, 10**6),
 )
-@settings(deadline=None)
 def test_a_fixed_number_is_kept_without_replacement(widths, keep_rate, how, round_):
     layout = Layout({f"g{i}": n for i, n in enumerate(widths)}, {}, {})
     units = choose(layout, keep_rate, how, seed=3, round_=round_, device="pi")

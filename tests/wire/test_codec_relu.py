@@ -86,7 +86,7 @@ def test_zstd_gives_the_values_of_its_inner_codec():
         np.testing.assert_array_equal(coded(f"{spec}|zstd", values), coded(spec, values))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=3000))
 def test_zstd_never_makes_bytes_more_than_its_bound(noise):
     assert len(entropy.compress(noise)) <= entropy.most_bytes(len(noise))

@@ -38,7 +38,7 @@ def valid(spec, values):
     return np.abs(values) if spec.startswith("relu") else values
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     hnp.arrays(
         np.float32,

@@ -96,7 +96,7 @@ def test_a_file_that_is_no_release_names_itself(data, text):
     assert "x.deb.release.json" in str(caught.value)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(VERSIONS, VERSIONS)
 @example("0", "0~")
 @example("1.0", "1.0-0")

@@ -182,7 +182,7 @@ def test_each_tensor_has_random_numbers_of_its_own():
     assert body[: len(body) // 2] != body[len(body) // 2 :]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data())
 def test_hostile_tensor_headers_end_in_a_wire_error(data):
     entry = st.fixed_dictionaries(
