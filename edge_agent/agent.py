@@ -104,7 +104,7 @@ class Agent:
 
         Raises:
             LinkError: the broker refuses this device for good.
-        StorageError: the state folder cannot be written, or is gone.
+            StorageError: the state folder cannot be written, or is gone.
         """
         if latest := self.journal.latest():
             order, result, receipted = latest
@@ -192,7 +192,6 @@ class Agent:
                 self._apply(rounds.received(self._state, message))
             case Hello():
                 self._be_born()
-                self._state = replace(self._state, offer_at_s=0.0)
             case Want():
                 self.blobs.answer(message, self._send_up)
             case Update():

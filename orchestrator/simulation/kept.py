@@ -3,7 +3,7 @@
     own/DEVICE/ROUND.safetensors      weights and optimizer of a device's own, after that round
     owed/DEVICE/SEQUENCE.safetensors  what the codec left out of that order's update
 
-An agent keeps the same, by the names that `edge_agent.kept` describes. Here an order may be done
+An agent keeps the same tensors, under other names (`edge_agent.kept`). Here an order may be done
 anew, after a stop: what it begins with stays beside what came of it.
 """
 

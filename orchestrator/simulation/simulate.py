@@ -223,10 +223,13 @@ class _Simulation:
         return Verdict(device, accepted=True, reason="", result=result)
 
     def _perform(self, orders: Mapping[str, Order], report: Report) -> Iterator[Result]:
-        """The cohort's results; devices of one keep rate are trained in stacks."""
+        """The cohort's results.
+
+        Devices with one artifact, learning rate and count of optimizer steps are trained in stacks.
+        """
         task, groups = self._strategy.task, defaultdict(list)
         for name, order in orders.items():
-            # All devices of a stack have one learning rate, and a carried order may have another.
+            # A carried order may have another learning rate than the round's.
             groups[order.artifact.digest, self._steps(name, order), order.lr].append(name)
         for (digest, _, _), names in groups.items():
             size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)

@@ -9,11 +9,12 @@ extractor's output. A round of algorithm 1:
              on the H of all devices that it has, those of absent ones included
              sends z_s = W_s(H) of its samples back to each device, with the next order
 
-There is no z_s before round 1. The networks (42 kB for ResNet-8) travel for evaluation: held-out
-images go through extractor and large model here, so that no device's test data are needed.
+There is no z_s before round 1. The networks (42 kB for ResNet-8) travel so that the server can
+evaluate them, compare them and, where devices share, average them: held-out images go through
+extractor and large model here, so that no device's test data are needed.
 
-`TransferConfig` says what differs from the paper. Feature maps are asked for only where those that
-the server has are not those that the device would send now; else z_c alone travel.
+`TransferConfig` says what differs from the paper. Feature maps are asked for unless those held
+still serve (`_stale`); then z_c travel in their place, if anyone needs them.
 """
 
 import logging
@@ -93,15 +94,18 @@ class FedGKT:
 
     @staticmethod
     def check(config: RunConfig) -> None:
-        """Whole models, no averaged updates; held-out images, here or on the devices."""
+        """Refuse sub-models and settings of updates, and ask for images to evaluate on.
+
+        These are the server's, or a share of the devices'.
+        """
         device, transfer = config.device, config.transfer
         if not device.holdout or transfer.resend:
             unused.need_heldout(config)
         unused.refuse_submodel(config)
         if device.clip and extractors.crops(config):
             raise ValueError(
-                "device.clip: a crop of a clipped feature map is not that of the crop; leave out "
-                "clip and noise, or transfer.views or freeze_after"
+                "device.clip: the server would crop clipped feature maps, which are not the "
+                "clipped maps of crops; leave out clip and noise, or transfer.views or freeze_after"
             )
         unused.refuse_updates(config)
 
@@ -159,6 +163,7 @@ class FedGKT:
                 teacher=self._offered(teacher.logits) if teacher else None,
                 data_digest=birth.data_digest,
                 alpha=device.alpha if teacher else 0.0,
+                # Not the view that this round's maps show: teachers are of the round before.
                 view=teacher.view if teacher else self._view(round_ - 1),
                 views=self._views(round_),
                 clip=device.clip,
@@ -260,7 +265,7 @@ class FedGKT:
         return replace(state, shards=held)
 
     def train(self, state: GktState, round_: int, samples: Samples) -> Trained:
-        """Train W_s on all samples."""
+        """Train W_s on all samples, by all ranks; see `distill.train`."""
         task, config = self.task, self.task.config.server
         model = distill.load(self._large_model(), state.server).to(task.torch_device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -273,7 +278,7 @@ class FedGKT:
             samples,
             config,
             seed=(task.config.seed << 20) + round_,
-            progress=lambda done, total: task.progress("distil", done, total),
+            progress=lambda done, total: task.progress("distill", done, total),
             rate=schedule.rate,
         )
         return Trained(model, optimizer, schedule, loss)
@@ -320,7 +325,11 @@ class FedGKT:
         return (self._view(round_),)
 
     def _view(self, round_: int) -> int:
-        """What devices see in a round: a drawn view is 2 or higher, since 0 and 1 are not drawn."""
+        """The view that a round's feature maps show.
+
+        Devices train on it in the round after, when its z_s are there. A drawn view is 2 or higher,
+        since 0 and 1 are not drawn.
+        """
         config, transfer = self.task.config, self.task.config.transfer
         drawn = transfer.views and transfer.student_views
         return (config.seed << 20) + round_ + 2 if drawn else PLAIN
