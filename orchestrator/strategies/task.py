@@ -60,7 +60,7 @@ class Task:
         initial: parameters and buffers of the whole device model before round 1.
         others: parameters and buffers of the other models that devices train, by name.
         blobs: the run's blob store.
-        shards: folder for decoded feature maps.
+        shard_folder: for decoded feature maps.
         heldout: for evaluation.
         torch_device: where large tensors are computed.
         progress: (what, done, total), called now and then from long work.
@@ -72,7 +72,7 @@ class Task:
     variants: Mapping[Recipe, Variant]
     initial: Mapping[str, NDArray[Any]]
     blobs: BlobStore
-    shards: Path
+    shard_folder: Path
     heldout: HeldOut
     torch_device: torch.device
     progress: Progress
@@ -81,7 +81,10 @@ class Task:
 
     def initial_of(self, device: str) -> Mapping[str, NDArray[Any]]:
         """Parameters and buffers of a device's model before round 1."""
-        model = self.config.device.model_of(device)
+        return self.initial_of_model(self.config.device.model_of(device))
+
+    def initial_of_model(self, model: str) -> Mapping[str, NDArray[Any]]:
+        """Parameters and buffers of one of the device models before round 1."""
         return self.others.get(model, self.initial)
 
     def settings(self, cls: type[T]) -> T:

@@ -19,7 +19,7 @@ def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
     The extractor is the one that made the feature maps that the large model learnt from; the
     network is the one that the device goes on with.
     """
-    device, names = task.config.device, sorted(state.shards)
+    device, names = task.config.device, sorted(state.held)
     large: dict[bytes, float] = {}  # by extractor: a shared one is evaluated once
     small: dict[str, float] = {}  # by network, likewise
     devices: dict[str, dict[str, float]] = {}
@@ -51,7 +51,7 @@ def on_left_out(task: Task, state: GktState, model: nn.Module, samples: Samples)
         RunError: no device leaves any image out.
     """
     right: dict[str, list[Array]] = {"server": [], "device": []}
-    names, devices = sorted(state.shards), {}
+    names, devices = sorted(state.held), {}
     for name, span, source in zip(names, samples.spans, samples.sources, strict=True):
         assert source.left_out is not None  # noqa: S101 - FedGKT's sources have it
         rows, shard = np.flatnonzero(source.left_out), source.shard
