@@ -231,7 +231,7 @@ class Agent:
             self._apply(rounds.ticked(self._state, now, self.config.resend_s))
 
     def _pull(self, supply: Supply, now: float) -> None:
-        if supply.ready:
+        if supply.advance():
             self._apply(rounds.fetched(self._state))
             return
         for want in supply.wants(now):

@@ -36,7 +36,7 @@ class Kept:
         if order.feedback and order.owed:
             return KeptFile(self.folder / "owed" / device / _file(order.owed))
         if not keeps_weights(order):
-            return KeptFile(None)
+            return KeptFile()
         before = self._before(device, order)
         path = self.folder / "own" / device / _file(before) if before else None
         return KeptFile(path, _named)
