@@ -104,7 +104,7 @@ class Agent:
 
         Raises:
             LinkError: the broker refuses this device for good.
-        StorageError: the state folder cannot be written, or is gone.
+            StorageError: the state folder cannot be written, or is gone.
         """
         if latest := self.journal.latest():
             order, result, receipted = latest
@@ -192,7 +192,6 @@ class Agent:
                 self._apply(rounds.received(self._state, message))
             case Hello():
                 self._be_born()
-                self._state = replace(self._state, offer_at_s=0.0)
             case Want():
                 self.blobs.answer(message, self._send_up)
             case Update():
@@ -232,7 +231,7 @@ class Agent:
             self._apply(rounds.ticked(self._state, now, self.config.resend_s))
 
     def _pull(self, supply: Supply, now: float) -> None:
-        if supply.ready:
+        if supply.advance():
             self._apply(rounds.fetched(self._state))
             return
         for want in supply.wants(now):

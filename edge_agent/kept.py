@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from edge_agent.journal import Journal
 from ondevice import kept
+from ondevice.kept import KeptFile
+from ondevice.order import keeps_weights
 from wire.messages import Order
 
 
@@ -24,13 +26,13 @@ class Kept:
     def __init__(self, folder: Path, journal: Journal) -> None:
         self._folder, self._journal = folder, journal
 
-    def of(self, order: Order) -> Path | None:
+    def of(self, order: Order) -> KeptFile:
         """What this order goes on with, if there is any."""
         if order.feedback:
             path = self._folder / _owed(order.run, order.owed)
-            return path if path.exists() else None
-        name = self._journal.weights_file(order.run)
-        return self._folder / name if name else None
+            return KeptFile(path if path.exists() else None)
+        name = self._journal.weights_file(order.run) if keeps_weights(order) else None
+        return KeptFile(self._folder / name if name else None)
 
     def put(self, order: Order, tensors: Mapping[str, NDArray[Any]]) -> str | None:
         """Keep what came of an order; the weights file that its result is journalled with."""

@@ -33,7 +33,7 @@ class RoundState:
 
 @dataclass(frozen=True)
 class Accept:
-    """Write the order to the journal, cancel work on another, and fetch what it names."""
+    """Write the order to the journal, and cancel work on another."""
 
     order: Order
 

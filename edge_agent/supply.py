@@ -105,9 +105,8 @@ class Supply:
             self._check(ref)
         self._fetch: Fetch | None = None
 
-    @property
-    def ready(self) -> bool:
-        """Whether everything is here; moves on to the next blob when one is done."""
+    def advance(self) -> bool:
+        """Move on to the next blob when one is done; whether everything is here."""
         while True:
             if self._fetch is None or self._fetch.done:
                 self._arrived()
@@ -126,7 +125,7 @@ class Supply:
 
     def wants(self, now_s: float) -> Iterator[Want]:
         """What to ask for now."""
-        if not self.ready and self._fetch and (want := self._fetch.wants(now_s)):
+        if not self.advance() and self._fetch and (want := self._fetch.wants(now_s)):
             yield want
 
     def reconnected(self) -> None:

@@ -3,11 +3,11 @@
 import logging
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from edge_agent.supply import Supply
 from ondevice.images import ImageSet
+from ondevice.kept import KeptFile
 from ondevice.outcome import Outcome
 from ondevice.work import Desk, perform
 from wire.blobs import BlobStore
@@ -49,7 +49,7 @@ class Worker:
         self,
         order: Order,
         supply: Supply,
-        kept_file: Path | None,
+        kept_file: KeptFile,
         *,
         images: ImageSet,
         blobs: BlobStore,

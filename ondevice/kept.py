@@ -27,7 +27,7 @@ class KeptFile:
         named: gives the file's tensors the names that they have in a state.
     """
 
-    path: Path | None
+    path: Path | None = None
     named: Callable[[Tensors], Tensors] = dict
 
     def read(self) -> Tensors:

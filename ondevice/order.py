@@ -4,9 +4,9 @@
     engine.train([start])    -> Trained      `engine`: ONNX Runtime, or PyTorch for many devices
     finish(start, trained)   -> Outcome      `outcome`: payloads, metrics, what is kept
 
-An agent and a simulation both go this way; only their engines differ. Training follows FedGKT (He
-et al. 2020, algorithm 1) if the order brings teacher logits, and local SGD (FedAvg) if it does not.
-Teacher logits are keyed by sample and view.
+An agent and a simulation both go this way; only their engines differ. With teacher logits training
+follows FedGKT (He et al. 2020, algorithm 1), without them it is plain local training. Teacher
+logits are one row a sample, of the order's `view`.
 """
 
 import logging
@@ -73,7 +73,7 @@ class Start:
         state: every state tensor that training begins with.
         left_out: (N,), which samples are not trained on.
         teacher: logits (N, C) float32 of the images; None if the order trains without.
-        teacher_accuracy: of the teacher on the held-out samples; None without either.
+        teacher_accuracy: of the teacher on the samples left out; None without either.
         kept_file: left by an earlier order; what is owed is read from it when an update is packed.
     """
 

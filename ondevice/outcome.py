@@ -26,8 +26,9 @@ class Outcome:
         blobs: the payloads, by the names in `Order.returns`.
         metrics: of training, `steps`, `train_loss` and `train_accuracy` (of the last epoch),
             `train_flops`, and `teacher_heldout_accuracy` (if there is a teacher and samples are
-            held out); of extraction, `extract_accuracy` (of all samples and views),
-            `extract_flops`, and `heldout_accuracy` (of the first view).
+            left out); of extraction, `extract_accuracy` (of all samples and views),
+            `extract_flops`, and `heldout_accuracy` (of the samples left out, in the first
+            view).
         kept_state: what the device keeps for the run's next order: weights of its own with their
             optimizer; with error feedback, what the codec left out of the update; or None.
     """

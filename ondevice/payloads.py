@@ -37,11 +37,13 @@ def extract_record(
     *,
     first: int,
 ) -> bytes:
-    """One batch of the payload "features": (B, *shape), (B, C) and (B,), as it travels.
+    """One batch of the payload "features" or "logits", as it travels.
+
+    "features" has arrays (B, *shape), (B, C) and (B,); "logits" has only (B, C).
 
     Args:
         order: says the codec and the seed.
-        features: of neighbouring samples; None for the payload "logits", which has only these.
+        features: of neighbouring samples; None for the payload "logits".
         logits: of the same samples.
         labels: of the same samples.
         first: number of the first of them, all views counted.

@@ -1,4 +1,4 @@
-"""Views of images: crops and flips, the order of an epoch, and the samples that are held out.
+"""Views of images: crops and flips, the order of an epoch, and the samples left out of it.
 
 Augmentation is the usual one for small images (He et al. 2016, section 4.2): 4 zero pixels on each
 side, a random crop of the original size, and a horizontal flip every second time. The zeros come

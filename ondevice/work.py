@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -40,14 +39,13 @@ class Desk:
     cancel: threading.Event
 
 
-def perform(order: Order, artifact: Artifact, kept_file: Path | None, desk: Desk) -> Outcome:
+def perform(order: Order, artifact: Artifact, kept_file: KeptFile, desk: Desk) -> Outcome:
     """Train, extract and pack what `order` asks for; the metrics say what each phase cost, too.
 
     Args:
         order: its blobs are in `desk.blobs`.
         artifact: the one that the order names, verified.
-        kept_file: safetensors of what an earlier order of this run left (`Outcome.kept_state`), or
-            None; see `order.begin`.
+        kept_file: what an earlier order of this run left (`Outcome.kept_state`); see `order.begin`.
         desk: images, blob store, threads, progress, cancellation.
 
     Raises:
@@ -59,7 +57,7 @@ def perform(order: Order, artifact: Artifact, kept_file: Path | None, desk: Desk
     """
     meter = Meter()
     engine = OnnxEngine(artifact, desk, meter)
-    start = begin(order, engine.model, desk.images, desk.blobs, KeptFile(kept_file))
+    start = begin(order, engine.model, desk.images, desk.blobs, kept_file)
     trained = None
     if order.epochs:
         (trained,) = engine.train([start])

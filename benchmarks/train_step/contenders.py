@@ -62,6 +62,7 @@ def agent(folder: Path, threads: int) -> Prepared:
     from edge_agent import main as _main  # noqa: F401 - what the command imports takes memory too
     from edge_agent.agent import Agent
     from ondevice.config import AgentConfig
+    from ondevice.kept import KeptFile
     from ondevice.work import Desk, perform
     from wire import tensors
     from wire.address import BrokerAddress
@@ -87,7 +88,7 @@ def agent(folder: Path, threads: int) -> Prepared:
     desk = Desk(device.images, device.blobs, threads, lambda *_: None, threading.Event())
 
     def turn(_seconds: float) -> dict[str, float]:
-        return {"steps": perform(order, artifact, None, desk).metrics["steps"]}
+        return {"steps": perform(order, artifact, KeptFile(), desk).metrics["steps"]}
 
     return turn, None
 

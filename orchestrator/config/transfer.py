@@ -15,8 +15,8 @@ class TransferConfig:
             devices go on with the mean of theirs.
         network: "own": each device trains its own (the paper); "shared": after each round all
             devices with the same model go on with the mean of theirs, FedAvg beside FedGKT. Wants
-            a shared extractor. What is evaluated on held-out images is the mean, what on a share
-            that devices hold out are the networks before.
+            a shared extractor. The server's held-out images evaluate this mean; images that devices
+            hold out evaluate each device's network before it.
         freeze_after: the extractor is trained in so many rounds, then no more: feature maps travel
             once, and from then on logits alone. None: always trained (the paper).
         views: each round shows each sample in another crop, and mirrored or not, and teacher
@@ -27,8 +27,8 @@ class TransferConfig:
             same.
         resend: feature maps travel again only where those of held-out images have changed by more
             than this share (squared error) since; 0: in every round.
-        age_decay: a sample's weight in server training for each round since its feature maps or
-            logits were made.
+        age_decay: a sample's weight in server training for each round since the device last
+            answered.
         logits: codec spec of logits, those that come without feature maps and those that go back.
     """
 

@@ -20,7 +20,7 @@ def need_heldout(config: RunConfig) -> None:
 
 
 def refuse_holdout(config: RunConfig) -> None:
-    """For a strategy that does not evaluate on images which devices hold out."""
+    """For a strategy that does not evaluate on images which devices leave out of training."""
     if config.device.holdout:
         raise ValueError(
             f"device.holdout: strategy {written(config.strategy)!r} evaluates on the server's "

@@ -240,7 +240,7 @@ def _task(  # noqa: PLR0917 - what differs between a check and a run
         initial=distill.weights(fresh(config)),
         others={m: distill.weights(fresh(config, Recipe(m))) for m in config.device.models[1:]},
         blobs=blobs,
-        shards=shards,
+        shard_folder=shards,
         heldout=heldout,
         torch_device=torch.device(name),
         progress=progress,

@@ -25,14 +25,14 @@ class Intake:
         self._blobs, self._budget, self._retry_s = blobs, budget, retry_s
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
         self._silent: set[str] = set()
-        self._checked: set[str] = set()  # devices whose result is being looked over
+        self._under_check: set[str] = set()  # devices whose result is being looked over
 
     def begin(self, result: Result) -> None:
         """Pull a result's blobs; the same result again goes on where it is, another replaces it.
 
         While an earlier one is looked over, nothing is begun: the device offers its result again.
         """
-        if result.device in self._checked:
+        if result.device in self._under_check:
             return
         known = self._pulls.get(result.device)
         if known and known[0] == result:
@@ -85,12 +85,12 @@ class Intake:
         for device, (result, fetches) in list(self._pulls.items()):
             if all(fetch.done for fetch in fetches):
                 del self._pulls[device]
-                self._checked.add(device)
+                self._under_check.add(device)
                 yield result
 
     def looked_over(self, device: str) -> None:
         """A result that was complete is looked over: the next one of the device may come."""
-        self._checked.discard(device)
+        self._under_check.discard(device)
 
     def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
         """What to ask of whom; the device with the fewest chunks under way goes first.

@@ -192,11 +192,11 @@ def plausible(samples: int, classes: int, size: int) -> None:
         raise AdmissionError(f"{size} bytes cannot hold {samples} samples of {classes} classes")
 
 
-def complete(samples: int, announced: int) -> None:
-    """Check that all samples came.
+def complete(what: str, samples: int, announced: int) -> None:
+    """Check that all samples came of a payload, which is named by what it holds.
 
     Raises:
         AdmissionError: fewer or more did.
     """
     if samples != announced:
-        raise AdmissionError(f"features of {samples} samples, {announced} were announced")
+        raise AdmissionError(f"{what} of {samples} samples, {announced} were announced")

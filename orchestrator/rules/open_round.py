@@ -2,10 +2,10 @@
 
 `rounds` decides by names alone. Here stand, beside its state, the orders that the names were given
 and the verdicts on their results, so that an event ends in effects that are ready to be carried
-out:
+out. Left of an arrow stands a function, on it the effects that it ends in:
 
-    offered --Pull--> admitted or refused --Note, Send, Show--> ... --Aggregate--> aggregated
-    Begin --> begun --Send--> offered
+    follow --Begin--> begun --Send--> offered
+    offered --Pull--> decided --Note, Send, Show--> ... --Aggregate--> aggregated
 
 Nothing here touches the network, the disk or the clock.
 """
@@ -38,6 +38,9 @@ NOTHING_ASKED = Attempt(0, 0, {}, {}, closed=True)
 @dataclass(frozen=True)
 class OpenRound:
     """The round that is open or, between two rounds, what is carried into the next.
+
+    Both attributes say who was asked and who has answered. Where they do, the attempt rules: the
+    journal holds it, and `restored` makes the state anew from it.
 
     Attributes:
         state: who is there, who was asked, who has answered.

@@ -1,12 +1,16 @@
 """A run's folder: the journal, the checkpoints, the blobs.
 
     runs/NAME/
-        run.json            the configuration it was started with
-        journal.db          rounds, orders, results, bytes
-        artifact/           the training artifact
-        checkpoints/0003/   what is learnt after round 3
-        blobs/, shards/     payloads by digest; decoded feature maps
-        status.json, report.json
+        run.json                  the configuration it was started with
+        sources.json              digests of the files of networks and strategies that are not ours
+        pretrained.safetensors    the weights that all begin with, if `pretrained` names a run
+        journal.db                rounds, orders, results, bytes
+        artifact/, artifact-.../  the training artifacts, one a recipe
+        checkpoints/0003/         what is learnt after round 3
+        blobs/, shards/           payloads by digest; decoded feature maps
+        own/, owed/               what simulated devices keep (`simulation.kept`)
+        status.json, report.json  how far the run is; what came of its rounds
+        lock                      held by the one orchestrator that works here
 
 A checkpoint is written, then the journal says that its round is closed: whatever the moment of a
 `kill -9`, a restart finds the last closed round, and of the open one the accepted results.

@@ -3,7 +3,7 @@
     own/DEVICE/ROUND.safetensors      weights and optimizer of a device's own, after that round
     owed/DEVICE/SEQUENCE.safetensors  what the codec left out of that order's update
 
-An agent keeps the same, by the names that `edge_agent.kept` describes. Here an order may be done
+An agent keeps the same tensors, under other names (`edge_agent.kept`). Here an order may be done
 anew, after a stop: what it begins with stays beside what came of it.
 """
 
@@ -36,7 +36,7 @@ class Kept:
         if order.feedback and order.owed:
             return KeptFile(self.folder / "owed" / device / _file(order.owed))
         if not keeps_weights(order):
-            return KeptFile(None)
+            return KeptFile()
         before = self._before(device, order)
         path = self.folder / "own" / device / _file(before) if before else None
         return KeptFile(path, _named)

@@ -49,7 +49,7 @@ _LATE = 1 << 40  # streams of the run's seed; those of lower numbers choose a ro
 
 def run(
     config: RunConfig,
-    shards: Path,
+    images_folder: Path,
     *,
     stack: int = 0,
     late: float = 0.0,
@@ -60,14 +60,14 @@ def run(
 
     Args:
         config: of the run; `cohort.max_devices` devices take part in a round.
-        shards: a folder of `device-*.npz`, one a device, named by its file.
+        images_folder: of `device-*.npz`, one a device, named by its file.
         stack: devices that are trained at once; 0: one on a CPU, the whole cohort on a GPU.
         late: share of a round's devices, drawn by seed, that miss its end.
         changed: called after each round.
         told: called whenever something was done: a device's training, a step of the server's.
 
     Raises:
-        RunError: no shards are there, tiers go by memory, or all would be late.
+        RunError: no images are there, tiers go by memory, or all would be late.
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
     """
     if any(tier.memory_mb for tier in config.submodel.tiers):
@@ -80,7 +80,7 @@ def run(
     sources = networks.check(config)
     heldout = prepare.read_heldout(config)
     settled = classes.resolve(config, heldout.names)
-    images = devices.read_shards(config, shards, settled)
+    images = devices.read_shards(config, images_folder, settled)
     for name, held in images.items():
         settled = settled.named_by(name, held.names)
     what = f"{len(images)} simulated devices with data {devices.digest(images):.12}"
@@ -223,10 +223,13 @@ class _Simulation:
         return Verdict(device, accepted=True, reason="", result=result)
 
     def _perform(self, orders: Mapping[str, Order], report: Report) -> Iterator[Result]:
-        """The cohort's results; devices of one keep rate are trained in stacks."""
+        """The cohort's results.
+
+        Devices with one artifact, learning rate and count of optimizer steps are trained in stacks.
+        """
         task, groups = self._strategy.task, defaultdict(list)
         for name, order in orders.items():
-            # All devices of a stack have one learning rate, and a carried order may have another.
+            # A carried order may have another learning rate than the round's.
             groups[order.artifact.digest, self._steps(name, order), order.lr].append(name)
         for (digest, _, _), names in groups.items():
             size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)

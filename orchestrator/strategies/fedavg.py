@@ -25,7 +25,7 @@ from wire.messages import Birth, Order, Result
 
 
 @dataclass(frozen=True)
-class Update:
+class FedAvgUpdate:
     """What one device's training changed: decode(encode(w_k - w))."""
 
     tensors: Weights
@@ -73,18 +73,18 @@ class FedAvg:
             for name in cohort
         }
 
-    def admit(self, state: GlobalModel, order: Order, result: Result) -> Update:
+    def admit(self, state: GlobalModel, order: Order, result: Result) -> FedAvgUpdate:
         """Names and shapes as in w, finite values, and a norm that is not absurd."""
         update = read_payload(self.task, order, result, "update")
         admit.weights(update, shapes(state.weights), self._norm)
-        return Update(update)
+        return FedAvgUpdate(update)
 
     def aggregate(
         self,
         state: GlobalModel,
         round_: int,
         results: Sequence[Result],
-        contributions: Iterable[Update],
+        contributions: Iterable[FedAvgUpdate],
     ) -> tuple[GlobalModel, Metrics]:
         """Add the updates one by one, so that memory is that of the model."""
         samples = global_model.counted(self.task, results)  # n_k

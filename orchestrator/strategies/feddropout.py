@@ -4,7 +4,7 @@
     server: decode, paste by units_k, average
 
 The keep rate p of a device follows from its tier, so that small and large devices serve in one
-run; which units it keeps in a round from `submodel.units`. Lossy codecs act in both directions.
+run; which units it keeps in a round, from `[submodel] units`. Lossy codecs act in both directions.
 At p = 1 this is FedAvg, bit for bit. `device.mu` and `device.feedback` are those of FedAvg.
 """
 

@@ -9,11 +9,12 @@ extractor's output. A round of algorithm 1:
              on the H of all devices that it has, those of absent ones included
              sends z_s = W_s(H) of its samples back to each device, with the next order
 
-There is no z_s before round 1. The networks (42 kB for ResNet-8) travel for evaluation: held-out
-images go through extractor and large model here, so that no device's test data are needed.
+There is no z_s before round 1. The networks (42 kB for ResNet-8) travel so that the server can
+evaluate them, compare them and, where devices share, average them: held-out images go through
+extractor and large model here, so that no device's test data are needed.
 
-`TransferConfig` says what differs from the paper. Feature maps are asked for only where those that
-the server has are not those that the device would send now; else z_c alone travel.
+`TransferConfig` says what differs from the paper. Feature maps are asked for unless those held
+still serve (`_stale`); then z_c travel in their place, if anyone needs them.
 """
 
 import logging
@@ -29,8 +30,8 @@ import models
 from models import average
 from ondevice.views import MIRRORED, PLAIN
 from orchestrator.config import Recipe, RunConfig, unused
-from orchestrator.strategies.gkt import evaluation, extractors, payloads
-from orchestrator.strategies.gkt.payloads import Logits
+from orchestrator.strategies.gkt import evaluation, extractors, received
+from orchestrator.strategies.gkt.received import Logits
 from orchestrator.strategies.gkt.state import GktState, HeldShard, Teacher
 from orchestrator.strategies.payloads import admit_device_weights, nbytes
 from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, Weights
@@ -40,7 +41,7 @@ from orchestrator.training.samples import Samples
 from wire import codecs, tensors
 from wire.errors import AdmissionError
 from wire.messages import Birth, BlobRef, Order, Result
-from wire.names import title, written
+from wire.names import title
 
 log = logging.getLogger("orchestrator")
 
@@ -65,7 +66,7 @@ class Answer:
         return nbytes(self.weights) + (0 if self.logits is None else self.logits.nbytes)
 
 
-class Trained(NamedTuple):
+class ServerTraining(NamedTuple):
     """What a round's training made of the large model."""
 
     model: nn.Module
@@ -86,22 +87,25 @@ class FedGKT:
     def __init__(self, task: Task) -> None:
         self.task = task
         networks = {
-            name: (task.variants[Recipe(name)].features, task.others.get(name, task.initial))
+            name: (task.variants[Recipe(name)].features, task.initial_of_model(name))
             for name in task.config.device.models
         }
         self.shape = extractors.feature_shape(task.config, networks)
 
     @staticmethod
     def check(config: RunConfig) -> None:
-        """Whole models, no averaged updates; held-out images, here or on the devices."""
+        """Refuse sub-models and settings of updates, and ask for images to evaluate on.
+
+        These are the server's, or a share of the devices'.
+        """
         device, transfer = config.device, config.transfer
         if not device.holdout or transfer.resend:
             unused.need_heldout(config)
         unused.refuse_submodel(config)
         if device.clip and extractors.crops(config):
             raise ValueError(
-                "device.clip: a crop of a clipped feature map is not that of the crop; leave out "
-                "clip and noise, or transfer.views or freeze_after"
+                "device.clip: the server would crop clipped feature maps, which are not the "
+                "clipped maps of crops; leave out clip and noise, or transfer.views or freeze_after"
             )
         unused.refuse_updates(config)
 
@@ -116,15 +120,12 @@ class FedGKT:
         shared_extractor: Weights = {}
         if transfer.extractor == "shared":
             shared_extractor = extractors.of_network(task.initial)
-        shared_networks = {
-            written(model): extractors.behind(task.others.get(model, task.initial))
+        heads = {
+            model: extractors.behind(task.initial_of_model(model))
             for model in (device.models if transfer.network == "shared" else ())
         }
-        return GktState(
-            server=distill.weights(server),
-            shared_extractor=shared_extractor,
-            shared_networks=shared_networks,
-        )
+        state = GktState(server=distill.weights(server), shared_extractor=shared_extractor)
+        return state.with_heads(heads)
 
     def restore(self, checkpoint: Checkpoint) -> GktState:
         """The state of a checkpoint."""
@@ -156,9 +157,10 @@ class FedGKT:
                 Recipe(device.model_of(name), frozen=transfer.frozen(round_)),
                 state=shared_weights.get(device.model_of(name)),
                 own=True,
-                teacher=self._offered(teacher.logits) if teacher else None,
+                teacher=self._with_chunk_size(teacher.logits) if teacher else None,
                 data_digest=birth.data_digest,
                 alpha=device.alpha if teacher else 0.0,
+                # Not the view that this round's maps show: teachers are of the round before.
                 view=teacher.view if teacher else self._view(round_ - 1),
                 views=self._views(round_),
                 clip=device.clip,
@@ -178,21 +180,19 @@ class FedGKT:
                 result.blobs["features"],
                 rows,
                 view=order.views[0],
-                cropped=len(order.views) > 1,
+                both_views=len(order.views) > 1,
             )
-            payloads.shelve(self.task, held, self.shape)
+            received.decoded(self.task, held, self.shape)
             return Answer(weights, held, None)
-        held = replace(
-            state.shards[result.device], round=order.round, data_digest=result.data_digest
-        )
+        held = replace(state.held[result.device], round=order.round, data_digest=result.data_digest)
         if "logits" not in result.blobs:
             return Answer(weights, held, None)
-        if held.samples != rows:
+        if held.rows != rows:
             raise AdmissionError(
-                f"logits of {rows} samples, but feature maps of {held.samples} are here"
+                f"logits of {rows} rows came, but feature maps of {held.rows} rows are here"
             )
         ref = result.blobs["logits"]
-        logits = payloads.read_logits(self.task, ref, rows, order.returns["logits"])
+        logits = received.read_logits(self.task, ref, rows, order.returns["logits"])
         return Answer(weights, replace(held, logits=ref), logits)
 
     def aggregate(
@@ -205,7 +205,7 @@ class FedGKT:
         """The server's half of a round."""
         state, logits = self.take_in(state, results, contributions)
         state = self.share(state, round_, results)
-        samples = payloads.samples(self.task, state, round_, logits, self.shape)
+        samples = received.samples(self.task, state, round_, logits, self.shape)
         trained = self.train(state, round_, samples)
         teachers = self.teach(state, round_, trained.model, samples)
         after = replace(
@@ -216,14 +216,14 @@ class FedGKT:
         )
         scores = self.evaluate(after, trained.model, samples) if self.task.evaluated(round_) else {}
         after = replace(after, schedule=trained.schedule.after(scores.get("server_accuracy")))
-        payloads.forget(self.task, after)
+        received.forget(self.task, after)
         return after, {"server_loss": trained.loss, **scores}
 
     def take_in(
         self, state: GktState, results: Sequence[Result], contributions: Iterable[Answer]
     ) -> tuple[GktState, dict[str, Logits]]:
         """The state with each device's network and payloads, and the logits that came alone."""
-        devices, made_by, held = dict(state.devices), dict(state.extractors), dict(state.shards)
+        devices, made_by, held = dict(state.devices), dict(state.extractors), dict(state.held)
         logits = {}
         for result, answer in zip(results, contributions, strict=True):
             name = result.device
@@ -232,7 +232,7 @@ class FedGKT:
                 made_by[name] = extractors.of_network(answer.weights)
             if answer.logits is not None:
                 logits[name] = answer.logits
-        return replace(state, devices=devices, extractors=made_by, shards=held), logits
+        return replace(state, devices=devices, extractors=made_by, held=held), logits
 
     def share(self, state: GktState, round_: int, results: Sequence[Result]) -> GktState:
         """The state with the means that devices go on with, where they share.
@@ -245,22 +245,22 @@ class FedGKT:
             state = replace(
                 state, shared_extractor=self._mean(state, results, extractors.of_network)
             )
-        networks = dict(state.shared_networks)
+        heads = {}
         for model in device.models if transfer.network == "shared" else ():
             if same := [r for r in results if device.model_of(r.device) == model]:
-                networks[written(model)] = self._mean(state, same, extractors.behind)
-        state = replace(state, shared_networks=networks)
+                heads[model] = self._mean(state, same, extractors.behind)
+        state = state.with_heads(heads)
         if not transfer.resend:
             return state
         moved = {
             name: extractors.moved(self.task, name, state.extractors[name], state.extractor(name))
-            for name in state.shards
+            for name in state.held
         }
-        held = {name: replace(each, moved=moved[name]) for name, each in state.shards.items()}
-        return replace(state, shards=held)
+        held = {name: replace(each, moved=moved[name]) for name, each in state.held.items()}
+        return replace(state, held=held)
 
-    def train(self, state: GktState, round_: int, samples: Samples) -> Trained:
-        """Train W_s on all samples."""
+    def train(self, state: GktState, round_: int, samples: Samples) -> ServerTraining:
+        """Train W_s on all samples, by all ranks; see `distill.train`."""
         task, config = self.task, self.task.config.server
         model = distill.load(self._large_model(), state.server).to(task.torch_device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -273,10 +273,10 @@ class FedGKT:
             samples,
             config,
             seed=(task.config.seed << 20) + round_,
-            progress=lambda done, total: task.progress("distil", done, total),
+            progress=lambda done, total: task.progress("distill", done, total),
             rate=schedule.rate,
         )
-        return Trained(model, optimizer, schedule, loss)
+        return ServerTraining(model, optimizer, schedule, loss)
 
     def teach(
         self, state: GktState, round_: int, model: nn.Module, samples: Samples
@@ -285,14 +285,14 @@ class FedGKT:
         teachers: dict[str, Teacher] = {}
         if not self.task.config.device.alpha:
             return teachers
-        for name, span in zip(sorted(state.shards), samples.spans, strict=True):
-            held = state.shards[name]
-            # Uncropped feature maps show the view that they were sent in.
-            view = self._view(round_) if held.cropped else held.view
+        for name, span in zip(sorted(state.held), samples.spans, strict=True):
+            held = state.held[name]
+            # Maps of one view show that view, whatever is asked for.
+            view = self._view(round_) if held.both_views else held.view
             logits = ranks.teach(model, samples, span, self.task.config.server, view)
             blob = self.task.blobs.put(self._packed(logits))
             teachers[name] = Teacher(blob, held.data_digest, view)
-            self.task.progress("teach", len(teachers), len(state.shards))
+            self.task.progress("teach", len(teachers), len(state.held))
         return teachers
 
     def evaluate(self, state: GktState, model: nn.Module, samples: Samples) -> Metrics:
@@ -320,18 +320,22 @@ class FedGKT:
         return (self._view(round_),)
 
     def _view(self, round_: int) -> int:
-        """What devices see in a round: a drawn view is 2 or higher, since 0 and 1 are not drawn."""
+        """The view that a round's feature maps show.
+
+        Devices train on it in the round after, when its z_s are there. A drawn view is 2 or higher,
+        since 0 and 1 are not drawn.
+        """
         config, transfer = self.task.config, self.task.config.transfer
         drawn = transfer.views and transfer.student_views
         return (config.seed << 20) + round_ + 2 if drawn else PLAIN
 
     def _stale(self, state: GktState, name: str, birth: Birth, round_: int) -> bool:
         """Whether the feature maps that are held are not those that the device would send."""
-        held, transfer = state.shards.get(name), self.task.config.transfer
+        held, transfer = state.held.get(name), self.task.config.transfer
         if held is None or held.data_digest != birth.data_digest:
             return True
         views = self._views(round_)
-        if held.cropped != (len(views) > 1) or held.view != views[0]:
+        if held.both_views != (len(views) > 1) or held.view != views[0]:
             return True
         if transfer.frozen(round_):
             made_by, now = state.extractors[name], state.extractor(name)
@@ -357,6 +361,6 @@ class FedGKT:
             config.server.model, classes=config.device.class_count, input_shape=self.shape
         )
 
-    def _offered(self, ref: BlobRef) -> BlobRef:
+    def _with_chunk_size(self, ref: BlobRef) -> BlobRef:
         """A blob as devices pull it now; when it was noted, chunks may have had another size."""
         return replace(ref, chunk_bytes=self.task.config.chunk_bytes)

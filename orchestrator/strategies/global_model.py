@@ -70,7 +70,7 @@ def order(
     sequence: int,
     *,
     sent: BlobRef,
-    **settings: Any,
+    **fields: Any,
 ) -> Order:
     """An order to start from the weights `sent`, and to return the difference.
 
@@ -81,7 +81,7 @@ def order(
         round_: from 1.
         sequence: of the round's orders.
         sent: what `send` has put.
-        settings: further arguments of `Task.order`.
+        fields: further arguments of `Task.order`.
     """
     device = task.config.device
     return task.order(
@@ -93,7 +93,7 @@ def order(
         mu=device.mu,
         feedback=device.feedback,
         owed=state.owed.get(name, 0),
-        **settings,
+        **fields,
     )
 
 

@@ -1,4 +1,6 @@
-"""Each device alone: no exchange. The floor that both papers compare with.
+"""Each device alone: no exchange.
+
+The floor that FedGKT (He et al. 2020) and Federated Dropout (Caldas et al. 2018) have to beat.
 
 Devices keep their own weights and optimizer, train, and return their weights for evaluation only.
 """

@@ -5,8 +5,9 @@
     admit(state, order, result) -> contribution          what one result adds, checked and decoded
     aggregate(state, contributions) -> state, metrics    the state after the round
 
-A strategy does no I/O but reading and writing blobs: the coordinator talks to devices, journals and
-checkpoints. `state.pack()` makes a checkpoint of the state, and `restore` takes it back.
+A strategy does no I/O but blobs, and decoded feature maps in `Task.shard_folder`, which can be
+made again from them: the coordinator talks to devices, journals and checkpoints. `state.pack()`
+makes a checkpoint of the state, and `restore` takes it back.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

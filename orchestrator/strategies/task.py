@@ -23,9 +23,9 @@ T = TypeVar("T")
 class HeldOut:
     """Images that no device has: x float32 (N, C, H, W) normalized, y int64 (N,).
 
-    There may be none, where devices hold out some of theirs. `names` are those of the classes as
-    they are stored, in their order there; () where labels are numbers alone. `digest` is that of
-    the images.
+    There may be none, where devices leave some of theirs out of training. `names` are those of the
+    classes as they are stored, in their order there; () where labels are numbers alone. `digest` is
+    that of the images.
     """
 
     x: torch.Tensor
@@ -57,10 +57,10 @@ class Task:
         config: of the run.
         run: its name for devices, which is its alone.
         variants: what devices train, by recipe; all those that the configuration names.
-        initial: parameters and buffers of the whole device model before round 1,
-        others: and of other models that devices train, by name.
+        initial: parameters and buffers of the whole device model before round 1.
+        others: parameters and buffers of the other models that devices train, by name.
         blobs: the run's blob store.
-        shards: folder for decoded feature maps.
+        shard_folder: for decoded feature maps.
         heldout: for evaluation.
         torch_device: where large tensors are computed.
         progress: (what, done, total), called now and then from long work.
@@ -72,7 +72,7 @@ class Task:
     variants: Mapping[Recipe, Variant]
     initial: Mapping[str, NDArray[Any]]
     blobs: BlobStore
-    shards: Path
+    shard_folder: Path
     heldout: HeldOut
     torch_device: torch.device
     progress: Progress
@@ -81,7 +81,10 @@ class Task:
 
     def initial_of(self, device: str) -> Mapping[str, NDArray[Any]]:
         """Parameters and buffers of a device's model before round 1."""
-        model = self.config.device.model_of(device)
+        return self.initial_of_model(self.config.device.model_of(device))
+
+    def initial_of_model(self, model: str) -> Mapping[str, NDArray[Any]]:
+        """Parameters and buffers of one of the device models before round 1."""
         return self.others.get(model, self.initial)
 
     def settings(self, cls: type[T]) -> T:
@@ -106,7 +109,7 @@ class Task:
         }
 
     def order(
-        self, name: str, round_: int, sequence: int, recipe: Recipe | None = None, **settings: Any
+        self, name: str, round_: int, sequence: int, recipe: Recipe | None = None, **fields: Any
     ) -> Order:
         """An order to device `name`, with what is the same for every strategy filled in.
 
@@ -118,7 +121,7 @@ class Task:
             round_: from 1.
             sequence: of the round's orders.
             recipe: what the device trains; None: the whole model that is its.
-            settings: further fields of the order; they stand in place of those filled in.
+            fields: further fields of the order; they stand in place of those filled in.
         """
         device = self.config.device
         key = hashlib.sha256(f"{self.config.seed}/{round_}/{name}".encode()).digest()
@@ -131,7 +134,7 @@ class Task:
             "holdout": device.holdout,
             "seed": int.from_bytes(key[:6], "little"),
         }
-        return Order(self.run, sequence, round_, **(shared | settings))
+        return Order(self.run, sequence, round_, **(shared | fields))
 
     def evaluated(self, round_: int) -> bool:
         """Whether a round ends with an evaluation."""

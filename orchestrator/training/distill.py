@@ -152,7 +152,7 @@ def train(
     seed: int,
     progress: Progress,
     rate: Callable[[int], float] | None = None,
-    ranks: Ranks = ALONE,
+    group: Ranks = ALONE,
 ) -> float:
     """Train `model` for `config.epochs` passes over all samples; returns the last one's mean loss.
 
@@ -164,7 +164,7 @@ def train(
         seed: of the order of samples, and of their looks.
         progress: called after each step.
         rate: the learning rate of an epoch, from 0; None leaves it as it is.
-        ranks: that train together; each calls this, with all samples.
+        group: the ranks that train together; each calls this, with all samples.
 
     Raises:
         RunError: the loss is not finite any more.
@@ -177,19 +177,19 @@ def train(
     trained = samples.trained
     batches, mean = -(-len(trained) // config.batch), 0.0
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    joint = ranks.wrap(model)
+    joint = group.wrap(model)
     whole = torch.compile(joint, dynamic=False) if config.compile else joint
     for epoch in range(config.epochs):
-        for group in optimizer.param_groups if rate else ():
-            group["lr"] = rate(epoch)  # type: ignore[misc]
+        for parameters in optimizer.param_groups if rate else ():
+            parameters["lr"] = rate(epoch)  # type: ignore[misc]
         order = trained[seeds.raw(seed, epoch, len(trained)).argsort(kind="stable")]
         looks = views.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
         total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
         for i in range(batches):
             chosen = order[i * config.batch : (i + 1) * config.batch]
-            if len(chosen) < 2 * ranks.size:
+            if len(chosen) < 2 * group.size:
                 continue
-            part = ranks.part(chosen)
+            part = group.part(chosen)
             drawn = samples.draw(part, looks.of(part))
             with autocast(config, device):
                 out = (whole if len(chosen) == config.batch else joint)(drawn.features)
@@ -200,22 +200,22 @@ def train(
                 alpha=config.alpha,
                 temperature=config.temperature,
                 weights=drawn.weights,
-                total=None if ranks.size == 1 else samples.weight(chosen),
+                total=None if group.size == 1 else samples.weight(chosen),
             )
             optimizer.zero_grad(set_to_none=True)
             # The gradient of the batch's mean is the sum of the ranks' gradients, not their mean.
-            (value * ranks.size).backward()  # type: ignore[no-untyped-call]
+            (value * group.size).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += value.detach() * len(chosen)
             seen += len(chosen)
             progress(epoch * batches + i + 1, config.epochs * batches)
-        mean = ranks.sum(float(total)) / max(seen, 1)
+        mean = group.sum(float(total)) / max(seen, 1)
         if not np.isfinite(mean):
             raise RunError(
                 f"server training diverged in epoch {epoch + 1} (loss {mean}); lower server.lr and "
                 "start again: the run goes on after its last closed round"
             )
-    ranks.settle(model)
+    group.settle(model)
     return mean
 
 
@@ -234,7 +234,7 @@ def teach(
     config: ServerConfig,
     view: int = views.PLAIN,
     *,
-    ranks: Ranks = ALONE,
+    group: Ranks = ALONE,
 ) -> NDArray[np.float32]:
     """z_s (n, C) of a span of samples, in evaluation mode and their order.
 
@@ -244,13 +244,14 @@ def teach(
         span: those of one device.
         config: how many at once.
         view: under which they are looked at, where their feature maps can be cropped.
-        ranks: that compute a part each, and rank 0 has all; the span has a sample for each.
+        group: the ranks that compute a part each, and rank 0 has all; the span has a sample for
+            each.
     """
-    numbers, looks = ranks.part(np.arange(len(span))), views.looks(view, len(span))
+    numbers, looks = group.part(np.arange(len(span))), views.looks(view, len(span))
     size = _at_once(model, config)
     pieces = np.split(numbers, range(size, len(numbers), size))
     drawn = (samples.draw(span.start + piece, looks.of(piece)) for piece in pieces)
-    return ranks.gather(_logits(model, (batch.features for batch in drawn), config), len(span))
+    return group.gather(_logits(model, (batch.features for batch in drawn), config), len(span))
 
 
 def predict(

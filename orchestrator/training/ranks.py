@@ -106,7 +106,7 @@ def train(
             seed=seed,
             progress=progress,
             rate=rate,
-            ranks=_here,
+            group=_here,
         )
 
 
@@ -126,7 +126,7 @@ def teach(
         return distill.teach(model, samples, span, config, view)
     with _here.together():
         _here.post({"what": "teach", "span": [span.start, span.stop], "view": view}, {})
-        return distill.teach(model, samples, span, config, view, ranks=_here)
+        return distill.teach(model, samples, span, config, view, group=_here)
 
 
 @contextlib.contextmanager
@@ -283,7 +283,7 @@ class Group(Ranks):
                     model, samples = self._train(config, job, tensors)
                 elif samples is not None:
                     span = range(*job["span"])
-                    distill.teach(model, samples, span, config, job["view"], ranks=self)
+                    distill.teach(model, samples, span, config, job["view"], group=self)
         except Exception as fault:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"fault/{self.rank}", _line(fault))
@@ -330,7 +330,7 @@ class Group(Ranks):
             seed=job["seed"],
             progress=lambda *_: None,
             rate=job["rates"].__getitem__,
-            ranks=self,
+            group=self,
         )
         return model, samples
 

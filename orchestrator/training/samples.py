@@ -85,7 +85,7 @@ class Samples:
         self._starts, self._sizes = np.array(starts), np.array(sizes)
         self._first = np.cumsum([0, *(len(each.shard) for each in sources)])[:-1]
         self._weights = np.array([each.weight for each in sources], np.float32)
-        self._cropped = np.array([each.fill is not None for each in sources])
+        self._both_views = np.array([each.fill is not None for each in sources])
         channels = self._columns[0]["features"].shape[1]
         none = np.zeros(channels, np.float32)
         self._fills = np.stack([none if each.fill is None else each.fill for each in sources])
@@ -107,14 +107,14 @@ class Samples:
             looks: B of them, for samples that can be cropped; None shows these plain.
         """
         owner = self._owner[chosen]
-        cropped = self._cropped[owner]
+        both = self._both_views[owner]
         rows = chosen - self._starts[owner]
         if looks is not None:
-            rows += np.where(cropped & looks.flips, self._sizes[owner], 0)
+            rows += np.where(both & looks.flips, self._sizes[owner], 0)
         features = _decode(read := self._read(owner, rows))
-        if looks is not None and cropped.any():
-            # Samples that cannot be cropped are shown from the middle of their padding: whole.
-            corner = np.where(cropped, looks.rows, PAD), np.where(cropped, looks.columns, PAD)
+        if looks is not None and both.any():
+            # Maps of one view show that view, whatever is asked for: the middle of their padding.
+            corner = np.where(both, looks.rows, PAD), np.where(both, looks.columns, PAD)
             features = _crop(features, Looks(*corner, looks.flips), self._fills[owner])
         if features.dim() == 4:  # 1.5 to 1.9 times the images a second of NCHW, on two x86 cores
             features = features.contiguous(memory_format=torch.channels_last)

@@ -79,7 +79,7 @@ def shelve(
     """
     if folder.exists():
         shard = open_shard(folder)
-        admit.complete(len(shard), samples)
+        admit.complete("features", len(shard), samples)
         return shard
     admit.plausible(samples, classes, payload.stat().st_size)
     building = folder.with_suffix(".new")
@@ -99,7 +99,7 @@ def shelve(
                     admit.features(record, shape, classes, samples - done)
                     arrays = arrays or _room(building, record, samples)
                     done = _append(record, arrays, done)
-            admit.complete(done, samples)
+            admit.complete("features", done, samples)
         except Exception:
             shutil.rmtree(building)
             raise
@@ -126,7 +126,7 @@ def read_logits(payload: Path, *, rows: int, classes: int, spec: str) -> NDArray
             admit.logits(record, classes, rows - done)
             read.append(record["logits"])
             done += len(record["logits"])
-    admit.complete(done, rows)
+    admit.complete("logits", done, rows)
     return np.concatenate(read)
 
 

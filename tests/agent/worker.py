@@ -10,6 +10,7 @@ from pathlib import Path
 from edge_agent import main as _main  # noqa: F401 - what the command imports takes memory too
 from edge_agent.agent import Agent
 from ondevice.config import AgentConfig
+from ondevice.kept import KeptFile
 from ondevice.work import Desk, perform
 from wire.address import BrokerAddress
 from wire.artifact import open_artifact
@@ -22,4 +23,4 @@ config = AgentConfig("device", "fleet", folder / "images.npz", folder / "state",
 device = Agent(config)
 order = Order("run", 1, 1, BlobRef(artifact.digest, 0, 1024), 1, 0.01, 0, {"state": "float32"})
 desk = Desk(device.images, device.blobs, config.threads, lambda *_: None, threading.Event())
-print(perform(order, artifact, None, desk).metrics["train_peak_bytes"])
+print(perform(order, artifact, KeptFile(), desk).metrics["train_peak_bytes"])

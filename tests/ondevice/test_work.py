@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import models
 from ondevice import views
 from ondevice.images import ImageSet, Preprocess
+from ondevice.kept import KeptFile
 from ondevice.payloads import cover
 from ondevice.work import CancelledError, Desk, perform
 from orchestrator.training import distill
@@ -111,7 +112,7 @@ def test_an_order_with_a_teacher_trains_as_pytorch_does_with_logits_matched_by_s
         artifact, teacher=ref, data_digest="cd" * 32, alpha=1.5, temperature=2.0, epochs=1,
         augment=augment,
     )  # fmt: skip
-    outcome = perform(work, artifact, None, desk)
+    outcome = perform(work, artifact, KeptFile(), desk)
     (state,) = read(desk, outcome.blobs["state"])
     right = in_pytorch(artifact, desk.images, teacher, 1.5, augment=augment)
     assert_same(artifact, state, right)
@@ -122,7 +123,7 @@ def test_an_order_with_a_teacher_trains_as_pytorch_does_with_logits_matched_by_s
 
 
 def test_without_a_teacher_distillation_is_off(artifact, desk):
-    outcome = perform(order(artifact, alpha=3.0), artifact, None, desk)
+    outcome = perform(order(artifact, alpha=3.0), artifact, KeptFile(), desk)
     (state,) = read(desk, outcome.blobs["state"])
     assert_same(artifact, state, in_pytorch(artifact, desk.images, None, 0, augment=False))
     assert outcome.metrics["steps"] == 3
@@ -131,7 +132,7 @@ def test_without_a_teacher_distillation_is_off(artifact, desk):
 
 def test_features_come_in_sample_order_from_the_trained_extractor(artifact, desk):
     work = order(artifact, returns={"features": "float32", "state": "float32"})
-    outcome = perform(work, artifact, None, desk)
+    outcome = perform(work, artifact, KeptFile(), desk)
     records = read(desk, outcome.blobs["features"])
     assert [len(r["labels"]) for r in records] == [8, 8, 4]
     joined = {key: np.concatenate([r[key] for r in records]) for key in records[0]}
@@ -158,7 +159,7 @@ def test_an_order_in_micro_batches_trains_as_pytorch_does_and_counts_every_run(
     teacher = np.random.default_rng(3).standard_normal((SAMPLES, 5)).astype(np.float32) * 4
     ref = desk.blobs.put(tensors.pack([("logits", teacher, "float32")], seed=0))
     changes = {"teacher": ref, "data_digest": "cd" * 32, "alpha": 1.5, "temperature": 2.0}
-    outcome = perform(order(halved, **changes, augment=True), halved, None, desk)
+    outcome = perform(order(halved, **changes, augment=True), halved, KeptFile(), desk)
     (state,) = read(desk, outcome.blobs["state"])
     right = in_pytorch(halved, desk.images, teacher, 1.5, augment=True, parts=2)
     assert_same(halved, state, right)
@@ -168,7 +169,7 @@ def test_an_order_in_micro_batches_trains_as_pytorch_does_and_counts_every_run(
     assert outcome.metrics["steps"] == 3
     runs = outcome.metrics["train_flops"] / halved.manifest.graphs["train"].flops
     assert runs == 6
-    unsplit = perform(order(artifact, **changes, augment=True), artifact, None, desk).metrics
+    unsplit = perform(order(artifact, **changes, augment=True), artifact, KeptFile(), desk).metrics
     # The same products on half the samples twice; only the smallest do not depend on samples.
     assert outcome.metrics["train_flops"] == pytest.approx(unsplit["train_flops"], rel=0.01)
     assert 0 <= outcome.metrics["train_accuracy"] <= 1
@@ -176,7 +177,7 @@ def test_an_order_in_micro_batches_trains_as_pytorch_does_and_counts_every_run(
 
 def test_features_come_in_sample_order_from_an_extractor_of_micro_batches(halved, desk):
     work = order(halved, returns={"features": "float32", "state": "float32"})
-    outcome = perform(work, halved, None, desk)
+    outcome = perform(work, halved, KeptFile(), desk)
     records = read(desk, outcome.blobs["features"])
     assert [len(r["labels"]) for r in records] == [4] * 5
     np.testing.assert_array_equal(np.concatenate([r["labels"] for r in records]), desk.images.y)
@@ -191,12 +192,12 @@ def test_features_come_in_sample_order_from_an_extractor_of_micro_batches(halved
 
 
 def test_own_weights_and_optimizer_go_on_from_order_to_order(artifact, desk, tmp_path):
-    first = perform(order(artifact), artifact, None, desk)
+    first = perform(order(artifact), artifact, KeptFile(), desk)
     own = tmp_path / "own.safetensors"
     save_file({name: np.asarray(array) for name, array in first.kept_state.items()}, own)
-    second = perform(order(artifact, sequence=2, seed=78), artifact, own, desk)
+    second = perform(order(artifact, sequence=2, seed=78), artifact, KeptFile(own), desk)
     (state,) = read(desk, second.blobs["state"])
-    once = perform(order(artifact, epochs=2), artifact, None, desk)  # seeds 77 and 78
+    once = perform(order(artifact, epochs=2), artifact, KeptFile(), desk)  # seeds 77 and 78
     (whole,) = read(desk, once.blobs["state"])
     for name, array in state.items():
         np.testing.assert_array_equal(array, whole[name])
@@ -207,7 +208,7 @@ def test_an_update_is_the_difference_to_the_given_state(artifact, desk):
     given = {name: array * np.float32(0.9) for name, array in start.items()}
     ref = desk.blobs.put(tensors.pack(tensors.weights(given, "float32"), seed=0))
     work = order(artifact, state=ref, returns={"update": "float32", "state": "float32"})
-    outcome = perform(work, artifact, None, desk)
+    outcome = perform(work, artifact, KeptFile(), desk)
     (update,) = read(desk, outcome.blobs["update"])
     (state,) = read(desk, outcome.blobs["state"])
     for name, array in update.items():
@@ -222,8 +223,8 @@ def test_what_is_owed_by_another_sub_model_is_left_alone(artifact, desk, tmp_pat
     spec = "eden|b=1|mse/float16"
     asked = order(artifact, state=given, returns={"update": spec}, feedback=True, owed=1)
     save_file({n: np.ones((2, *a.shape), np.float32) for n, a in start.items()}, tmp_path / "owed")
-    plain = perform(asked, artifact, None, desk)
-    assert perform(asked, artifact, tmp_path / "owed", desk).blobs == plain.blobs
+    plain = perform(asked, artifact, KeptFile(), desk)
+    assert perform(asked, artifact, KeptFile(tmp_path / "owed"), desk).blobs == plain.blobs
     assert "owed is of another sub-model" in caplog.text
 
 
@@ -231,36 +232,36 @@ def test_logits_for_other_samples_are_refused(artifact, desk):
     teacher = np.zeros((SAMPLES, 5), np.float32)
     ref = desk.blobs.put(tensors.pack([("logits", teacher, "float32")], seed=0))
     with pytest.raises(DataError, match="data changed since the last round"):
-        perform(order(artifact, teacher=ref, data_digest="ef" * 32), artifact, None, desk)
+        perform(order(artifact, teacher=ref, data_digest="ef" * 32), artifact, KeptFile(), desk)
     short = desk.blobs.put(tensors.pack([("logits", teacher[:7], "float32")], seed=0))
     with pytest.raises(DataError, match=r"expected float32 \(20, 5\), got \('float32', \(7, 5\)\)"):
-        perform(order(artifact, teacher=short, data_digest="cd" * 32), artifact, None, desk)
+        perform(order(artifact, teacher=short, data_digest="cd" * 32), artifact, KeptFile(), desk)
 
 
 def test_a_proximal_weight_is_refused_where_the_artifact_has_no_such_term(artifact, desk):
     with pytest.raises(ArtifactError, match=r"no proximal term for mu = 0\.1; export it"):
-        perform(order(artifact, mu=0.1), artifact, None, desk)
+        perform(order(artifact, mu=0.1), artifact, KeptFile(), desk)
 
 
 def test_foreign_weights_and_a_foreign_data_set_are_refused(artifact, desk):
     ref = desk.blobs.put(tensors.pack([("w", np.ones((2, 2), np.float32), "float32")], seed=0))
     with pytest.raises(ArtifactError, match="'w' is"):
-        perform(order(artifact, state=ref), artifact, None, desk)
+        perform(order(artifact, state=ref), artifact, KeptFile(), desk)
     odd = replace(desk, images=replace(desk.images, y=desk.images.y + 1))
     with pytest.raises(DataError, match="expected labels from 0 to 4"):
-        perform(order(artifact), artifact, None, odd)
+        perform(order(artifact), artifact, KeptFile(), odd)
 
 
 def test_a_cancelled_order_stops_within_a_step(artifact, desk):
     desk.cancel.set()
     with pytest.raises(CancelledError):
-        perform(order(artifact), artifact, None, desk)
+        perform(order(artifact), artifact, KeptFile(), desk)
 
 
 def test_the_same_order_gives_the_same_bytes(artifact, desk):
     work = order(artifact, returns={"features": "hadamard|q=4", "state": "identity|q=8"})
-    first = perform(work, artifact, None, desk).blobs
-    assert perform(work, artifact, None, desk).blobs == first
+    first = perform(work, artifact, KeptFile(), desk).blobs
+    assert perform(work, artifact, KeptFile(), desk).blobs == first
 
 
 def test_feature_maps_are_clipped_and_covered_by_noise_that_nobody_can_draw_again():
@@ -296,7 +297,7 @@ def test_labels_go_by_the_names_in_the_artifact(named, desk):
     here = ImageSet(desk.images.x, y, desk.images.digest, tuple("abcde"))
     there = replace(here, y=np.arange(SAMPLES) % 3, names=("b", "e", "a"))
     asked = order(named, returns={"features": "float32", "state": "float32"})
-    one, other = (perform(asked, named, None, replace(desk, images=i)) for i in (here, there))
+    one, other = (perform(asked, named, KeptFile(), replace(desk, images=i)) for i in (here, there))
     assert one.blobs == other.blobs
     labels = np.concatenate([record["labels"] for record in read(desk, other.blobs["features"])])
     assert labels.tolist() == y.tolist()
@@ -305,13 +306,15 @@ def test_labels_go_by_the_names_in_the_artifact(named, desk):
 def test_a_class_that_the_artifact_does_not_have_is_refused_before_anything_is_done(named, desk):
     images = replace(desk.images, names=("a", "B", "c", "d", "e"), source="images")
     with pytest.raises(DataError, match=r"images: a class is not known: 'B' \('b' differs in cap"):
-        perform(order(named), named, None, replace(desk, images=images))
+        perform(order(named), named, KeptFile(), replace(desk, images=images))
     assert not list(desk.blobs.folder.iterdir())
 
 
 def test_numbers_where_the_artifact_has_names_are_warned_of_once(named, desk, caplog):
     asked = order(named, epochs=0)
     for _ in range(2):
-        perform(asked, named, None, replace(desk, images=replace(desk.images, source="plain.npz")))
+        perform(
+            asked, named, KeptFile(), replace(desk, images=replace(desk.images, source="plain.npz"))
+        )
     (said,) = [text for text in caplog.messages if "names no classes" in text]
     assert said.startswith("plain.npz names no classes: its label 0 is taken for the first of 'a'")

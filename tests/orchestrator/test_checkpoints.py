@@ -89,10 +89,12 @@ GKT = GktState(
     devices={"a": {"extractor.0.weight": array(3), "fc.weight": array(4)}},
     extractors={"a": {"0.weight": array(5)}},
     shared_extractor={"0.weight": array(6)},
-    shared_networks={"nets/small.py:make": {"fc.weight": array(7)}},
-    shards={
-        "a": HeldShard(3, "cd", ref("aa"), 64, view=0, cropped=True, logits=ref("bb"), moved=0.25),
-        "b": HeldShard(1, "ef", ref("dd"), 32, view=5, cropped=False),
+    shared_heads={"nets/small.py:make": {"fc.weight": array(7)}},
+    held={
+        "a": HeldShard(
+            3, "cd", ref("aa"), 64, view=0, both_views=True, logits=ref("bb"), moved=0.25
+        ),
+        "b": HeldShard(1, "ef", ref("dd"), 32, view=5, both_views=False),
     },
     teachers={"a": Teacher(ref("cc"), "cd", 7)},
 )

@@ -73,7 +73,7 @@ def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
         (
             {"device": DeviceConfig(clip=1.0),
              "transfer": TransferConfig(views=True, freeze_after=1)},
-            "device.clip: a crop of a clipped feature map",
+            "device.clip: the server would crop clipped feature maps",
         ),
         ({"strategy": "fedavg", "cohort": CohortConfig(carry_rounds=1)}, "which averages weights"),
         (

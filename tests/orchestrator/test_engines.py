@@ -235,14 +235,14 @@ def test_a_stack_of_devices_trains_as_each_does_alone(images, blobs, name):
     rate = 0.001 if name == "adam" else 0.02
     few = ImageSet(images.x[:10], images.y[:10], "ef" * 32)
     common = order(epochs=2, mu=config.mu, lr=rate, temperature=3.0)
-    before = [begin(common, engine.model, held, blobs, KeptFile(None)) for held in (few, images)]
+    before = [begin(common, engine.model, held, blobs, KeptFile()) for held in (few, images)]
     pasts = [trained.state for trained in engine.train(before)]
     orders = [
         replace(common, seed=1),
         replace(common, seed=2, teacher=teacher, data_digest=DIGEST, alpha=1.0),
     ]
     starts = [
-        replace(begin(chosen, engine.model, held, blobs, KeptFile(None)), state=past)
+        replace(begin(chosen, engine.model, held, blobs, KeptFile()), state=past)
         for chosen, held, past in zip(orders, (few, images), pasts, strict=True)
     ]
     together = engine.train(starts)

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_info
 import models
 from ondevice import views
 from ondevice.images import Preprocess
+from ondevice.kept import KeptFile
 from ondevice.payloads import encode_update
 from ondevice.work import Desk, perform
 from orchestrator import datasets
@@ -152,7 +153,7 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
             for name, order in orders.items():
                 desk = Desk(images[name], store.blobs, 1, lambda *_: None, threading.Event())
                 artifact = open_artifact(store.folder / "artifact-0.5")
-                outcome = perform(order, artifact, None, desk)
+                outcome = perform(order, artifact, KeptFile(), desk)
                 results.append(
                     Result(name, order.run, order.sequence, number, len(images[name].y),
                            blobs=outcome.blobs, submodel=order.submodel)
@@ -230,7 +231,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
                     open_artifact(path) for path in store.folder.glob("artifact*")
                     if open_artifact(path).digest == order.artifact.digest
                 )  # fmt: skip
-                done = perform(order, artifact, own.get(name), desk)
+                done = perform(order, artifact, KeptFile(own.get(name)), desk)
                 own[name] = tmp_path / f"{name}.safetensors"
                 save_file(done.kept_state, own[name])
                 results.append(

@@ -180,10 +180,10 @@ def test_a_simulated_run_says_what_it_does(report):
     report.rounds(replace(now, returned=frozenset(NAMES[:1])))
     assert words.progress(report.snapshot()) == "round 3 of 100, 1 of 4 devices done"
     report.rounds(replace(now, phase=Phase.AGGREGATING))
-    report.progress("distil", 3, 20)
+    report.progress("distill", 3, 20)
     report.entries.extend([entry(1), entry(2)])
     assert words.progress(report.snapshot()) == (
-        "round 3 of 100, server: distil 3/20, about 33 min left, by the last 2 rounds"
+        "round 3 of 100, server: distill 3/20, about 33 min left, by the last 2 rounds"
     )
 
 

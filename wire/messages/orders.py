@@ -21,14 +21,15 @@ class Order:
 
     Attributes:
         run, sequence: name the order; a higher sequence of the same run replaces a lower one.
-        round: round of the run, for people.
+        round: the round that it was given in; the result repeats it, and its age is counted from
+            it.
         artifact: the manifest of the training artifact.
         state: parameters and buffers to start from, with a fresh optimizer. The artifact's initial
             values fill in what `state` leaves out. None: start from the device's own weights and
             optimizer state; a device that has none yet starts from the artifact's initial ones.
         own: lay `state` over the device's own weights instead, and keep their optimizer state.
         teacher: logits (N, C) float32 in the order of the device's samples, or None.
-        data_digest: the samples that `teacher` belongs to; "" when there is no teacher.
+        data_digest: of the samples that the order is for, and `teacher` belongs to; "" takes any.
         epochs: passes over the device's samples; 0 trains nothing.
         lr: learning rate.
         alpha: weight of the distillation term; 0 turns it off (FedGKT).
@@ -119,7 +120,7 @@ class Result:
     Attributes:
         device: who sends this.
         run, sequence, round, submodel: repeated from the order.
-        samples: how many images the device has, those held out included.
+        samples: how many images the device has, those left out of training included.
         data_digest: names the samples and their order.
         blobs: what is sent back, by the names in `Order.returns`.
         metrics: loss, accuracy, time and so on, by name.

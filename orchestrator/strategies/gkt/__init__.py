@@ -1,1 +1,5 @@
-"""What FedGKT needs besides the paper's algorithm: its state, extractors, evaluation."""
+"""What FedGKT needs besides the paper's algorithm.
+
+Its state (`state`), the extractors (`extractors`), what devices have sent (`received`), and how
+good its networks are (`evaluation`).
+"""

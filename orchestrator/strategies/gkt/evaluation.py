@@ -1,4 +1,4 @@
-"""How good FedGKT's networks are: on images that the server has, or on those devices hold out."""
+"""How good FedGKT's networks are: on the server's images, or on those left out by the devices."""
 
 import numpy as np
 from torch import nn
@@ -14,23 +14,24 @@ from wire.errors import RunError
 
 
 def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
-    """Held-out accuracy of each device's extractor + large model, and of its own network.
+    """Held-out accuracy of each device's extractor + large model, and of its network.
 
-    The extractor is the one that made the feature maps that the large model learnt from.
+    The extractor is the one that made the feature maps that the large model learnt from; the
+    network is the one that the device goes on with.
     """
-    device, names = task.config.device, sorted(state.shards)
+    device, names = task.config.device, sorted(state.held)
     large: dict[bytes, float] = {}  # by extractor: a shared one is evaluated once
     small: dict[str, float] = {}  # by network, likewise
     devices: dict[str, dict[str, float]] = {}
     for name in names:
-        weights, trained = state.extractors[name], device.model_of(name)
+        weights, model_name = state.extractors[name], device.model_of(name)
         extractor = b"".join(weights[key].tobytes() for key in sorted(weights))
         if extractor not in large:
             stacked = nn.Sequential(extractors.build(task, name, weights), model)
             large[extractor] = heldout_accuracy(task, stacked)
-        network = trained if task.config.transfer.network == "shared" else name
+        network = model_name if task.config.transfer.network == "shared" else name
         if network not in small:
-            built = device_network(task, name, state.network(trained, name))
+            built = device_network(task, name, state.network(model_name, name))
             small[network] = heldout_accuracy(task, built)
         devices[name] = {"server_accuracy": large[extractor], "device_accuracy": small[network]}
         task.progress("evaluate", len(devices), len(names))
@@ -42,15 +43,15 @@ def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
 
 
 def on_left_out(task: Task, state: GktState, model: nn.Module, samples: Samples) -> Metrics:
-    """Accuracy on what devices hold out, of the large model and by the logits that they sent.
+    """Accuracy on the images left out of training, by z_s here and by the logits that devices sent.
 
     Feature maps of one view are evaluated in that view.
 
     Raises:
-        RunError: no device holds any image out.
+        RunError: no device leaves any image out.
     """
     right: dict[str, list[Array]] = {"server": [], "device": []}
-    names, devices = sorted(state.shards), {}
+    names, devices = sorted(state.held), {}
     for name, span, source in zip(names, samples.spans, samples.sources, strict=True):
         assert source.left_out is not None  # noqa: S101 - FedGKT's sources have it
         rows, shard = np.flatnonzero(source.left_out), source.shard

@@ -1,7 +1,7 @@
 """FedGKT's state: what is learnt, what is held of each device, and how a checkpoint keeps it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.strategies.gkt.extractors import in_network, of_network
@@ -19,9 +19,10 @@ class HeldShard:
         round: of the order under which the device last answered.
         data_digest: of the device's samples.
         features: blob of feature maps, logits and labels.
-        samples: rows of it: the device's samples, twice where plain and mirrored views are there.
+        rows: how many it has: one a sample, or two where plain and mirrored maps are there.
         view: that the first row of each sample shows.
-        cropped: whether plain and mirrored views are there, for the server to crop.
+        both_views: whether plain and mirrored maps are there, so that the server can crop. Maps of
+            one view show that view, whatever is asked for.
         logits: blob of newer logits of these rows; None: those beside the feature maps.
         moved: how far the device's extractor has moved since it made these feature maps, where
             `transfer.resend` wants to know: squared error over the square.
@@ -30,9 +31,9 @@ class HeldShard:
     round: int
     data_digest: str
     features: BlobRef
-    samples: int
+    rows: int
     view: int
-    cropped: bool
+    both_views: bool
     logits: BlobRef | None = None
     moved: float | None = None
 
@@ -43,9 +44,9 @@ class HeldShard:
             "data_digest": self.data_digest,
             "ref": records.plain(self.features),
             "logits": records.plain(self.logits),
-            "samples": self.samples,
+            "samples": self.rows,
             "view": self.view,
-            "cropped": self.cropped,
+            "cropped": self.both_views,
         }
         return noted if self.moved is None else {**noted, "moved": self.moved}
 
@@ -101,8 +102,8 @@ class GktState:
         devices: by device, the network that it returned last.
         extractors: by device, the extractor that made the feature maps that are held.
         shared_extractor: the one that all devices go on with; empty where each has its own.
-        shared_networks: by model (as run.toml names it), what follows the extractor, likewise.
-        shards: by device, what is held of it.
+        shared_heads: W_c by model (as run.toml names it), likewise.
+        held: by device, the payloads that the server trains on.
         teachers: by device, what goes back to it.
     """
 
@@ -112,14 +113,19 @@ class GktState:
     devices: Mapping[str, Weights] = field(default_factory=dict)
     extractors: Mapping[str, Weights] = field(default_factory=dict)
     shared_extractor: Weights = field(default_factory=dict)
-    shared_networks: Mapping[str, Weights] = field(default_factory=dict)
-    shards: Mapping[str, HeldShard] = field(default_factory=dict)
+    shared_heads: Mapping[str, Weights] = field(default_factory=dict)
+    held: Mapping[str, HeldShard] = field(default_factory=dict)
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
+
+    def with_heads(self, heads: Mapping[str, Weights]) -> "GktState":
+        """The state with new shared W_c of these models, as the run's settings name them."""
+        named = {written(model): weights for model, weights in heads.items()}
+        return replace(self, shared_heads={**self.shared_heads, **named})
 
     def shared(self, model: str) -> Weights:
         """The weights that all devices with a model go on with, by their names in it."""
-        rest = self.shared_networks.get(written(model), {})
-        return {**rest, **in_network(self.shared_extractor)}
+        head = self.shared_heads.get(written(model), {})
+        return {**head, **in_network(self.shared_extractor)}
 
     def extractor(self, device: str) -> Weights:
         """The extractor that a device goes on with: the shared one, or that of its own network."""
@@ -127,29 +133,27 @@ class GktState:
 
     def network(self, model: str, device: str) -> Weights:
         """A device's network: the one that it goes on with, if that is shared, or its own last."""
-        return (
-            self.shared(model) if written(model) in self.shared_networks else self.devices[device]
-        )
+        return self.shared(model) if written(model) in self.shared_heads else self.devices[device]
 
     def pack(self) -> Checkpoint:
         """The state as files have it since the first version.
 
         Tensors `server/...`, `optimizer/...`, `device/<name>/...`, `extractor/<name>/...`,
-        `shared/...` (the extractor) and `network/<model>/...`; notes "shards", "teachers",
-        "schedule" and "blobs".
+        `shared/...` (the extractor) and `network/<model>/...` (a shared W_c); notes "shards" (what
+        is held), "teachers", "schedule" and "blobs".
         """
         packed = tensors.with_prefix("server", self.server)
         packed |= tensors.with_prefix("optimizer", self.optimizer)
         packed |= tensors.with_prefix("shared", self.shared_extractor)
         groups = {"device": self.devices, "extractor": self.extractors}
-        groups["network"] = self.shared_networks
+        groups["network"] = self.shared_heads
         for prefix, group in groups.items():
             for name, weights in group.items():
                 packed |= tensors.with_prefix(f"{prefix}/{name}", weights)
-        refs = [ref for held in self.shards.values() for ref in (held.features, held.logits)]
+        refs = [ref for held in self.held.values() for ref in (held.features, held.logits)]
         refs += [teacher.logits for teacher in self.teachers.values()]
         notes = {
-            "shards": {name: held.pack() for name, held in self.shards.items()},
+            "shards": {name: held.pack() for name, held in self.held.items()},
             "teachers": {name: teacher.pack() for name, teacher in self.teachers.items()},
             "schedule": self.schedule,
             "blobs": sorted({ref.digest for ref in refs if ref}),
@@ -160,7 +164,7 @@ class GktState:
     def unpack(cls, checkpoint: Checkpoint, models: Iterable[str]) -> "GktState":
         """The state that was packed, of a run whose devices train these models."""
         under, notes = checkpoint.under, checkpoint.notes
-        networks = {written(model): under(f"network/{written(model)}") for model in models}
+        heads = {written(model): under(f"network/{written(model)}") for model in models}
         return cls(
             server=under("server"),
             optimizer=under("optimizer"),
@@ -168,7 +172,7 @@ class GktState:
             devices=checkpoint.by_device("device"),
             extractors=checkpoint.by_device("extractor"),
             shared_extractor=under("shared"),
-            shared_networks={model: weights for model, weights in networks.items() if weights},
-            shards={name: HeldShard.unpack(noted) for name, noted in notes["shards"].items()},
+            shared_heads={model: weights for model, weights in heads.items() if weights},
+            held={name: HeldShard.unpack(noted) for name, noted in notes["shards"].items()},
             teachers={name: Teacher.unpack(noted) for name, noted in notes["teachers"].items()},
         )

@@ -21,16 +21,16 @@ Shape = tuple[int, int, int]
 LEAST = 1e-6  # weight of a sample, so that a batch of old ones has a mean
 
 
-def shelve(task: Task, held: HeldShard, shape: Shape) -> Shard:
+def decoded(task: Task, held: HeldShard, shape: Shape) -> Shard:
     """The feature maps (C, H, W) that are held, decoded to files where they are not yet.
 
     Raises:
-        AdmissionError, WireError: they are not `held.samples` proper samples.
+        AdmissionError, WireError: they are not `held.rows` proper samples.
     """
     return shards.shelve(
         task.blobs.path(held.features.digest),
-        task.shards / held.features.digest,
-        samples=held.samples,
+        task.shard_folder / held.features.digest,
+        samples=held.rows,
         shape=shape,
         classes=task.config.device.class_count,
         spec=task.config.device.features,
@@ -60,12 +60,12 @@ def samples(
         shape: of one feature map.
     """
     sources = []
-    for name in sorted(state.shards):
-        held = state.shards[name]
-        shard = shelve(task, held, shape)
+    for name in sorted(state.held):
+        held = state.held[name]
+        shard = decoded(task, held, shape)
         newest = logits.get(name)
         if newest is None and held.logits:
-            newest = read_logits(task, held.logits, held.samples, task.config.transfer.logits)
+            newest = read_logits(task, held.logits, held.rows, task.config.transfer.logits)
         if newest is not None:
             shard = replace(shard, logits=newest)
         sources.append(_source(task, state, name, round_, shard))
@@ -74,9 +74,9 @@ def samples(
 
 def _source(task: Task, state: GktState, name: str, round_: int, shard: Shard) -> Source:
     """A device's rows, with their weight in the loss and those that are not trained on."""
-    held = state.shards[name]
-    fill = extractors.fill(task, name, state.extractors[name]) if held.cropped else None
-    count = len(shard) // (2 if held.cropped else 1)
+    held = state.held[name]
+    fill = extractors.fill(task, name, state.extractors[name]) if held.both_views else None
+    count = len(shard) // (2 if held.both_views else 1)
     left_out = held_out(held.data_digest, count, task.config.device.holdout)
     weight = max(task.config.transfer.age_decay ** (round_ - held.round), LEAST)
     return Source(shard, weight, fill, left_out)
@@ -84,7 +84,7 @@ def _source(task: Task, state: GktState, name: str, round_: int, shard: Shard) -
 
 def forget(task: Task, state: GktState) -> None:
     """Delete decoded shards that newer ones have replaced."""
-    held = {each.features.digest for each in state.shards.values()}
-    for folder in task.shards.iterdir():
+    held = {each.features.digest for each in state.held.values()}
+    for folder in task.shard_folder.iterdir():
         if folder.name not in held:
             shutil.rmtree(folder)
