@@ -84,7 +84,7 @@ class BrokerConfig:
         return replace(self, ca_file=files[0], cert_file=files[1], key_file=files[2])
 
     def address(self) -> BrokerAddress:
-        """Of an external broker.
+        """The address of an external broker.
 
         Raises:
             ValueError: the url is wrong, or something does not go with it.

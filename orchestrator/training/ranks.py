@@ -207,7 +207,7 @@ class Group(Ranks):
                 buffer.div_(self.size)
 
     def sum(self, value: float) -> float:
-        """Of all ranks' values."""
+        """The sum of every rank's value."""
         together = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(together)
         return float(together)
