@@ -134,6 +134,8 @@ class Coordinator:
                 self._apply(
                     open_round.decided(self._round, result, fault, self._rules, monotonic())
                 )
+                if not self._round.counts(result):
+                    self._worker.forget(result.device)
             case Aggregated(state, metrics):
                 self._close(state, metrics)
             case Failed(fault):
@@ -279,6 +281,7 @@ class Coordinator:
         orders = self.strategy.orders(self._learnt, number, sequence, births)
         attempt = self.store.begin(number, {**carried, **orders})
         self._intake.clear()
+        self._worker.clear()
         self._began = monotonic()
         self.report.opened()
         late = f", {len(carried)} with an earlier order" if carried else ""

@@ -63,6 +63,14 @@ class Worker:
         aggregate = self._contributions.aggregate
         self._submit(lambda: Aggregated(*aggregate(state, attempt.round, attempt.orders, results)))
 
+    def forget(self, device: str) -> None:
+        """Let go of what a device's result adds: it does not count."""
+        self._threads.submit(self._contributions.forget, device)
+
+    def clear(self) -> None:
+        """Let go of what results add to a round that was given up."""
+        self._threads.submit(self._contributions.clear)
+
     def end(self, *, wait: bool) -> None:
         """Begin nothing more, and wait for what is under way."""
         self._threads.shutdown(wait=wait, cancel_futures=True)

@@ -58,6 +58,11 @@ class OpenRound:
         """Orders of earlier rounds that are open still."""
         return {device: self.attempt.orders[device] for device in self.state.carried}
 
+    def counts(self, result: Result) -> bool:
+        """Whether a result is among those that are accepted."""
+        verdict = self.attempt.verdicts.get(result.device)
+        return verdict is not None and verdict.accepted and verdict.result == result
+
 
 class Offer(NamedTuple):
     """A result as it came.

@@ -119,6 +119,17 @@ def test_a_device_whose_payloads_are_lost_is_refused_and_one_without_an_order_is
     assert open_round.lost(now, "c", BAD, RULES, 1.0) == (now, ())
 
 
+def test_a_result_counts_if_it_was_accepted_in_the_round_that_is_open():
+    now = collecting("a", "b", "c")
+    assert not now.counts(result("a")), "it was looked over, and its verdict found no room"
+    now, _ = accept(now, "a")
+    now, _ = open_round.lost(now, "b", BAD, RULES, 1.0)
+    now, _ = open_round.decided(now, result("b"), None, RULES, 2.0)
+    assert now.counts(result("a"))
+    assert not now.counts(result("b")), "its device was refused while it was looked over"
+    assert not now.counts(result("a", 2))
+
+
 def test_a_device_that_comes_back_is_sent_the_order_that_it_has():
     now = collecting("a", "b")
     born = rounds.born(now.state, RULES, "a", Session(2), 5.0)
