@@ -231,6 +231,7 @@ def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition
     gone = state.carried.keys() - state.live.keys() - state.returned - state.failed
     enough = math.ceil(rules.quorum * len(state.cohort - gone) - 1e-9)
     answered = state.returned | state.failed == state.cohort - gone
+    all_failed = answered and bool(state.failed) and not state.returned
     due = now_s >= state.deadline_s
     if not (len(state.returned) >= enough or answered or due):
         return state, ()
@@ -250,8 +251,8 @@ def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition
             ready_at_s=now_s,
             not_before_s=now_s + PAUSE_S,
             attempt=state.attempt + 1,
-            fruitless=state.fruitless + 1 if answered else 0,
-            faulty=state.faulty | state.failed if answered else frozenset(),
+            fruitless=state.fruitless + 1 if all_failed else 0,
+            faulty=state.faulty | state.failed if all_failed else frozenset(),
         )
         asked = len(again.faulty) >= ASKED or not again.live.keys() - again.faulty
         hopeless = again.fruitless >= ATTEMPTS and asked

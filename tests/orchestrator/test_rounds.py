@@ -350,3 +350,16 @@ def test_an_order_that_was_carried_is_not_waited_for_when_its_device_lost_it():
     assert same.carried == {"c": 1}
     anew, _ = rounds.born(state, ASYNC, "c", Session(1, "cd"), 1.0)
     assert anew.carried == {}
+
+
+def test_a_round_whose_devices_are_all_gone_is_not_one_in_which_all_failed():
+    rules = CohortConfig(min_devices=1, max_devices=1, wait_s=0.0, carry_rounds=9)
+    state = replace(
+        RoundState(rounds=9, seed=0, round=1, phase=Phase.COLLECTING, fruitless=2),
+        cohort=frozenset("a"),
+        carried={"a": 1},
+        state_ids={"a": "ab"},
+        deadline_s=100.0,
+    )
+    state, actions = rounds.ticked(state, rules, 1.0)
+    assert (state.phase, state.fruitless, actions) == (Phase.FORMING, 0, ())
