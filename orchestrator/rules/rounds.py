@@ -53,7 +53,7 @@ class RoundState:
     Attributes:
         round: the one that is open, or the last that was.
         live: the session of each device that is there.
-        state_ids: the state folder that each device last came with.
+        state_ids: the state folder that each device last came with, since this process began.
         cohort: devices that have an order of this round, or one of an earlier round open.
         carried: of these, whose order is of an earlier round, and how many rounds ago that was.
         returned: of these, whose result was accepted.
@@ -227,8 +227,10 @@ def _form(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
 
 
 def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
-    # Who is gone with an order of an earlier round may answer, but is not waited for.
-    gone = state.carried.keys() - state.live.keys() - state.returned - state.failed
+    # Who is gone with an order of an earlier round may answer, but is not waited for. After a
+    # restart nobody is live: only a device that has been here since then can be gone.
+    gone = (state.carried.keys() & state.state_ids.keys()) - state.live.keys()
+    gone -= state.returned | state.failed
     enough = math.ceil(rules.quorum * len(state.cohort - gone) - 1e-9)
     answered = state.returned | state.failed == state.cohort - gone
     all_failed = answered and bool(state.failed) and not state.returned
