@@ -34,6 +34,7 @@ from wire.messages import Birth, Chunk, Death, Gone, Measured, Order, Result, Te
 log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
+HELD_OPEN_S = 1.0  # from a tick on, so that the deadline does not close the round before the next
 
 Event = LinkEvent | Outcome | Stopped
 
@@ -83,7 +84,7 @@ class Coordinator:
         if self._round.collecting:
             done = len(self._round.attempt.verdicts)
             log.info("going on with round %d, %d results are here", self._round.state.round, done)
-        self._late: frozenset[str] = frozenset()  # blobs that had begun to come as the round closed
+        self._late: frozenset[str] = frozenset()  # blobs without a verdict as the round closed
         self._began = monotonic()
         self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
 
@@ -217,6 +218,8 @@ class Coordinator:
     def _tick(self) -> None:
         now = monotonic()
         self._round = open_round.delayed(self._round, self._disk.delay(now))
+        if self._intake.checking:  # it ends, for a device has one verdict in a round
+            self._round = open_round.held_open(self._round, now + HELD_OPEN_S)
         for result in self._intake.complete():
             order = self._round.attempt.orders[result.device]
             self._worker.look_over(self._learnt, order, result)

@@ -25,7 +25,7 @@ class Intake:
         self._blobs, self._budget, self._retry_s = blobs, budget, retry_s
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
         self._silent: set[str] = set()
-        self._checked: set[str] = set()  # devices whose result is being looked over
+        self._checked: dict[str, Result] = {}  # by device: what is being looked over
 
     def begin(self, result: Result) -> None:
         """Pull a result's blobs; the same result again goes on where it is, another replaces it.
@@ -55,10 +55,13 @@ class Intake:
         self._pulls.pop(device, None)
 
     def clear(self) -> frozenset[str]:
-        """Give all up, for the round is closed; digests of what had begun to come."""
-        begun = frozenset(f.ref.digest for _, fetches in self._pulls.values() for f in fetches)
+        """Give all up, for the round is closed; digests of what is here without a verdict.
+
+        These are blobs that had begun to come, and those of results that are being looked over.
+        """
+        results = [*(result for result, _ in self._pulls.values()), *self._checked.values()]
         self._pulls.clear()
-        return begun
+        return frozenset(ref.digest for result in results for ref in result.blobs.values())
 
     def resume(self, device: str) -> None:
         """The device is there anew: what it was asked may be lost."""
@@ -85,12 +88,17 @@ class Intake:
         for device, (result, fetches) in list(self._pulls.items()):
             if all(fetch.done for fetch in fetches):
                 del self._pulls[device]
-                self._checked.add(device)
+                self._checked[device] = result
                 yield result
+
+    @property
+    def checking(self) -> bool:
+        """Whether a result is being looked over."""
+        return bool(self._checked)
 
     def looked_over(self, device: str) -> None:
         """A result that was complete is looked over: the next one of the device may come."""
-        self._checked.discard(device)
+        self._checked.pop(device, None)
 
     def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
         """What to ask of whom; the device with the fewest chunks under way goes first.

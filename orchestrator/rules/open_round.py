@@ -185,6 +185,12 @@ def delayed(now: OpenRound, seconds: float) -> OpenRound:
     return replace(now, state=replace(now.state, deadline_s=deadline_s))
 
 
+def held_open(now: OpenRound, until_s: float) -> OpenRound:
+    """A result is being looked over: no deadline closes the round before `until_s`."""
+    deadline_s = max(now.state.deadline_s, until_s)
+    return replace(now, state=replace(now.state, deadline_s=deadline_s))
+
+
 def follow(now: OpenRound, transition: rounds.Transition) -> Transition:
     """What the rules decided by names, as effects on orders and results."""
     state, actions = transition

@@ -50,3 +50,17 @@ def test_a_device_that_answers_again_is_asked_like_the_others(tmp_path):
     assert [device for device, _ in intake.wants(0.0, live)] == ["late"]
     assert [device for device, _ in intake.wants(16.0, live)] == ["late"], "it is asked once more"
     assert pulled(intake, "late", 60.0, live) is not None
+
+
+def test_what_is_here_or_had_begun_to_come_as_the_round_closes_is_named(tmp_path):
+    store = BlobStore(tmp_path, CHUNK)
+    intake = Intake(store, 8)
+    whole, begun = result("whole", DATA), result("begun", DATA[:-1])
+    store.put(DATA)
+    intake.begin(whole)
+    intake.begin(begun)
+    assert list(intake.complete()) == [whole]
+    digests = {each.blobs["update"].digest for each in (whole, begun)}
+    assert intake.clear() == digests, "a result under check is here, and there is no verdict yet"
+    intake.looked_over("whole")
+    assert intake.clear() == frozenset()

@@ -236,3 +236,15 @@ def test_a_restart_between_two_rounds_keeps_the_orders_that_are_carried():
 
 def test_a_restart_of_a_run_whose_rounds_are_done_has_nothing_to_do():
     assert restored(Attempt(3, 3, {}, {}, closed=True), 3).state.phase is Phase.FINISHED
+
+
+def test_a_result_that_is_being_looked_over_at_the_deadline_counts():
+    now, _ = accept(collecting("a", "b", "c"), "a")
+    now = open_round.held_open(now, 1.0)
+    assert now.state.deadline_s == 100.0, "the deadline is far"
+    now = open_round.held_open(now, 101.0)
+    assert open_round.follow(now, rounds.ticked(now.state, RULES, 100.5))[1] == ()
+    now, effects = open_round.decided(now, result("b"), None, RULES, 100.5)
+    assert Aggregate not in map(type, effects)
+    _, effects = open_round.follow(now, rounds.ticked(now.state, RULES, 101.0))
+    assert effects == (Aggregate(now.attempt, (result("a"), result("b"))),)
