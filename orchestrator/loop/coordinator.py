@@ -229,7 +229,10 @@ class Coordinator:
 
     def _ask(self, now_s: float) -> None:
         for device, want in self._intake.wants(now_s, frozenset(self._round.state.live)):
-            self._link.send(device, "down", want)
+            if isinstance(want, Want):
+                self._link.send(device, "down", want)
+            else:
+                self._lose(device, want)
 
     def _follow(self, transition: rounds.Transition) -> None:
         """Do what the rules say of the devices' names."""

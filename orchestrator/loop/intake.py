@@ -7,6 +7,7 @@ broker: what is under way is never more than `budget` chunks.
 from collections.abc import Iterator
 
 from wire.blobs import BlobStore, Fetch
+from wire.errors import StillhouseError, StorageError
 from wire.messages import Chunk, Gone, Result, Want
 
 WINDOW = 8
@@ -100,11 +101,16 @@ class Intake:
         """A result that was complete is looked over: the next one of the device may come."""
         self._checked.pop(device, None)
 
-    def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
-        """What to ask of whom; the device with the fewest chunks under way goes first.
+    def wants(
+        self, now_s: float, live: frozenset[str]
+    ) -> Iterator[tuple[str, Want | StillhouseError | OSError]]:
+        """What to ask of whom, or why a device's blob cannot be had.
 
-        Those that were asked and said nothing come last, so that silent devices cannot hold the
-        budget among themselves.
+        The device with the fewest chunks under way goes first. Those that were asked and said
+        nothing come last, so that silent devices cannot hold the budget among themselves.
+
+        Raises:
+            StorageError: the disk fails; StalledError: it is full.
         """
         for device, (_, fetches) in self._pulls.items():
             for fetch in fetches:  # what is lost holds no room
@@ -116,8 +122,16 @@ class Intake:
         for device in sorted(self._pulls, key=self._rank):
             if device not in live:
                 continue
-            for fetch in self._pulls[device][1]:
-                if room > 0 and (want := fetch.wants(now_s, room=room)):
+            # Nothing is left to pull if the round closed over an earlier device's fault.
+            for fetch in self._pulls.get(device, (None, []))[1]:
+                try:
+                    want = fetch.wants(now_s, room=room) if room > 0 else None
+                except StorageError:
+                    raise
+                except (StillhouseError, OSError) as fault:
+                    yield device, fault
+                    break
+                if want:
                     room -= len(want.chunks)
                     yield device, want
                 if not fetch.done:
