@@ -26,6 +26,7 @@ from orchestrator.rules.open_round import Offer
 from orchestrator.rules.rounds import Phase, RoundState, Session
 from orchestrator.run_folder.store import Store, referred
 from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
+from wire import storage
 from wire.address import BrokerAddress
 from wire.errors import AdmissionError, RunError, StillhouseError, StorageError
 from wire.link import Arrived, Connected, LinkEvent, Lost
@@ -141,7 +142,8 @@ class Coordinator:
                 self._close(state, metrics)
             case Failed(fault):
                 self._stop.check(fault)
-                raise fault
+                with storage.at(self.store.folder):
+                    raise fault
             case Stopped():
                 pass
 

@@ -78,7 +78,7 @@ class Worker:
     def _look_over(self, state: LearntState, order: Order, result: Result) -> Outcome:
         try:
             self._contributions.admit(state, order, result)
-        except StorageError:  # that is ours
+        except (StorageError, OSError, MemoryError):  # those are ours
             raise
         except StillhouseError as fault:
             return Admitted(result, fault)
