@@ -120,9 +120,12 @@ def restored(last: Attempt | None, closed: int, begun: RoundState, rules: Cohort
 
 
 def begun(now: OpenRound, attempt: Attempt) -> Transition:
-    """The round's orders are in the journal: each device that is given a new one is told."""
-    fresh = {name: o for name, o in attempt.orders.items() if name not in now.state.carried}
-    return replace(now, attempt=attempt), tuple(Send(name, order) for name, order in fresh.items())
+    """The round's orders are in the journal: each device is told its own.
+
+    A carried order is sent again: it may have been lost on its way. A device that has it goes on.
+    """
+    orders = attempt.orders.items()
+    return replace(now, attempt=attempt), tuple(Send(name, order) for name, order in orders)
 
 
 def offered(now: OpenRound, offer: Offer, rules: CohortConfig, now_s: float) -> Transition:

@@ -145,13 +145,13 @@ def late() -> OpenRound:
     return now
 
 
-def test_an_order_that_is_carried_stands_in_the_next_round_and_is_not_sent_again():
+def test_an_order_that_is_carried_stands_in_the_next_round_and_is_sent_again():
     now, (begin,) = open_round.aggregated(late(), RULES, 1001.0)
     assert begin == Begin(2, {"c": order(1)}, frozenset("ab"))
     assert now.attempt.verdicts == {}
     orders = {**begin.carried, "a": order(2), "b": order(2)}
     now, effects = open_round.begun(now, Attempt(2, 2, orders, {}))
-    assert effects == (Send("a", order(2)), Send("b", order(2)))
+    assert effects == (Send("c", order(1)), Send("a", order(2)), Send("b", order(2)))
     now, effects = open_round.decided(now, result("c"), None, RULES, 1002.0)
     assert effects[0].sequence == 2, "it counts in the round that is open"
     assert effects[1].message.sequence == 1, "the device knows it by its order"
