@@ -80,8 +80,8 @@ class Coordinator:
         checkpoint = store.checkpoint()
         self._learnt = strategy.restore(checkpoint) if checkpoint else strategy.begin()
         last, closed = store.last_attempt(), len(store.closed_rounds())
-        begun = RoundState(rounds=config.rounds, seed=config.seed)
-        self._round = open_round.restored(last, closed, begun, self._rules, monotonic())
+        fresh = RoundState(rounds=config.rounds, seed=config.seed)
+        self._round = open_round.restored(last, closed, fresh, self._rules, monotonic())
         if self._round.collecting:
             done = len(self._round.attempt.verdicts)
             log.info("going on with round %d, %d results are here", self._round.state.round, done)
@@ -295,7 +295,7 @@ class Coordinator:
         late = f", {len(carried)} with an earlier order" if carried else ""
         count = len(attempt.orders)
         log.info("round %d of %d: %d devices%s", number, self.config.rounds, count, late)
-        self._apply(open_round.begun(self._round, attempt))
+        self._apply(open_round.begun(self._round, attempt, self._rules, monotonic()))
 
     def _close(self, learnt: LearntState, metrics: Metrics) -> None:
         """Write what was learnt into the run's folder, show it, then let the rules go on."""

@@ -83,14 +83,14 @@ class Offer(NamedTuple):
 Transition = tuple[OpenRound, tuple[Effect, ...]]
 
 
-def restored(last: Attempt | None, closed: int, begun: RoundState, rules: CohortConfig,
+def restored(last: Attempt | None, closed: int, fresh: RoundState, rules: CohortConfig,
              now_s: float) -> OpenRound:  # fmt: skip
     """Where an earlier orchestrator left off; the deadline of an open round begins anew.
 
     Args:
         last: the attempt that the journal holds last.
         closed: how many rounds are closed.
-        begun: the state that a run begins with.
+        fresh: the state that a run begins with.
         rules: of cohorts.
         now_s: the time.
     """
@@ -98,16 +98,16 @@ def restored(last: Attempt | None, closed: int, begun: RoundState, rules: Cohort
         left = last or NOTHING_ASKED
         orders = left.carried(rules.carry_rounds)
         state = replace(
-            begun,
+            fresh,
             round=closed,
-            phase=Phase.FINISHED if closed >= begun.rounds else Phase.FORMING,
+            phase=Phase.FINISHED if closed >= fresh.rounds else Phase.FORMING,
             carried={name: closed + 1 - order.round for name, order in orders.items()},
         )
         return OpenRound(state, replace(left, orders=orders, verdicts={}))
     ages = {name: last.round - order.round for name, order in last.orders.items()}
     verdicts = last.verdicts.values()
     state = replace(
-        begun,
+        fresh,
         round=last.round,
         phase=Phase.COLLECTING,
         cohort=frozenset(last.orders),
@@ -119,13 +119,14 @@ def restored(last: Attempt | None, closed: int, begun: RoundState, rules: Cohort
     return OpenRound(state, last)
 
 
-def begun(now: OpenRound, attempt: Attempt) -> Transition:
-    """The round's orders are in the journal: each device is told its own.
+def begun(now: OpenRound, attempt: Attempt, rules: CohortConfig, now_s: float) -> Transition:
+    """The round's orders are in the journal: each device is told its own; the deadline begins.
 
     A carried order is sent again: it may have been lost on its way. A device that has it goes on.
     """
-    orders = attempt.orders.items()
-    return replace(now, attempt=attempt), tuple(Send(name, order) for name, order in orders)
+    state = replace(now.state, deadline_s=now_s + rules.deadline_s)
+    sends = tuple(Send(name, order) for name, order in attempt.orders.items())
+    return OpenRound(state, attempt), sends
 
 
 def offered(now: OpenRound, offer: Offer, rules: CohortConfig, now_s: float) -> Transition:

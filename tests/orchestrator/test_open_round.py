@@ -38,7 +38,7 @@ def collecting(*devices: str) -> OpenRound:
     now, (begin,) = open_round.follow(now, rounds.ticked(now.state, RULES, 0.0))
     assert begin == Begin(1, {}, frozenset(devices))
     orders = {device: order(1) for device in devices}
-    now, effects = open_round.begun(now, Attempt(1, 1, orders, {}))
+    now, effects = open_round.begun(now, Attempt(1, 1, orders, {}), RULES, 0.0)
     assert effects == tuple(Send(device, order(1)) for device in devices)
     return now
 
@@ -130,6 +130,13 @@ def test_a_result_counts_if_it_was_accepted_in_the_round_that_is_open():
     assert not now.counts(result("a", 2))
 
 
+def test_the_deadline_counts_from_when_the_orders_are_given():
+    """Making them takes a while: sub-models are cut, and blobs written."""
+    now = collecting("a", "b")
+    now, _ = open_round.begun(now, now.attempt, RULES, 250.0)
+    assert now.state.deadline_s == 350.0
+
+
 def test_a_device_that_comes_back_is_sent_the_order_that_it_has():
     now = collecting("a", "b")
     born = rounds.born(now.state, RULES, "a", Session(2), 5.0)
@@ -150,7 +157,7 @@ def test_an_order_that_is_carried_stands_in_the_next_round_and_is_sent_again():
     assert begin == Begin(2, {"c": order(1)}, frozenset("ab"))
     assert now.attempt.verdicts == {}
     orders = {**begin.carried, "a": order(2), "b": order(2)}
-    now, effects = open_round.begun(now, Attempt(2, 2, orders, {}))
+    now, effects = open_round.begun(now, Attempt(2, 2, orders, {}), RULES, 0.0)
     assert effects == (Send("c", order(1)), Send("a", order(2)), Send("b", order(2)))
     now, effects = open_round.decided(now, result("c"), None, RULES, 1002.0)
     assert effects[0].sequence == 2, "it counts in the round that is open"
@@ -169,7 +176,7 @@ def test_a_late_result_between_two_rounds_gets_no_word_and_is_offered_again_in_t
 def test_a_round_of_which_nobody_returned_keeps_carried_orders_for_its_next_attempt():
     now, (begin,) = open_round.aggregated(late(), replace(RULES, carry_rounds=3), 1001.0)
     orders = {**begin.carried, "a": order(2), "b": order(2)}
-    now, _ = open_round.begun(now, Attempt(2, 2, orders, {}))
+    now, _ = open_round.begun(now, Attempt(2, 2, orders, {}), RULES, 0.0)
     rules = replace(RULES, carry_rounds=3)
     now, effects = open_round.follow(now, rounds.ticked(now.state, rules, 2000.0))
     assert (now.state.phase, effects) == (Phase.FORMING, ())
