@@ -201,8 +201,8 @@ class Coordinator:
         # Else it is not enrolled, or its birth is still on the way: it will offer again.
 
     def _take(self, device: str, message: Chunk | Gone, body: memoryview) -> None:
-        self._intake.take(device, message, body)
-        self._disk.over()
+        if self._intake.take(device, message, body):
+            self._disk.over()
 
     def _pull(self, device: str, work: Callable[[], None]) -> None:
         """Do some work on a device's blobs; where they cannot be had, its result is refused."""

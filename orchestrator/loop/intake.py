@@ -70,8 +70,8 @@ class Intake:
         for fetch in self._pulls.get(device, (None, []))[1]:
             fetch.forget_asked()
 
-    def take(self, device: str, message: Chunk | Gone, body: memoryview) -> None:
-        """Take a device's answer.
+    def take(self, device: str, message: Chunk | Gone, body: memoryview) -> bool:
+        """Take a device's answer; whether any of it was written.
 
         Raises:
             TransferError: a wrong chunk, or the blob is gone.
@@ -82,7 +82,10 @@ class Intake:
                 if isinstance(message, Gone):
                     fetch.gone()
                 else:
+                    received = fetch.received
                     fetch.chunk(message, body)
+                    return fetch.received > received  # digests of one result differ
+        return False
 
     def complete(self) -> Iterator[Result]:
         """Results whose blobs are all here, to be looked over; each is given once."""

@@ -108,3 +108,14 @@ def test_a_round_that_closes_while_devices_are_asked_ends_the_asking(tmp_path):
     assert next(asking)[0] == "a"
     intake.clear()
     assert list(asking) == []
+
+
+def test_only_a_chunk_that_is_written_shows_that_the_disk_has_room(tmp_path):
+    intake = Intake(BlobStore(tmp_path, CHUNK), 8)
+    offered = result("a", DATA)
+    intake.begin(offered)
+    chunk, body = Chunk(offered.blobs["update"].digest, 0), memoryview(DATA)[:CHUNK]
+    assert intake.take("a", chunk, body)
+    assert not intake.take("a", chunk, body), "it is here already"
+    assert not intake.take("a", Chunk("ab" * 32, 0), body), "it is of no blob that is pulled"
+    assert not intake.take("stranger", chunk, body)
