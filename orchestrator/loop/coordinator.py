@@ -7,6 +7,7 @@ through all this: docs/how-a-round-works.md.
 
 import contextlib
 import logging
+import math
 import queue
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -87,6 +88,7 @@ class Coordinator:
             log.info("going on with round %d, %d results are here", self._round.state.round, done)
         self._late: frozenset[str] = frozenset()  # blobs without a verdict as the round closed
         self._began = monotonic()
+        self._ticked_s = -math.inf
         self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
 
     def run(self, changed: Callable[[], None] = lambda: None) -> None:
@@ -111,8 +113,9 @@ class Coordinator:
                         self._stop.check()
                     with contextlib.suppress(queue.Empty):
                         self._handle(self._events.get(timeout=TICK_S))
-                    if self._link.ticked(monotonic()):
-                        self._tick()
+                    now_s = monotonic()
+                    if self._link.ticked(now_s) and self._due(now_s):
+                        self._tick(now_s)
                     changed()
             finally:
                 self._link.close()
@@ -217,17 +220,21 @@ class Coordinator:
         self._intake.drop(device)
         self._apply(open_round.lost(self._round, device, fault, self._rules, monotonic()))
 
-    def _tick(self) -> None:
-        now = monotonic()
-        self._round = open_round.delayed(self._round, self._disk.delay(now))
-        if self._intake.checking:  # it ends, for a device has one verdict in a round
-            self._round = open_round.held_open(self._round, now + HELD_OPEN_S)
+    def _due(self, now_s: float) -> bool:
+        """Whether to tick: when no event waits, and every `TICK_S` where events keep coming."""
+        return self._events.empty() or now_s - self._ticked_s >= TICK_S
+
+    def _tick(self, now_s: float) -> None:
+        self._ticked_s = now_s
+        self._round = open_round.delayed(self._round, self._disk.delay(now_s))
         for result in self._intake.complete():
             order = self._round.attempt.orders[result.device]
             self._worker.look_over(self._learnt, order, result)
-        self._disk.takes(lambda: self._ask(now))
-        self._roster.ticked(now)
-        self._follow(rounds.ticked(self._round.state, self._rules, now))
+        if self._intake.checking:  # it ends, for a device has one verdict in a round
+            self._round = open_round.held_open(self._round, now_s + HELD_OPEN_S)
+        self._disk.takes(lambda: self._ask(now_s))
+        self._roster.ticked(now_s)
+        self._follow(rounds.ticked(self._round.state, self._rules, now_s))
 
     def _ask(self, now_s: float) -> None:
         for device, want in self._intake.wants(now_s, frozenset(self._round.state.live)):
