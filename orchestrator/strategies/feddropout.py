@@ -25,7 +25,7 @@ from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, We
 from orchestrator.strategies.task import Task
 from wire.messages import Birth, BlobRef, Order, Result
 
-_REMEMBERED = 4096  # sub-models whose units are at hand, those of a round's devices
+_REMEMBERED = 4096  # sub-models whose units are remembered: one a device if units are random
 
 
 class Submodel(NamedTuple):
@@ -105,7 +105,7 @@ class FedDropout:
         orders = {}
         for name, birth in cohort.items():
             rate = config.submodel.rate_of(name, birth.platform.memory_bytes)
-            chosen = self._submodel(name, rate, round_)
+            chosen = self._submodel(self._drawn_for(name), rate, round_)
             if chosen.digest not in sent:
                 weights = self._cut(state.weights, chosen)
                 sent[chosen.digest] = global_model.send(self.task, weights, round_, chosen.digest)
@@ -125,7 +125,7 @@ class FedDropout:
         """Names and shapes as in the sub-model, finite values, and a norm that is not absurd."""
         # The artifact of an order tells the keep rate, also after a restart.
         rate = self._rates[order.artifact.digest]
-        chosen = self._submodel(result.device, rate, order.round)
+        chosen = self._submodel(self._drawn_for(result.device), rate, order.round)
         update = read_payload(self.task, order, result, "update")
         admit.weights(update, self._shapes(state.weights, chosen), self._norm)
         return SubmodelUpdate(update, chosen)
@@ -148,6 +148,10 @@ class FedDropout:
             self.task.progress("aggregate", len(devices), len(results))
         after = global_model.after(self.task, state, average.total(), results)
         return after, {**global_model.scores(self.task, after, round_), "devices": devices}
+
+    def _drawn_for(self, name: str) -> str:
+        """The device, if its units are drawn for it alone; "": the same for all of a keep rate."""
+        return name if self.task.config.submodel.units == "random" else ""
 
     def _drawn(self, name: str, rate: float, round_: int) -> Submodel:
         """The sub-model of a device in a round."""
