@@ -1,8 +1,8 @@
 """The run's loop: events in, rules applied, effects carried out.
 
-One thread owns all state. The network thread puts messages in its queue; a worker thread does the
-heavy part (looking payloads over, aggregation) and puts its outcome there too. The way of a result
-through all this: docs/how-a-round-works.md.
+One thread owns the round, and alone decides. The network thread puts messages in its queue. A
+worker thread looks payloads over, keeps what they add, and aggregates; it puts its outcomes in the
+queue, too. The way of a result through all this: docs/how-a-round-works.md.
 """
 
 import contextlib
@@ -188,7 +188,10 @@ class Coordinator:
             self._turn_away(device, self._roster.refused[device])
 
     def _turn_away(self, device: str, reason: str) -> None:
-        """A device whose birth is refused gets no order, and the one that it has counts no more."""
+        """A device whose birth is refused gets no order, and a result that it owes is refused.
+
+        One that was accepted before counts.
+        """
         self.report.turned_away(device, reason)
         if session := self._round.state.live.get(device):
             self._follow(rounds.died(self._round.state, device, session))

@@ -27,7 +27,7 @@ from wire import seeds
 
 PAUSE_S = 10.0
 ATTEMPTS = 3
-ASKED = 10  # different devices, or all there are
+ASKED = 10  # the run gives up only when so many different devices failed, or all that are there
 
 
 class Phase(Enum):
@@ -61,8 +61,9 @@ class RoundState:
         ready_at_s: when the cohort may be formed, once there are enough devices.
         deadline_s: when the open round closes.
         attempt: how often the open round was tried before.
-        fruitless: the last so many attempts at it ended with every device failed.
-        faulty: devices that failed in these.
+        fruitless: how many attempts at it, in a row and up to the last, ended with every device
+            failed.
+        faulty: devices that failed in these attempts.
         not_before_s: after a round in which all failed, when the next attempt may begin.
     """
 
@@ -126,10 +127,10 @@ Transition = tuple[RoundState, tuple[Action, ...]]
 def born(
     state: RoundState, rules: CohortConfig, device: str, session: Session, now_s: float
 ) -> Transition:
-    """A device is there; a session older than the known one is a late message.
+    """A device is there. A birth of an older session than the known one came late: it is ignored.
 
-    A device that comes with another state folder than before is in a newer life (its card was
-    replaced, say): it does not know its order any more.
+    A device that comes with another state folder than before has lost its order (its card was
+    replaced, say).
     """
     known = state.live.get(device)
     if known and known.state_id == session.state_id and session.number < known.number:

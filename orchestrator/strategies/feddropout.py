@@ -1,7 +1,7 @@
 """Federated Dropout (Caldas et al. 2018): each device trains a sub-model of the global model.
 
     server: cut w_k = w[units_k], encode -> device: decode, train, encode the update
-    server: decode, paste by units_k, average
+    server: decode, add (n_k / N) * update at units_k
 
 The keep rate p of a device follows from its tier, so that small and large devices serve in one
 run; which units it keeps in a round from `submodel.units`. Lossy codecs act in both directions.
@@ -80,6 +80,7 @@ class FedDropout:
         unused.refuse_holdout(config)
         unused.refuse_transfer(config)
         unused.refuse_own_networks(config)
+        unused.refuse_late_results(config)
         unused.refuse_split(config)
         cut = config.submodel
         if config.device.feedback and cut.units != "ordered" and not cut.whole:
@@ -154,7 +155,7 @@ class FedDropout:
         return name if self.task.config.submodel.units == "random" else ""
 
     def _drawn(self, name: str, rate: float, round_: int) -> Submodel:
-        """The sub-model of a device in a round."""
+        """The sub-model of a keep rate in a round; `name` is as `_drawn_for` says."""
         if rate == 1:
             return Submodel(rate)
         config = self.task.config
