@@ -45,11 +45,20 @@ def refuse_transfer(config: RunConfig) -> None:
 
 
 def refuse_own_networks(config: RunConfig) -> None:
-    """For a strategy in which all devices train one network, on the weights of this round."""
-    if config.device.others or config.cohort.carry_rounds:
+    """For a strategy in which all devices train one network."""
+    if config.device.others:
         raise ValueError(
-            f"device.others and cohort.carry_rounds are for fedgkt and local, not for "
-            f"{written(config.strategy)}, which averages weights; leave them out"
+            f"device.others is for fedgkt and local, not for {written(config.strategy)}, which "
+            "averages weights; leave it out"
+        )
+
+
+def refuse_late_results(config: RunConfig) -> None:
+    """For a strategy whose results count only in the round whose weights they began with."""
+    if config.cohort.carry_rounds:
+        raise ValueError(
+            f"cohort.carry_rounds is for fedgkt and local, not for {written(config.strategy)}, "
+            "which averages weights; leave it out"
         )
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger("orchestrator")
 MEASURED_S = 0.25  # least time between a device's reports: checking one takes tens of milliseconds
 MAX_STATES = 4  # state folders to remember for each device
 
-Tell = Callable[[str, Receipt | Update | Hello], None]  # a device, and its order
+Tell = Callable[[str, Receipt | Update | Hello], None]  # sends a device a message
 
 
 class Roster:

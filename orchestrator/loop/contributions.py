@@ -1,8 +1,8 @@
 """What accepted results add to the open round, kept from their admission to the aggregation.
 
-A payload is decoded once, when its result is admitted. Contributions are kept as far as they fit
-into `KEPT_BYTES`; of a result without one (it did not fit, or the orchestrator was started again
-since) the payload is admitted again when its turn comes.
+A payload is normally decoded once, when its result is admitted. Contributions are kept as far as
+they fit into `KEPT_BYTES`. A result whose contribution was not kept (it did not fit, the
+orchestrator was started again since, or another round was opened) is decoded again at aggregation.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class Contributions:
         Raises:
             AdmissionError, WireError: why it must not enter the aggregate.
         """
-        self._kept.pop(result.device, None)
+        self.forget(result.device)
         contribution = self._admitted(state, order, result)
         kept = sum(each.nbytes for _, each in self._kept.values())
         if kept + contribution.nbytes <= KEPT_BYTES:
@@ -66,8 +66,16 @@ class Contributions:
                 yield contribution
 
         done = self._strategy.aggregate(state, round_, results, contributions())
-        self._kept.clear()
+        self.clear()
         return done
+
+    def forget(self, device: str) -> None:
+        """Let go of what a device's result adds: it does not count."""
+        self._kept.pop(device, None)
+
+    def clear(self) -> None:
+        """Let go of all that is kept: a round begins."""
+        self._kept.clear()
 
     def _admitted(self, state: LearntState, order: Order, result: Result) -> Contribution:
         return self._attempt(lambda: self._strategy.admit(state, order, result))

@@ -1,12 +1,13 @@
 """The run's loop: events in, rules applied, effects carried out.
 
-One thread owns all state. The network thread puts messages in its queue; a worker thread does the
-heavy part (looking payloads over, aggregation) and puts its outcome there too. The way of a result
-through all this: docs/how-a-round-works.md.
+One thread owns the round, and alone decides. The network thread puts messages in its queue. A
+worker thread looks payloads over, keeps what they add, and aggregates; it puts its outcomes in the
+queue, too. The way of a result through all this: docs/how-a-round-works.md.
 """
 
 import contextlib
 import logging
+import math
 import queue
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -26,6 +27,7 @@ from orchestrator.rules.open_round import Offer
 from orchestrator.rules.rounds import Phase, RoundState, Session
 from orchestrator.run_folder.store import Store, referred
 from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
+from wire import storage
 from wire.address import BrokerAddress
 from wire.errors import AdmissionError, RunError, StillhouseError, StorageError
 from wire.link import Arrived, Connected, LinkEvent, Lost
@@ -34,6 +36,7 @@ from wire.messages import Birth, Chunk, Death, Gone, Measured, Order, Result, Te
 log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
+HELD_OPEN_S = 1.0  # from a tick on, so that the deadline does not close the round before the next
 
 Event = LinkEvent | Outcome | Stopped
 
@@ -78,13 +81,14 @@ class Coordinator:
         checkpoint = store.checkpoint()
         self._learnt = strategy.restore(checkpoint) if checkpoint else strategy.begin()
         last, closed = store.last_attempt(), len(store.closed_rounds())
-        begun = RoundState(rounds=config.rounds, seed=config.seed)
-        self._round = open_round.restored(last, closed, begun, self._rules, monotonic())
+        fresh = RoundState(rounds=config.rounds, seed=config.seed)
+        self._round = open_round.restored(last, closed, fresh, self._rules, monotonic())
         if self._round.collecting:
             done = len(self._round.attempt.verdicts)
             log.info("going on with round %d, %d results are here", self._round.state.round, done)
-        self._late: frozenset[str] = frozenset()  # blobs that had begun to come as the round closed
+        self._late: frozenset[str] = frozenset()  # blobs without a verdict as the round closed
         self._began = monotonic()
+        self._ticked_s = -math.inf
         self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
 
     def run(self, changed: Callable[[], None] = lambda: None) -> None:
@@ -109,8 +113,9 @@ class Coordinator:
                         self._stop.check()
                     with contextlib.suppress(queue.Empty):
                         self._handle(self._events.get(timeout=TICK_S))
-                    if self._link.ticked(monotonic()):
-                        self._tick()
+                    now_s = monotonic()
+                    if self._link.ticked(now_s) and self._due(now_s):
+                        self._tick(now_s)
                     changed()
             finally:
                 self._link.close()
@@ -134,11 +139,14 @@ class Coordinator:
                 self._apply(
                     open_round.decided(self._round, result, fault, self._rules, monotonic())
                 )
+                if not self._round.counts(result):
+                    self._worker.forget(result.device)
             case Aggregated(state, metrics):
                 self._close(state, metrics)
             case Failed(fault):
                 self._stop.check(fault)
-                raise fault
+                with storage.at(self.store.folder):
+                    raise fault
             case Stopped():
                 pass
 
@@ -180,7 +188,10 @@ class Coordinator:
             self._turn_away(device, self._roster.refused[device])
 
     def _turn_away(self, device: str, reason: str) -> None:
-        """A device whose birth is refused gets no order, and the one that it has counts no more."""
+        """A device whose birth is refused gets no order, and a result that it owes is refused.
+
+        One that was accepted before counts.
+        """
         self.report.turned_away(device, reason)
         if session := self._round.state.live.get(device):
             self._follow(rounds.died(self._round.state, device, session))
@@ -196,8 +207,8 @@ class Coordinator:
         # Else it is not enrolled, or its birth is still on the way: it will offer again.
 
     def _take(self, device: str, message: Chunk | Gone, body: memoryview) -> None:
-        self._intake.take(device, message, body)
-        self._disk.over()
+        if self._intake.take(device, message, body):
+            self._disk.over()
 
     def _pull(self, device: str, work: Callable[[], None]) -> None:
         """Do some work on a device's blobs; where they cannot be had, its result is refused."""
@@ -212,19 +223,28 @@ class Coordinator:
         self._intake.drop(device)
         self._apply(open_round.lost(self._round, device, fault, self._rules, monotonic()))
 
-    def _tick(self) -> None:
-        now = monotonic()
-        self._round = open_round.delayed(self._round, self._disk.delay(now))
+    def _due(self, now_s: float) -> bool:
+        """Whether to tick: when no event waits, and every `TICK_S` where events keep coming."""
+        return self._events.empty() or now_s - self._ticked_s >= TICK_S
+
+    def _tick(self, now_s: float) -> None:
+        self._ticked_s = now_s
+        self._round = open_round.delayed(self._round, self._disk.delay(now_s))
         for result in self._intake.complete():
             order = self._round.attempt.orders[result.device]
             self._worker.look_over(self._learnt, order, result)
-        self._disk.takes(lambda: self._ask(now))
-        self._roster.ticked(now)
-        self._follow(rounds.ticked(self._round.state, self._rules, now))
+        if self._intake.checking:  # it ends, for a device has one verdict in a round
+            self._round = open_round.held_open(self._round, now_s + HELD_OPEN_S)
+        self._disk.takes(lambda: self._ask(now_s))
+        self._roster.ticked(now_s)
+        self._follow(rounds.ticked(self._round.state, self._rules, now_s))
 
     def _ask(self, now_s: float) -> None:
         for device, want in self._intake.wants(now_s, frozenset(self._round.state.live)):
-            self._link.send(device, "down", want)
+            if isinstance(want, Want):
+                self._link.send(device, "down", want)
+            else:
+                self._lose(device, want)
 
     def _follow(self, transition: rounds.Transition) -> None:
         """Do what the rules say of the devices' names."""
@@ -279,12 +299,13 @@ class Coordinator:
         orders = self.strategy.orders(self._learnt, number, sequence, births)
         attempt = self.store.begin(number, {**carried, **orders})
         self._intake.clear()
+        self._worker.clear()
         self._began = monotonic()
         self.report.opened()
         late = f", {len(carried)} with an earlier order" if carried else ""
         count = len(attempt.orders)
         log.info("round %d of %d: %d devices%s", number, self.config.rounds, count, late)
-        self._apply(open_round.begun(self._round, attempt))
+        self._apply(open_round.begun(self._round, attempt, self._rules, monotonic()))
 
     def _close(self, learnt: LearntState, metrics: Metrics) -> None:
         """Write what was learnt into the run's folder, show it, then let the rules go on."""

@@ -20,6 +20,7 @@ from wire.messages import Message
 log = logging.getLogger("orchestrator")
 
 CONNECT_S = 30.0
+COUNTED = 10_000  # devices whose bytes are counted: strangers can come with any number of names
 _QOS = {"up": 0, "down": 0}  # chunks, which are asked for again; all else is 1
 
 
@@ -38,7 +39,7 @@ class FleetLink:
         config: of the run.
         run: its id.
         address: the broker.
-        report: counts bytes.
+        report: counts bytes, of the first `COUNTED` devices.
         emit: is given what happens on the connection, in a thread of its own; `read` takes it.
     """
 
@@ -54,6 +55,7 @@ class FleetLink:
         self._fleet, self._url, self._report = config.fleet, address.url, report
         self._claim = Claim(config.fleet, run, boot=str(time.time_ns()))
         self._hearing = False  # devices
+        self._counted: set[str] = set()  # devices
         self._awaited_s: float | None = None  # since when the broker is waited for
         self._link = Link(
             address,
@@ -89,7 +91,8 @@ class FleetLink:
                 except WireError as fault:
                     log.warning("message dropped: %s", fault)
                     return None
-                self._report.received(device, len(payload))
+                if self._counts(device):
+                    self._report.received(device, len(payload))
                 return Heard(device, message, body)
             case Connected():
                 log.info("connected to %s", self._url)
@@ -118,12 +121,19 @@ class FleetLink:
     def send(self, device: str, channel: str, message: Message, body: bytes = b"") -> None:
         """Tell a device something."""
         payload = messages.encode(message, body)
-        self._report.sent(device, len(payload))
+        if self._counts(device):
+            self._report.sent(device, len(payload))
         self._link.publish(self._topic(device, channel), payload, qos=_QOS.get(channel, 1))
 
     def take_away(self, device: str, channel: str) -> None:
         """Take a retained message of a device from the broker."""
         self._link.publish(self._topic(device, channel), b"", retain=True)
+
+    def _counts(self, device: str) -> bool:
+        """Whether a device's bytes are counted."""
+        if len(self._counted) < COUNTED:
+            self._counted.add(device)
+        return device in self._counted
 
     def _say(self, all_: tuple[Say, ...]) -> None:
         """Speak to other runs and to all devices."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from wire.errors import StalledError
 from wire.storage import Patience
 
-STALLED_S = 60.0  # devices offer a result again within half of it
+STALLED_S = 60.0  # twice the time after which a device offers its result again (`resend_s`)
 _KEY = "intake"
 
 

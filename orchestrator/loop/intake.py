@@ -7,6 +7,7 @@ broker: what is under way is never more than `budget` chunks.
 from collections.abc import Iterator
 
 from wire.blobs import BlobStore, Fetch
+from wire.errors import StillhouseError, StorageError
 from wire.messages import Chunk, Gone, Result, Want
 
 WINDOW = 8
@@ -25,7 +26,7 @@ class Intake:
         self._blobs, self._budget, self._retry_s = blobs, budget, retry_s
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
         self._silent: set[str] = set()
-        self._under_check: set[str] = set()  # devices whose result is being looked over
+        self._under_check: dict[str, Result] = {}  # by device: what is being looked over
 
     def begin(self, result: Result) -> None:
         """Pull a result's blobs; the same result again goes on where it is, another replaces it.
@@ -55,10 +56,13 @@ class Intake:
         self._pulls.pop(device, None)
 
     def clear(self) -> frozenset[str]:
-        """Give all up, for the round is closed; digests of what had begun to come."""
-        begun = frozenset(f.ref.digest for _, fetches in self._pulls.values() for f in fetches)
+        """Give all up, for the round is closed; digests of what is here without a verdict.
+
+        These are blobs that had begun to come, and those of results that are being looked over.
+        """
+        results = [*(result for result, _ in self._pulls.values()), *self._under_check.values()]
         self._pulls.clear()
-        return begun
+        return frozenset(ref.digest for result in results for ref in result.blobs.values())
 
     def resume(self, device: str) -> None:
         """The device is there anew: what it was asked may be lost."""
@@ -66,8 +70,8 @@ class Intake:
         for fetch in self._pulls.get(device, (None, []))[1]:
             fetch.forget_asked()
 
-    def take(self, device: str, message: Chunk | Gone, body: memoryview) -> None:
-        """Take a device's answer.
+    def take(self, device: str, message: Chunk | Gone, body: memoryview) -> bool:
+        """Take a device's answer; whether any of it was written.
 
         Raises:
             TransferError: a wrong chunk, or the blob is gone.
@@ -78,25 +82,38 @@ class Intake:
                 if isinstance(message, Gone):
                     fetch.gone()
                 else:
+                    received = fetch.received
                     fetch.chunk(message, body)
+                    return fetch.received > received  # digests of one result differ
+        return False
 
     def complete(self) -> Iterator[Result]:
         """Results whose blobs are all here, to be looked over; each is given once."""
         for device, (result, fetches) in list(self._pulls.items()):
             if all(fetch.done for fetch in fetches):
                 del self._pulls[device]
-                self._under_check.add(device)
+                self._under_check[device] = result
                 yield result
+
+    @property
+    def checking(self) -> bool:
+        """Whether a result is being looked over."""
+        return bool(self._under_check)
 
     def looked_over(self, device: str) -> None:
         """A result that was complete is looked over: the next one of the device may come."""
-        self._under_check.discard(device)
+        self._under_check.pop(device, None)
 
-    def wants(self, now_s: float, live: frozenset[str]) -> Iterator[tuple[str, Want]]:
-        """What to ask of whom; the device with the fewest chunks under way goes first.
+    def wants(
+        self, now_s: float, live: frozenset[str]
+    ) -> Iterator[tuple[str, Want | StillhouseError | OSError]]:
+        """What to ask of whom, or why a device's blob cannot be had.
 
-        Those that were asked and said nothing come last, so that silent devices cannot hold the
-        budget among themselves.
+        The device with the fewest chunks under way goes first. Those that were asked and said
+        nothing come last, so that silent devices cannot hold the budget among themselves.
+
+        Raises:
+            StorageError: the disk fails; StalledError: it is full.
         """
         for device, (_, fetches) in self._pulls.items():
             for fetch in fetches:  # what is lost holds no room
@@ -108,8 +125,16 @@ class Intake:
         for device in sorted(self._pulls, key=self._rank):
             if device not in live:
                 continue
-            for fetch in self._pulls[device][1]:
-                if room > 0 and (want := fetch.wants(now_s, room=room)):
+            # Nothing is left to pull if the round closed over an earlier device's fault.
+            for fetch in self._pulls.get(device, (None, []))[1]:
+                try:
+                    want = fetch.wants(now_s, room=room) if room > 0 else None
+                except StorageError:
+                    raise
+                except (StillhouseError, OSError) as fault:
+                    yield device, fault
+                    break
+                if want:
                     room -= len(want.chunks)
                     yield device, want
                 if not fetch.done:

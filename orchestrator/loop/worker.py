@@ -63,6 +63,14 @@ class Worker:
         aggregate = self._contributions.aggregate
         self._submit(lambda: Aggregated(*aggregate(state, attempt.round, attempt.orders, results)))
 
+    def forget(self, device: str) -> None:
+        """Let go of what a device's result adds: it does not count."""
+        self._threads.submit(self._contributions.forget, device)
+
+    def clear(self) -> None:
+        """Let go of what results add to a round that was given up."""
+        self._threads.submit(self._contributions.clear)
+
     def end(self, *, wait: bool) -> None:
         """Begin nothing more, and wait for what is under way."""
         self._threads.shutdown(wait=wait, cancel_futures=True)
@@ -70,7 +78,7 @@ class Worker:
     def _look_over(self, state: LearntState, order: Order, result: Result) -> Outcome:
         try:
             self._contributions.admit(state, order, result)
-        except StorageError:  # that is ours
+        except (StorageError, OSError, MemoryError):  # those are ours
             raise
         except StillhouseError as fault:
             return Admitted(result, fault)

@@ -92,7 +92,7 @@ def weights(
     Args:
         tensors: as decoded.
         expected: shapes of the parameters and buffers that were sent out.
-        reference: `norm` of the weights that they belong to.
+        reference: `norm` of the weights before round 1.
 
     Raises:
         AdmissionError: names or shapes differ, a value is not finite, the norm is absurd.

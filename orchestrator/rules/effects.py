@@ -1,9 +1,9 @@
 """What is to be done after an event of a round: decided by `open_round`, done by the coordinator.
 
-Effects are carried out in the order in which they come: what the journal must hold (`Note`), what
-devices are told (`Send`), what people are shown (`Show`, `Warn`), and then the work that begins.
-If the journal has no room, none of them happens, and the event counts as not come: the device
-offers its result again.
+First the journal is given its verdicts (`Note`). If it has no room, nothing else happens and the
+round stands as before: the device offers its result again. Then the round is as decided, and the
+other effects are carried out in the order in which they come: what devices are told (`Send`), what
+people are shown (`Show`, `Warn`), and the work that begins.
 """
 
 from collections.abc import Mapping

@@ -61,6 +61,11 @@ class OpenRound:
         """Orders of earlier rounds that are open still."""
         return {device: self.attempt.orders[device] for device in self.state.carried}
 
+    def counts(self, result: Result) -> bool:
+        """Whether a result is among those that are accepted."""
+        verdict = self.attempt.verdicts.get(result.device)
+        return verdict is not None and verdict.accepted and verdict.result == result
+
 
 class Offer(NamedTuple):
     """A result as it came.
@@ -81,14 +86,14 @@ class Offer(NamedTuple):
 Transition = tuple[OpenRound, tuple[Effect, ...]]
 
 
-def restored(last: Attempt | None, closed: int, begun: RoundState, rules: CohortConfig,
+def restored(last: Attempt | None, closed: int, fresh: RoundState, rules: CohortConfig,
              now_s: float) -> OpenRound:  # fmt: skip
     """Where an earlier orchestrator left off; the deadline of an open round begins anew.
 
     Args:
         last: the attempt that the journal holds last.
         closed: how many rounds are closed.
-        begun: the state that a run begins with.
+        fresh: the state that a run begins with.
         rules: of cohorts.
         now_s: the time.
     """
@@ -96,16 +101,16 @@ def restored(last: Attempt | None, closed: int, begun: RoundState, rules: Cohort
         left = last or NOTHING_ASKED
         orders = left.carried(rules.carry_rounds)
         state = replace(
-            begun,
+            fresh,
             round=closed,
-            phase=Phase.FINISHED if closed >= begun.rounds else Phase.FORMING,
+            phase=Phase.FINISHED if closed >= fresh.rounds else Phase.FORMING,
             carried={name: closed + 1 - order.round for name, order in orders.items()},
         )
         return OpenRound(state, replace(left, orders=orders, verdicts={}))
     ages = {name: last.round - order.round for name, order in last.orders.items()}
     verdicts = last.verdicts.values()
     state = replace(
-        begun,
+        fresh,
         round=last.round,
         phase=Phase.COLLECTING,
         cohort=frozenset(last.orders),
@@ -117,10 +122,14 @@ def restored(last: Attempt | None, closed: int, begun: RoundState, rules: Cohort
     return OpenRound(state, last)
 
 
-def begun(now: OpenRound, attempt: Attempt) -> Transition:
-    """The round's orders are in the journal: each device that is given a new one is told."""
-    fresh = {name: o for name, o in attempt.orders.items() if name not in now.state.carried}
-    return replace(now, attempt=attempt), tuple(Send(name, order) for name, order in fresh.items())
+def begun(now: OpenRound, attempt: Attempt, rules: CohortConfig, now_s: float) -> Transition:
+    """The round's orders are in the journal: each device is told its own; the deadline begins.
+
+    A carried order is sent again: it may have been lost on its way. A device that has it goes on.
+    """
+    state = replace(now.state, deadline_s=now_s + rules.deadline_s)
+    sends = tuple(Send(name, order) for name, order in attempt.orders.items())
+    return OpenRound(state, attempt), sends
 
 
 def offered(now: OpenRound, offer: Offer, rules: CohortConfig, now_s: float) -> Transition:
@@ -180,6 +189,12 @@ def aggregated(now: OpenRound, rules: CohortConfig, now_s: float) -> Transition:
 def delayed(now: OpenRound, seconds: float) -> OpenRound:
     """The disk was full: devices offer again, so the round waits for them as long."""
     deadline_s = now.state.deadline_s + seconds
+    return replace(now, state=replace(now.state, deadline_s=deadline_s))
+
+
+def held_open(now: OpenRound, until_s: float) -> OpenRound:
+    """A result is being looked over: no deadline closes the round before `until_s`."""
+    deadline_s = max(now.state.deadline_s, until_s)
     return replace(now, state=replace(now.state, deadline_s=deadline_s))
 
 

@@ -27,7 +27,7 @@ from wire import seeds
 
 PAUSE_S = 10.0
 ATTEMPTS = 3
-ASKED = 10  # different devices, or all there are
+ASKED = 10  # the run gives up only when so many different devices failed, or all that are there
 
 
 class Phase(Enum):
@@ -53,7 +53,7 @@ class RoundState:
     Attributes:
         round: the one that is open, or the last that was.
         live: the session of each device that is there.
-        state_ids: the state folder that each device last came with.
+        state_ids: the state folder that each device last came with, since this process began.
         cohort: devices that have an order of this round, or one of an earlier round open.
         carried: of these, whose order is of an earlier round, and how many rounds ago that was.
         returned: of these, whose result was accepted.
@@ -61,8 +61,9 @@ class RoundState:
         ready_at_s: when the cohort may be formed, once there are enough devices.
         deadline_s: when the open round closes.
         attempt: how often the open round was tried before.
-        fruitless: the last so many attempts at it ended with every device failed.
-        faulty: devices that failed in these.
+        fruitless: how many attempts at it, in a row and up to the last, ended with every device
+            failed.
+        faulty: devices that failed in these attempts.
         not_before_s: after a round in which all failed, when the next attempt may begin.
     """
 
@@ -126,10 +127,10 @@ Transition = tuple[RoundState, tuple[Action, ...]]
 def born(
     state: RoundState, rules: CohortConfig, device: str, session: Session, now_s: float
 ) -> Transition:
-    """A device is there; a session older than the known one is a late message.
+    """A device is there. A birth of an older session than the known one came late: it is ignored.
 
-    A device that comes with another state folder than before is in a newer life (its card was
-    replaced, say): it does not know its order any more.
+    A device that comes with another state folder than before has lost its order (its card was
+    replaced, say).
     """
     known = state.live.get(device)
     if known and known.state_id == session.state_id and session.number < known.number:
@@ -227,10 +228,13 @@ def _form(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
 
 
 def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
-    # Who is gone with an order of an earlier round may answer, but is not waited for.
-    gone = state.carried.keys() - state.live.keys() - state.returned - state.failed
+    # Who is gone with an order of an earlier round may answer, but is not waited for. After a
+    # restart nobody is live: only a device that has been here since then can be gone.
+    gone = (state.carried.keys() & state.state_ids.keys()) - state.live.keys()
+    gone -= state.returned | state.failed
     enough = math.ceil(rules.quorum * len(state.cohort - gone) - 1e-9)
     answered = state.returned | state.failed == state.cohort - gone
+    all_failed = answered and bool(state.failed) and not state.returned
     due = now_s >= state.deadline_s
     if not (len(state.returned) >= enough or answered or due):
         return state, ()
@@ -250,8 +254,8 @@ def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition
             ready_at_s=now_s,
             not_before_s=now_s + PAUSE_S,
             attempt=state.attempt + 1,
-            fruitless=state.fruitless + 1 if answered else 0,
-            faulty=state.faulty | state.failed if answered else frozenset(),
+            fruitless=state.fruitless + 1 if all_failed else 0,
+            faulty=state.faulty | state.failed if all_failed else frozenset(),
         )
         asked = len(again.faulty) >= ASKED or not again.live.keys() - again.faulty
         hopeless = again.fruitless >= ATTEMPTS and asked

@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS verdicts (
 CREATE TABLE IF NOT EXISTS traffic (
     device TEXT PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL);
 """
+_VERDICTS = "SELECT device, accepted, reason, result FROM verdicts WHERE sequence = ?"
 _COUNT = """
 INSERT INTO traffic VALUES (?, ?, ?)
 ON CONFLICT DO UPDATE SET up = up + excluded.up, down = down + excluded.down
@@ -200,7 +201,7 @@ class Journal:
 
     def verdict(self, sequence: int, device: str) -> Verdict | None:
         """What became of a device's result, if it is decided."""
-        return self._do(lambda db: _verdicts(db, sequence)).get(device)
+        return self._do(lambda db: _verdicts(db, sequence, device)).get(device)
 
     def close(self) -> None:
         """Close the database."""
@@ -299,12 +300,17 @@ class Journal:
         )  # fmt: skip
 
 
-def _verdicts(db: sqlite3.Connection, sequence: int) -> dict[str, Verdict]:
+def _verdicts(
+    db: sqlite3.Connection, sequence: int, device: str | None = None
+) -> dict[str, Verdict]:
+    """The verdicts of one device, or of all, under a sequence number."""
+    rows = db.execute(
+        _VERDICTS if device is None else _VERDICTS + " AND device = ?",
+        (sequence,) if device is None else (sequence, device),
+    )
     found = {}
-    for device, accepted, reason, data in db.execute(
-        "SELECT device, accepted, reason, result FROM verdicts WHERE sequence = ?", (sequence,)
-    ):
+    for name, accepted, reason, data in rows:
         result, _ = messages.decode(data, sender="journal")
         assert isinstance(result, Result)  # noqa: S101 - only decide() writes this column
-        found[device] = Verdict(device, bool(accepted), reason, result)
+        found[name] = Verdict(name, bool(accepted), reason, result)
     return found

@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import IO, Any
 
 from orchestrator.config import RunConfig, changes
-from orchestrator.rules.attempt import Attempt
+from orchestrator.rules.attempt import Attempt, Verdict
 from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import last as last_checkpoint
 from orchestrator.run_folder.checkpoints import read as read_checkpoint
@@ -98,7 +98,7 @@ class Store(Journal):
     def started(self) -> None:
         """All is ready: this start's configuration is the run's from now on."""
         with storage.at(self.folder):
-            self.write_json("run.json", self._config)
+            storage.write(self.folder / "run.json", json.dumps(self._config, indent=1).encode())
 
     def keep(self, digests: frozenset[str]) -> None:
         """Never drop these blobs either: the artifact's, packages."""
@@ -109,6 +109,15 @@ class Store(Journal):
         attempt = self.patience.attempt(lambda: super(Store, self).begin(round_, orders))
         self.made = False
         return attempt
+
+    def next_sequence(self) -> int:
+        """The sequence number that `begin` will give next; waits while the journal is held."""
+        return self.patience.attempt(super().next_sequence)
+
+    def verdict(self, sequence: int, device: str) -> Verdict | None:
+        """What became of a device's result, if it is decided; waits while the journal is held."""
+        decided = super().verdict
+        return self.patience.attempt(lambda: decided(sequence, device))
 
     def close_round(
         self,

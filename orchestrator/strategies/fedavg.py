@@ -53,6 +53,7 @@ class FedAvg:
         unused.refuse_submodel(config)
         unused.refuse_transfer(config)
         unused.refuse_own_networks(config)
+        unused.refuse_late_results(config)
         unused.refuse_split(config)
 
     def begin(self) -> GlobalModel:

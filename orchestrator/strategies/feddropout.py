@@ -1,7 +1,7 @@
 """Federated Dropout (Caldas et al. 2018): each device trains a sub-model of the global model.
 
     server: cut w_k = w[units_k], encode -> device: decode, train, encode the update
-    server: decode, paste by units_k, average
+    server: decode, add (n_k / N) * update at units_k
 
 The keep rate p of a device follows from its tier, so that small and large devices serve in one
 run; which units it keeps in a round, from `[submodel] units`. Lossy codecs act in both directions.
@@ -25,7 +25,7 @@ from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, We
 from orchestrator.strategies.task import Task
 from wire.messages import Birth, BlobRef, Order, Result
 
-_REMEMBERED = 4096  # sub-models whose units are at hand, those of a round's devices
+_REMEMBERED = 4096  # sub-models whose units are remembered: one a device if units are random
 
 
 class Submodel(NamedTuple):
@@ -80,6 +80,7 @@ class FedDropout:
         unused.refuse_holdout(config)
         unused.refuse_transfer(config)
         unused.refuse_own_networks(config)
+        unused.refuse_late_results(config)
         unused.refuse_split(config)
         cut = config.submodel
         if config.device.feedback and cut.units != "ordered" and not cut.whole:
@@ -105,7 +106,7 @@ class FedDropout:
         orders = {}
         for name, birth in cohort.items():
             rate = config.submodel.rate_of(name, birth.platform.memory_bytes)
-            chosen = self._submodel(name, rate, round_)
+            chosen = self._submodel(self._drawn_for(name), rate, round_)
             if chosen.digest not in sent:
                 weights = self._cut(state.weights, chosen)
                 sent[chosen.digest] = global_model.send(self.task, weights, round_, chosen.digest)
@@ -125,7 +126,7 @@ class FedDropout:
         """Names and shapes as in the sub-model, finite values, and a norm that is not absurd."""
         # The artifact of an order tells the keep rate, also after a restart.
         rate = self._rates[order.artifact.digest]
-        chosen = self._submodel(result.device, rate, order.round)
+        chosen = self._submodel(self._drawn_for(result.device), rate, order.round)
         update = read_payload(self.task, order, result, "update")
         admit.weights(update, self._shapes(state.weights, chosen), self._norm)
         return SubmodelUpdate(update, chosen)
@@ -149,8 +150,12 @@ class FedDropout:
         after = global_model.after(self.task, state, average.total(), results)
         return after, {**global_model.scores(self.task, after, round_), "devices": devices}
 
+    def _drawn_for(self, name: str) -> str:
+        """The device, if its units are drawn for it alone; "": the same for all of a keep rate."""
+        return name if self.task.config.submodel.units == "random" else ""
+
     def _drawn(self, name: str, rate: float, round_: int) -> Submodel:
-        """The sub-model of a device in a round."""
+        """The sub-model of a keep rate in a round; `name` is as `_drawn_for` says."""
         if rate == 1:
             return Submodel(rate)
         config = self.task.config

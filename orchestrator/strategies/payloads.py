@@ -1,6 +1,5 @@
 """What several strategies do with the payloads of a device: read, check and evaluate them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -8,12 +7,11 @@ from torch import nn
 
 import models
 from orchestrator.rules import admit
+from orchestrator.strategies.strategy import Weights
 from orchestrator.strategies.task import Task
 from orchestrator.training import distill
 from wire import tensors
 from wire.messages import Order, Result
-
-Weights = Mapping[str, NDArray[Any]]
 
 
 def read_payload(task: Task, order: Order, result: Result, name: str) -> dict[str, NDArray[Any]]:

@@ -128,8 +128,8 @@ class Strategy(Protocol):
             state: before the round.
             round_: its number, from 1.
             results: one or more, in the order of device names.
-            contributions: of these results, in their order. Each is made as it is asked for, so
-                that memory need not hold them all.
+            contributions: of these results, in their order. Those that fit into memory were kept
+                at admission; the others are decoded again as they are asked for.
 
         Returns:
             The next state, and metrics: "server_accuracy" and "device_accuracy" on held-out

@@ -83,6 +83,7 @@ class FedAvgM:
         unused.refuse_submodel(config)
         unused.refuse_transfer(config)
         unused.refuse_own_networks(config)
+        unused.refuse_late_results(config)
 
     def begin(self) -> Momentum:
         """Initial weights at rest."""

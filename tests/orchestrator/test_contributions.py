@@ -71,6 +71,19 @@ def test_after_a_restart_all_are_decoded_one_by_one(strategy):
     assert log == ["admit a", "add a", "admit b", "add b", "admit c", "add c"]
 
 
+def test_what_does_not_count_makes_room_for_what_does(strategy, monkeypatch):
+    monkeypatch.setattr(contributions, "KEPT_BYTES", 80)
+    kept = Contributions(strategy)
+    for name in ("gone", "given-up"):
+        kept.admit("state", ORDERS["a"], Result(name, "run", 2, 1, 10))
+    kept.forget("gone")
+    kept.admit("state", ORDERS["a"], RESULTS[0])
+    kept.clear()
+    for result in RESULTS[1:]:
+        kept.admit("state", ORDERS[result.device], result)
+    assert aggregated(strategy, kept) == ["admit a", "add a", "add b", "add c"]
+
+
 def test_a_refused_or_replaced_result_leaves_nothing_behind(strategy):
     kept = Contributions(strategy)
     other = replace(RESULTS[0], data_digest="ef" * 32)  # of an attempt that was given up

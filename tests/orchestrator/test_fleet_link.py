@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.config import RunConfig
 from orchestrator.fleet.claim import ANSWER_S
+from orchestrator.loop import fleet_link
 from orchestrator.loop.fleet_link import FleetLink, Heard
 from wire import messages
 from wire.address import BrokerAddress
@@ -55,3 +56,17 @@ def test_the_fleet_is_ours_once_nobody_has_answered_for_it(link):
     now = time.monotonic()
     assert not link.ticked(now)
     assert link.ticked(now + 2 * ANSWER_S)
+
+
+def test_names_that_anybody_invents_fill_neither_the_report_nor_the_journal(
+    link, counted, monkeypatch
+):
+    monkeypatch.setattr(fleet_link, "COUNTED", 2)
+    for name in ("a", "b", "c", "a"):
+        heard = link.read(
+            Arrived(f"stillhouse/1/home/{name}/death", messages.encode(Death(name, 7)))
+        )
+        assert heard.device == name
+    link.send("c", "order", Death("c", 7))
+    link.send("b", "order", Death("b", 7))
+    assert [device for device, _ in counted] == ["a", "b", "a", "b"]

@@ -1,12 +1,16 @@
 """Results on their way in: one budget for all, that nobody can hold alone."""
 
+import errno
 import hashlib
+import os
+from contextlib import suppress
 
 import pytest
 
 from orchestrator.loop.intake import Intake
 from wire.blobs import BlobStore
-from wire.messages import BlobRef, Chunk, Result
+from wire.errors import StalledError, TransferError
+from wire.messages import BlobRef, Chunk, Result, Want
 
 CHUNK = 1024
 DATA = bytes(range(256)) * 4 * 52
@@ -15,6 +19,13 @@ DATA = bytes(range(256)) * 4 * 52
 def result(device: str, data: bytes) -> Result:
     ref = BlobRef(hashlib.sha256(data).hexdigest(), len(data), CHUNK)
     return Result(device, "run", 1, 1, 10, blobs={"update": ref})
+
+
+def failing(fault: Exception):
+    def work(*_) -> None:
+        raise fault
+
+    return work
 
 
 def pulled(intake: Intake, device: str, until_s: float, live: frozenset[str]) -> float | None:
@@ -50,3 +61,61 @@ def test_a_device_that_answers_again_is_asked_like_the_others(tmp_path):
     assert [device for device, _ in intake.wants(0.0, live)] == ["late"]
     assert [device for device, _ in intake.wants(16.0, live)] == ["late"], "it is asked once more"
     assert pulled(intake, "late", 60.0, live) is not None
+
+
+def test_what_is_here_or_had_begun_to_come_as_the_round_closes_is_named(tmp_path):
+    store = BlobStore(tmp_path, CHUNK)
+    intake = Intake(store, 8)
+    whole, begun = result("whole", DATA), result("begun", DATA[:-1])
+    store.put(DATA)
+    intake.begin(whole)
+    intake.begin(begun)
+    assert list(intake.complete()) == [whole]
+    digests = {each.blobs["update"].digest for each in (whole, begun)}
+    assert intake.clear() == digests, "a result under check is here, and there is no verdict yet"
+    intake.looked_over("whole")
+    assert intake.clear() == frozenset()
+
+
+def test_a_blob_that_is_damaged_once_the_disk_has_room_is_its_devices_fault_alone(
+    tmp_path, monkeypatch
+):
+    """All its chunks come twice, and both times their digest is another than was announced."""
+    store = BlobStore(tmp_path, CHUNK)
+    intake = Intake(store, 8)
+    ref = BlobRef("ab" * 32, CHUNK, CHUNK)
+    bad = Result("bad", "run", 1, 1, 10, blobs={"update": ref})
+    live = frozenset({"bad", "good"})
+    intake.begin(bad)
+    for _ in range(2):
+        assert [device for device, _ in intake.wants(0.0, live)] == ["bad"]
+        with suppress(StalledError):
+            intake.take("bad", Chunk(ref.digest, 0), memoryview(DATA)[:CHUNK])
+        monkeypatch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "no room")))
+    monkeypatch.undo()
+    intake.begin(result("good", DATA))
+    (bad_device, fault), (good_device, want) = intake.wants(1.0, live)
+    assert (bad_device, good_device) == ("bad", "good")
+    assert isinstance(fault, TransferError)
+    assert isinstance(want, Want)
+
+
+def test_a_round_that_closes_while_devices_are_asked_ends_the_asking(tmp_path):
+    intake = Intake(BlobStore(tmp_path, CHUNK), 100)
+    for name in "ab":
+        intake.begin(result(name, name.encode() * 4000))
+    asking = intake.wants(0.0, frozenset("ab"))
+    assert next(asking)[0] == "a"
+    intake.clear()
+    assert list(asking) == []
+
+
+def test_only_a_chunk_that_is_written_shows_that_the_disk_has_room(tmp_path):
+    intake = Intake(BlobStore(tmp_path, CHUNK), 8)
+    offered = result("a", DATA)
+    intake.begin(offered)
+    chunk, body = Chunk(offered.blobs["update"].digest, 0), memoryview(DATA)[:CHUNK]
+    assert intake.take("a", chunk, body)
+    assert not intake.take("a", chunk, body), "it is here already"
+    assert not intake.take("a", Chunk("ab" * 32, 0), body), "it is of no blob that is pulled"
+    assert not intake.take("stranger", chunk, body)

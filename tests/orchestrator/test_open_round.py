@@ -38,7 +38,7 @@ def collecting(*devices: str) -> OpenRound:
     now, (begin,) = open_round.follow(now, rounds.ticked(now.state, RULES, 0.0))
     assert begin == Begin(1, {}, frozenset(devices))
     orders = {device: order(1) for device in devices}
-    now, effects = open_round.begun(now, Attempt(1, 1, orders, {}))
+    now, effects = open_round.begun(now, Attempt(1, 1, orders, {}), RULES, 0.0)
     assert effects == tuple(Send(device, order(1)) for device in devices)
     return now
 
@@ -119,6 +119,24 @@ def test_a_device_whose_payloads_are_lost_is_refused_and_one_without_an_order_is
     assert open_round.lost(now, "c", BAD, RULES, 1.0) == (now, ())
 
 
+def test_a_result_counts_if_it_was_accepted_in_the_round_that_is_open():
+    now = collecting("a", "b", "c")
+    assert not now.counts(result("a")), "it was looked over, and its verdict found no room"
+    now, _ = accept(now, "a")
+    now, _ = open_round.lost(now, "b", BAD, RULES, 1.0)
+    now, _ = open_round.decided(now, result("b"), None, RULES, 2.0)
+    assert now.counts(result("a"))
+    assert not now.counts(result("b")), "its device was refused while it was looked over"
+    assert not now.counts(result("a", 2))
+
+
+def test_the_deadline_counts_from_when_the_orders_are_given():
+    """Making them takes a while: sub-models are cut, and blobs written."""
+    now = collecting("a", "b")
+    now, _ = open_round.begun(now, now.attempt, RULES, 250.0)
+    assert now.state.deadline_s == 350.0
+
+
 def test_a_device_that_comes_back_is_sent_the_order_that_it_has():
     now = collecting("a", "b")
     born = rounds.born(now.state, RULES, "a", Session(2), 5.0)
@@ -134,13 +152,13 @@ def late() -> OpenRound:
     return now
 
 
-def test_an_order_that_is_carried_stands_in_the_next_round_and_is_not_sent_again():
+def test_an_order_that_is_carried_stands_in_the_next_round_and_is_sent_again():
     now, (begin,) = open_round.aggregated(late(), RULES, 1001.0)
     assert begin == Begin(2, {"c": order(1)}, frozenset("ab"))
     assert now.attempt.verdicts == {}
     orders = {**begin.carried, "a": order(2), "b": order(2)}
-    now, effects = open_round.begun(now, Attempt(2, 2, orders, {}))
-    assert effects == (Send("a", order(2)), Send("b", order(2)))
+    now, effects = open_round.begun(now, Attempt(2, 2, orders, {}), RULES, 0.0)
+    assert effects == (Send("c", order(1)), Send("a", order(2)), Send("b", order(2)))
     now, effects = open_round.decided(now, result("c"), None, RULES, 1002.0)
     assert effects[0].sequence == 2, "it counts in the round that is open"
     assert effects[1].message.sequence == 1, "the device knows it by its order"
@@ -158,7 +176,7 @@ def test_a_late_result_between_two_rounds_gets_no_word_and_is_offered_again_in_t
 def test_a_round_of_which_nobody_returned_keeps_carried_orders_for_its_next_attempt():
     now, (begin,) = open_round.aggregated(late(), replace(RULES, carry_rounds=3), 1001.0)
     orders = {**begin.carried, "a": order(2), "b": order(2)}
-    now, _ = open_round.begun(now, Attempt(2, 2, orders, {}))
+    now, _ = open_round.begun(now, Attempt(2, 2, orders, {}), RULES, 0.0)
     rules = replace(RULES, carry_rounds=3)
     now, effects = open_round.follow(now, rounds.ticked(now.state, rules, 2000.0))
     assert (now.state.phase, effects) == (Phase.FORMING, ())
@@ -225,3 +243,15 @@ def test_a_restart_between_two_rounds_keeps_the_orders_that_are_carried():
 
 def test_a_restart_of_a_run_whose_rounds_are_done_has_nothing_to_do():
     assert restored(Attempt(3, 3, {}, {}, closed=True), 3).state.phase is Phase.FINISHED
+
+
+def test_a_result_that_is_being_looked_over_at_the_deadline_counts():
+    now, _ = accept(collecting("a", "b", "c"), "a")
+    now = open_round.held_open(now, 1.0)
+    assert now.state.deadline_s == 100.0, "the deadline is far"
+    now = open_round.held_open(now, 101.0)
+    assert open_round.follow(now, rounds.ticked(now.state, RULES, 100.5))[1] == ()
+    now, effects = open_round.decided(now, result("b"), None, RULES, 100.5)
+    assert Aggregate not in map(type, effects)
+    _, effects = open_round.follow(now, rounds.ticked(now.state, RULES, 101.0))
+    assert effects == (Aggregate(now.attempt, (result("a"), result("b"))),)

@@ -350,3 +350,33 @@ def test_an_order_that_was_carried_is_not_waited_for_when_its_device_lost_it():
     assert same.carried == {"c": 1}
     anew, _ = rounds.born(state, ASYNC, "c", Session(1, "cd"), 1.0)
     assert anew.carried == {}
+
+
+def test_a_round_whose_devices_are_all_gone_is_not_one_in_which_all_failed():
+    rules = CohortConfig(min_devices=1, max_devices=1, wait_s=0.0, carry_rounds=9)
+    state = replace(
+        RoundState(rounds=9, seed=0, round=1, phase=Phase.COLLECTING, fruitless=2),
+        cohort=frozenset("a"),
+        carried={"a": 1},
+        state_ids={"a": "ab"},
+        deadline_s=100.0,
+    )
+    state, actions = rounds.ticked(state, rules, 1.0)
+    assert (state.phase, state.fruitless, actions) == (Phase.FORMING, 0, ())
+
+
+def test_after_a_restart_the_devices_with_earlier_orders_are_waited_for_until_they_are_heard():
+    rules = replace(ASYNC, quorum=1.0, carry_rounds=3)
+    state = replace(
+        RoundState(rounds=9, seed=0, round=2, phase=Phase.COLLECTING),
+        cohort=frozenset("abc"),
+        carried={"c": 1},
+        returned=frozenset("ab"),
+        deadline_s=100.0,
+    )
+    assert rounds.ticked(state, rules, 1.0)[1] == (), "nobody has been heard yet"
+    assert rounds.ticked(state, rules, 100.0)[1] == (Close(2, frozenset("ab")),)
+    state, actions = rounds.born(state, rules, "c", Session(1), 2.0)
+    assert actions == (Remind("c"),)
+    state, _ = rounds.died(state, "c", Session(1))
+    assert rounds.ticked(state, rules, 3.0)[1] == (Close(2, frozenset("ab")),)

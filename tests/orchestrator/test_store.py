@@ -11,11 +11,14 @@ import pytest
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
 from orchestrator.rules.attempt import Verdict
+from orchestrator.run_folder.journal import Journal
 from orchestrator.run_folder.store import Store, last_checkpoint
 from orchestrator.strategies.strategy import Checkpoint
 from tests.agent.test_disk import DAMAGE
-from wire.errors import RunError, StorageError
+from wire import storage
+from wire.errors import RunError, StalledError, StorageError
 from wire.messages import BlobRef, Order, Result
+from wire.storage import Patience
 
 REF = BlobRef("ab" * 32, 1000, 1024)
 
@@ -252,3 +255,39 @@ def test_a_damaged_configuration_of_a_run_is_named(config, opened):
     (config.folder / "run.json").write_text('{"name": ')
     with pytest.raises(RunError, match=r"run\.json is damaged"):
         opened(config)
+
+
+def test_a_journal_that_another_program_holds_is_waited_for_also_where_it_is_read(
+    config, opened, monkeypatch
+):
+    store = opened(config)
+    store.begin(1, {"a": order(1)})
+    store.decide(1, verdict("a", 1, accepted=True))
+    met = []
+    store.patience = Patience(stopped=lambda _: False)
+    read = Journal._do
+
+    def held_at_first(self, work):
+        if not met:
+            met.append(work)
+            raise StalledError("journal.db is held by process 7 (backup); end that program")
+        return read(self, work)
+
+    for ask, expected in (
+        (lambda: store.verdict(1, "a"), verdict("a", 1, accepted=True)),
+        (store.next_sequence, 2),
+    ):
+        met.clear()
+        monkeypatch.setattr(Journal, "_do", held_at_first)
+        assert ask() == expected
+        assert met
+        monkeypatch.undo()
+    assert store.verdict(1, "b") is None
+
+
+def test_the_settings_that_a_run_began_with_survive_a_power_cut(config, opened, monkeypatch):
+    synced = []
+    monkeypatch.setattr(storage, "sync_folder", synced.append)
+    store = opened(config)
+    assert config.folder in synced
+    assert json.loads((store.folder / "run.json").read_text())["name"] == "run"

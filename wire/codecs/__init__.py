@@ -42,8 +42,7 @@ same. The others compute sums, and processors sum in different orders: decoded v
 of the block's largest, and a coefficient on the border between two levels may be encoded as either.
 On one machine the same seed and values give the same bytes with every codec.
 
-Lossy codecs take magnitudes up to 2^100: so sums and squares stay within float32.
-Sums and squares stay within float32 for magnitudes up to 2^100, which is what lossy codecs take.
+Lossy codecs take magnitudes up to 2^100, so that sums and squares stay within float32.
 
 A codec is one file here, with a `FAMILY`, and its name in `_FAMILIES`.
 """

@@ -1,0 +1,47 @@
+"""The worker: a device answers for its payload, and for nothing that is ours."""
+
+import errno
+import queue
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.loop.worker import Admitted, Failed, Worker
+from wire.errors import AdmissionError, CodecError, StorageError
+from wire.messages import BlobRef, Order, Result
+from wire.storage import Patience
+
+ORDER = Order("run", 3, 1, BlobRef("ab" * 32, 9, 1024), 1, 0.1, 7, {})
+RESULT = Result("pi", "run", 3, 1, 10)
+
+
+def looked_over(fault: Exception):
+    """What comes of a result over which the strategy raises this."""
+
+    def admit(*_):
+        raise fault
+
+    outcomes = queue.SimpleQueue()
+    worker = Worker(SimpleNamespace(admit=admit), Patience(), outcomes.put)
+    worker.look_over(SimpleNamespace(), ORDER, RESULT)
+    worker.end(wait=True)
+    return outcomes.get(timeout=60)
+
+
+@pytest.mark.parametrize(
+    "fault", [AdmissionError("diverged"), CodecError("unknown"), ValueError("shape"), KeyError("w")]
+)
+def test_whatever_a_payload_provokes_ends_that_result_alone(fault):
+    outcome = looked_over(fault)
+    assert isinstance(outcome, Admitted)
+    assert outcome.result == RESULT
+    assert outcome.fault
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.EIO, "I/O error"), FileNotFoundError("blob"), MemoryError(), StorageError("ro")],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_failing_disk_and_a_full_memory_are_not_noted_against_a_device(fault):
+    assert looked_over(fault) == Failed(fault)
