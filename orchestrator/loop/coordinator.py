@@ -200,7 +200,7 @@ class Coordinator:
     def _offered(self, device: str, result: Result) -> None:
         ours = result.run == self.store.run_id
         if ours and (known := self.store.verdict(result.sequence, device)):
-            self._carry_out(open_round.receipt(known, result))
+            self._apply((self._round, (open_round.receipt(known, result),)))
         elif birth := self._roster.births.get(device):
             offer = Offer(device, result, birth.samples, self.strategy.task.limits)
             self._apply(open_round.offered(self._round, offer, self._rules, monotonic()))
