@@ -48,9 +48,11 @@ def test_a_broker_that_takes_no_chunk_is_told_of_and_smaller_chunks_mend_it(
     fleet = Fleet(processes, digits, limited_broker, strategy="fedavg", rounds=1)
     path = fleet.folder / "run.toml"
     text = path.read_text().replace("min_devices = 3", "min_devices = 1")
-    path.write_text("retry_s = 2.0\n" + text.replace("deadline_s = 1000.0", "deadline_s = 1e6"))
+    path.write_text("retry_s = 0.5\n" + text.replace("deadline_s = 1000.0", "deadline_s = 1e6"))
     settings(processes, "run.toml", 128 * 1024)
     settings(processes, "agent-0.toml", 128 * 1024)
+    path = fleet.folder / "agent-0.toml"
+    path.write_text(path.read_text().replace("retry_s = 2.0", "retry_s = 0.5"))
     fleet.orchestrator()
     fleet.agent(0)
 
