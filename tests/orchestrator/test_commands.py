@@ -169,6 +169,12 @@ def test_the_default_preset_is_named_and_its_reason(tmp_path):
     assert {"dropout", "fedavg", "fedgkt", "frugal", "paper", "shared"} == set(config.presets())
 
 
+def test_each_command_shows_a_value_that_its_file_takes():
+    for command, example in (("init", "device.lr=0.05"), ("enroll", "threads=2")):
+        told = " ".join(run(command, "--help").output.replace("│", " ").split())
+        assert f"such as {example}; may be repeated" in told
+
+
 def test_init_takes_other_values_and_tells_scripts_what_it_wrote(tmp_path):
     chosen = ("--set", "device.lr=0.1", "--set", "rounds=20", "--set", "name=trial")
     told = json.loads(run("init", str(tmp_path), "--preset", "fedavg", *chosen, "--json").output)
