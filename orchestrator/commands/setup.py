@@ -3,6 +3,7 @@
 import json
 import tomllib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from orchestrator.commands.terminal import (
 from orchestrator.fleet import enrolment
 from wire import records, settings, signing, storage
 from wire.errors import SettingsError, StillhouseError
+from wire.names import anchored
 
 PACKAGED = {"data": "/srv/stillhouse/images", "state": "/var/lib/stillhouse/state"}
 # Settings of a device that are not for `enroll --set`, and why.
@@ -47,8 +49,9 @@ def init(
     if changes:  # presets are known to be right
         from orchestrator import strategies
 
-        try:
-            strategies.check(records.of_table(config.RunConfig, tomllib.loads(text), "--set"))
+        chosen = records.of_table(config.RunConfig, tomllib.loads(text), "--set")
+        try:  # as `config.load` will: a strategy of one's own lies beside run.toml
+            strategies.check(replace(chosen, strategy=anchored(chosen.strategy, folder)))
         except SettingsError as fault:
             raise SettingsError(f"--set: {fault}") from fault
     path = folder / "run.toml"

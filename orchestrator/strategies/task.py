@@ -14,6 +14,7 @@ from wire import records
 from wire.blobs import BlobStore
 from wire.errors import SettingsError
 from wire.messages import BlobRef, Order
+from wire.names import written
 
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -144,6 +145,11 @@ def strategy_settings(config: RunConfig, cls: type[T]) -> T:
     Raises:
         SettingsError: an unknown, missing or wrong key; the message names it.
     """
+    if config.strategy_settings and not records.hints(cls):
+        raise SettingsError(
+            f"strategy_settings: strategy {written(config.strategy)!r} has no settings of its own; "
+            "leave the table out"
+        )
     return records.build(
         cls, config.strategy_settings, where="strategy_settings", error=SettingsError
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import util
@@ -13,7 +14,7 @@ import typer.testing
 import wire
 from edge_agent import main as agent
 from ondevice import config as agent_config
-from orchestrator import config, main
+from orchestrator import config, main, strategies
 from orchestrator.datasets import __main__ as datasets
 from tests.conftest import ROOT
 from tools.export import __main__ as export
@@ -192,6 +193,22 @@ def test_init_writes_nothing_where_a_value_is_wrong(tmp_path):
     with pytest.raises(StillhouseError, match=together):
         run("init", str(tmp_path / "new"), "--set", "strategy=fedavg")
     assert not (tmp_path / "new").exists()
+
+
+def test_init_finds_a_strategy_of_ones_own_beside_run_toml_with_its_settings(tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project, elsewhere):
+        folder.mkdir()
+    shutil.copy(ROOT / "tests/extensions/momentum.py", project)
+    monkeypatch.chdir(elsewhere)
+    chosen = ("--preset", "fedavg", "--set", "strategy=momentum.py:FedAvgM")
+    with pytest.raises(StillhouseError, match="beta: expected 0 to below 1, got 2"):
+        run("init", str(project), *chosen, "--set", "strategy_settings.beta=2")
+    run("init", str(project), *chosen, "--set", "strategy_settings.beta=0.5")
+    made = config.load(project / "run.toml", strategies.check)
+    assert made.strategy_settings == {"beta": 0.5}
+    with pytest.raises(StillhouseError, match=r"no file .*momentum.py"):
+        run("init", str(elsewhere), *chosen)
 
 
 def test_the_agents_init_takes_other_values(tmp_path, capsys):
