@@ -65,7 +65,8 @@ def parse(record: type, texts: Iterable[str], option: str = "--set") -> dict[str
         SettingsError: no such key (the message names the nearest), a key is given twice, or a value
             cannot be read.
     """
-    hints, values = keys(record), {}
+    hints = keys(record)
+    values: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         key = key.strip()
