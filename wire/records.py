@@ -197,6 +197,8 @@ def expanded(arguments: Sequence[str]) -> list[str]:
 
 
 def _path(text: str, where: str, error: type[StillhouseError]) -> Path:
+    if not text:
+        raise error(f"{where}: expected a path, got an empty one; name one, or leave it out")
     longest = max(len(part.encode()) for part in text.split("/"))
     if "\0" in text or longest > MAX_NAME:
         raise error(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,8 @@ def test_a_shell_can_learn_the_commands():
     [
         ("edge-agent in", ["init"]),
         ("edge-agent --pr", ["--print-completion"]),
+        ("edge-agent --print-completion ", ["bash", "zsh"]),
+        ("edge-agent --print-completion z", ["zsh"]),
         ("edge-agent doctor --", ["--help", "--config", "--json"]),
         ("edge-agent measure --with", ["--with-pytorch"]),
         ("edge-agent run --config ag", []),  # a path, which the shell completes
@@ -94,7 +97,8 @@ def test_a_shell_can_learn_the_agents_commands(typed, told, capsys):
     assert not end.value.code
     words = typed.split(" ")
     asked = (
-        f"{capsys.readouterr().out}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
+        f"{capsys.readouterr().out}\n"
+        f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}\n"
         '_edge_agent; printf "%s\\n" "${COMPREPLY[@]}"\n'
     )
     done = subprocess.run(["bash", "-eu"], input=asked, capture_output=True, text=True, check=False)
@@ -220,6 +224,15 @@ def test_the_agents_init_takes_other_values(tmp_path, capsys):
     assert agent.main(["init", str(tmp_path / "b.toml"), "--set", "devise=pi-3"]) == 2
     assert "unknown key 'devise'; did you mean 'device'?" in capsys.readouterr().err
     assert not (tmp_path / "b.toml").exists()
+
+
+def test_the_agents_init_makes_the_folder_of_its_file_and_tells_scripts(tmp_path, capsys):
+    path = tmp_path / "new/agent.toml"
+    assert agent.main(["init", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"file": str(path)}
+    assert agent_config.load(path).device == "device-0"
+    assert agent.main(["init", str(path.parent)]) == 2
+    assert f"{path.parent} is a folder; name the file, {path}, say" in capsys.readouterr().err
 
 
 def test_missing_held_out_images_are_named_by_their_key(tmp_path):

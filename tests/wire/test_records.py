@@ -86,6 +86,13 @@ def test_values_that_toml_allows_and_no_setting_takes_are_refused_with_their_key
     assert len(str(caught.value)) < len(str(path)) + 200
 
 
+def test_an_empty_path_is_none():
+    inside = ({"packages": [""]}, {"inner": {"ca_file": ""}})
+    for table in ({"data": ""}, *({"data": "a"} | table for table in inside)):
+        with pytest.raises(SettingsError, match=r"expected a path, got an empty one; name one, or"):
+            read(table)
+
+
 def test_a_near_name_is_found_in_capitals_too():
     with pytest.raises(SettingsError, match="unknown key 'Data'; did you mean 'data'"):
         read({"Data": "images"})
