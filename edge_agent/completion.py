@@ -8,9 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_SHELLS = ("bash", "zsh")
 _BASH = """\
 _edge_agent() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" words
+    if [ "${{COMP_WORDS[COMP_CWORD-1]}}" = --print-completion ]; then
+        COMPREPLY=($(compgen -W "{shells}" -- "$word")); return
+    fi
     if [ "$COMP_CWORD" -gt 1 ]; then
         case "$word" in -*) ;; *) COMPREPLY=(); return ;; esac
     fi
@@ -34,7 +38,7 @@ class PrintCompletion(argparse.Action):
     """
 
     def __init__(self, *, commands: Mapping[str, argparse.ArgumentParser], **options: Any) -> None:
-        super().__init__(**options, choices=("bash", "zsh"))
+        super().__init__(**options, choices=_SHELLS)
         self._commands = commands
 
     def __call__(
@@ -48,7 +52,8 @@ class PrintCompletion(argparse.Action):
         first = " ".join([*self._commands, _options(parser)])
         cases = (f'        *,{n}) words="{_options(c)}" ;;' for n, c in self._commands.items())
         print(_ZSH if values == "zsh" else "", end="")
-        print(_BASH.format(first=first, commands="\n".join(cases)), end="")
+        shells = " ".join(_SHELLS)
+        print(_BASH.format(first=first, shells=shells, commands="\n".join(cases)), end="")
         parser.exit()
 
 

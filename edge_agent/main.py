@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"),
                       help="where to; default: agent.toml")  # fmt: skip
     other = "another value in the file, such as threads=2; may be repeated"
+    init.add_argument("--json", action="store_true", help="what was written as JSON, for scripts")
     init.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE",
                       help=other)  # fmt: skip
     parser.add_argument("--print-completion", action=PrintCompletion, commands=commands.choices,
@@ -80,7 +81,7 @@ def _main(arguments: list[str] | None) -> int:
 
 def _do(chosen: argparse.Namespace) -> int:
     if chosen.command == "init":
-        return _init(chosen.file, chosen.changes)
+        return _init(chosen.file, chosen.changes, as_json=chosen.json)
     if chosen.command == "measure":
         return _measure(chosen)
     if chosen.command == "predict":
@@ -92,14 +93,19 @@ def _do(chosen: argparse.Namespace) -> int:
     return _run(chosen.config, verbose=chosen.verbose)
 
 
-def _init(path: Path, changes: list[str]) -> int:
+def _init(path: Path, changes: list[str], *, as_json: bool) -> int:
     text = config.template(parse(config.AgentConfig, changes))
+    if path.is_dir():
+        raise SettingsError(f"{path} is a folder; name the file, {path / 'agent.toml'}, say")
     try:
+        with storage.at(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         storage.create(path, text, 0o600)  # it will hold a password
     except OSError as fault:
         print(f"edge-agent: {path}: {fault.strerror}; nothing was written", file=sys.stderr)
         return 2
-    print(f"{path} written; edit it, then: edge-agent run --config {path}")
+    told = f"{path} written; edit it, then: edge-agent run --config {path}"
+    print(json.dumps({"file": str(path)}) if as_json else told)
     return 0
 
 

@@ -135,7 +135,7 @@ class Foreign:
                     break
             torch.set_rng_state(state)
         assert last is not None  # noqa: S101 - there is something to ask for, or nothing
-        raise StillhouseError(f"{self.name}: fails {_at(last, self.found.scope)}") from last
+        raise StillhouseError(f"{self.name}: fails {place_of(last, self.found.scope)}") from last
 
 
 def find(name: str) -> Foreign | None:
@@ -167,6 +167,30 @@ def entry_points(kind: Kind = NETWORKS) -> dict[str, list[metadata.EntryPoint]]:
         if point.value not in (other.value for other in same):
             same.append(point)
     return found
+
+
+def place_of(fault: BaseException, scope: Scope, file: str = "") -> str:
+    """One line: where in the user's files something went wrong, and what.
+
+    Args:
+        fault: what went wrong.
+        scope: the user's modules.
+        file: another source file of the user's: an installed one, which no scope has.
+    """
+    message = plain(str(fault)).strip().splitlines()
+    what = f"{type(fault).__name__}: {message[0]}" if message else type(fault).__name__
+    if isinstance(fault, SyntaxError) and fault.filename:
+        return f"at {fault.filename}:{fault.lineno}: {what}"
+    frames = traceback.extract_tb(fault.__traceback__)
+    users = [
+        frame
+        for frame in frames
+        if scope.path_below(Path(frame.filename)) in scope.sources or frame.filename == file
+    ]
+    if not users:
+        return f"with {what}"
+    more = "; install it where the orchestrator runs" if isinstance(fault, ImportError) else ""
+    return f"at {users[-1].filename}:{users[-1].lineno}: {what}{more}"
 
 
 @cache
@@ -245,7 +269,7 @@ def _resolved(name: str, place: str, attribute: str, folders: list[Path], kind: 
                 f"{name}: cannot be imported: no module {plain(fault.name or '')!r} in {where}, "
                 f"nor installed{_nearest(place, near) or '; ' + kind.forms}"
             ) from fault
-        raise StillhouseError(f"{name}: importing it fails {_at(fault, scope)}") from fault
+        raise StillhouseError(f"{name}: importing it fails {place_of(fault, scope)}") from fault
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -307,20 +331,6 @@ def _refuses(fault: Exception, asked: tuple[str, ...]) -> bool:
     return isinstance(fault, TypeError) and any(
         f"unexpected keyword argument '{key}'" in str(fault) for key in asked
     )
-
-
-def _at(fault: BaseException, scope: Scope) -> str:
-    """One line: where in the user's files something went wrong, and what."""
-    message = plain(str(fault)).strip().splitlines()
-    what = f"{type(fault).__name__}: {message[0]}" if message else type(fault).__name__
-    if isinstance(fault, SyntaxError) and fault.filename:
-        return f"at {fault.filename}:{fault.lineno}: {what}"
-    frames = traceback.extract_tb(fault.__traceback__)
-    users = [f for f in frames if scope.path_below(Path(f.filename)) in scope.sources]
-    if not users:
-        return f"with {what}"
-    more = "; install it where the orchestrator runs" if isinstance(fault, ImportError) else ""
-    return f"at {users[-1].filename}:{users[-1].lineno}: {what}{more}"
 
 
 def _installed(factory: Callable[..., Any]) -> dict[str, str]:

@@ -67,10 +67,13 @@ class AgentConfig:
             raise ValueError(f"bad_share: expected a share from 0 to 1, got {self.bad_share}")
         if not 1024 <= self.chunk_bytes <= 1 << 19:
             raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
-        if self.threads < 0 or self.window < 1:
-            raise ValueError(f"threads {self.threads} or window {self.window} out of range")
-        if min(self.retry_s, self.resend_s, self.telemetry_s) <= 0:
-            raise ValueError("retry_s, resend_s and telemetry_s must be above 0")
+        if self.threads < 0:
+            raise ValueError(f"threads: expected 0 (all cores) or more, got {self.threads}")
+        if self.window < 1:
+            raise ValueError(f"window: expected 1 or more, got {self.window}")
+        for name in ("retry_s", "resend_s", "telemetry_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected over 0, got {getattr(self, name)}")
         if not 0 < self.update_minutes <= 24 * 60:
             raise ValueError(f"update_minutes: expected over 0 to a day, got {self.update_minutes}")
         if self.release_key:

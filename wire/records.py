@@ -12,13 +12,14 @@ read nor written. A field with `repr=False` is a secret text, which no message r
 """
 
 import dataclasses
+import datetime as dt
 import difflib
 import math
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,8 @@ from wire.errors import SettingsError, StillhouseError
 
 T = TypeVar("T")
 MAX_NAME = 255  # bytes of a file's name, on nearly every file system
+_DEEPEST = 32  # lists and tables within each other, in a file
+_LARGEST = 1 << 63  # of TOML's whole numbers
 
 
 def build(
@@ -56,8 +59,8 @@ def build(
     known = hints(cls)  # type: ignore[arg-type]
     for key in mapping if strict else ():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}"
+            near = nearest(str(key), known)
+            hint = f"did you mean {near!r}?" if near else f"known are: {', '.join(known)}"
             raise error(f"{where}: unknown key {key!r:.80}; {hint}")
     values = {}
     for field in fields:
@@ -88,12 +91,31 @@ def load(cls: type[T], path: Path) -> T:
             names the file.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = toml(path.read_text(), str(path))
     except OSError as fault:
         raise SettingsError(f"{path}: cannot be read: {fault.strerror}") from fault
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise SettingsError(f"{path}: not TOML: {fault}") from fault
     return of_table(cls, table, str(path))
+
+
+def toml(text: str, where: str) -> dict[str, Any]:
+    """What a TOML text holds.
+
+    Raises:
+        tomllib.TOMLDecodeError: it is not TOML.
+        SettingsError: it is TOML that no program takes; the message names `where`.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as fault:
+        raise SettingsError(
+            f"{where}: a whole number has thousands of digits; expected one below 2^63"
+        ) from fault
+    except RecursionError as fault:
+        raise SettingsError(_too_deep(where)) from fault
 
 
 def of_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -102,8 +124,7 @@ def of_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     Raises:
         SettingsError: it is not a `cls`; the message names `where`.
     """
-    if key := _nan(table):
-        raise SettingsError(f"{where}: {key}: expected a number, got nan")
+    _refuse_unusable(table, where)
     return build(cls, table, where=where, error=SettingsError)
 
 
@@ -114,14 +135,35 @@ def hints(cls: type) -> dict[str, Any]:
     return {field.name: types_[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def _nan(value: object, at: str = "") -> str:
-    """The key of a NaN, which TOML allows as a number, and checks of ranges let pass; or ""."""
-    if isinstance(value, float) and math.isnan(value):
-        return at
-    inner = dict(enumerate(value)) if isinstance(value, list) else value
-    items = inner.items() if isinstance(inner, dict) else ()
-    keys = (_nan(item, f"{at}.{key}" if at else str(key)) for key, item in items)
-    return next(filter(None, keys), "")
+def _refuse_unusable(value: object, where: str, at: str = "", depth: int = 0) -> None:
+    """Refuse values that TOML allows and no setting takes, which checks of ranges may let pass."""
+    place = f"{where}: {at}"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{place}: expected a finite number, got {value}")
+    if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+        raise SettingsError(f"{place}: expected a number below 2^63, got one of many digits")
+    if isinstance(value, dt.date | dt.time):
+        kind = "time" if isinstance(value, dt.time) else "date"
+        raise SettingsError(
+            f"{place}: got a {kind}, which no setting is; put quotes around it where text is "
+            "expected"
+        )
+    if depth > _DEEPEST:
+        raise SettingsError(_too_deep(f"{place:.80}"))
+    inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+    for key, item in inner.items() if isinstance(inner, Mapping) else ():
+        _refuse_unusable(item, where, f"{at}.{key}" if at else str(key), depth + 1)
+
+
+def _too_deep(where: str) -> str:
+    return f"{where}: lists and tables are nested too deeply; expected at most {_DEEPEST} levels"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that may have been meant, in capitals or not; "" where none is near."""
+    spelled = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), spelled, n=1)
+    return spelled[near[0]] if near else ""
 
 
 def plain(record: object) -> Any:
@@ -155,6 +197,8 @@ def expanded(arguments: Sequence[str]) -> list[str]:
 
 
 def _path(text: str, where: str, error: type[StillhouseError]) -> Path:
+    if not text:
+        raise error(f"{where}: expected a path, got an empty one; name one, or leave it out")
     longest = max(len(part.encode()) for part in text.split("/"))
     if "\0" in text or longest > MAX_NAME:
         raise error(
@@ -177,8 +221,8 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
-            near = difflib.get_close_matches(str(value), arguments, n=1)
-            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            near = nearest(str(value), arguments)
+            hint_text = f"; did you mean {near!r}?" if near else ""
             choices = ", ".join(map(repr, arguments))
             raise error(f"{where}: expected one of {choices}, got {_shown(value)}{hint_text}")
         return value
@@ -196,7 +240,7 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
         return build(hint, value, where=where, error=error, strict=strict)  # type: ignore[arg-type]
     if hint is Path and isinstance(value, str):
         return _path(value, where, error)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= 2 * _LARGEST:
         return float(value)
     if hint in (bool, int, float, str, bytes, types.NoneType) and type(value) is hint:
         return value
@@ -209,8 +253,9 @@ def _named(hint: Any) -> str:
         members = (m for m in typing.get_args(hint) if m is not types.NoneType)
         return " or ".join(map(_named, members))
     if typing.get_origin(hint) is tuple:
-        return f"a list of {_named(typing.get_args(hint)[0])}"
-    return getattr(hint, "__name__", str(hint))
+        of = typing.get_args(hint)[0]
+        return f"a list of {'tables' if dataclasses.is_dataclass(of) else _named(of)}"
+    return "true or false" if hint is bool else getattr(hint, "__name__", str(hint))
 
 
 def _shown(value: object) -> str:

@@ -6,8 +6,8 @@ dotted: `device.lr` stands as `lr` under `[device]`.
 """
 
 import dataclasses
-import difflib
 import json
+import re
 import textwrap
 import tomllib
 import types
@@ -22,6 +22,7 @@ from wire.errors import SettingsError
 WIDTH = 98  # of a comment on lines of its own
 COMMENT_STOP = 4  # comments of a table begin in one column, a multiple of this
 LONGEST_ALIGNED = 30  # characters; behind a longer setting the comment follows at once
+_BARE = re.compile(r"[A-Za-z0-9_-]+")  # keys that need no quotes
 
 
 class Setting(NamedTuple):
@@ -57,22 +58,34 @@ def parse(record: type, texts: Iterable[str], option: str = "--set") -> dict[str
     """The values by key of texts KEY=VALUE.
 
     A value is TOML (`0.05`, `true`, `["bolt", "nut"]`); where text or a path is expected, its
-    quotes may be left out.
+    quotes may be left out. Behind a key of free settings stands one of them:
+    `strategy_settings.beta=0.5`.
 
     Raises:
-        SettingsError: no such key; the message names the nearest.
+        SettingsError: no such key (the message names the nearest), a key is given twice, or a value
+            cannot be read.
     """
-    hints, values = keys(record), {}
+    hints = keys(record)
+    values: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals:
-            raise SettingsError(f"{option} {text!r:.80}: expected KEY=VALUE, rounds=20, say")
-        if key not in hints:
+            number = next((name for name, hint in hints.items() if hint is int), "key")
+            raise SettingsError(f"{option} {text!r:.80}: expected KEY=VALUE, {number}=2, say")
+        hint = _hint(key, hints)
+        if hint is None:
             raise SettingsError(f"{option}: unknown key {key!r:.80}; {_nearest(key, hints)}")
+        for other in values:
+            if key == other:
+                raise SettingsError(f"{option} {key} is given twice; leave one out")
+            if key.startswith(f"{other}.") or other.startswith(f"{key}."):
+                raise SettingsError(
+                    f"{option} {key}: {other} is given too, and one holds the other; leave one out"
+                )
         if any("\ud800" <= letter <= "\udfff" for letter in value):  # bytes of another encoding
             raise SettingsError(f"{option} {key}: expected text in UTF-8, got {value!a:.80}")
-        values[key] = _value(hints[key], value.strip())
+        values[key] = _value(hint, value.strip(), f"{option} {key}")
     return values
 
 
@@ -130,25 +143,51 @@ def keys(record: type, before: str = "") -> dict[str, Any]:
     return found
 
 
+def _hint(key: str, hints: Mapping[str, Any]) -> Any:
+    """The type of a key's value; None where there is no such key."""
+    if key in hints:
+        return hints[key]
+    for name, hint in hints.items():
+        inside = key.removeprefix(f"{name}.") if typing.get_origin(hint) is Mapping else key
+        if inside != key and all(map(_BARE.fullmatch, inside.split("."))):
+            return typing.get_args(hint)[1]
+    return None
+
+
 def _nearest(key: str, known: Iterable[str]) -> str:
     """What may have been meant by an unknown key."""
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         return f"{key} is a table; name one of its keys: {', '.join(inside)}"
-    near = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = near or difflib.get_close_matches(key, known, n=1)
+    table, _, last = key.lower().rpartition(".")
+    near = [name for name in known if name.lower().rpartition(".")[2] == last]
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == table}
+    if table and beside:
+        near = near or [beside[name] for name in filter(None, [records.nearest(last, beside)])]
+    else:
+        near = near or list(filter(None, [records.nearest(key, known)]))
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"known are: {', '.join(known)}"
+    if table and beside:
+        return f"known are: {', '.join(beside.values())}"
+    tables = dict.fromkeys(name.partition(".")[0] for name in known if "." in name)
+    alone = [name for name in known if "." not in name]
+    return f"known are: {', '.join(alone)}; and keys of the tables {', '.join(tables)}"
 
 
-def _value(hint: Any, text: str) -> Any:
+def _value(hint: Any, text: str, where: str) -> Any:
     """TOML, or the text as it is; whether it is what was expected is seen when it is built."""
-    if _takes_text(hint) and text[:1] not in ('"', "'"):
+    quoted = text[:1] in ('"', "'")
+    if _takes_text(hint) and not quoted:
         return text
     try:
-        table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        table = records.toml(f"value = {text}", where)
+    except tomllib.TOMLDecodeError as fault:
+        if quoted:
+            raise SettingsError(
+                f"{where}: begins with a quote and is not one text in quotes; close them, or leave "
+                "them out"
+            ) from fault
         return text
     return table["value"] if len(table) == 1 else text
 
@@ -175,6 +214,11 @@ def _aligned(settings: Mapping[str, Setting]) -> str:
     )
 
 
+def _key(name: str) -> str:
+    """A key as TOML takes it: in quotes where it must be."""
+    return name if _BARE.fullmatch(name) else _toml(name)
+
+
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -184,5 +228,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {_toml(inner)}' for key, inner in value.items())} }}"
+        pairs = (f"{_key(key)} = {_toml(inner)}" for key, inner in value.items())
+        return f"{{ {', '.join(pairs)} }}"
     return repr(value)

@@ -2,19 +2,35 @@
 
 import json
 import tomllib
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ondevice import config as agent
 from orchestrator import config
-from orchestrator.commands.terminal import AsJson, Changes, ConfigFile, console
+from orchestrator.commands.terminal import (
+    AgentChanges,
+    AsJson,
+    ConfigFile,
+    RunChanges,
+    console,
+)
 from orchestrator.fleet import enrolment
 from wire import records, settings, signing, storage
 from wire.errors import SettingsError, StillhouseError
+from wire.names import anchored
 
 PACKAGED = {"data": "/srv/stillhouse/images", "state": "/var/lib/stillhouse/state"}
+# Settings of a device that are not for `enroll --set`, and why.
+FIXED = {
+    "device": "the name is the argument of enroll: orchestrator enroll NAME",
+    "fleet": "a device is enrolled in the fleet of run.toml; name another run.toml with --config",
+    "broker.username": "a device logs in under the name that it is enrolled by",
+    "broker.password": "enroll draws it, and the broker lets the device in by no other",
+}
 
 
 def init(
@@ -25,7 +41,7 @@ def init(
             help=f"What to begin with: {', '.join(config.presets())}. {config.WHY_DEFAULT}"
         ),
     ] = config.DEFAULT,
-    changes: Changes = None,
+    changes: RunChanges = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a commented configuration."""
@@ -33,8 +49,9 @@ def init(
     if changes:  # presets are known to be right
         from orchestrator import strategies
 
-        try:
-            strategies.check(records.of_table(config.RunConfig, tomllib.loads(text), "--set"))
+        chosen = records.of_table(config.RunConfig, tomllib.loads(text), "--set")
+        try:  # as `config.load` will: a strategy of one's own lies beside run.toml
+            strategies.check(replace(chosen, strategy=anchored(chosen.strategy, folder)))
         except SettingsError as fault:
             raise SettingsError(f"--set: {fault}") from fault
     path = folder / "run.toml"
@@ -64,17 +81,22 @@ def enroll(
     release_key: Annotated[
         str, typer.Option(help="Updates of the agent are signed by it; default: run.toml's.")
     ] = "",
-    changes: Changes = None,
+    changes: AgentChanges = None,
     as_json: AsJson = False,
 ) -> None:
     """Admit a device and write its agent.toml; a running broker of ours lets it in at once."""
+    enrolment.check_name(device)
+    others = _others(changes or (), url)
     chosen = config.load(config_file)
     if key := release_key or chosen.release.key:
         signing.check_public(key)
     path = out or Path(f"{device}.toml")
     if path.exists():
         raise StillhouseError(f"{path} is there already; name another with --out")
-    url, notes = enrolment.reach(chosen.broker, url)
+    if other_url := others.pop("broker.url", ""):
+        url, notes = enrolment.reach(chosen.broker, other_url, "--set broker.url")
+    else:
+        url, notes = enrolment.reach(chosen.broker, url)
     values = {
         "device": device,
         "fleet": chosen.fleet,
@@ -84,15 +106,19 @@ def enroll(
         "broker.url": url,
         "broker.username": device,
         **(PACKAGED if packaged else {}),
-        **settings.parse(agent.AgentConfig, changes or ()),
+        **others,
     }
-    agent.template(values)  # nobody is enrolled if it cannot be written
-    password = enrolment.enroll(chosen.runs, chosen.fleet, device)
+    password = enrolment.password(chosen.runs, chosen.fleet, device)
     try:
-        storage.create(path, agent.template({"broker.password": password} | values), 0o600)
+        storage.create(path, agent.template(values | {"broker.password": password}), 0o600)
     except OSError as fault:
         raise StillhouseError(f"{path}: cannot be written: {fault.strerror}; name another with "
                               "--out") from fault  # fmt: skip
+    try:  # last: nobody is enrolled whose file cannot be written
+        enrolment.enroll(chosen.runs, chosen.fleet, device, password)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
     if as_json:
         told = {"file": str(path), "device": device, "fleet": chosen.fleet, "url": url}
         print(json.dumps(told | {"notes": notes}))
@@ -102,3 +128,20 @@ def enroll(
     )
     for note in notes:
         console.print(f"note: {note}")
+
+
+def _others(changes: Iterable[str], url: str) -> dict[str, Any]:
+    """What `enroll --set` chooses for the device's file.
+
+    Raises:
+        SettingsError: a value cannot be read, or is not one to choose.
+    """
+    others = settings.parse(agent.AgentConfig, changes)
+    for key in others:
+        if key in FIXED:
+            raise SettingsError(f"--set {key}: {FIXED[key]}")
+    if url and "broker.url" in others:
+        raise SettingsError(
+            "--url and --set broker.url both say how the device reaches the broker; leave one out"
+        )
+    return others

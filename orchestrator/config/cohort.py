@@ -39,5 +39,9 @@ class CohortConfig:
                 f"min_devices {self.min_devices}, max_devices {self.max_devices}: expected "
                 "1 <= min_devices <= max_devices, or max_devices = 0"
             )
-        if not 0 < self.quorum <= 1 or self.deadline_s <= 0 or self.wait_s < 0:
-            raise ValueError("expected 0 < quorum <= 1, deadline_s > 0, wait_s >= 0")
+        if not 0 < self.quorum <= 1:
+            raise ValueError(f"quorum: expected a share over 0 to 1, got {self.quorum}")
+        if self.deadline_s <= 0:
+            raise ValueError(f"deadline_s: expected over 0, got {self.deadline_s}")
+        if self.wait_s < 0:
+            raise ValueError(f"wait_s: expected 0 or more, got {self.wait_s}")

@@ -162,8 +162,14 @@ class DeviceConfig:
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout: expected a share from 0 to below 1, got {self.holdout}")
         check_noise(self.clip, self.noise)
-        if self.class_count < 2 or self.batch < 1 or self.epochs < 1 or self.lr <= 0:
-            raise ValueError("expected classes >= 2, batch >= 1, epochs >= 1, lr > 0")
+        if self.class_count < 2:
+            raise ValueError(f"classes: expected 2 or more, got {self.class_count}")
+        if self.batch < 1:
+            raise ValueError(f"batch: expected 1 or more, got {self.batch}")
+        if self.epochs < 1:
+            raise ValueError(f"epochs: expected 1 or more, got {self.epochs}")
+        if self.lr <= 0:
+            raise ValueError(f"lr: expected over 0, got {self.lr}")
 
 
 def default_pixels(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:

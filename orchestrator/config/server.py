@@ -40,7 +40,10 @@ class ServerConfig:
     eval_every: int = 1
 
     def __post_init__(self) -> None:
-        if self.eval_batch < 0 or self.eval_every < 1 or self.patience < 0:
-            raise ValueError("expected eval_batch >= 0, eval_every >= 1, patience >= 0")
-        if self.epochs < 1 or self.batch < 2 or self.lr <= 0 or self.temperature <= 0:
-            raise ValueError("expected epochs >= 1, batch >= 2, lr > 0, temperature > 0")
+        least = {"eval_batch": 0, "eval_every": 1, "patience": 0, "epochs": 1, "batch": 2}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
+        for name in ("lr", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected over 0, got {getattr(self, name)}")

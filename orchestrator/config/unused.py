@@ -40,7 +40,8 @@ def refuse_transfer(config: RunConfig) -> None:
     """For a strategy without feature maps."""
     if config.transfer != TransferConfig():
         raise ValueError(
-            f"transfer: strategy {written(config.strategy)!r} sends no feature maps; use fedgkt"
+            f"transfer: strategy {written(config.strategy)!r} sends no feature maps; remove "
+            "[transfer], or begin with orchestrator init --preset fedavg"
         )
 
 

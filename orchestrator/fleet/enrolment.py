@@ -53,10 +53,8 @@ def enrolled(runs: Path, fleet: str) -> frozenset[str]:
     return frozenset(users(runs, fleet)) - {ORCHESTRATOR}
 
 
-def enroll(runs: Path, fleet: str, device: str) -> str:
-    """Add a device; returns its password. One that is known keeps the password it has.
-
-    A broker of ours that runs lets the device in, within a second.
+def check_name(device: str) -> None:
+    """Return if a device can have the name.
 
     Raises:
         RunError: the name cannot stand in a topic.
@@ -65,20 +63,48 @@ def enroll(runs: Path, fleet: str, device: str) -> str:
         topics.check_name(device, "device name")
     except ValueError as fault:
         raise RunError(str(fault)) from fault
+
+
+def password(runs: Path, fleet: str, device: str) -> str:
+    """The password of a device: that which it has, or a new one, which nobody knows yet.
+
+    Raises:
+        RunError: the fleet's file is damaged.
+    """
+    known = users(runs, fleet) if path(runs, fleet).exists() else {}
+    return known.get(device) or secrets.token_urlsafe(32)
+
+
+def enroll(runs: Path, fleet: str, device: str, secret: str = "") -> str:
+    """Add a device; returns its password. One that is known keeps the password it has.
+
+    A broker of ours that runs lets the device in, within a second.
+
+    Args:
+        runs: folder of all runs.
+        fleet: its name.
+        device: its name.
+        secret: its password, if it is new; "" draws one.
+
+    Raises:
+        RunError: the name cannot stand in a topic.
+    """
+    check_name(device)
     known = users(runs, fleet)
     if device not in known:
-        known[device] = secrets.token_urlsafe(32)
+        known[device] = secret or secrets.token_urlsafe(32)
         _write(path(runs, fleet), known)
     let_in(broker_folder(runs, fleet), known)
     return known[device]
 
 
-def reach(broker: BrokerConfig, url: str) -> tuple[str, list[str]]:
+def reach(broker: BrokerConfig, url: str, option: str = "--url") -> tuple[str, list[str]]:
     """The URL by which a device reaches a run's broker, and what a person should know of it.
 
     Args:
         broker: of the run.
         url: that was given for the device; "" takes what the settings say.
+        option: what it was given by, for messages; ends in `url`.
 
     Raises:
         SettingsError: it is no broker's URL, or none is given and the settings say none.
@@ -95,7 +121,7 @@ def reach(broker: BrokerConfig, url: str) -> tuple[str, list[str]]:
     try:
         endpoint = address.parse(url)
     except ValueError as fault:
-        raise SettingsError(f"--{fault}") from fault
+        raise SettingsError(f"{option.removesuffix('url')}{fault}") from fault
     notes = []
     if ours and broker.local:
         notes.append(

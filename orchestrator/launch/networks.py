@@ -94,8 +94,8 @@ def _compare(path: Path, sources: Sources) -> None:
         before = None
     if not isinstance(before, dict) or not all(isinstance(f, dict) for f in before.values()):
         raise RunError(
-            f"{path} is damaged: expected a table of digests for each network; restore it. If the "
-            "networks are those that the run was begun with, remove it"
+            f"{path} is damaged: expected a table of digests for each network or strategy; restore "
+            "it. If they are those that the run was begun with, remove it"
         )
     for name, files in sources.items():
         known = before.get(name, {})
@@ -103,8 +103,8 @@ def _compare(path: Path, sources: Sources) -> None:
         if changed:
             raise RunError(
                 f"{name}: {', '.join(changed)} changed since run {path.parent.name} was begun; "
-                "restore it, or choose another name for a new run. If it makes the same network as "
-                f"before, remove {path}"
+                "restore it, or choose another name for a new run. If the network or strategy is "
+                f"the same as before, remove {path}"
             )
 
 

@@ -39,7 +39,7 @@ from orchestrator.simulation.stack import STEPS, TorchEngine
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import LearntState, Strategy
 from wire import seeds, stopping
-from wire.errors import RunError, StillhouseError
+from wire.errors import RunError, StillhouseError, StorageError
 from wire.messages import Order, Result
 
 log = logging.getLogger("orchestrator")
@@ -217,6 +217,8 @@ class _Simulation:
         try:
             admit.header(result, order, device, len(self._images[device].y), limits)
             self._contributions.admit(state, order, result)
+        except (RunError, StorageError):  # that is ours, or of the user's strategy
+            raise
         except StillhouseError as fault:
             log.warning("%s: result refused: %s", device, fault)
             return Verdict(device, accepted=False, reason=str(fault), result=result)

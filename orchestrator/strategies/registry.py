@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping
 from models import foreign
 from models.foreign import Found, Kind
 from orchestrator.config import RunConfig
+from orchestrator.strategies.checked import checked
 from orchestrator.strategies.fedavg import FedAvg
 from orchestrator.strategies.feddropout import FedDropout
 from orchestrator.strategies.fedgkt import FedGKT
 from orchestrator.strategies.local import Local
 from orchestrator.strategies.strategy import Strategy
 from orchestrator.strategies.task import Task, strategy_settings
-from wire.errors import SettingsError, StillhouseError
+from wire.errors import RunError, SettingsError, StillhouseError
 
 STRATEGIES = Kind("stillhouse.strategies", "Class")
 _OURS: dict[str, type[Strategy]] = {
@@ -54,7 +55,7 @@ def check(config: RunConfig) -> None:
     strategy_settings(config, cls.settings)
     try:
         cls.check(config)
-    except ValueError as fault:
+    except (ValueError, RunError) as fault:
         raise SettingsError(str(fault)) from fault
 
 
@@ -62,7 +63,7 @@ def create(name: str, task: Task) -> Strategy:
     """The strategy of a name, for a run.
 
     Raises:
-        StillhouseError: there is none of this name, or it cannot be imported.
+        StillhouseError: there is none of this name, it cannot be imported, or fails.
     """
     make: Callable[[Task], Strategy] = _find(name)
     return make(task)
@@ -83,11 +84,12 @@ def _find(name: str) -> type[Strategy]:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; or {STRATEGIES.forms}"
         raise StillhouseError(f"expected one of {', '.join(map(repr, known))}, got {name!r}{hint}")
-    return _checked(found)
+    _inspect(found)
+    return checked(found)
 
 
-def _checked(found: Found) -> type[Strategy]:
-    """A user's class, if it has what a strategy has."""
+def _inspect(found: Found) -> None:
+    """Return if a user's class has what a strategy has."""
     cls, name = found.value, found.name
     if not isinstance(cls, type):
         raise StillhouseError(
@@ -105,7 +107,6 @@ def _checked(found: Found) -> type[Strategy]:
             raise StillhouseError(f"{name}: has no function {function}({', '.join(arguments)})")
         bound = isinstance(inspect.getattr_static(cls, function), staticmethod | classmethod)
         _accepts(f"{name}: {function}", defined, arguments if bound else ("self", *arguments))
-    return cls
 
 
 def _accepts(what: str, function: Callable[..., object], arguments: tuple[str, ...]) -> None:

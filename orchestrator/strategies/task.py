@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from wire import records
 from wire.blobs import BlobStore
 from wire.errors import SettingsError
 from wire.messages import BlobRef, Order
+from wire.names import written
 
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -147,6 +148,11 @@ def strategy_settings(config: RunConfig, cls: type[T]) -> T:
     Raises:
         SettingsError: an unknown, missing or wrong key; the message names it.
     """
+    if config.strategy_settings and not records.hints(cast("type", cls)):
+        raise SettingsError(
+            f"strategy_settings: strategy {written(config.strategy)!r} has no settings of its own; "
+            "leave the table out"
+        )
     return records.build(
         cls, config.strategy_settings, where="strategy_settings", error=SettingsError
     )

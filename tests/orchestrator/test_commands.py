@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from importlib import util
@@ -13,7 +15,7 @@ import typer.testing
 import wire
 from edge_agent import main as agent
 from ondevice import config as agent_config
-from orchestrator import config, main
+from orchestrator import config, main, strategies
 from orchestrator.datasets import __main__ as datasets
 from tests.conftest import ROOT
 from tools.export import __main__ as export
@@ -82,6 +84,8 @@ def test_a_shell_can_learn_the_commands():
     [
         ("edge-agent in", ["init"]),
         ("edge-agent --pr", ["--print-completion"]),
+        ("edge-agent --print-completion ", ["bash", "zsh"]),
+        ("edge-agent --print-completion z", ["zsh"]),
         ("edge-agent doctor --", ["--help", "--config", "--json"]),
         ("edge-agent measure --with", ["--with-pytorch"]),
         ("edge-agent run --config ag", []),  # a path, which the shell completes
@@ -93,7 +97,8 @@ def test_a_shell_can_learn_the_agents_commands(typed, told, capsys):
     assert not end.value.code
     words = typed.split(" ")
     asked = (
-        f"{capsys.readouterr().out}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
+        f"{capsys.readouterr().out}\n"
+        f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}\n"
         '_edge_agent; printf "%s\\n" "${COMPREPLY[@]}"\n'
     )
     done = subprocess.run(["bash", "-eu"], input=asked, capture_output=True, text=True, check=False)
@@ -169,6 +174,12 @@ def test_the_default_preset_is_named_and_its_reason(tmp_path):
     assert {"dropout", "fedavg", "fedgkt", "frugal", "paper", "shared"} == set(config.presets())
 
 
+def test_each_command_shows_a_value_that_its_file_takes():
+    for command, example in (("init", "device.lr=0.05"), ("enroll", "threads=2")):
+        told = " ".join(run(command, "--help").output.replace("│", " ").split())
+        assert f"such as {example}; may be repeated" in told
+
+
 def test_init_takes_other_values_and_tells_scripts_what_it_wrote(tmp_path):
     chosen = ("--set", "device.lr=0.1", "--set", "rounds=20", "--set", "name=trial")
     told = json.loads(run("init", str(tmp_path), "--preset", "fedavg", *chosen, "--json").output)
@@ -188,6 +199,22 @@ def test_init_writes_nothing_where_a_value_is_wrong(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_init_finds_a_strategy_of_ones_own_beside_run_toml_with_its_settings(tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project, elsewhere):
+        folder.mkdir()
+    shutil.copy(ROOT / "tests/extensions/momentum.py", project)
+    monkeypatch.chdir(elsewhere)
+    chosen = ("--preset", "fedavg", "--set", "strategy=momentum.py:FedAvgM")
+    with pytest.raises(StillhouseError, match="beta: expected 0 to below 1, got 2"):
+        run("init", str(project), *chosen, "--set", "strategy_settings.beta=2")
+    run("init", str(project), *chosen, "--set", "strategy_settings.beta=0.5")
+    made = config.load(project / "run.toml", strategies.check)
+    assert made.strategy_settings == {"beta": 0.5}
+    with pytest.raises(StillhouseError, match=r"no file .*momentum.py"):
+        run("init", str(elsewhere), *chosen)
+
+
 def test_the_agents_init_takes_other_values(tmp_path, capsys):
     path = tmp_path / "agent.toml"
     chosen = ["--set", "device=pi-3", "--set", "broker.url=mqtt://barn", "--set", "threads=2"]
@@ -197,6 +224,15 @@ def test_the_agents_init_takes_other_values(tmp_path, capsys):
     assert agent.main(["init", str(tmp_path / "b.toml"), "--set", "devise=pi-3"]) == 2
     assert "unknown key 'devise'; did you mean 'device'?" in capsys.readouterr().err
     assert not (tmp_path / "b.toml").exists()
+
+
+def test_the_agents_init_makes_the_folder_of_its_file_and_tells_scripts(tmp_path, capsys):
+    path = tmp_path / "new/agent.toml"
+    assert agent.main(["init", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"file": str(path)}
+    assert agent_config.load(path).device == "device-0"
+    assert agent.main(["init", str(path.parent)]) == 2
+    assert f"{path.parent} is a folder; name the file, {path}, say" in capsys.readouterr().err
 
 
 def test_missing_held_out_images_are_named_by_their_key(tmp_path):

@@ -1,16 +1,20 @@
 """What a run's configuration promises, and what it refuses."""
 
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from ondevice.config import AgentConfig
 from orchestrator import strategies
 from orchestrator.config import (
     CohortConfig,
     DeviceConfig,
     Other,
     RunConfig,
+    ServerConfig,
     SubmodelConfig,
     Tier,
     TransferConfig,
@@ -19,7 +23,12 @@ from orchestrator.config import (
     template,
 )
 from orchestrator.launch.prepare import fresh
+from wire.address import BrokerAddress
 from wire.errors import SettingsError, StillhouseError
+
+AGENT = partial(
+    AgentConfig, "pi", "fleet", Path("images"), Path("state"), BrokerAddress("mqtt://localhost")
+)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +192,47 @@ def test_classes_are_a_number_or_names_in_unicode_form_c(tmp_path):
     for wrong, text in (
         ('["nut", "nut"]', "there twice"),
         ('["nut", ""]', "printable"),
-        ('["nut"]', "classes >= 2"),
+        ('["nut"]', "classes: expected 2 or more"),
         ("true", "expected int"),
         ('["nut", 3]', "expected str"),
         ('"nut"', "expected int"),
     ):
         with pytest.raises(StillhouseError, match=text):
             device(wrong)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value", "text"),
+    [
+        (DeviceConfig, "classes", 1, "expected 2 or more, got 1"),
+        (DeviceConfig, "batch", 0, "expected 1 or more, got 0"),
+        (DeviceConfig, "epochs", 0, "expected 1 or more, got 0"),
+        (DeviceConfig, "lr", 0.0, "expected over 0, got 0.0"),
+        (ServerConfig, "eval_batch", -1, "expected 0 or more, got -1"),
+        (ServerConfig, "eval_every", 0, "expected 1 or more, got 0"),
+        (ServerConfig, "patience", -1, "expected 0 or more, got -1"),
+        (ServerConfig, "epochs", 0, "expected 1 or more, got 0"),
+        (ServerConfig, "batch", 1, "expected 2 or more, got 1"),
+        (ServerConfig, "lr", 0.0, "expected over 0, got 0.0"),
+        (ServerConfig, "temperature", -1.0, "expected over 0, got -1.0"),
+        (CohortConfig, "quorum", 1.5, "expected a share over 0 to 1, got 1.5"),
+        (CohortConfig, "deadline_s", 0.0, "expected over 0, got 0.0"),
+        (CohortConfig, "wait_s", -1.0, "expected 0 or more, got -1.0"),
+        (AGENT, "threads", -1, "expected 0 (all cores) or more, got -1"),
+        (AGENT, "window", 0, "expected 1 or more, got 0"),
+        (AGENT, "retry_s", 0.0, "expected over 0, got 0.0"),
+        (AGENT, "resend_s", -1.0, "expected over 0, got -1.0"),
+        (AGENT, "telemetry_s", 0.0, "expected over 0, got 0.0"),
+    ],
+)
+def test_a_value_out_of_range_is_named_alone(cls, name, value, text):
+    with pytest.raises(ValueError, match=f"^{name}: {re.escape(text)}$"):
+        cls(**{name: value})
+
+
+@pytest.mark.parametrize("line", ['heldout = ""', 'runs = ""', "retry_s = inf"])
+def test_an_empty_folder_and_an_infinite_number_are_refused_with_the_file(tmp_path, line):
+    path = tmp_path / "run.toml"
+    path.write_text(f'name = "run"\n{line}\n')
+    with pytest.raises(SettingsError, match=f"^{path}: {line.split()[0]}: expected"):
+        load(path)

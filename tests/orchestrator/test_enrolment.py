@@ -133,6 +133,50 @@ def test_a_kit_is_of_its_device_and_run_with_whatever_else_was_chosen(enroll, tm
     assert (tmp_path / "pi.toml").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_url_that_is_set_is_the_one_that_is_said_and_asked_for_no_more(enroll, tmp_path):
+    everywhere = {"broker.kind": "mosquitto", "broker.host": EVERYWHERE}
+    said = enroll("--config", "run.toml", "--json", "--set", "broker.url=MQTTS://Barn",
+                  "--set", "broker.ca_file=ca.pem", **everywhere)  # fmt: skip
+    told = json.loads(said)
+    kit = tomllib.loads((tmp_path / "pi.toml").read_text())
+    assert told["url"] == kit["broker"]["url"] == "mqtts://barn:8883"
+    assert "speak no TLS" in told["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--url", "mqtt://a", "--set", "broker.url=mqtt://b"), "--url and --set broker.url both"),
+        (("--set", "broker.url=barn"), "^--set broker.url 'barn': .*did you mean mqtt://barn"),
+        (("--set", "device=other"), "^--set device: the name is the argument of enroll"),
+        (("--set", "fleet=other"), "^--set fleet: a device is enrolled in the fleet of run.toml"),
+        (("--set", "broker.username=me"), "^--set broker.username: a device logs in under the nam"),
+        (("--set", "broker.password=x"), "^--set broker.password: enroll draws it"),
+    ],
+)
+def test_what_enroll_settles_by_itself_is_not_set(enroll, tmp_path, options, text):
+    with pytest.raises(SettingsError, match=text):
+        enroll("--config", "run.toml", *options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
+
+
+def test_a_bad_name_is_named_as_what_it_is(tmp_path):
+    (tmp_path / "run.toml").write_text(config.template())
+    arguments = ["enroll", "bad name", "--config", str(tmp_path / "run.toml")]
+    with pytest.raises(StillhouseError, match=r"^device name 'bad name': use 1 to 64 letters"):
+        main.app(arguments, standalone_mode=False)
+
+
+def test_a_device_that_is_enrolled_again_keeps_its_password(enroll, tmp_path):
+    for name in ("a.toml", "b.toml"):
+        enroll("--config", "run.toml", "--out", name)
+    first, second = (
+        tomllib.loads((tmp_path / name).read_text())["broker"]["password"]
+        for name in ("a.toml", "b.toml")
+    )
+    assert first == second == enrolment.users(tmp_path / "runs", "fleet")["pi"]
+
+
 def test_a_script_is_told_what_was_written_as_json(enroll):
     told = json.loads(enroll("--config", "run.toml", "--json"))
     assert told.pop("notes")[0].startswith("the broker of these settings listens on 127.0.0.1")
@@ -155,9 +199,20 @@ def test_a_refused_url_enrolls_nobody_and_writes_nothing(enroll, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
 
 
-def test_a_kit_that_cannot_be_written_is_told_so(enroll):
+def test_a_kit_that_cannot_be_written_is_told_so_and_enrolls_nobody(enroll, tmp_path):
     with pytest.raises(StillhouseError, match="name another with --out"):
         enroll("--config", "run.toml", "--out", "nowhere/pi.toml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
+
+
+def test_a_kit_is_not_left_of_a_device_that_is_not_enrolled(enroll, tmp_path, monkeypatch):
+    def fail(*_):
+        raise StalledError("full")
+
+    monkeypatch.setattr(enrolment, "_write", fail)
+    with pytest.raises(StalledError):
+        enroll("--config", "run.toml")
+    assert not (tmp_path / "pi.toml").exists()
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", json.dumps("a")])

@@ -167,7 +167,7 @@ for go_on in (
     for said in run_code(source.parent, code).stdout.splitlines():
         assert said == (
             "nets.py:Small: nets.py changed since run run was begun; restore it, or choose "
-            "another name for a new run. If it makes the same network as before, remove "
+            "another name for a new run. If the network or strategy is the same as before, remove "
             f"{config.folder / 'sources.json'}"
         )
     (config.folder / "sources.json").unlink()

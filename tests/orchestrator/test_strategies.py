@@ -10,11 +10,17 @@ from models.foreign import Found
 from orchestrator import strategies
 from orchestrator.config import BrokerConfig, RunConfig, changes, load
 from orchestrator.launch import start
+from orchestrator.simulation import simulate
 from orchestrator.strategies import registry
 from tests.models.test_foreign import install
 from wire import records
-from wire.errors import SettingsError
+from wire.errors import RunError, SettingsError, StillhouseError
 
+SMALL = """
+rounds = 1
+[device]
+model = "nets.py:Tiny"
+"""
 MOMENTUM = Path(__file__).parents[1] / "extensions/momentum.py"
 
 
@@ -59,7 +65,7 @@ def test_a_users_strategy_has_settings_of_its_own(folder):
         ),
         ("[strategy_settings]\nbeta = 2", "strategy_settings: beta: expected 0 to below 1, got 2"),
         ('[strategy_settings]\nbeta = "a"', "strategy_settings: beta: expected float, got str 'a'"),
-        ("[transfer]\nviews = true", "sends no feature maps; use fedgkt"),
+        ("[transfer]\nviews = true", r"sends no feature maps; remove \[transfer\], or begin"),
     ],
 )
 def test_settings_that_a_users_strategy_does_not_take_are_refused_with_the_file(folder, more, text):
@@ -70,7 +76,9 @@ def test_settings_that_a_users_strategy_does_not_take_are_refused_with_the_file(
 
 def test_a_strategy_of_ours_has_no_settings_of_its_own(folder):
     path = run_toml(folder, "fedavg", "[strategy_settings]\nbeta = 0.5")
-    with pytest.raises(SettingsError, match="strategy_settings: unknown key 'beta'"):
+    with pytest.raises(
+        SettingsError, match="strategy_settings: strategy 'fedavg' has no settings of"
+    ):
         load(path, strategies.check)
 
 
@@ -139,4 +147,84 @@ def test_a_run_that_has_begun_keeps_the_settings_of_its_strategy(folder):
 
 def test_our_strategies_pass_the_inspection_of_a_users():
     for name, cls in registry._OURS.items():
-        assert registry._checked(Found(name, None, cls)) is cls
+        registry._inspect(Found(name, None, cls))
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (
+            ("self.task = task", "self.task = task[0]"),
+            r"__init__ fails at .*momentum.py:\d+: TypeError: 'Task' object is not",
+        ),
+        (
+            ("unused.need_heldout(config)", "config.no_such_key"),
+            r"check fails at .*momentum.py:\d+: AttributeError: .*no_such_key",
+        ),
+        (
+            ("w = self.task.initial\n", "w = {}['w']\n"),
+            r"begin fails at .*momentum.py:\d+: KeyError: 'w'",
+        ),
+        (
+            ("named = tensors", "open('no.json')\n        named = tensors"),
+            r"orders fails at .*momentum.py:\d+: FileNotFoundError: \[Errno 2\] No such file",
+        ),
+        (
+            ('update = read_payload(self.task, order, result, "update")', "update = 1 / 0"),
+            r"admit fails at .*momentum.py:\d+: ZeroDivisionError: division by zero",
+        ),
+        (
+            ("limit = self.task.config.cohort.max_weight", "limit = results[99]"),
+            r"aggregate fails at .*momentum.py:\d+: IndexError: ",
+        ),
+        (
+            ("        return Momentum(w, {name", "        Momentum(w, {name"),
+            r"begin: expected it to return a state with a function pack\(\), got NoneType",
+        ),
+        (
+            (
+                "        return {\n            name: self",
+                "        return None, {\n            name: self",
+            ),
+            "orders: expected it to return a dict of one Order a device, got tuple",
+        ),
+        (
+            ("            for name in cohort", "            for name in ['stranger', *cohort]"),
+            "orders: expected orders to devices of the cohort, got one to 'stranger'",
+        ),
+        (
+            ("        return Update(update)", "        return update"),
+            "admit: expected it to return a contribution with a number `nbytes`, got dict",
+        ),
+        (
+            ("return Momentum(w, v), metrics", "return Momentum(w, v)"),
+            "aggregate: expected it to return a pair of the next state and a dict of metrics, got",
+        ),
+        (
+            ("return Momentum(w, v), metrics", "return w, metrics"),
+            r"aggregate: expected it to return a state with a function pack\(\), got dict",
+        ),
+    ],
+)
+def test_a_strategy_that_fails_is_told_by_one_line_of_its_file(folder, digits, edit, text):
+    changed(folder, edit)
+    path = run_toml(folder, more=SMALL)
+    shutil.copy(MOMENTUM.with_name("nets.py"), folder)
+    (folder / "held.npz").symlink_to(digits / "heldout.npz")
+    with pytest.raises(StillhouseError, match=rf"strategy: momentum.py:FedAvgM: {text}") as caught:
+        simulate.run(load(path, strategies.check), digits)
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.type in (RunError, SettingsError)
+
+
+def test_what_a_users_strategy_refuses_of_a_device_is_refused(folder, digits):
+    changed(
+        folder,
+        ("return Update(update)", 'raise AdmissionError("too far away")'),
+        ("from wire.mess", "from wire.errors import AdmissionError\nfrom wire.mess"),
+    )
+    path = run_toml(folder, more=SMALL)
+    shutil.copy(MOMENTUM.with_name("nets.py"), folder)
+    (folder / "held.npz").symlink_to(digits / "heldout.npz")
+    with pytest.raises(RunError, match="no result can be used; the first: too far away"):
+        simulate.run(load(path, strategies.check), digits)

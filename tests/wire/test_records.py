@@ -59,9 +59,40 @@ def test_a_path_that_no_file_system_takes_is_refused(path):
         read({"data": path})
 
 
-@pytest.mark.parametrize("text", ["retry_s = nan", "inner.x = [1, -nan]", "[[a]]\nb = nan"])
-def test_a_number_that_is_none_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("retry_s = nan", "retry_s: expected a finite number, got nan"),
+        ("inner.x = [1, -nan]", "inner.x.1: expected a finite number, got nan"),
+        ("[[a]]\nb = -inf", "a.0.b: expected a finite number, got -inf"),
+        (f"retry_s = 1{'0' * 400}", "retry_s: expected a number below 2^63, got one of many"),
+        (f"retry_s = {'9' * 5000}", ": a whole number has thousands of digits; expected one below"),
+        (f"retry_s = 0x{'f' * 5000}", "retry_s: expected a number below 2^63, got one of many"),
+        (f"x = {'[' * 3000}{']' * 3000}", "nested too deeply; expected at most 32 levels"),
+        (f"x = {'[' * 40}{']' * 40}", "nested too deeply; expected at most 32 levels"),
+        ("[a]\nday = 2026-01-01", "a.day: got a date, which no setting is; put quotes around it"),
+        ("hour = 07:30:00", "hour: got a time, which no setting is"),
+    ],
+)
+def test_values_that_toml_allows_and_no_setting_takes_are_refused_with_their_key(
+    tmp_path, text, told
+):
     path = tmp_path / "agent.toml"
     path.write_text(text)
-    with pytest.raises(SettingsError, match=r"agent\.toml: [a-z_0.1x]+: expected a number, got n"):
+    with pytest.raises(SettingsError) as caught:
         records.load(Settings, path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 200
+
+
+def test_an_empty_path_is_none():
+    inside = ({"packages": [""]}, {"inner": {"ca_file": ""}})
+    for table in ({"data": ""}, *({"data": "a"} | table for table in inside)):
+        with pytest.raises(SettingsError, match=r"expected a path, got an empty one; name one, or"):
+            read(table)
+
+
+def test_a_near_name_is_found_in_capitals_too():
+    with pytest.raises(SettingsError, match="unknown key 'Data'; did you mean 'data'"):
+        read({"Data": "images"})
