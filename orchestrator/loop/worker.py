@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from orchestrator.loop.contributions import Contributions
 from orchestrator.rules.attempt import Attempt
 from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
-from wire.errors import AdmissionError, StillhouseError, StorageError
+from wire.errors import AdmissionError, RunError, StillhouseError, StorageError
 from wire.messages import Order, Result
 from wire.storage import Patience
 
@@ -78,7 +78,7 @@ class Worker:
     def _look_over(self, state: LearntState, order: Order, result: Result) -> Outcome:
         try:
             self._contributions.admit(state, order, result)
-        except (StorageError, OSError, MemoryError):  # those are ours
+        except (StorageError, RunError, OSError, MemoryError):  # those are ours
             raise
         except StillhouseError as fault:
             return Admitted(result, fault)

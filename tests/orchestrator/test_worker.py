@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator.loop.worker import Admitted, Failed, Worker
-from wire.errors import AdmissionError, CodecError, StorageError
+from wire.errors import AdmissionError, CodecError, RunError, StorageError
 from wire.messages import BlobRef, Order, Result
 from wire.storage import Patience
 
@@ -40,7 +40,13 @@ def test_whatever_a_payload_provokes_ends_that_result_alone(fault):
 
 @pytest.mark.parametrize(
     "fault",
-    [OSError(errno.EIO, "I/O error"), FileNotFoundError("blob"), MemoryError(), StorageError("ro")],
+    [
+        OSError(errno.EIO, "I/O error"),
+        FileNotFoundError("blob"),
+        MemoryError(),
+        StorageError("ro"),
+        RunError("strategy fails"),
+    ],
     ids=lambda fault: type(fault).__name__,
 )
 def test_a_failing_disk_and_a_full_memory_are_not_noted_against_a_device(fault):
