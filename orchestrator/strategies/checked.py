@@ -49,7 +49,7 @@ class Checked:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        with self._telling("__init__"), storage.at(task.shards):
+        with self._telling("__init__"), storage.at(task.shard_folder):
             self._strategy: Strategy = self.users.value(task)
 
     @classmethod
@@ -112,7 +112,7 @@ class Checked:
         return self._state("aggregate", done[0]), done[1]
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        with self._telling(function), storage.at(self.task.shards):
+        with self._telling(function), storage.at(self.task.shard_folder):
             return getattr(self._strategy, function)(*arguments)
 
     def _state(self, function: str, state: Any) -> LearntState:
