@@ -149,7 +149,7 @@ def _refuse_unusable(value: object, where: str, at: str = "", depth: int = 0) ->
             "expected"
         )
     if depth > _DEEPEST:
-        raise SettingsError(_too_deep(f"{place:.80}"))
+        raise SettingsError(_too_deep(f"{where}: {at:.40}"))
     inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
     for key, item in inner.items() if isinstance(inner, Mapping) else ():
         _refuse_unusable(item, where, f"{at}.{key}" if at else str(key), depth + 1)
