@@ -1,6 +1,6 @@
 """The process between the orchestrator and its broker: `python -m orchestrator.broker FOLDER ...`.
 
-It runs the broker until its stdin closes, its parent is gone, or SIGTERM or SIGINT comes. It writes
+It runs the broker until its stdin closes, its parent dies, or SIGTERM or SIGINT comes. It writes
 the broker's process id to FOLDER/broker.pid. `orchestrator.broker.start` runs it, not a person.
 """
 
@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 async def _orphaned() -> None:
-    """Return once the process that started us has closed our stdin, or is gone.
+    """Return once the process that started us has closed our stdin or died.
 
     A process forked from it (such as a data loader) may hold the pipe open after its death, so the
     parent's process id is checked too.

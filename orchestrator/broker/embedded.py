@@ -36,7 +36,7 @@ _WILL = ("will_flag", "will_topic", "will_message", "will_qos", "will_retain")
 
 
 class _Payload(bytes):
-    """A payload of which amqtt's debug lines show only the size."""
+    """A payload whose size alone appears in amqtt's debug lines."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Where the broker is."""
+"""The settings of the broker."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from wire.address import BrokerAddress, bracketed, check_host, is_local
 
 @dataclass(frozen=True)
 class BrokerConfig:
-    """Where the broker is.
+    """Which broker a run uses, and how to reach it.
 
     Attributes:
         kind: "embedded" (pure Python, loopback only), "mosquitto" (the orchestrator runs Debian's

@@ -10,7 +10,7 @@ from wire.messages import check_noise
 
 
 class Recipe(NamedTuple):
-    """What tells one training artifact of a run from another.
+    """What differs between a run's training artifacts.
 
     With `frozen` the extractor is not trained, and its batch-norm statistics do not change.
     """
@@ -52,8 +52,8 @@ class DeviceConfig:
             decides. Their feature maps must have the same shape.
         classes: the names of the classes in the order of the logits, or their number.
         input: channels, height, width.
-        mean, std: of the pixels on the 0..1 scale, per channel. If left out, they are set to those
-            of `default_pixels`.
+        mean, std: of the pixels on the 0..1 scale, per channel. If left out, `default_pixels` gives
+            them.
         batch, epochs, lr, optimizer, momentum, weight_decay: of local training.
         schedule: of the learning rate. "constant"; "cosine", from lr to 0 over the rounds.
         alpha, temperature: of the distillation term (FedGKT).

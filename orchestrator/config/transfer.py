@@ -25,11 +25,11 @@ class TransferConfig:
         student_views: true: devices train on each round's view. False: devices train on their
             images as they are and get teacher logits of them, while the server still crops frozen
             feature maps.
-        resend: feature maps are sent again only if those of held-out images have changed by more
-            than this share (squared error) since; 0: they are sent in every round.
+        resend: feature maps are sent again only if the extractor's maps of held-out images have
+            changed since by more than this share (squared error); 0: sent in every round.
         age_decay: a sample's weight in server training is multiplied by this for each round since
             the device last answered.
-        logits: codec spec of logits, both those sent without feature maps and those sent back.
+        logits: codec spec of logits that are sent without feature maps, and of teacher logits.
     """
 
     extractor: Literal["own", "shared"] = "own"

@@ -132,7 +132,7 @@ def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterat
 
 
 def _hold(store: Store, config: RunConfig, heldout: HeldOut) -> None:
-    """Refuse held-out images other than those that the run was begun with; they may have moved."""
+    """Refuse held-out images that differ from those at the run's begin; they may have moved."""
     if not store.hold("heldout", heldout.digest):
         raise RunError(
             f"heldout: the run began with other images than those of {config.heldout} "

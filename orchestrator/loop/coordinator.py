@@ -95,7 +95,7 @@ class Coordinator:
         """Run until all rounds are done; `changed` is called after each event.
 
         Raises:
-            LinkError: the broker refuses us for good.
+            LinkError: the broker refuses us, and trying again is useless.
             RunError: another run has the fleet, or every device failed `rounds.ATTEMPTS` times in
                 a row.
             StillhouseError: the strategy failed.
@@ -211,7 +211,10 @@ class Coordinator:
             self._disk.over()
 
     def _pull(self, device: str, work: Callable[[], None]) -> None:
-        """Do some work on a device's blobs; if they cannot be had, its result is refused."""
+        """Do some work on a device's blobs; if it cannot be done, the device's result is refused.
+
+        A full disk puts the work off, and a failing disk ends the run.
+        """
         try:
             self._disk.takes(work)
         except StorageError:

@@ -106,7 +106,7 @@ class FleetLink:
         """Note that time passed; returns whether the fleet is ours.
 
         Raises:
-            LinkError: the broker refuses us for good.
+            LinkError: the broker refuses us, and trying again is useless.
         """
         if self._link.refused:
             raise self._link.refused

@@ -41,6 +41,6 @@ class FullDisk:
         self._patience.over(_KEY)
 
     def delay(self, now_s: float) -> float:
-        """Seconds since the last call by which to put off the round's deadline."""
+        """How many seconds to put off the round's deadline: those since the last call, or 0."""
         passed_s, self._ticked_s = now_s - self._ticked_s, now_s
         return passed_s if now_s - self._met_s < STALLED_S else 0.0

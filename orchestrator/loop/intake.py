@@ -29,7 +29,7 @@ class Intake:
         self._under_check: dict[str, Result] = {}  # by device: results that are being checked
 
     def begin(self, result: Result) -> None:
-        """Pull a result's blobs; a pull of the same result goes on, one of another is replaced.
+        """Pull a result's blobs; a pull of the same result continues, one of another is replaced.
 
         While an earlier result of the device is checked, nothing begins: the device offers again.
         """
@@ -107,7 +107,7 @@ class Intake:
     def wants(
         self, now_s: float, live: frozenset[str]
     ) -> Iterator[tuple[str, Want | StillhouseError | OSError]]:
-        """Which device to ask for which chunks, or why its blob cannot be had.
+        """Pairs of a device and the chunks to ask it for, or the fault that ends its pull.
 
         The device with the fewest chunks under way goes first. Devices that did not answer go last,
         so that they cannot use up the budget.

@@ -1,4 +1,4 @@
-"""What is to be done after an event of a round: decided by `open_round`, done by the coordinator.
+"""Effects of an event on a round: `open_round` decides them, the coordinator carries them out.
 
 Verdicts are written into the journal first (`Note`). If it has no room, nothing else happens and
 the round stays as it was: the device offers its result again. Otherwise the round becomes what was

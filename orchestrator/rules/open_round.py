@@ -172,7 +172,7 @@ def decided(
 
 def lost(now: OpenRound, device: str, fault: Exception, rules: CohortConfig, now_s: float
          ) -> Transition:  # fmt: skip
-    """Event: a device's result cannot be had. It is refused; the round goes on without it."""
+    """Event: a device's result cannot be pulled. It is refused; the round goes on without it."""
     order = now.attempt.orders.get(device)
     if order is None:
         return now, ()

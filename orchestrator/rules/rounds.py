@@ -31,7 +31,7 @@ ASKED = 10  # the run gives up only if this many different devices failed, or al
 
 
 class Phase(Enum):
-    """Where the run stands."""
+    """A phase of a run."""
 
     FORMING = "forming"
     COLLECTING = "collecting"
@@ -57,7 +57,7 @@ class RoundState:
         live: the session of each device that is there.
         state_ids: the state folder that each device last came with, since this process began.
         cohort: devices with an order of this round, or with a carried one of an earlier round.
-        carried: devices of the cohort whose order is of an earlier round, and its age in rounds.
+        carried: age in rounds of each order of an earlier round that is open, by device.
         returned: devices of the cohort whose result was accepted.
         failed: devices of the cohort that reported a fault or were refused.
         ready_at_s: when the cohort may be formed, once there are enough devices.

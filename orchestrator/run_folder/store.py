@@ -104,7 +104,7 @@ class Store(Journal):
             storage.write(self.folder / "run.json", json.dumps(self._config, indent=1).encode())
 
     def keep(self, digests: frozenset[str]) -> None:
-        """Keep these blobs for the whole run: those of artifacts and packages."""
+        """Keep these blobs (artifacts, packages) until the run ends."""
         self._kept |= digests
 
     def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:

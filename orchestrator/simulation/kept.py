@@ -4,7 +4,7 @@
     owed/DEVICE/SEQUENCE.safetensors  the codec's error in that order's update
 
 An agent keeps the same tensors under other names (`edge_agent.kept`). A simulated order may be done
-again after a stop, so both the tensors before the order and those after it are kept.
+again after a stop, so the tensors from before the order are kept beside the new ones.
 """
 
 from collections.abc import Mapping

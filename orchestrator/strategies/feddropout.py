@@ -77,7 +77,7 @@ class FedDropout:
 
     @staticmethod
     def check(config: RunConfig) -> None:
-        """Accept only one model for all and no feature maps; feedback needs the same units."""
+        """Accept only one model for all and no feature maps; error feedback needs fixed units."""
         unused.need_heldout(config)
         unused.refuse_holdout(config)
         unused.refuse_transfer(config)

@@ -13,8 +13,8 @@ There is no z_s before round 1. The networks (42 kB for ResNet-8) travel so that
 evaluate them, compare them and, if devices share, average them: held-out images pass through
 extractor and large model on the server, so it needs no test data from devices.
 
-`TransferConfig` says what differs from the paper. The server asks for feature maps only if those
-that it holds are stale (`_stale`). Otherwise it asks for z_c alone, if anything uses them.
+`TransferConfig` says what differs from the paper. The server asks a device for feature maps only if
+it holds none or stale ones (`_stale`). Otherwise it asks for z_c alone, if anything uses them.
 """
 
 import logging
@@ -330,7 +330,7 @@ class FedGKT:
         return (config.seed << 20) + round_ + 2 if drawn else PLAIN
 
     def _stale(self, state: GktState, name: str, birth: Birth, round_: int) -> bool:
-        """Whether the device would now send other feature maps than those the server holds."""
+        """Whether the device's feature maps on the server are missing or out of date."""
         held, transfer = state.held.get(name), self.task.config.transfer
         if held is None or held.data_digest != birth.data_digest:
             return True

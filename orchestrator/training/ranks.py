@@ -259,7 +259,7 @@ class Group(Ranks):
 
     def leave(self, wait_s: float) -> None:
         """End the jobs: rank 0 tells the other ranks, and they confirm it."""
-        with contextlib.suppress(RuntimeError):  # ranks that are gone need not be told
+        with contextlib.suppress(RuntimeError):  # ranks that have ended need not be told
             if self.rank:
                 self._store.set(f"left/{self.rank}", "")
                 return

@@ -67,7 +67,7 @@ def shelve(
 
     Args:
         payload: file of TENSORS frames, one a batch.
-        folder: where the shard goes. A shard with `samples` samples that is there is used as it is.
+        folder: of the shard. If it exists, it is used as it is, and must hold `samples` samples.
         samples: how many the device announced.
         shape: of one feature map.
         classes: how many classes the task has.

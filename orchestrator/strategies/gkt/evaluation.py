@@ -21,7 +21,7 @@ def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
     """
     device, names = task.config.device, sorted(state.held)
     large: dict[bytes, float] = {}  # by extractor, so that a shared one is evaluated once
-    small: dict[str, float] = {}  # by network, likewise
+    small: dict[str, float] = {}  # by network, for the same reason
     devices: dict[str, dict[str, float]] = {}
     for name in names:
         weights, model_name = state.extractors[name], device.model_of(name)
