@@ -1,7 +1,7 @@
-"""The whole thing on one machine: a broker, an orchestrator, and agents as processes of their own.
+"""A demonstration on one machine: a broker, an orchestrator, and each agent in its own process.
 
-FedGKT first, with the devices' small network shared; then, with the same agents and the same number
-of local epochs, each device alone (`local`): the floor that both models have to beat.
+FedGKT runs first, with the devices' small network shared. Then the same agents train alone
+(`local`), with the same number of local epochs: the floor that both models have to beat.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class Plan:
 
 
 def free_name(runs: Path, name: str) -> str:
-    """`name`, or `name-2`, `name-3`, ... if a run of that name is there."""
+    """`name`, or the first free one of `name-2`, `name-3`, ... if a run has that name."""
     number = 1
     while (runs / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
@@ -69,7 +69,9 @@ def free_name(runs: Path, name: str) -> str:
 
 
 def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report | None]:
-    """Run it; returns the report of FedGKT and that of the devices alone.
+    """Run the demonstration; returns the reports of FedGKT and of the devices alone.
+
+    The second is None without `plan.floor`.
 
     Raises:
         StillhouseError: what is wrong and what to do.
@@ -80,14 +82,14 @@ def play(plan: Plan, changed: Callable[[Report], None]) -> tuple[Report, Report 
     device = replace(plan.device, model=anchored(plan.device.model, Path()))
     server = replace(plan.server, model=anchored(plan.server.model, Path()))
     for name in (device.network, server.model):
-        models.input_shape(name)  # there is such a network
+        models.input_shape(name)  # raises if there is no such network
     with _nothing_left(plan.runs, plan.name):
         return _play(replace(plan, device=device, server=server), folder, changed)
 
 
 @contextlib.contextmanager
 def _nothing_left(runs: Path, name: str) -> Iterator[None]:
-    """If the demonstration fails before its first round, what it made goes again."""
+    """If the demonstration fails before its first round, remove what it made."""
     fleet, folder = enrolment.path(runs, name), runs / name
     lock, broker = claim.lock_file(runs, name), enrolment.broker_folder(runs, name)
     made = [path for path in (fleet, lock, broker, folder) if not path.exists()]
@@ -155,7 +157,7 @@ def _play(
         agents = [
             stack.enter_context(_agent(config, address, name, passwords[name])) for name in names
         ]
-        for agent in agents:  # all are told to end, then each is waited for
+        for agent in agents:  # tells all agents to end before any is waited for
             stack.callback(agent.terminate)
         taught = start.run(config, address=address, changed=changed, again="")
         if not plan.floor:
@@ -167,7 +169,7 @@ def _play(
 
 
 def _pixels(shard: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the first shard's pixels, per channel."""
+    """Mean and standard deviation of a shard's pixels on the 0..1 scale, per channel."""
     with np.load(shard) as arrays:
         pixels = arrays["x"].astype(np.float32) / 255
     mean, std = pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))
@@ -181,7 +183,7 @@ def _pixels(shard: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def _agent(
     config: RunConfig, address: BrokerAddress, name: str, password: str
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """One agent process; its log stands beside its state."""
+    """One agent process; its log is in `agents/NAME/agent.log` of the run's folder."""
     folder = (config.folder / "agents" / name).resolve()
     folder.mkdir(parents=True)
     text = agent.template(

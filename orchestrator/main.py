@@ -41,7 +41,7 @@ for _command in (
     networks.predict,
 ):
     app.command()(_command)
-# Its options are those of `tools.export`, which tells them by itself.
+# `tools.export` parses the options of `compile` and prints its help.
 app.command(
     "compile",
     context_settings={
@@ -56,7 +56,7 @@ app.command()(demo.demo)
 def main() -> None:
     """Run the command line; the exit code is 0, or 2 with one line on what is wrong.
 
-    A signal that ends a command gives 128 and its number.
+    If a signal ends the command, the exit code is 128 + the signal's number.
     """
     stopping.listen()
     sys.exit(stopping.run(_main))

@@ -1,14 +1,14 @@
-"""Brokers that the orchestrator runs itself, in child processes that cannot outlive it.
+"""Brokers that the orchestrator runs itself, in child processes that end with it.
 
     orchestrator --stdin pipe--> python -m orchestrator.broker --+--> mosquitto
                                                                  +--> amqtt, in this process
 
 The middle process ends its broker when its stdin closes or its parent is gone, so even `kill -9` of
-the orchestrator leaves nothing behind. A Mosquitto that dies after it had run is started again.
+the orchestrator leaves nothing behind. If Mosquitto dies after it had run a while, it is restarted.
 
-`mosquitto` is the one for fleets: retained messages, sessions and their queues outlive it in
-`folder`. They are written every `autosave_s` seconds and at a clean end. `kill -9` or a power cut
-loses what the broker took since the last write, although it had acknowledged it.
+`mosquitto` is for fleets: retained messages, sessions and their queues are saved in `folder`, every
+`autosave_s` seconds and at a clean end. `kill -9` or a power cut loses what the broker received
+since the last save, although it had acknowledged it.
 
 `embedded` is amqtt, pure Python, MQTT 3.1.1 only: for demonstrations on one computer. It keeps all
 state in memory, listens on loopback only, and has the limits listed in `embedded.py`.
@@ -36,8 +36,8 @@ __all__ = ["Broker", "Kind", "Tls", "check", "find", "let_in", "start"]
 
 Kind = Literal["mosquitto", "embedded"]
 _STOP_S = 10.0
-# CONNECT, MQTT 3.1.1, clean session, keep-alive 5 s, no client id, no user: whatever the broker
-# makes of it, it answers with a CONNACK.
+# CONNECT, MQTT 3.1.1, clean session, keep-alive 5 s, no client id, no user: a broker answers with a
+# CONNACK, whether it accepts or not.
 _CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
 _CONNACK = (b"\x20",)
 _TLS_RECORDS = (b"\x15", b"\x16")  # alert, handshake
@@ -45,7 +45,7 @@ _PID = "broker.pid"
 
 
 class Broker:
-    """A running broker; `start` makes it. Leaving its context stops it."""
+    """A running broker, made by `start`. Leaving its context stops it."""
 
     def __init__(
         self, kind: Kind, url: str, folder: Path, child: "subprocess.Popen[bytes]"
@@ -57,12 +57,12 @@ class Broker:
 
     @property
     def pid(self) -> int:
-        """The process that serves the clients; a Mosquitto started again has a new one."""
+        """The process id of the broker; a restarted Mosquitto has a new one."""
         return int((self.folder / _PID).read_text("ascii"))
 
     @property
     def running(self) -> bool:
-        """Whether the broker, or the process that starts it again, is alive."""
+        """Whether the middle process, which runs the broker, is alive."""
         return self._child.poll() is None
 
     def stop(self) -> None:
@@ -99,17 +99,17 @@ def start(
     Args:
         kind: `mosquitto`, or `embedded` (amqtt; loopback only, no TLS).
         folder: for its configuration, log and state; one broker a folder.
-        fleet: whose topics the access list opens.
+        fleet: the access list allows this fleet's topics.
         host: the address to listen on.
-        port: 0 picks a free one.
-        users: passwords by user name: device names and `orchestrator`. None lets anybody in and
-            do anything, unless `tls` asks for certificates.
+        port: 0 picks a free port.
+        users: passwords by user name: device names and `orchestrator`. None allows everything to
+            everybody, unless `tls` asks for certificates.
         tls: serve mqtts with these files.
-        autosave_s: how often Mosquitto writes its state; what a crash may lose.
+        autosave_s: seconds between Mosquitto's saves; a crash loses at most what came since.
         start_s: how long the broker may take to answer.
 
     Raises:
-        BrokerError: it does not run, and what to do.
+        BrokerError: it does not run; the message says why and what to do.
     """
     check(kind, host, fleet, users, tls)
     binary = find()
@@ -128,7 +128,7 @@ def start(
         command += ["mosquitto", str(binary)]
     else:
         command += ["embedded", host, str(port), fleet, *(["--users"] if users is not None else [])]
-    (folder / _PID).unlink(missing_ok=True)  # of the broker before
+    (folder / _PID).unlink(missing_ok=True)  # left by an earlier broker
     log = folder / "broker.log"
     if log.exists():
         log.replace(folder / "broker.log.1")
@@ -150,7 +150,7 @@ def start(
         late = time.monotonic() > deadline
         if late or not broker.running:
             broker.stop()
-            if not (wanted or late or _free(host, port)):  # another program was quicker
+            if not (wanted or late or _free(host, port)):  # another program took the port first
                 return start(
                     kind, folder=folder, fleet=fleet, host=host, port=0, users=users, tls=tls,
                     autosave_s=autosave_s, start_s=start_s,
@@ -169,10 +169,10 @@ def check(
     users: Mapping[str, str] | None = None,
     tls: Tls | None = None,
 ) -> None:
-    """Return if a broker can be started so, as far as can be seen before; arguments of `start`.
+    """Check, as far as possible beforehand, that `start` can start a broker with these arguments.
 
     Raises:
-        BrokerError: it cannot, and what to do.
+        BrokerError: it cannot; the message says why and what to do.
     """
     if kind not in ("mosquitto", "embedded"):
         raise BrokerError(f"broker kind {kind!r}: expected 'mosquitto' or 'embedded'")
@@ -202,13 +202,14 @@ def check(
 
 
 def let_in(folder: Path, users: Mapping[str, str]) -> None:
-    """Tell the broker of a folder its users; one that runs and asks for passwords lets them in.
+    """Replace the users of a folder's broker; a running one follows within half a second.
 
-    It looks twice a second. Those who are connected stay so.
+    Clients that are connected stay connected. Without a password file nothing is done: the broker
+    asks for no passwords.
 
     Args:
-        folder: of `start`.
-        users: likewise; all of them.
+        folder: as given to `start`.
+        users: all users, as given to `start`.
     """
     path = folder / "passwd"
     if not path.exists():
@@ -230,7 +231,11 @@ def _loopback(host: str) -> bool:
 
 
 def _claim(host: str, port: int) -> int:
-    """`port`, or a free one for 0, after trying to listen there."""
+    """`port`, or a free port if it is 0, after a trial bind.
+
+    Raises:
+        BrokerError: the port is in use, or the address cannot be bound.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -255,20 +260,20 @@ def _free(host: str, port: int) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that only this user reads, whatever it was before."""
+    """Write a new file that only this user can read, in place of an old one."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
 
 
 def _python_path() -> str:
-    """Where the child finds this package, also when run from a checkout."""
+    """A PYTHONPATH with which the child finds this package, even in a checkout."""
     here = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
 
 
 def _answers(host: str, port: int, *, encrypted: bool) -> bool:
-    """Whether a broker answers there: a CONNECT with a CONNACK, or a TLS greeting with a record.
+    """Whether a broker answers: a CONNECT by a CONNACK, or a TLS greeting by a TLS record.
 
     An open port proves nothing: Mosquitto listens before it reads its certificates.
     """
@@ -282,7 +287,7 @@ def _answers(host: str, port: int, *, encrypted: bool) -> bool:
 
 def _client_hello() -> bytes:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # nothing is said after it, so nobody need be trusted
+    context.check_hostname = False  # nothing is sent after the greeting, so no trust is needed
     greeting = ssl.MemoryBIO()
     with contextlib.suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), greeting).do_handshake()

@@ -1,7 +1,7 @@
 """The process between the orchestrator and its broker: `python -m orchestrator.broker FOLDER ...`.
 
-It runs the broker until its stdin closes, its parent is gone, or SIGTERM, and writes the number of
-the serving process to FOLDER/broker.pid. Not for use by hand: `orchestrator.broker.start` runs it.
+It runs the broker until its stdin closes, its parent dies, or SIGTERM or SIGINT comes. It writes
+the broker's process id to FOLDER/broker.pid. `orchestrator.broker.start` runs it, not a person.
 """
 
 import argparse
@@ -22,10 +22,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 async def _orphaned() -> None:
-    """Return once the process that started us has closed our stdin, or is gone.
+    """Return once the process that started us has closed our stdin or died.
 
-    A process forked from it (a data loader) may hold the pipe open after its death, hence the
-    look at the parent's number.
+    A process forked from it (such as a data loader) may hold the pipe open after its death, so the
+    parent's process id is checked too.
     """
     stdin = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
@@ -39,7 +39,7 @@ async def _orphaned() -> None:
 
 
 async def _mosquitto(binary: str, folder: Path) -> None:
-    """Run Mosquitto, again after each crash; return when it dies young."""
+    """Run Mosquitto and restart it when it ends; return if it lived less than `_SETTLED_S`."""
     loop = asyncio.get_running_loop()
     while True:
         began = loop.time()
@@ -70,9 +70,9 @@ async def _mosquitto(binary: str, folder: Path) -> None:
 
 
 async def _tell_of_users(process: Process, passwords: Path) -> None:
-    """Let Mosquitto read its passwords again when they were replaced."""
+    """Tell Mosquitto to read its passwords again each time the file is replaced."""
     async for _ in replaced(passwords):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended; the next one reads them
+        with contextlib.suppress(ProcessLookupError):  # it has ended; its successor reads the file
             process.send_signal(signal.SIGHUP)
 
 
@@ -114,7 +114,7 @@ async def _run(arguments: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Read the arguments that `start` gives, and serve."""
+    """Parse the arguments that `start` gives, and run the broker."""
     parser = argparse.ArgumentParser("orchestrator.broker")
     parser.add_argument("folder", type=Path)
     kinds = parser.add_subparsers(dest="kind", required=True)

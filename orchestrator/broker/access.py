@@ -1,8 +1,8 @@
-"""Who may do what on our brokers: passwords and the access rules, for both kinds of broker.
+"""Who may do what on our brokers: passwords and access rules, for both kinds of broker.
 
-A device's user name is its device name. It writes `birth`, `death`, `result`, `telemetry` and `up`
-under its own name, reads `order` and `down` there, and reads everything under `all`. The user
-`orchestrator` reads and writes all of the fleet.
+A device's user name is its device name. The device writes `birth`, `death`, `result`, `telemetry`
+and `up` under its own name, reads `order` and `down` there, and reads everything under `all`. The
+user `orchestrator` reads and writes all topics of the fleet.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from wire import topics
 
 ORCHESTRATOR = "orchestrator"
-_ROUNDS = 10_000  # a few milliseconds; Mosquitto hashes in its only thread, so not many more
+_ROUNDS = 10_000  # takes a few milliseconds; Mosquitto hashes in its only thread, so not more
 _SALT_BYTES = 12  # Mosquitto 2.0 accepts no other length
 
 
@@ -26,20 +26,20 @@ def hashed(password: str) -> str:
 
 
 def matches(password: str, stored: str) -> bool:
-    """Whether `stored`, made by `hashed`, is of this password."""
+    """Whether `hashed` made `stored` from this password."""
     _, _, rounds, salt, digest = stored.split("$")
     given = hashlib.pbkdf2_hmac("sha512", password.encode(), b64decode(salt), int(rounds))
     return hmac.compare_digest(given, b64decode(digest))
 
 
 def passwords(path: Path) -> dict[str, str]:
-    """What `hashed` made of each user's password, by user name, from a file of user:hash lines."""
+    """Each user's hashed password (see `hashed`), by user name, from a file of user:hash lines."""
     lines = path.read_text("utf-8").splitlines()
     return {user: stored for user, _, stored in (line.partition(":") for line in lines)}
 
 
 def access_list(fleet: str) -> str:
-    """The rules as a Mosquitto `acl_file`; %u stands for the user name."""
+    """The access rules as a Mosquitto `acl_file`; %u stands for the user name."""
     writes = [f"pattern write {topics.topic(fleet, '%u', c)}" for c in topics.FROM_DEVICE]
     reads = [f"pattern read {topics.topic(fleet, '%u', c)}" for c in topics.TO_DEVICE]
     everybody = f"pattern read {topics.topic(fleet, topics.ALL, '+')}"
@@ -48,7 +48,7 @@ def access_list(fleet: str) -> str:
 
 
 def may(user: str, topic: str, fleet: str, *, write: bool) -> bool:
-    """The same rules for one topic, or for the filter of a subscription."""
+    """Whether the access rules allow a user one topic, or the filter of a subscription."""
     own, shared = topics.topic(fleet, user, ""), topics.topic(fleet, topics.ALL, "")
     if user == ORCHESTRATOR:
         return topic.startswith(f"{topics.ROOT}/{fleet}/")

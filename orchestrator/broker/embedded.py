@@ -1,20 +1,20 @@
-"""The embedded broker: amqtt 0.12, mended where a demonstration would trip over it.
+"""The embedded broker: amqtt 0.12, with its faults mended that would disturb a demonstration.
 
-What amqtt does by itself, and this module changes (each is pinned by a test):
+This module changes the following behaviour of amqtt (a test pins each change):
 
 - it keeps no queue for anonymous clients, and forgets their session a second after they leave;
 - a QoS 1 message on its way to a client that disconnects is lost, persistent session or not;
-- a client that connects while its old connection stands (a restarted device) is marked as
-  disconnected and gets nothing more, and the will published for the old one is the new one's;
+- a client that connects while its old connection still exists (a restarted device) is marked as
+  disconnected and gets nothing more, and the new connection's will is published for the old one;
 - each client that connects is sent the retained messages of all other clients' subscriptions;
 - a message that waited for its client comes with the retain flag, and holds up its subscriptions;
-- wills go round the access list; keep-alive is not enforced, so a frozen client is never noticed;
+- wills bypass the access list; keep-alive is not enforced, so a frozen client is never noticed;
 - every payload is printed into a debug line that is then dropped: 1.1 ms for 128 KiB.
 
-What stays, so that it is for one computer and a demonstration: nothing survives its end; queues and
-packet sizes have no limit; a PUBACK later than 5 s counts as received; a message of QoS 0 is sent
-on at the QoS of the subscription; MQTT 5 is refused; and whoever knows a client id can cut that
-client off without a password.
+These limits stay, so it is only for demonstrations on one computer: nothing survives its end;
+queues and packet sizes have no limit; a PUBACK later than 5 s counts as received; a message of
+QoS 0 is forwarded at the QoS of the subscription; MQTT 5 is refused; and anybody who knows a client
+id can cut that client off without a password.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ _WILL = ("will_flag", "will_topic", "will_message", "will_qos", "will_retain")
 
 
 class _Payload(bytes):
-    """A payload that is not spelled out in amqtt's debug lines."""
+    """A payload whose size alone appears in amqtt's debug lines."""
 
     __slots__ = ()
 
@@ -100,7 +100,7 @@ class _Embedded(Broker):  # type: ignore[misc]  # amqtt has no types
         return handler, session
 
     async def _handle_disconnect(self, session: Any, handler: Any, waiter: Any) -> None:
-        for name, value in handler.will.items():  # not those of a connection that took over
+        for name, value in handler.will.items():  # this connection's will, not its successor's
             setattr(session, name, value)
         await super()._handle_disconnect(session, handler, waiter)
         current = self._get_handler(session)
@@ -108,7 +108,7 @@ class _Embedded(Broker):  # type: ignore[misc]  # amqtt has no types
             session.transitions.connect()
 
     async def _publish_session_retained_messages(self, session: Any) -> None:
-        if session.transitions.state != "connected":  # its old connection ended after it came
+        if session.transitions.state != "connected":  # the old connection ended after the new began
             session.transitions.connect()
         handler = self._get_handler(session)
         while not session.retained_messages.empty():
@@ -124,12 +124,12 @@ class _Embedded(Broker):  # type: ignore[misc]  # amqtt has no types
 
 
 async def serve(host: str, port: int, fleet: str, passwords: Path | None) -> None:
-    """Run the broker until cancelled, and end the process then.
+    """Run the broker until cancelled, then end the process.
 
     Args:
         host: a loopback address.
         port: the port.
-        fleet: whose topics the access rules open, where there are passwords.
+        fleet: with passwords, the access rules allow this fleet's topics.
         passwords: a file of user:hash lines (see `access.hashed`), read again when it is replaced;
             None lets anybody in.
     """

@@ -1,4 +1,4 @@
-"""The configuration of a Mosquitto of ours; every option exists in 2.0 and in 2.1."""
+"""The configuration of our Mosquitto; every option exists in 2.0 and in 2.1."""
 
 import os
 import shutil
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")  # often not on a user's PATH
-# Far above a 128 KiB chunk; 2.1 would otherwise cut clients at 2,000,000 bytes, 2.0 at 256 MB.
+# Far above a 128 KiB chunk. The default limit is 2,000,000 bytes in 2.1 and 256 MB in 2.0.
 MAX_PACKET_BYTES = 1 << 20
-# Past either limit Mosquitto drops silently, so both are generous: a client's day away.
+# Beyond either limit Mosquitto drops messages silently, so both allow a client a day's absence.
 MAX_QUEUED_MESSAGES = 20_000
 MAX_QUEUED_BYTES = 256 << 20
 MAX_INFLIGHT = 64  # chunks of 128 KiB: 8 MiB under way to one client
@@ -19,7 +19,7 @@ class Tls:
     """PEM files of a TLS listener.
 
     With `require_certificate`, the common name of a client's certificate is its user name (a
-    device's name, or `orchestrator`), the access list holds, and passwords are not asked.
+    device's name, or `orchestrator`), the access list applies, and no password is asked for.
     """
 
     cafile: Path
@@ -29,7 +29,7 @@ class Tls:
 
 
 def find() -> Path | None:
-    """The Mosquitto program, or None; Debian's stands in /usr/sbin, off a plain user's PATH."""
+    """The Mosquitto program, or None; Debian's is in /usr/sbin, not on a plain user's PATH."""
     path = os.pathsep.join(filter(None, [os.environ.get("PATH"), *SBIN]))
     found = shutil.which("mosquitto", path=path)
     return Path(found) if found else None
@@ -42,10 +42,10 @@ def configuration(
 
     Args:
         folder: absolute; holds `acl`, `passwd` and the saved state.
-        host: the address to listen on; empty for all.
+        host: the address to listen on; "" for all.
         port: the port.
-        passwords: ask for a user and a password of `folder/passwd`.
-        tls: serve TLS.
+        passwords: whether clients must log in as a user of `folder/passwd`.
+        tls: files to serve TLS with; None: no TLS.
         autosave_s: seconds between two writes of the state.
     """
     guarded = passwords or (tls is not None and tls.require_certificate)

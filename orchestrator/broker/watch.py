@@ -1,4 +1,4 @@
-"""A file that another process replaces."""
+"""Watching a file that another process replaces."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ LOOK_S = 0.5
 
 
 async def replaced(path: Path) -> AsyncIterator[None]:
-    """One item each time that a file was replaced by another since the one before."""
+    """Yields once each time the file is found replaced; it looks every `LOOK_S` seconds."""
     before = _identity(path)
     while True:
         await asyncio.sleep(LOOK_S)

@@ -1,4 +1,4 @@
-"""`demo`: all of it on one machine."""
+"""The command `demo`: a whole fleet on one machine."""
 
 from pathlib import Path
 from typing import Annotated, Any

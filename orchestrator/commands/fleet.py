@@ -1,4 +1,4 @@
-"""A fleet's devices: `devices`, `measure-report`."""
+"""Commands on a fleet's devices: `devices`, `measure-report`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Networks: `export`, `predict`, `compile`."""
+"""Commands on networks: `export`, `predict`, `compile`."""
 
 import enum
 import json

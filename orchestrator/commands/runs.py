@@ -1,4 +1,4 @@
-"""A run: `start`, `simulate`, `status`."""
+"""Commands on a run: `start`, `simulate`, `status`."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Files that a run and its devices begin with: `init`, `enroll`."""
+"""Commands that write the files of a run and its devices: `init`, `enroll`."""
 
 import json
 import tomllib
@@ -24,7 +24,7 @@ from wire.errors import SettingsError, StillhouseError
 from wire.names import anchored
 
 PACKAGED = {"data": "/srv/stillhouse/images", "state": "/var/lib/stillhouse/state"}
-# Settings of a device that are not for `enroll --set`, and why.
+# Settings of a device that `enroll --set` refuses, and why.
 FIXED = {
     "device": "the name is the argument of enroll: orchestrator enroll NAME",
     "fleet": "a device is enrolled in the fleet of run.toml; name another run.toml with --config",
@@ -46,11 +46,11 @@ def init(
 ) -> None:
     """Write a commented configuration."""
     text = config.template(preset, settings.parse(config.RunConfig, changes or ()))
-    if changes:  # presets are known to be right
+    if changes:  # a preset without changes needs no check
         from orchestrator import strategies
 
         chosen = records.of_table(config.RunConfig, tomllib.loads(text), "--set")
-        try:  # as `config.load` will: a strategy of one's own lies beside run.toml
+        try:  # as `config.load` will: a path to a user's strategy is relative to run.toml's folder
             strategies.check(replace(chosen, strategy=anchored(chosen.strategy, folder)))
         except SettingsError as fault:
             raise SettingsError(f"--set: {fault}") from fault
@@ -114,7 +114,7 @@ def enroll(
     except OSError as fault:
         raise StillhouseError(f"{path}: cannot be written: {fault.strerror}; name another with "
                               "--out") from fault  # fmt: skip
-    try:  # last: nobody is enrolled whose file cannot be written
+    try:  # last, so that a device whose file cannot be written is not enrolled
         enrolment.enroll(chosen.runs, chosen.fleet, device, password)
     except BaseException:
         path.unlink(missing_ok=True)
@@ -131,10 +131,10 @@ def enroll(
 
 
 def _others(changes: Iterable[str], url: str) -> dict[str, Any]:
-    """What `enroll --set` chooses for the device's file.
+    """The settings of `enroll --set`, for the device's file.
 
     Raises:
-        SettingsError: a value cannot be read, or is not one to choose.
+        SettingsError: a value cannot be read, or its key cannot be set this way.
     """
     others = settings.parse(agent.AgentConfig, changes)
     for key in others:

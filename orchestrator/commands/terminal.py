@@ -1,4 +1,4 @@
-"""What all commands share: the terminal that they print on, and options of the same meaning."""
+"""What all commands share: the terminal that they print on, and common options."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,5 +17,5 @@ def _set(example: str) -> Any:
 
 RunChanges = Annotated[list[str] | None, _set("device.lr=0.05")]
 AgentChanges = Annotated[list[str] | None, _set("threads=2")]
-# Texts are printed as they are: paths are not wrapped, and names hold no markup.
+# Texts are printed unchanged: no wrapping of paths, no markup or emoji in names.
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)

@@ -1,4 +1,4 @@
-"""A run's configuration: `run.toml` as frozen dataclasses, and a template of one."""
+"""A run's configuration: `run.toml` as frozen dataclasses, and templates of it."""
 
 from orchestrator.config.broker import BrokerConfig
 from orchestrator.config.cohort import CohortConfig

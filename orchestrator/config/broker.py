@@ -1,4 +1,4 @@
-"""Where the broker is."""
+"""The settings of the broker."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,15 +9,15 @@ from wire.address import BrokerAddress, bracketed, check_host, is_local
 
 @dataclass(frozen=True)
 class BrokerConfig:
-    """Where the broker is.
+    """Which broker a run uses, and how to reach it.
 
     Attributes:
         kind: "embedded" (pure Python, loopback only), "mosquitto" (the orchestrator runs Debian's
-            mosquitto itself) or "external" (`url` says where).
-        host, port: that our own broker listens on; host "" is every address of this machine, port
-            0 a free one.
-        url: mqtt:// or mqtts:// of an external broker.
-        username, password: the orchestrator's, at an external broker.
+            mosquitto itself) or "external" (at `url`).
+        host, port: where our own broker listens; host "" is every address of this machine, port 0
+            a free port.
+        url: mqtt:// or mqtts:// URL of an external broker.
+        username, password: the orchestrator's login at an external broker.
         ca_file, cert_file, key_file: PEM files, for mqtts.
     """
 
@@ -52,7 +52,7 @@ class BrokerConfig:
 
     @property
     def local(self) -> bool:
-        """Whether only this machine reaches the broker."""
+        """Whether only this machine can reach the broker."""
         return is_local(self.address().host if self.url else self.host)
 
     @property
@@ -62,17 +62,16 @@ class BrokerConfig:
 
     @property
     def device_url(self) -> str:
-        """The URL by which devices reach the broker, as far as these settings say.
+        """The URL by which devices reach the broker; "" if these settings do not tell it.
 
-        Our own broker that listens on every address has none, nor has one on a port that is drawn
-        at its start.
+        They do not if our own broker listens on every address, or on a port chosen at its start.
         """
         if self.url or self.everywhere or not self.port:
             return self.url
         return f"mqtt://{bracketed(self.host)}:{self.port}"
 
     def beside(self, folder: Path) -> "BrokerConfig":
-        """The same with relative files taken as relative to a folder.
+        """The same settings, with relative file paths taken as relative to a folder.
 
         Raises:
             ValueError: a file is not there.
@@ -87,7 +86,7 @@ class BrokerConfig:
         """The address of an external broker.
 
         Raises:
-            ValueError: the url is wrong, or something does not go with it.
+            ValueError: the url is wrong, or another setting does not fit it.
         """
         files = (self.ca_file, self.cert_file, self.key_file)
         return BrokerAddress(self.url, self.username, self.password, *files)

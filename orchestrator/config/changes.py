@@ -1,23 +1,26 @@
 """What may change in a run that has begun: pure rules on two configurations.
 
-What devices were promised, and what decides the numbers of the rounds, stays. The table for people
-is in docs/fleet.md.
+Settings stay if devices rely on them or if they decide the rounds' results. docs/fleet.md has the
+table for people.
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-# A table stands for all its keys. Held-out images may move: `prepare` looks at what they are.
+# A table stands for all its keys. Held-out images may move: `prepare` compares the images.
 FREE = (
     "name", "runs", "heldout", "heldout_limit", "admission", "chunk_bytes", "transfer_chunks",
     "retry_s", "max_upload_bytes", "broker", "cohort", "release",
     "server.torch_device", "server.compile", "server.eval_batch",
 )  # fmt: skip
-WHOLE = "strategy_settings"  # compared as one: only the strategy knows the defaults of its keys
+WHOLE = "strategy_settings"  # compared as a whole: only the strategy knows its keys' defaults
 
 
 class Change(NamedTuple):
-    """A setting by its key, such as `device.lr`, and why it is refused if that needs a word."""
+    """A changed setting: its key, such as `device.lr`, both values, and why it is refused.
+
+    `why` is "" if the refusal needs no explanation.
+    """
 
     key: str
     before: Any
@@ -25,18 +28,18 @@ class Change(NamedTuple):
     why: str = ""
 
     def __str__(self) -> str:
-        """For an error."""
+        """The change as text for an error message."""
         text = f"{self.key}: the run began with {self.before!r}, run.toml says {self.now!r}"
         return f"{text} ({self.why})" if self.why else text
 
 
 def refused(before: Mapping[str, Any], now: Mapping[str, Any], round_: int) -> list[Change]:
-    """The changes that a run cannot go on with.
+    """The changes with which a run cannot be resumed.
 
     Args:
-        before: the configuration that it was begun with, as JSON has it.
-        now: the one of this start.
-        round_: the round that is open, or the last that was.
+        before: the configuration that the run was begun with, as JSON values.
+        now: the configuration of this start.
+        round_: the open round, or the last that was open.
     """
     found = []
     for change in _changes(before, now):
@@ -47,7 +50,7 @@ def refused(before: Mapping[str, Any], now: Mapping[str, Any], round_: int) -> l
 
 
 def _why(change: Change, now: Mapping[str, Any], round_: int) -> str | None:
-    """Why a change is refused, "" where that needs no word; None if it is not."""
+    """Why a change is refused, "" if that needs no explanation; None if it is allowed."""
     key, schedules = change.key, [now[part]["schedule"] for part in ("device", "server")]
     if any(key == free or key.startswith(f"{free}.") for free in FREE):
         return None
@@ -55,7 +58,7 @@ def _why(change: Change, now: Mapping[str, Any], round_: int) -> str | None:
         if "cosine" in schedules:
             return 'schedule = "cosine" spreads the learning rate over all rounds'
         return f"the run is in round {round_}" if change.now < round_ else None
-    if key == "pretrained":  # what it began with lies in its folder; where that came from may go
+    if key == "pretrained":  # the weights are in the run's folder; the run they came from may move
         return None if change.before and change.now else ""
     if key == "server.eval_every":
         return "evaluations decide the learning rate" if "plateau" in schedules else None

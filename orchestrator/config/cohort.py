@@ -9,16 +9,16 @@ class CohortConfig:
     """Who takes part in a round, and when it ends.
 
     Attributes:
-        min_devices: a round begins only with so many.
-        max_devices: at most so many are chosen; 0 takes all. Over-select with `quorum` below 1.
-        wait_s: once `min_devices` are there, wait so long for more, unless `max_devices` are there.
+        min_devices: a round begins only with this many devices.
+        max_devices: most devices that are chosen; 0: all. To over-select, set `quorum` below 1.
+        wait_s: once `min_devices` are there, how long to wait for `max_devices`.
         quorum: the round closes when this share of the cohort has returned.
-        deadline_s: the round closes then with whoever has returned.
-        carry_rounds: an order that is not answered when its round closes stays open for so many
-            more, and its result counts in the round that it arrives in (fedgkt, local); until
-            then the device is given no other. 0: late results are refused.
-        max_weight: a device counts in an average of weights at most so many times as much as the
-            median one: nobody can check how many samples it says to have.
+        deadline_s: after this time the round closes with the devices that have returned.
+        carry_rounds: how many more rounds an order stays open if it is not answered when its round
+            closes. Its result counts in the round in which it arrives (fedgkt, local); until then
+            the device gets no other order. 0: late results are refused.
+        max_weight: in an average of weights, a device counts at most this many times as much as the
+            median one, because nobody can check how many samples it claims to have.
     """
 
     min_devices: int = 2

@@ -10,9 +10,9 @@ from wire.messages import check_noise
 
 
 class Recipe(NamedTuple):
-    """What a training artifact is made of, besides what all devices share.
+    """What differs between a run's training artifacts.
 
-    `frozen`: the extractor stays as it is, batch norm's statistics included.
+    With `frozen` the extractor is not trained, and its batch-norm statistics do not change.
     """
 
     model: str
@@ -26,8 +26,8 @@ class Other:
 
     Attributes:
         model: a network's name; see `models.registry`.
-        devices: a pattern of names, `zero-*`.
-        split: as `DeviceConfig.split`.
+        devices: a pattern of device names, such as `zero-*`.
+        split: as in `DeviceConfig`.
     """
 
     model: str
@@ -46,28 +46,29 @@ class DeviceConfig:
 
     Attributes:
         model: a network's name; see `models.registry`.
-        split: of a model without an extractor of its own, the path of the module whose output is
-            the feature map, `features.3` (fedgkt).
-        others: devices with another model, the first that holds a device decides (fedgkt, local);
-            their feature maps must have the same shape.
-        classes: their names, in the order of the logits, or their number.
+        split: for a model without its own extractor, the path of the module whose output is the
+            feature map, such as `features.3` (fedgkt).
+        others: devices with another model (fedgkt, local); the first entry that matches a device
+            decides. Their feature maps must have the same shape.
+        classes: the names of the classes in the order of the logits, or their number.
         input: channels, height, width.
-        mean, std: of the pixels on the 0..1 scale, per channel. Left out, they become those of
-            `default_pixels`, and stand here as if they had been named.
+        mean, std: of the pixels on the 0..1 scale, per channel. If left out, `default_pixels` gives
+            them.
         batch, epochs, lr, optimizer, momentum, weight_decay: of local training.
         schedule: of the learning rate. "constant"; "cosine", from lr to 0 over the rounds.
         alpha, temperature: of the distillation term (FedGKT).
-        mu: weight of the proximal term (FedProx); 0 compiles none.
+        mu: weight of the proximal term (FedProx); 0: no term.
         augment: random crop with padding 4 and horizontal flip.
-        holdout: share of each device's images, drawn by their digest, that it does not train on;
-            it reports its accuracy on them, and the server evaluates on them where it has no images
-            of its own (fedgkt).
+        holdout: share of each device's images that it does not train on, drawn by their digest. The
+            device reports its accuracy on them, and the server evaluates on them if it has no
+            images of its own (fedgkt).
         clip, noise: feature maps are scaled to an L2 norm of at most `clip`, and get Gaussian noise
-            of deviation noise * clip; 0: not. That is local differential privacy of each map sent,
-            and of nothing else: logits, labels and the device's weights travel as they are.
+            of deviation noise * clip; 0: neither. This is local differential privacy of each map
+            sent, and of nothing else: logits, labels and the device's weights are sent unchanged.
         features: codec spec of feature maps.
-        update, state: of weights on their way up and down, MATRICES[/VECTORS]: `eden|b=2/float16`.
-        feedback: each device adds to its update what the codec left out of the last one.
+        update, state: codec specs of updates (up) and weights (down), as MATRICES[/VECTORS]:
+            `eden|b=2/float16`.
+        feedback: each device adds the codec's error in its last update to its next update.
     """
 
     model: str = "resnet8"
@@ -107,7 +108,7 @@ class DeviceConfig:
         return next(fits, self.network)
 
     def rate(self, round_: int, rounds: int) -> float:
-        """The learning rate of a round, from 1, of a run of so many."""
+        """The learning rate of a round, from 1, in a run of `rounds` rounds."""
         return self.lr if self.schedule == "constant" else cosine(self.lr, (round_ - 1) / rounds)
 
     @property
@@ -117,7 +118,7 @@ class DeviceConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Their names in the order of the logits; none where `classes` is a number."""
+        """The names of the classes in the order of the logits; () if `classes` is a number."""
         return () if isinstance(self.classes, int) else self.classes
 
     @property
@@ -127,7 +128,7 @@ class DeviceConfig:
 
     @property
     def pixels(self) -> str:
-        """What pixels are normalized by, in words."""
+        """The mean and deviation that pixels are normalized by, as text."""
         mean, std, name = default_pixels(self.input[0])
         values = f"mean {_values(self.mean)}, std {_values(self.std)}"
         if (self.mean, self.std) != (mean, std):
@@ -175,7 +176,8 @@ class DeviceConfig:
 def default_pixels(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean and standard deviation of pixels by channel, and whose they are.
 
-    Three channels: CIFAR-10's training images; one: the same in grey (Pillow's "L"); else a guess.
+    For three channels, CIFAR-10's training images; for one, the same in grey (Pillow's "L"); for
+    other numbers, a guess.
     """
     if channels == 3:
         return (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "CIFAR-10's"
@@ -189,5 +191,5 @@ def _values(numbers: tuple[float, ...]) -> str:
 
 
 def cosine(lr: float, done: float) -> float:
-    """The learning rate when a share of the training is done: from lr to 0 along half a cosine."""
+    """The learning rate after a share `done` of training: from lr to 0 along half a cosine."""
     return lr * (1 + math.cos(math.pi * min(done, 1))) / 2

@@ -41,7 +41,7 @@ SERVER_MODELS = "resnet109, resnet55; resnet19 and resnet10 where there is no GP
 TWO_BITS = "q=2: two bits a value, entropy-coded, two thirds of the image's bytes"
 SERVER_LOGITS = "weight of the server's logits in the device's loss"
 
-# What each preset is.
+# A description of each preset.
 PRESETS = {
     "dropout": "Federated Dropout: devices train half the width of one network, and weights "
     "travel, compressed.",
@@ -54,7 +54,7 @@ PRESETS = {
     "shared": "FedGKT in which devices share what they learn: the default, good for both networks. "
     "Feature maps of two bits travel in four rounds, and weights of the small network in all.",
 }
-# Strategy, device and server of each.
+# Settings of each preset.
 SETTINGS: dict[str, dict[str, Setting]] = {
     "dropout": {
         "strategy": Setting("feddropout"),
@@ -232,15 +232,15 @@ def presets() -> tuple[str, ...]:
 
 
 def template(preset: str = DEFAULT, changes: Mapping[str, Any] | None = None) -> str:
-    """A commented `run.toml`: what all runs need, and a preset's strategy, device and server.
+    """The text of a commented `run.toml`: what all runs need, and a preset's settings.
 
     Args:
         preset: its name.
-        changes: other values than the preset's, by dotted key.
+        changes: values that replace the preset's, by dotted key.
 
     Raises:
-        SettingsError: no preset has the name, or it could not be loaded; the message tells what was
-            expected.
+        SettingsError: no preset has this name, or the file could not be loaded with these changes;
+            the message says what was expected.
     """
     if preset not in PRESETS:
         raise SettingsError(f"no preset {preset!r}; there are {', '.join(presets())}")

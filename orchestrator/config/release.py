@@ -1,4 +1,4 @@
-"""Which packages of the agent devices are told of, and in which order."""
+"""Updates of the agent's package: which ones devices are told of, and in which order."""
 
 import math
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from wire.errors import SignatureError
 
 @dataclass(frozen=True)
 class ReleaseConfig:
-    """Updates of the devices' package.
+    """Updates of the agent's package.
 
     Attributes:
-        key: the public key that packages are signed by; `orchestrator enroll` gives it to devices.
+        key: the public key of the packages' signatures; `orchestrator enroll` gives it to devices.
         packages: .deb files, each with its .release.json beside it.
-        canary: devices that are told first; empty: all at once.
-        settle_minutes: the others are told when every device of `canary` has been there with the
-            newer version for so long; more than the `update_minutes` of agent.toml.
+        canary: devices that are told first; empty: all are told at once.
+        settle_minutes: the others are told once every device of `canary` has been there with the
+            newer version for this long. Set it above the `update_minutes` of agent.toml.
     """
 
     key: str = ""

@@ -1,4 +1,4 @@
-"""A whole run."""
+"""The configuration of a whole run."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,28 +20,29 @@ from wire.names import anchored
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run.
+    """The configuration of one run.
 
     Attributes:
         name: of the run, and of its folder under `runs`.
-        fleet: whose devices may take part.
-        strategy: the algorithm, one of ours ("fedgkt", "fedavg", "feddropout", "local") or your own
-            (`orchestrator.strategies.registry`), which also checks the settings that concern it.
-        strategy_settings: of a strategy of your own; what stands there is its to say.
+        fleet: the fleet whose devices may take part.
+        strategy: the algorithm: one of ours ("fedgkt", "fedavg", "feddropout", "local") or your own
+            (`orchestrator.strategies.registry`). It also checks the settings that concern it.
+        strategy_settings: settings of your own strategy, which defines the keys.
         rounds: how many.
-        heldout: images that the server evaluates on (.npz or folder). None: feature maps and logits
-            of images that devices hold out (`device.holdout`; fedgkt).
-        heldout_limit: use at most so many of them, evenly spread; 0 takes all.
-        pretrained: the folder of a run whose global model (fedavg, feddropout) all models begin
-            with, as far as they have the same layers (`models.inherit`). None: random weights.
+        heldout: images that the server evaluates on (.npz or folder). None: it evaluates on feature
+            maps and logits of images that devices hold out (`device.holdout`; fedgkt).
+        heldout_limit: most held-out images to use, evenly spread; 0: all.
+        pretrained: the folder of a run whose global model (fedavg, feddropout) gives all models
+            their initial weights, for the layers that they share (`models.inherit`). None: random
+            weights.
         runs: folder of all runs.
-        admission: "open" takes any device that the broker lets in; "enrolled" only those made by
-            `orchestrator enroll`.
+        admission: "open" takes any device that the broker lets in; "enrolled" takes only devices
+            that `orchestrator enroll` admitted.
         seed: of initial weights, shuffling, augmentation and stochastic rounding.
         chunk_bytes: size of the pieces that devices pull.
         transfer_chunks: chunks on their way up at once, all devices together.
-        retry_s: a chunk that has not come up after so long is asked for again.
-        max_upload_bytes: a payload above this is refused.
+        retry_s: a chunk that has not come up after this time is asked for again.
+        max_upload_bytes: payloads of feature maps or logits above this are refused.
     """
 
     name: str
@@ -84,7 +85,7 @@ class RunConfig:
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:
-        """What devices train, each once."""
+        """What devices train: every recipe, without repeats."""
         device = self.device
         made = [Recipe(device.network, rate) for rate in sorted(self.submodel.rates)]
         made += [Recipe(name) for name in device.models[1:]]
@@ -94,16 +95,16 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """Where everything of this run lies."""
+        """The run's folder."""
         return self.runs / self.name
 
 
 def load(path: Path, check: Callable[[RunConfig], None] = lambda _: None) -> RunConfig:
-    """Read `run.toml`; relative paths are relative to the folder it lies in, networks' too.
+    """Read `run.toml`; relative paths in it are relative to its folder, networks' paths too.
 
     Args:
         path: of the file.
-        check: looks over the settings that concern the strategy (`strategies.check`), and raises
+        check: checks the settings that concern the strategy (`strategies.check`); it raises
             SettingsError.
 
     Raises:

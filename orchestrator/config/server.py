@@ -1,4 +1,4 @@
-"""How the server trains its large model (FedGKT), and evaluates."""
+"""How the server trains its large model (FedGKT), and how it evaluates."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,21 +6,22 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How the server trains its large model (FedGKT), and evaluates.
+    """How the server trains its large model (FedGKT), and how it evaluates.
 
     Attributes:
-        model: a network's name, see `models.registry`; takes the devices' feature maps.
+        model: name of a network that takes the devices' feature maps; see `models.registry`.
         epochs, batch, lr, optimizer, weight_decay: of server training in each round.
         schedule: of the learning rate. "constant"; "cosine", from lr to 0 over all rounds and their
-            epochs; "plateau", a tenth whenever held-out accuracy has not risen for `patience`
-            evaluations (the reference code).
+            epochs; "plateau", divided by ten whenever held-out accuracy has not risen for more than
+            `patience` evaluations (as in the reference code).
+        patience: see "plateau".
         alpha, temperature: of the distillation term.
-        torch_device: "auto" takes CUDA where there is one.
+        torch_device: "auto" takes CUDA if it is available.
         precision: of convolutions and matrix products; "auto" is bfloat16 on CUDA, else float32.
-        compile: let torch.compile make the large model; wants a C++ compiler, and on CUDA Triton.
-        eval_batch: images of one evaluation pass; 0: 16 on a CPU, whose cache holds so many, and
-            1024 on a GPU.
-        eval_every: what is learnt is evaluated after each so many rounds, and after the last.
+        compile: run the large model through torch.compile; needs a C++ compiler, on CUDA Triton.
+        eval_batch: images per evaluation pass; 0: 16 on a CPU (as many as its cache holds), 1024 on
+            a GPU.
+        eval_every: how many rounds from one evaluation to the next; the last round has one too.
     """
 
     model: str = "resnet19"

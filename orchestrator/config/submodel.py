@@ -1,4 +1,4 @@
-"""What sub-models devices train (Federated Dropout)."""
+"""The sub-models that devices train (Federated Dropout)."""
 
 import fnmatch
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ class Tier:
     """Devices that train at one keep rate.
 
     Attributes:
-        keep_rate: over 0 to 1.
-        devices: a pattern of names, `zero-*`.
-        memory_mb: devices with at most so much memory; 0 asks for none.
+        keep_rate: 0 < keep_rate <= 1.
+        devices: a pattern of device names, such as `zero-*`.
+        memory_mb: only devices with at most this much memory; 0: any.
     """
 
     keep_rate: float
@@ -28,23 +28,23 @@ class Tier:
             )
 
     def holds(self, device: str, memory_bytes: int) -> bool:
-        """Whether a device is of this tier."""
+        """Whether a device belongs to this tier."""
         small = not self.memory_mb or memory_bytes <= self.memory_mb * 10**6
         return small and fnmatch.fnmatchcase(device, self.devices)
 
 
 @dataclass(frozen=True)
 class SubmodelConfig:
-    """What sub-models devices train (Federated Dropout).
+    """The sub-models that devices train (Federated Dropout).
 
     Attributes:
-        keep_rate: p, the share of the units of each hidden layer that a device of no tier trains.
-        units: which ones. "random": drawn for each device and round; "shared": drawn for each
-            round; "ordered": the first, always (FjORD, HeteroFL); "rolling": a window that moves
+        keep_rate: p, the share of each hidden layer's units that a device outside all tiers trains.
+        units: which units. "random": drawn for each device and round; "shared": drawn for each
+            round; "ordered": always the first (FjORD, HeteroFL); "rolling": a window that moves
             with the rounds (FedRolex).
-        absent: what an absent unit counts in the average. "zero": an update of zero (the paper);
-            "holders": nothing, the average is of those who have it.
-        tiers: the first that holds a device decides.
+        absent: how the average treats a device that does not have a unit. "zero": as an update of
+            zero (the paper); "holders": it is left out, the average is over devices with the unit.
+        tiers: the first tier that a device belongs to gives its keep rate.
     """
 
     keep_rate: float = 1.0
@@ -62,7 +62,7 @@ class SubmodelConfig:
 
     @property
     def rates(self) -> frozenset[float]:
-        """All keep rates that a device may be given."""
+        """All keep rates that devices may have."""
         return frozenset({self.keep_rate, *(tier.keep_rate for tier in self.tiers)})
 
     @property

@@ -12,24 +12,24 @@ class TransferConfig:
 
     Attributes:
         extractor: "own": each device trains its own (the paper); "shared": after each round all
-            devices go on with the mean of theirs.
+            devices continue from the mean of their extractors.
         network: "own": each device trains its own (the paper); "shared": after each round all
-            devices with the same model go on with the mean of theirs, FedAvg beside FedGKT. Wants
-            a shared extractor. The server's held-out images evaluate this mean; images that devices
-            hold out evaluate each device's network before it.
-        freeze_after: the extractor is trained in so many rounds, then no more: feature maps travel
-            once, and from then on logits alone. None: always trained (the paper).
-        views: each round shows each sample in another crop, and mirrored or not, and teacher
-            logits are those of the same view. Once the extractor is frozen, feature maps of the
-            plain and the mirrored image travel, and the server crops them by itself.
-        student_views: devices train on each round's view; false: on their images as they are, and
-            teacher logits are those of them, while the server crops frozen feature maps all the
-            same.
-        resend: feature maps travel again only where those of held-out images have changed by more
-            than this share (squared error) since; 0: in every round.
-        age_decay: a sample's weight in server training for each round since the device last
-            answered.
-        logits: codec spec of logits, those that come without feature maps and those that go back.
+            devices with the same model continue from the mean of their networks, as in FedAvg. It
+            needs a shared extractor. The server's held-out images evaluate this mean; images that
+            devices hold out evaluate each device's network before averaging.
+        freeze_after: how many rounds the extractor is trained in. After that, feature maps are sent
+            once, and then only logits. None: always trained (the paper).
+        views: each round shows each sample in another crop, mirrored or not, and teacher logits are
+            of the same view. Once the extractor is frozen, devices send feature maps of the plain
+            and the mirrored image, and the server crops them itself.
+        student_views: true: devices train on each round's view. False: devices train on their
+            images as they are and get teacher logits of them, while the server still crops frozen
+            feature maps.
+        resend: feature maps are sent again only if the extractor's maps of held-out images have
+            changed since by more than this share (squared error); 0: sent in every round.
+        age_decay: a sample's weight in server training is multiplied by this for each round since
+            the device last answered.
+        logits: codec spec of logits that are sent without feature maps, and of teacher logits.
     """
 
     extractor: Literal["own", "shared"] = "own"

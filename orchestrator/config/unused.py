@@ -1,7 +1,7 @@
-"""Settings that a strategy does not use, and that are refused: it would ignore them in silence.
+"""Refusal of settings that a strategy does not use, since it would ignore them in silence.
 
-A strategy's `check` calls the functions that concern it. Each raises ValueError; the message names
-the key and the remedy.
+A strategy's `check` calls the functions that apply to it. Each raises ValueError if a setting is
+wrong for it; the message names the key and the remedy.
 """
 
 from orchestrator.config.run import RunConfig
@@ -11,7 +11,7 @@ from wire.names import written
 
 
 def need_heldout(config: RunConfig) -> None:
-    """For a strategy that evaluates on images which the server has."""
+    """For a strategy that evaluates on the server's images."""
     if config.heldout is None:
         raise ValueError(
             "heldout: name images that the server evaluates on; only fedgkt does without, with "
@@ -20,7 +20,7 @@ def need_heldout(config: RunConfig) -> None:
 
 
 def refuse_holdout(config: RunConfig) -> None:
-    """For a strategy that does not evaluate on images which devices leave out of training."""
+    """For a strategy that does not evaluate on images that devices hold out."""
     if config.device.holdout:
         raise ValueError(
             f"device.holdout: strategy {written(config.strategy)!r} evaluates on the server's "
@@ -55,7 +55,7 @@ def refuse_own_networks(config: RunConfig) -> None:
 
 
 def refuse_late_results(config: RunConfig) -> None:
-    """For a strategy whose results count only in the round whose weights they began with."""
+    """For a strategy whose results count only in the round whose weights they started from."""
     if config.cohort.carry_rounds:
         raise ValueError(
             f"cohort.carry_rounds is for fedgkt and local, not for {written(config.strategy)}, "
@@ -64,7 +64,7 @@ def refuse_late_results(config: RunConfig) -> None:
 
 
 def refuse_split(config: RunConfig) -> None:
-    """For a strategy that cuts no network in two."""
+    """For a strategy that does not cut networks in two."""
     device = config.device
     if any([device.split, *(other.split for other in device.others)]):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Training artifacts of a run: one for each network that its devices train.
+"""Training artifacts of a run: one for each recipe that its devices train.
 
-They are compiled before anything of the run is made, into a folder that goes again, and moved into
-the run's folder when it is there. A run that goes on has them in its folder.
+They are compiled into a temporary folder before anything of the run is made, and copied into the
+run's folder once it exists. A run that is resumed has them in its folder already.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ log = logging.getLogger("orchestrator")
 
 @contextlib.contextmanager
 def compiled(config: RunConfig) -> Iterator[Path]:
-    """A folder of the artifacts that the run's folder lacks; it is removed in the end.
+    """A temporary folder with the artifacts that the run's folder lacks.
 
     Raises:
         ExportError: a model cannot be compiled.
@@ -47,13 +47,13 @@ def compiled(config: RunConfig) -> Iterator[Path]:
 def prepare_variants(
     config: RunConfig, store: Store, compiled_folder: Path | None = None
 ) -> dict[Recipe, Variant]:
-    """The training artifact of each recipe, in the run's folder and among its blobs.
+    """The training artifact of each recipe, put into the run's folder and its blobs.
 
     Args:
         config: of the run.
-        store: its folder; artifacts that are there stay.
-        compiled_folder: of `compiled`, which the others are taken from; what that lacks as well is
-            compiled.
+        store: the run's folder; artifacts that are in it stay.
+        compiled_folder: the folder from `compiled`; missing artifacts are copied from it, or
+            compiled if it lacks them too.
 
     Raises:
         ExportError: a model cannot be compiled.
@@ -78,7 +78,7 @@ def prepare_variants(
 
 
 def _name(config: RunConfig, recipe: Recipe) -> str:
-    """The artifact's folder in that of the run."""
+    """The name of the artifact's folder within the run's folder."""
     model, rate = recipe.model, recipe.keep_rate
     parts = [
         "artifact",
@@ -90,12 +90,12 @@ def _name(config: RunConfig, recipe: Recipe) -> str:
 
 
 def _take(source: Path, target: Path) -> None:
-    """Copy an artifact's files; the folder is there as a whole, or not at all."""
+    """Copy an artifact's files; the target folder appears whole or not at all."""
     new = target.with_name(f".{target.name}.new")
     with storage.at(target):
         if target.exists():
             return
-        shutil.rmtree(new, ignore_errors=True)  # of an attempt for which there was no room
+        shutil.rmtree(new, ignore_errors=True)  # left by an attempt that ran out of room
         new.mkdir()
         for file in source.iterdir():
             (new / file.name).write_bytes(file.read_bytes())

@@ -1,7 +1,7 @@
-"""A run's strategy and networks, tried before anything is begun.
+"""A run's strategy and networks, tried out before the run begins.
 
-Digests of the source files of a strategy or network that is not ours go into the run's folder: a
-run goes on only with the sources that it was begun with.
+The run's folder holds digests of the source files of users' strategies and networks: a run is
+resumed only with the sources that it was begun with.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ FILE = "sources.json"
 
 
 def check(config: RunConfig) -> Sources:
-    """Let the strategy look the settings over, then build and run every network on two images.
+    """Let the strategy check the settings, then build and run every network on two images.
 
     Returns:
-        Of networks and strategy that are not ours, by name, the SHA-256 of each source file.
+        SHA-256 of each source file of the user's networks and strategy: by name, then by path.
 
     Raises:
         StillhouseError: the message names the key of the configuration, what is wrong and what to
@@ -62,7 +62,7 @@ def check(config: RunConfig) -> Sources:
 
 
 def claim(folder: Path, sources: Sources) -> None:
-    """Let a run go on only with the sources that it was begun with; noted in its folder.
+    """Note a new run's sources in its folder; refuse to resume a run with other sources.
 
     Raises:
         RunError: a file has changed since; the message names it.
@@ -76,11 +76,11 @@ def claim(folder: Path, sources: Sources) -> None:
 
 
 def unchanged(folder: Path, config: RunConfig) -> None:
-    """Return if networks are made of what a run's were made of.
+    """Check that networks and strategy are made from the sources that the run was begun with.
 
     Raises:
         RunError: a file has changed since; the message names it.
-        StillhouseError: a network cannot be made any more.
+        StillhouseError: a network can no longer be built.
     """
     path = folder / FILE
     if path.exists():
@@ -109,7 +109,7 @@ def _compare(path: Path, sources: Sources) -> None:
 
 
 def folder_name(model: str) -> str:
-    """A model's name as part of a folder's; two models have two."""
+    """A model's name as part of a folder's name, different for each model."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", title(model))
     if plain == model:
         return plain
@@ -119,9 +119,9 @@ def folder_name(model: str) -> str:
 def _tried(
     config: RunConfig, name: str, shape: tuple[int, ...], sources: dict[str, Mapping[str, str]]
 ) -> tuple[nn.Module, tuple[int, int, int] | None]:
-    """A network by the run's seed, and the shape of its feature map.
+    """A network built with the run's seed, and the shape of its feature map.
 
-    What one that is not ours is made of is noted in `sources`.
+    The digests of a user's network are added to `sources`.
     """
     classes = config.device.class_count
     torch.manual_seed(config.seed)
@@ -156,7 +156,11 @@ def _without_extractor(model: nn.Module, name: str, shape: tuple[int, int, int])
 
 
 def _check_crops(model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
-    """Where an image moves by a pixel, and others come in, the middle of its feature map moves."""
+    """Check that crops of feature maps are feature maps of crops.
+
+    If an image moves by a pixel and its border changes, the middle of its feature map must move by
+    a pixel too, and not change otherwise.
+    """
     extractor = model.get_submodule("extractor").eval()
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     other = torch.roll(x, (1, 1), (2, 3))
@@ -164,7 +168,7 @@ def _check_crops(model: nn.Module, name: str, shape: tuple[int, int, int]) -> No
     with torch.no_grad():
         plain, moved = extractor(x), extractor(other)
     if plain.shape[2:] != x.shape[2:]:
-        return  # `extractors.feature_shape` says so
+        return  # `extractors.feature_shape` refuses it
     row, column = plain.shape[2] // 2, plain.shape[3] // 2
     expected, got = plain[0, :, row, column], moved[0, :, row + 1, column + 1]
     if not torch.allclose(expected, got, rtol=1e-2, atol=1e-3 * float(plain.abs().max())):
@@ -177,7 +181,7 @@ def _check_crops(model: nn.Module, name: str, shape: tuple[int, int, int]) -> No
 
 @contextmanager
 def _saying(key: str) -> Iterator[None]:
-    """Name the key of the configuration that a network stands under."""
+    """Prefix errors with the configuration key that names the network."""
     try:
         yield
     except StillhouseError as fault:

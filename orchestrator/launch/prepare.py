@@ -1,4 +1,4 @@
-"""What a run needs before it begins, over the wire or simulated: model, held-out images, task."""
+"""What a run, real or simulated, needs before it begins: model, held-out images, folder, task."""
 
 import contextlib
 import hashlib
@@ -34,11 +34,10 @@ log = logging.getLogger("orchestrator")
 
 
 def read_heldout(config: RunConfig) -> HeldOut:
-    """Held-out images, normalized as the devices normalize theirs; none where none are named.
+    """Held-out images, normalized as devices normalize theirs; empty if the run names none.
 
     Raises:
-        DataError: they are missing or do not fit the model, or one of their classes is not the
-            run's.
+        DataError: they are missing or do not fit the model, or have a class that the run lacks.
     """
     device = config.device
     log.info(device.pixels)
@@ -66,7 +65,7 @@ def read_heldout(config: RunConfig) -> HeldOut:
 
 
 def check(config: RunConfig, heldout: HeldOut) -> None:
-    """Find what a strategy refuses before anything is made, compiled or started.
+    """Create the strategy on trial, before anything is compiled, started or kept.
 
     Raises:
         StillhouseError: models, strategy, `pretrained` and held-out images do not fit together.
@@ -78,7 +77,7 @@ def check(config: RunConfig, heldout: HeldOut) -> None:
 
 
 def variants(config: RunConfig) -> dict[Recipe, Variant]:
-    """What devices train, without compiling it: a recipe is known by a digest of its own."""
+    """What devices train, without compiling it; a digest of the recipe stands for the artifact."""
     found = {}
     for recipe in config.recipes:
         model, features = fresh(config, recipe), None
@@ -94,10 +93,10 @@ def variants(config: RunConfig) -> dict[Recipe, Variant]:
 
 @contextlib.contextmanager
 def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterator[Store]:
-    """The run's folder, and with agents the fleet; where the disk is full, it is waited for.
+    """The run's folder, locked, and with agents the fleet too; waits while the disk is full.
 
-    If the block fails before a round was opened, what this start made goes again: the folder, the
-    broker's, and the fleet's list if nobody is enrolled. What was there before stays.
+    If the block fails before a round was opened, what this start made is removed: the folder, the
+    broker's folder, and the fleet's list if nobody is enrolled. What was there before stays.
 
     Raises:
         RunError: the folder is another run's, is in use, or its journal is damaged; or another run
@@ -133,7 +132,7 @@ def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterat
 
 
 def _hold(store: Store, config: RunConfig, heldout: HeldOut) -> None:
-    """A run goes on only with the held-out images it was begun with, wherever they lie."""
+    """Refuse held-out images that differ from those at the run's begin; they may have moved."""
     if not store.hold("heldout", heldout.digest):
         raise RunError(
             f"heldout: the run began with other images than those of {config.heldout} "
@@ -143,7 +142,7 @@ def _hold(store: Store, config: RunConfig, heldout: HeldOut) -> None:
 
 
 def _remove(made: Sequence[Path], config: RunConfig) -> None:
-    """Remove what a failed start made, the last first; a folder that others use by now stays."""
+    """Remove what a failed start made, last first; keep folders that others use by now."""
     fleet = enrolment.path(config.runs, config.fleet)
     for path in reversed(made):
         with contextlib.suppress(OSError):
@@ -156,17 +155,17 @@ def _remove(made: Sequence[Path], config: RunConfig) -> None:
 
 
 def broker_folder(config: RunConfig) -> Path:
-    """Where a broker that we run keeps its files."""
+    """The folder in which our own broker keeps its files."""
     return enrolment.broker_folder(config.runs, config.fleet)
 
 
 def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
-    """A device model with its initial weights; the same seed gives the same.
+    """A device model with its initial weights; the same seed gives the same weights.
 
-    No recipe is the whole main model. Units are cut out by `submodel.narrow`.
+    Without a recipe it is the main model. It is always whole: `submodel.narrow` cuts units out.
 
     Raises:
-        RunError: nothing of `config.pretrained` fits it.
+        RunError: no layer of `config.pretrained` fits it.
     """
     device = config.device
     torch.manual_seed(config.seed)
@@ -184,12 +183,13 @@ def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:
 
 
 def _pretrained(config: RunConfig) -> dict[str, torch.Tensor]:
-    """The model that all begin with, empty for random weights.
+    """The weights that all models begin with; empty for random weights.
 
-    It is copied into the run's folder: the run that it came from may go on, or away.
+    They are copied into the run's folder if it exists, since the run that they come from may go on
+    or be deleted.
 
     Raises:
-        RunError: there is none.
+        RunError: that run has no checkpoint or no global model.
     """
     if config.pretrained is None:
         return {}

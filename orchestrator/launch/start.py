@@ -1,4 +1,4 @@
-"""From a configuration to a finished run: artifacts, folder, broker, coordinator."""
+"""Takes a configuration to a finished run: artifacts, folder, broker, coordinator."""
 
 import contextlib
 import logging
@@ -28,19 +28,19 @@ def run(
     changed: Callable[[Report], None] = lambda _: None,
     again: str | None = None,
 ) -> Report:
-    """Do a run, from the start or from where it stopped.
+    """Do a run, from the start or from where it stopped; returns its report.
 
     Args:
         config: of the run.
-        address: a broker that is there already; None follows `config.broker`.
+        address: a broker that runs already; None: the one of `config.broker`.
         changed: called after each event, in this thread.
-        again: the command that goes on with the run, for whoever stops it; None: this process's.
+        again: the command that resumes the run, shown when it is stopped; None: this process's.
 
     Raises:
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached. If
-            no round was opened, nothing is left that this start made.
+            no round was opened, what this start made is removed.
     """
-    # First: what is wrong with the settings is found before a folder is made or a broker runs.
+    # First, so that wrong settings are found before a folder is made or a broker runs.
     sources = networks.check(config)
     heldout = read_heldout(config)
     check(config, heldout)
@@ -82,7 +82,7 @@ def run(
         try:
             coordinator.run(notify)
         except stopping.Interrupted:
-            store.made = False  # what is ready is kept, though no round was opened
+            store.made = False  # keeps the folder, though no round was opened
             raise
         report.save(final=True)
         changed(report)
@@ -91,11 +91,11 @@ def run(
 
 @contextlib.contextmanager
 def serve(config: RunConfig) -> Iterator[BrokerAddress]:
-    """The broker that the configuration names, run by us unless it is external.
+    """The address of the configured broker, which we run unless it is external.
 
     Raises:
-        BrokerError: ours does not run.
-        StalledError: its disk is full.
+        BrokerError: our broker does not run.
+        StalledError: the disk is full.
     """
     chosen = config.broker
     if chosen.kind == "external":

@@ -1,1 +1,1 @@
-"""The run's loop: listens to devices, lets the rules decide, and does what they say."""
+"""The run's loop: hears the devices, asks the rules, and carries out what they decide."""

@@ -1,8 +1,8 @@
-"""What accepted results add to the open round, kept from their admission to the aggregation.
+"""Contributions of accepted results to the open round, kept from admission to aggregation.
 
-A payload is normally decoded once, when its result is admitted. Contributions are kept as far as
-they fit into `KEPT_BYTES`. A result whose contribution was not kept (it did not fit, the
-orchestrator was started again since, or another round was opened) is decoded again at aggregation.
+A payload is normally decoded once, when its result is admitted. Contributions are kept if they fit
+into `KEPT_BYTES`. A result is decoded again at aggregation if its contribution was not kept: it did
+not fit, the orchestrator was restarted, or another round was opened.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.strategies.strategy import Contribution, LearntState, Metrics, Strategy
 from wire.messages import Order, Result
 
-KEPT_BYTES = 256 << 20  # of all kept contributions together
+KEPT_BYTES = 256 << 20  # limit for all kept contributions together
 
 
 class Contributions:
@@ -19,7 +19,7 @@ class Contributions:
 
     Args:
         strategy: the algorithm.
-        attempt: calls a function that may find the disk full.
+        attempt: calls a function, and waits while the disk is full.
     """
 
     def __init__(
@@ -31,10 +31,10 @@ class Contributions:
         self._kept: dict[str, tuple[Result, Contribution]] = {}
 
     def admit(self, state: LearntState, order: Order, result: Result) -> None:
-        """Check a result, and keep what it adds if that fits.
+        """Check a result, and keep its contribution if it fits.
 
         Raises:
-            AdmissionError, WireError: why it must not enter the aggregate.
+            AdmissionError, WireError: why the result must not enter the aggregate.
         """
         self.forget(result.device)
         contribution = self._admitted(state, order, result)
@@ -49,12 +49,13 @@ class Contributions:
         orders: Mapping[str, Order],
         results: Sequence[Result],
     ) -> tuple[LearntState, Metrics]:
-        """The state after a round; contributions go to the strategy one by one.
+        """The state after a round, and its metrics; the strategy gets contributions one by one.
 
         Args:
             state: before the round.
             round_: its number, from 1.
-            orders: that the results answer, by device; a carried one is of an earlier round.
+            orders: the orders that the results answer, by device; carried ones are of earlier
+                rounds.
             results: the accepted ones, in the order of device names.
         """
 
@@ -70,11 +71,11 @@ class Contributions:
         return done
 
     def forget(self, device: str) -> None:
-        """Let go of what a device's result adds: it does not count."""
+        """Drop the contribution of a device's result, which does not count."""
         self._kept.pop(device, None)
 
     def clear(self) -> None:
-        """Let go of all that is kept: a round begins."""
+        """Drop all contributions: a round begins or was aggregated."""
         self._kept.clear()
 
     def _admitted(self, state: LearntState, order: Order, result: Result) -> Contribution:

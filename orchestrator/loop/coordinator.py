@@ -1,8 +1,8 @@
-"""The run's loop: events in, rules applied, effects carried out.
+"""The run's loop: takes events, applies the rules, carries out the effects.
 
-One thread owns the round, and alone decides. The network thread puts messages in its queue. A
-worker thread looks payloads over, keeps what they add, and aggregates; it puts its outcomes in the
-queue, too. The way of a result through all this: docs/how-a-round-works.md.
+One thread owns the round and makes all decisions. The network thread puts messages into its queue.
+A worker thread checks payloads, keeps their contributions and aggregates; it puts its outcomes into
+the same queue. docs/how-a-round-works.md follows one result through all this.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from wire.messages import Birth, Chunk, Death, Gone, Measured, Order, Result, Te
 log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
-HELD_OPEN_S = 1.0  # from a tick on, so that the deadline does not close the round before the next
+HELD_OPEN_S = 1.0  # longer than a tick: the deadline cannot close the round before the next one
 
 Event = LinkEvent | Outcome | Stopped
 
@@ -46,13 +46,13 @@ class Coordinator:
 
     Args:
         config: of the run.
-        store: its folder.
+        store: the run's folder.
         strategy: the algorithm.
-        enrolled: names that may take part; None takes any.
+        enrolled: devices that may take part; None: any.
         address: the broker.
         report: is told what happens.
-        rollout: packages that devices are told of.
-        again: the command that goes on with the run; None: this process's.
+        rollout: package updates to announce to devices.
+        again: the command that resumes the run; None: this process's.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Coordinator:
         if self._round.collecting:
             done = len(self._round.attempt.verdicts)
             log.info("going on with round %d, %d results are here", self._round.state.round, done)
-        self._late: frozenset[str] = frozenset()  # blobs without a verdict as the round closed
+        self._late: frozenset[str] = frozenset()  # blobs of results undecided when the round closed
         self._began = monotonic()
         self._ticked_s = -math.inf
         self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
@@ -95,8 +95,8 @@ class Coordinator:
         """Run until all rounds are done; `changed` is called after each event.
 
         Raises:
-            LinkError: the broker refuses us for good.
-            RunError: another run has the fleet, or every device failed, `rounds.ATTEMPTS` times in
+            LinkError: the broker refuses us, and trying again is useless.
+            RunError: another run has the fleet, or every device failed `rounds.ATTEMPTS` times in
                 a row.
             StillhouseError: the strategy failed.
             Interrupted: `stop` was called.
@@ -122,7 +122,7 @@ class Coordinator:
                 self._worker.end(wait=not self._stop.asked)
 
     def stop(self) -> None:
-        """End `run` soon, and with `Interrupted`; an aggregation under way is finished and kept."""
+        """End `run` soon with `Interrupted`; a running aggregation is finished and kept first."""
         self._stop.ask()
 
     def finished(self) -> bool:
@@ -179,7 +179,7 @@ class Coordinator:
         if birth := self._roster.born(device, message, monotonic()):
             self.report.born(device, birth)
             if before and before.state_id != birth.state_id:
-                self._intake.drop(device)  # what it offered is gone
+                self._intake.drop(device)  # the result that it offered is gone
             self._intake.resume(device)
             session = Session(birth.session, birth.state_id)
             state = self._round.state
@@ -188,9 +188,9 @@ class Coordinator:
             self._turn_away(device, self._roster.refused[device])
 
     def _turn_away(self, device: str, reason: str) -> None:
-        """A device whose birth is refused gets no order, and a result that it owes is refused.
+        """Refuse a device: it gets no order, and a result that it still owes is refused.
 
-        One that was accepted before counts.
+        A result that was accepted before still counts.
         """
         self.report.turned_away(device, reason)
         if session := self._round.state.live.get(device):
@@ -204,14 +204,17 @@ class Coordinator:
         elif birth := self._roster.births.get(device):
             offer = Offer(device, result, birth.samples, self.strategy.task.limits)
             self._apply(open_round.offered(self._round, offer, self._rules, monotonic()))
-        # Else it is not enrolled, or its birth is still on the way: it will offer again.
+        # Else the device is not enrolled, or its birth is still on the way: it will offer again.
 
     def _take(self, device: str, message: Chunk | Gone, body: memoryview) -> None:
         if self._intake.take(device, message, body):
             self._disk.over()
 
     def _pull(self, device: str, work: Callable[[], None]) -> None:
-        """Do some work on a device's blobs; where they cannot be had, its result is refused."""
+        """Do some work on a device's blobs; if it cannot be done, the device's result is refused.
+
+        A full disk puts the work off, and a failing disk ends the run.
+        """
         try:
             self._disk.takes(work)
         except StorageError:
@@ -224,7 +227,7 @@ class Coordinator:
         self._apply(open_round.lost(self._round, device, fault, self._rules, monotonic()))
 
     def _due(self, now_s: float) -> bool:
-        """Whether to tick: when no event waits, and every `TICK_S` where events keep coming."""
+        """Whether to tick: if no event waits, or `TICK_S` after the last tick."""
         return self._events.empty() or now_s - self._ticked_s >= TICK_S
 
     def _tick(self, now_s: float) -> None:
@@ -233,7 +236,7 @@ class Coordinator:
         for result in self._intake.complete():
             order = self._round.attempt.orders[result.device]
             self._worker.look_over(self._learnt, order, result)
-        if self._intake.checking:  # it ends, for a device has one verdict in a round
+        if self._intake.checking:  # not for ever: a device gets one verdict a round
             self._round = open_round.held_open(self._round, now_s + HELD_OPEN_S)
         self._disk.takes(lambda: self._ask(now_s))
         self._roster.ticked(now_s)
@@ -247,11 +250,11 @@ class Coordinator:
                 self._lose(device, want)
 
     def _follow(self, transition: rounds.Transition) -> None:
-        """Do what the rules say of the devices' names."""
+        """Apply a transition of `rounds`, which knows devices by name only."""
         self._apply(open_round.follow(self._round, transition))
 
     def _apply(self, transition: open_round.Transition) -> None:
-        """Carry out what an event leads to, unless the disk has no room for it in the journal."""
+        """Carry out an event's effects, unless the disk is too full to note them in the journal."""
         after, effects = transition
         notes = [effect for effect in effects if isinstance(effect, Note)]
         if not self._disk.takes(lambda: self._note(notes)):
@@ -269,7 +272,7 @@ class Coordinator:
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case Note():
-                pass  # it is in the journal
+                pass  # already in the journal
             case Send(device, message):
                 self._link.send(device, "order", message)
             case Show(verdict, fault):
@@ -292,7 +295,7 @@ class Coordinator:
                 log.info("run %s is finished", self.config.name)
 
     def _begin(self, number: int, carried: Mapping[str, Order], devices: frozenset[str]) -> None:
-        """Write the orders of a round into the journal, then give them to the devices."""
+        """Write a round's orders into the journal, then send them to the devices."""
         self.store.patience.attempt(self._roster.opened)
         births = {device: self._roster.births[device] for device in sorted(devices)}
         sequence = self.store.next_sequence()
@@ -308,7 +311,7 @@ class Coordinator:
         self._apply(open_round.begun(self._round, attempt, self._rules, monotonic()))
 
     def _close(self, learnt: LearntState, metrics: Metrics) -> None:
-        """Write what was learnt into the run's folder, show it, then let the rules go on."""
+        """Write what was learnt into the run's folder, show it, then tell the rules."""
         attempt, carried = self._round.attempt, self._round.carried
         entry = self.report.closed(attempt, metrics, monotonic() - self._began)
         needed = self._late | referred(carried.values()) if carried else ()

@@ -1,6 +1,7 @@
-"""The run's link to its fleet: what arrives is read here once, what goes out is written here.
+"""The run's link to its fleet: decodes messages that arrive, encodes messages that go out.
 
-Before the fleet is ours (`orchestrator.fleet.claim`) devices are neither heard nor told anything.
+Until the fleet is ours (`orchestrator.fleet.claim`), it neither hears devices nor tells them
+anything.
 """
 
 import logging
@@ -20,12 +21,12 @@ from wire.messages import Message
 log = logging.getLogger("orchestrator")
 
 CONNECT_S = 30.0
-COUNTED = 10_000  # devices whose bytes are counted: strangers can come with any number of names
-_QOS = {"up": 0, "down": 0}  # chunks, which are asked for again; all else is 1
+COUNTED = 10_000  # devices whose bytes are counted: strangers can invent any number of names
+_QOS = {"up": 0, "down": 0}  # chunks, which are asked for again if lost; all else is 1
 
 
 class Heard(NamedTuple):
-    """A message of a device, named by the topic, which the broker's access list guards."""
+    """A device's message; its name comes from the topic, which the broker's access list guards."""
 
     device: str
     message: Message
@@ -39,8 +40,8 @@ class FleetLink:
         config: of the run.
         run: its id.
         address: the broker.
-        report: counts bytes, of the first `COUNTED` devices.
-        emit: is given what happens on the connection, in a thread of its own; `read` takes it.
+        report: counts the bytes of the first `COUNTED` devices.
+        emit: is called in the network thread with each event; the caller passes it to `read`.
     """
 
     def __init__(
@@ -54,9 +55,9 @@ class FleetLink:
     ) -> None:
         self._fleet, self._url, self._report = config.fleet, address.url, report
         self._claim = Claim(config.fleet, run, boot=str(time.time_ns()))
-        self._hearing = False  # devices
+        self._hearing = False  # whether we are subscribed to devices
         self._counted: set[str] = set()  # devices
-        self._awaited_s: float | None = None  # since when the broker is waited for
+        self._awaited_s: float | None = None  # when we began to wait for the broker
         self._link = Link(
             address,
             f"stillhouse-{config.fleet}-orchestrator-{run.rpartition('.')[2]}",
@@ -72,11 +73,11 @@ class FleetLink:
         self._link.start()
 
     def close(self) -> None:
-        """End the connection; the claim on the fleet is taken away."""
+        """End the connection, and give up the claim on the fleet."""
         self._link.close((self._claim.topic, b"") if self._claim.held else None)
 
     def read(self, event: LinkEvent) -> Heard | None:
-        """What a device says; None for all else, and for what cannot be read.
+        """A device's message; None for any other event, and for a message that cannot be read.
 
         Raises:
             RunError: another run has the fleet.
@@ -84,7 +85,7 @@ class FleetLink:
         match event:
             case Arrived(self._claim.topic, payload):
                 self._say(self._claim.arrived(payload))
-            case Arrived(topic, payload) if payload:  # an empty one: we took it from the broker
+            case Arrived(topic, payload) if payload:  # empty: a message that we removed
                 try:
                     device = topics.parse(topic).device
                     message, body = messages.decode(payload, sender=topic)
@@ -102,10 +103,10 @@ class FleetLink:
         return None
 
     def ticked(self, now_s: float) -> bool:
-        """Time passed; whether the fleet is ours.
+        """Note that time passed; returns whether the fleet is ours.
 
         Raises:
-            LinkError: the broker refuses us for good.
+            LinkError: the broker refuses us, and trying again is useless.
         """
         if self._link.refused:
             raise self._link.refused
@@ -119,14 +120,14 @@ class FleetLink:
         return self._claim.held
 
     def send(self, device: str, channel: str, message: Message, body: bytes = b"") -> None:
-        """Tell a device something."""
+        """Send a device a message."""
         payload = messages.encode(message, body)
         if self._counts(device):
             self._report.sent(device, len(payload))
         self._link.publish(self._topic(device, channel), payload, qos=_QOS.get(channel, 1))
 
     def take_away(self, device: str, channel: str) -> None:
-        """Take a retained message of a device from the broker."""
+        """Remove a device's retained message from the broker."""
         self._link.publish(self._topic(device, channel), b"", retain=True)
 
     def _counts(self, device: str) -> bool:
@@ -136,9 +137,9 @@ class FleetLink:
         return device in self._counted
 
     def _say(self, all_: tuple[Say, ...]) -> None:
-        """Speak to other runs and to all devices."""
+        """Send messages to other runs and to all devices."""
         if self._claim.held and not self._hearing:
-            # Only now: what the broker keeps of devices comes once, to whom the fleet is.
+            # Not before: the broker sends its retained messages once, when we subscribe.
             self._hearing = True
             channels = topics.FROM_DEVICE
             self._link.subscribe([(self._topic("+", name), _QOS.get(name, 1)) for name in channels])

@@ -1,4 +1,4 @@
-"""A full disk while results come in: what it does not take is left, for it comes again."""
+"""A full disk while results come in: what it has no room for is dropped, and comes again."""
 
 import math
 import time
@@ -12,13 +12,13 @@ _KEY = "intake"
 
 
 class FullDisk:
-    """What results meet of a full disk.
+    """Tracks a full disk while results come in.
 
-    A chunk that finds no room is asked for again, a result whose verdict finds none is offered
-    again, and meanwhile the open round's deadline waits.
+    A chunk that finds no room is asked for again, and a result whose verdict finds no room is
+    offered again. Meanwhile the open round's deadline waits.
 
     Args:
-        patience: says that the disk is full, and when it no longer is.
+        patience: tells people that the disk is full, and when it no longer is.
     """
 
     def __init__(self, patience: Patience) -> None:
@@ -27,7 +27,7 @@ class FullDisk:
         self._ticked_s = time.monotonic()
 
     def takes(self, work: Callable[[], None]) -> bool:
-        """Do `work`; whether there was room for it."""
+        """Do `work`; returns whether there was room for it."""
         try:
             work()
         except StalledError as fault:
@@ -37,10 +37,10 @@ class FullDisk:
         return True
 
     def over(self) -> None:
-        """Something of a result was written."""
+        """Note that part of a result was written."""
         self._patience.over(_KEY)
 
     def delay(self, now_s: float) -> float:
-        """Seconds since the last call that do not count towards a round's deadline."""
+        """How many seconds to put off the round's deadline: those since the last call, or 0."""
         passed_s, self._ticked_s = now_s - self._ticked_s, now_s
         return passed_s if now_s - self._met_s < STALLED_S else 0.0

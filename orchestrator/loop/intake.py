@@ -1,7 +1,7 @@
-"""Results on their way in: the blobs of each, pulled under one budget that all devices share.
+"""Results on their way in: pulls their blobs, under one budget that all devices share.
 
-The orchestrator asks for chunks, so a thousand devices that finish at once cannot flood it or the
-broker: what is under way is never more than `budget` chunks.
+The orchestrator asks for each chunk, and at most `budget` chunks are under way. So a thousand
+devices that finish at once cannot flood it or the broker.
 """
 
 from collections.abc import Iterator
@@ -18,20 +18,20 @@ class Intake:
 
     Args:
         blobs: where they go.
-        budget: chunks on their way at once, all devices together.
-        retry_s: a chunk that has not come after so long is asked for again.
+        budget: chunks under way at once, all devices together.
+        retry_s: a chunk that has not come after this time is asked for again.
     """
 
     def __init__(self, blobs: BlobStore, budget: int, retry_s: float = 15.0) -> None:
         self._blobs, self._budget, self._retry_s = blobs, budget, retry_s
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
         self._silent: set[str] = set()
-        self._under_check: dict[str, Result] = {}  # by device: what is being looked over
+        self._under_check: dict[str, Result] = {}  # by device: results that are being checked
 
     def begin(self, result: Result) -> None:
-        """Pull a result's blobs; the same result again goes on where it is, another replaces it.
+        """Pull a result's blobs; a pull of the same result continues, one of another is replaced.
 
-        While an earlier one is looked over, nothing is begun: the device offers its result again.
+        While an earlier result of the device is checked, nothing begins: the device offers again.
         """
         if result.device in self._under_check:
             return
@@ -52,29 +52,29 @@ class Intake:
         self._pulls[result.device] = (result, fetches)
 
     def drop(self, device: str) -> None:
-        """Give a device's result up."""
+        """Give up a device's result."""
         self._pulls.pop(device, None)
 
     def clear(self) -> frozenset[str]:
-        """Give all up, for the round is closed; digests of what is here without a verdict.
+        """Give up all pulls, since the round is closed; returns digests of blobs without a verdict.
 
-        These are blobs that had begun to come, and those of results that are being looked over.
+        These are the blobs of all pulls in progress and of results that are being checked.
         """
         results = [*(result for result, _ in self._pulls.values()), *self._under_check.values()]
         self._pulls.clear()
         return frozenset(ref.digest for result in results for ref in result.blobs.values())
 
     def resume(self, device: str) -> None:
-        """The device is there anew: what it was asked may be lost."""
+        """Note that a device has come back: what it was asked may be lost."""
         self._silent.discard(device)
         for fetch in self._pulls.get(device, (None, []))[1]:
             fetch.forget_asked()
 
     def take(self, device: str, message: Chunk | Gone, body: memoryview) -> bool:
-        """Take a device's answer; whether any of it was written.
+        """Take a device's answer; returns whether any of it was written.
 
         Raises:
-            TransferError: a wrong chunk, or the blob is gone.
+            TransferError: the chunk is wrong, or the device no longer has the blob.
         """
         self._silent.discard(device)
         for fetch in self._pulls.get(device, (None, []))[1]:
@@ -84,11 +84,11 @@ class Intake:
                 else:
                     received = fetch.received
                     fetch.chunk(message, body)
-                    return fetch.received > received  # digests of one result differ
+                    return fetch.received > received  # no other fetch has this digest
         return False
 
     def complete(self) -> Iterator[Result]:
-        """Results whose blobs are all here, to be looked over; each is given once."""
+        """Results whose blobs are all here, to be checked; each is yielded once."""
         for device, (result, fetches) in list(self._pulls.items()):
             if all(fetch.done for fetch in fetches):
                 del self._pulls[device]
@@ -97,26 +97,26 @@ class Intake:
 
     @property
     def checking(self) -> bool:
-        """Whether a result is being looked over."""
+        """Whether a result is being checked."""
         return bool(self._under_check)
 
     def looked_over(self, device: str) -> None:
-        """A result that was complete is looked over: the next one of the device may come."""
+        """Note that a device's result was checked: its next one may come."""
         self._under_check.pop(device, None)
 
     def wants(
         self, now_s: float, live: frozenset[str]
     ) -> Iterator[tuple[str, Want | StillhouseError | OSError]]:
-        """What to ask of whom, or why a device's blob cannot be had.
+        """Pairs of a device and the chunks to ask it for, or the fault that ends its pull.
 
-        The device with the fewest chunks under way goes first. Those that were asked and said
-        nothing come last, so that silent devices cannot hold the budget among themselves.
+        The device with the fewest chunks under way goes first. Devices that did not answer go last,
+        so that they cannot use up the budget.
 
         Raises:
             StorageError: the disk fails; StalledError: it is full.
         """
         for device, (_, fetches) in self._pulls.items():
-            for fetch in fetches:  # what is lost holds no room
+            for fetch in fetches:  # chunks that are lost free their room
                 if device not in live:
                     fetch.forget_asked()
                 elif fetch.expire(now_s):

@@ -1,4 +1,4 @@
-"""How a run ends before it is finished: on Ctrl-C or SIGTERM, in good order."""
+"""Ending a run early, on Ctrl-C or SIGTERM, without losing what was reached."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from wire.storage import Patience
 
 
 class Stopped(NamedTuple):
-    """A person or the system asks us to end."""
+    """Event: a person or the system asks us to end."""
 
 
 class Stop:
@@ -22,12 +22,12 @@ class Stop:
 
     Args:
         report: of the run.
-        patience: waits where the disk is full.
-        emit: is given `Stopped`, which wakes the loop.
-        again: the command that goes on with the run; None: this process's.
+        patience: waits while the disk is full.
+        emit: takes `Stopped`, which wakes the loop.
+        again: the command that resumes the run; None: this process's.
 
     Attributes:
-        asked: a person or the system asked.
+        asked: whether a person or the system asked for the end.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class Stop:
         self._emit(Stopped())
 
     def check(self, cause: BaseException | None = None) -> None:
-        """Go on, unless the run is to end.
+        """Return, unless the run is to end.
 
         Raises:
-            Interrupted: it is.
+            Interrupted: the run is to end.
         """
         if self.asked:
             raise Interrupted from cause
 
     @contextmanager
     def heard(self, standing: Callable[[], OpenRound]) -> Iterator[None]:
-        """Within the block, Ctrl-C is answered, and ends the run when nothing is lost by it.
+        """Answer Ctrl-C within the block, and end the run when nothing is lost by it.
 
         Args:
-            standing: how the open round stands.
+            standing: returns the open round.
 
         Raises:
             Interrupted: the run was to end while the disk was full.
@@ -72,7 +72,7 @@ class Stop:
                 raise
 
     def answer(self, now: OpenRound) -> str:
-        """What Ctrl-C is answered: what is kept, and how to go on."""
+        """The answer to Ctrl-C: what is kept, and how to resume the run."""
         done = len(now.attempt.verdicts)
         more = f"{done} results of round {now.state.round}" if done else "no result of the next"
         if self._patience.waiting:

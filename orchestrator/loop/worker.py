@@ -1,4 +1,4 @@
-"""The thread that does a run's heavy part: checking payloads, aggregation."""
+"""The thread that does a run's heavy work: checking payloads and aggregating."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,21 +16,21 @@ log = logging.getLogger("orchestrator")
 
 
 class Admitted(NamedTuple):
-    """A result was looked over; `fault` says why it is refused."""
+    """A result was checked; `fault` says why it is refused, None accepts it."""
 
     result: Result
     fault: StillhouseError | None
 
 
 class Aggregated(NamedTuple):
-    """A round is in the model."""
+    """A round was aggregated: the new state and its metrics."""
 
     state: LearntState
     metrics: Metrics
 
 
 class Failed(NamedTuple):
-    """The worker met an error that is ours, not a device's."""
+    """The worker failed by a fault of ours, not of a device."""
 
     fault: BaseException
 
@@ -39,12 +39,12 @@ Outcome = Admitted | Aggregated | Failed
 
 
 class Worker:
-    """Does one thing after the other; what comes of each goes to `emit`, in its thread.
+    """A thread that does one job after the other, and passes each outcome to `emit`.
 
     Args:
         strategy: the algorithm.
-        patience: waits where the disk is full.
-        emit: is given each outcome.
+        patience: waits while the disk is full.
+        emit: takes each outcome, in the worker's thread.
     """
 
     def __init__(
@@ -55,34 +55,34 @@ class Worker:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="work")
 
     def look_over(self, state: LearntState, order: Order, result: Result) -> None:
-        """Check the result of an order, and keep what it adds; comes to Admitted."""
+        """Check the result of an order, and keep its contribution; the outcome is Admitted."""
         self._submit(self._look_over, state, order, result)
 
     def aggregate(self, state: LearntState, attempt: Attempt, results: Sequence[Result]) -> None:
-        """Take in a round's results; comes to Aggregated."""
+        """Aggregate a round's results; the outcome is Aggregated."""
         aggregate = self._contributions.aggregate
         self._submit(lambda: Aggregated(*aggregate(state, attempt.round, attempt.orders, results)))
 
     def forget(self, device: str) -> None:
-        """Let go of what a device's result adds: it does not count."""
+        """Drop the contribution of a device's result, which does not count."""
         self._threads.submit(self._contributions.forget, device)
 
     def clear(self) -> None:
-        """Let go of what results add to a round that was given up."""
+        """Drop all contributions: a round begins."""
         self._threads.submit(self._contributions.clear)
 
     def end(self, *, wait: bool) -> None:
-        """Begin nothing more, and wait for what is under way."""
+        """Begin no more jobs; `wait` for the one under way."""
         self._threads.shutdown(wait=wait, cancel_futures=True)
 
     def _look_over(self, state: LearntState, order: Order, result: Result) -> Outcome:
         try:
             self._contributions.admit(state, order, result)
-        except (StorageError, RunError, OSError, MemoryError):  # those are ours
+        except (StorageError, RunError, OSError, MemoryError):  # our faults, not the device's
             raise
         except StillhouseError as fault:
             return Admitted(result, fault)
-        except Exception as fault:  # whatever a payload provokes, it ends that result, not the run
+        except Exception as fault:  # a hostile payload ends its result, not the run
             log.exception("%s: its result cannot be looked over", result.device)
             return Admitted(result, AdmissionError(f"it cannot be read: {fault!r}"))
         return Admitted(result, None)

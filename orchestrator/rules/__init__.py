@@ -1,1 +1,1 @@
-"""What decides, as pure functions: no network, no disk, no clock."""
+"""The run's decisions, as pure functions: no network, no disk, no clock."""

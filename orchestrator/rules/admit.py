@@ -1,6 +1,6 @@
-"""What may enter the aggregate: pure rules, each refusal with its reason.
+"""Checks of what may enter the aggregate: pure rules that give a reason for each refusal.
 
-The reason goes to the device, so it names what was expected and what came.
+The device gets the reason, so it names what was expected and what came.
 """
 
 import math
@@ -17,7 +17,7 @@ from wire.messages import Order, Result
 Array = NDArray[Any]
 TOP = np.float32(255)
 MAX_NORM_RATIO = 100.0
-MAX_VALUE = 1e5  # of a feature or a logit: beyond it, training has diverged
+MAX_VALUE = 1e5  # largest |feature| or |logit|: beyond it, training has diverged
 
 
 def header(
@@ -27,15 +27,15 @@ def header(
 
     Args:
         result: as it came.
-        order: the open order of that device, or None.
-        device: by the topic, which the broker's access list guards.
-        samples: that the device was born with.
-        limits: bytes that a payload of each name may have.
+        order: the device's open order, or None.
+        device: the name in the topic, which the broker's access list guards.
+        samples: how many samples the device announced in its birth message.
+        limits: most bytes of a payload, by its name.
 
     Raises:
-        AdmissionError: another device's name, not the open order, a fault that the device reports,
-            an update of another sub-model, another number of samples, wrong or oversized payloads,
-            a metric that is not finite.
+        AdmissionError: the result names another device, answers another order than the open one,
+            reports a fault, is an update of another sub-model, has wrong or oversized payloads,
+            another number of samples or other samples, or has a metric that is not finite.
     """
     if result.device != device:
         raise AdmissionError(f"the result names device {result.device!r}, it came from {device!r}")
@@ -91,7 +91,7 @@ def weights(
 
     Args:
         tensors: as decoded.
-        expected: shapes of the parameters and buffers that were sent out.
+        expected: shapes of the parameters and buffers, by name.
         reference: `norm` of the weights before round 1.
 
     Raises:
@@ -117,7 +117,7 @@ def variances(tensors: Mapping[str, Array]) -> None:
     """Check the running variances of weights that no lossy codec has rounded.
 
     Raises:
-        AdmissionError: one is negative, and batch norm would make NaN of it.
+        AdmissionError: one is negative; batch norm would turn it into NaN.
     """
     for name, array in tensors.items():
         if name.endswith("running_var") and array.min(initial=0) < 0:
@@ -128,9 +128,9 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
     """Check one batch of feature maps (n, *shape), logits (n, classes), labels (n,).
 
     Args:
-        record: as decoded; where feature maps are levels, with their `low` and `step`.
+        record: as decoded; if feature maps are levels, with their `low` and `step`.
         shape: of one sample's feature map.
-        classes: of the task.
+        classes: how many classes the task has.
         room: how many samples may still come.
 
     Raises:
@@ -152,7 +152,7 @@ def features(record: Mapping[str, Array], shape: tuple[int, ...], classes: int, 
                 f"{name}: expected {dtype} {list(full)}, got {array.dtype.name} {list(array.shape)}"
             )
     maps = [record["features"]]
-    if quantized:  # the lowest and the highest that a block can hold
+    if quantized:  # the lowest and the highest value that a block can hold
         maps = [record["low"], record["low"] + TOP * record["step"]]
     for name, arrays in (("features", maps), ("logits", [record["logits"]])):
         if any(not (np.abs(values).max(initial=0) <= MAX_VALUE) for values in arrays):  # or NaN
@@ -183,20 +183,20 @@ def logits(record: Mapping[str, Array], classes: int, room: int) -> None:
 
 
 def plausible(samples: int, classes: int, size: int) -> None:
-    """Check that a payload of `size` bytes can hold so many samples, before room is made for them.
+    """Check that `size` bytes can hold this many samples, before room is made for them.
 
     Raises:
-        AdmissionError: its logits (float32) and labels (two bytes) alone would be larger.
+        AdmissionError: the logits (float32) and labels (two bytes) alone would be larger.
     """
     if not 1 <= samples <= size // (4 * classes + 2):
         raise AdmissionError(f"{size} bytes cannot hold {samples} samples of {classes} classes")
 
 
 def complete(what: str, samples: int, announced: int) -> None:
-    """Check that all samples came of a payload, which is named by what it holds.
+    """Check that all announced samples of a payload came; `what` names it in the message.
 
     Raises:
-        AdmissionError: fewer or more did.
+        AdmissionError: fewer or more came.
     """
     if samples != announced:
         raise AdmissionError(f"{what} of {samples} samples, {announced} were announced")

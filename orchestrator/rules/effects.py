@@ -1,9 +1,9 @@
-"""What is to be done after an event of a round: decided by `open_round`, done by the coordinator.
+"""Effects of an event on a round: `open_round` decides them, the coordinator carries them out.
 
-First the journal is given its verdicts (`Note`). If it has no room, nothing else happens and the
-round stands as before: the device offers its result again. Then the round is as decided, and the
-other effects are carried out in the order in which they come: what devices are told (`Send`), what
-people are shown (`Show`, `Warn`), and the work that begins.
+Verdicts are written into the journal first (`Note`). If it has no room, nothing else happens and
+the round stays as it was: the device offers its result again. Otherwise the round becomes what was
+decided, and the other effects are carried out in their order: messages to devices (`Send`), news
+for people (`Show`, `Warn`), and work that begins.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Send:
-    """Tell a device its order, or what became of its result."""
+    """Send a device its order, or the receipt for its result."""
 
     device: str
     message: Order | Receipt
@@ -32,7 +32,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Show:
-    """Show people a verdict; `fault`: why it is a refusal, in full."""
+    """Show people a verdict; `fault` is the full reason of a refusal."""
 
     verdict: Verdict
     fault: StillhouseError | None
@@ -40,7 +40,7 @@ class Show:
 
 @dataclass(frozen=True)
 class Warn:
-    """Show people that a result was refused which concerns no open order."""
+    """Show people the refusal of a result that answers no open order."""
 
     device: str
     fault: StillhouseError
@@ -48,14 +48,14 @@ class Warn:
 
 @dataclass(frozen=True)
 class Pull:
-    """Pull the payloads of a result, which comes to `decided`."""
+    """Pull and check a result's payloads; `open_round.decided` takes the outcome."""
 
     result: Result
 
 
 @dataclass(frozen=True)
 class Begin:
-    """Open a round: carried orders stand, and `devices` get new ones; comes to `begun`."""
+    """Open a round: carried orders stay, `devices` get new ones; `open_round.begun` follows."""
 
     round: int
     carried: Mapping[str, Order]
@@ -64,7 +64,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """Aggregate the accepted results; comes to `aggregated`."""
+    """Aggregate the accepted results; `open_round.aggregated` follows."""
 
     attempt: Attempt
     results: tuple[Result, ...]
@@ -72,7 +72,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class End:
-    """End the run: finished, or given up for a reason."""
+    """End the run; a `reason` says why it is given up, "" that it is finished."""
 
     reason: str = ""
 

@@ -1,8 +1,8 @@
 """The open round, as pure rules: (round, event) -> (round, effects).
 
-`rounds` decides by names alone. Here stand, beside its state, the orders that the names were given
-and the verdicts on their results, so that an event ends in effects that are ready to be carried
-out. Left of an arrow stands a function, on it the effects that it ends in:
+`rounds` decides by device names alone. This module adds the devices' orders and the verdicts on
+their results, and so turns events into effects that can be carried out. An arrow leads from a
+function, by the effects that it returns, to the function that comes next:
 
     follow --Begin--> begun --Send--> offered
     offered --Pull--> decided --Note, Send, Show--> ... --Aggregate--> aggregated
@@ -37,15 +37,15 @@ NOTHING_ASKED = Attempt(0, 0, {}, {}, closed=True)
 
 @dataclass(frozen=True)
 class OpenRound:
-    """The round that is open or, between two rounds, what is carried into the next.
+    """The open round or, between two rounds, what is carried into the next.
 
-    Both attributes say who was asked and who has answered. Where they do, the attempt rules: the
-    journal holds it, and `restored` makes the state anew from it.
+    Both attributes say who was asked and who has answered. The attempt is the authority: the
+    journal holds it, and `restored` makes the state from it.
 
     Attributes:
         state: who is there, who was asked, who has answered.
         attempt: the orders that may be answered, those of earlier rounds included, and the verdicts
-            so far; between two rounds, the carried orders alone.
+            so far; between two rounds, only the carried orders.
     """
 
     state: RoundState
@@ -53,16 +53,16 @@ class OpenRound:
 
     @property
     def collecting(self) -> bool:
-        """Whether results are taken."""
+        """Whether the round takes results."""
         return self.state.phase is Phase.COLLECTING
 
     @property
     def carried(self) -> dict[str, Order]:
-        """Orders of earlier rounds that are open still."""
+        """Orders of earlier rounds that are still open."""
         return {device: self.attempt.orders[device] for device in self.state.carried}
 
     def counts(self, result: Result) -> bool:
-        """Whether a result is among those that are accepted."""
+        """Whether a result was accepted in this round."""
         verdict = self.attempt.verdicts.get(result.device)
         return verdict is not None and verdict.accepted and verdict.result == result
 
@@ -71,10 +71,10 @@ class Offer(NamedTuple):
     """A result as it came.
 
     Attributes:
-        device: by the topic, which the broker's access list guards.
-        result: what it offers.
-        samples: that the device was born with.
-        limits: bytes that a payload of each name may have.
+        device: the name in the topic, which the broker's access list guards.
+        result: what the device offers.
+        samples: how many samples the device announced in its birth message.
+        limits: most bytes of a payload, by its name.
     """
 
     device: str
@@ -88,10 +88,10 @@ Transition = tuple[OpenRound, tuple[Effect, ...]]
 
 def restored(last: Attempt | None, closed: int, fresh: RoundState, rules: CohortConfig,
              now_s: float) -> OpenRound:  # fmt: skip
-    """Where an earlier orchestrator left off; the deadline of an open round begins anew.
+    """The round as an earlier orchestrator left it; an open round's deadline starts again.
 
     Args:
-        last: the attempt that the journal holds last.
+        last: the last attempt in the journal.
         closed: how many rounds are closed.
         fresh: the state that a run begins with.
         rules: of cohorts.
@@ -123,9 +123,9 @@ def restored(last: Attempt | None, closed: int, fresh: RoundState, rules: Cohort
 
 
 def begun(now: OpenRound, attempt: Attempt, rules: CohortConfig, now_s: float) -> Transition:
-    """The round's orders are in the journal: each device is told its own; the deadline begins.
+    """Event: the round's orders are in the journal. Each is sent, and the deadline starts.
 
-    A carried order is sent again: it may have been lost on its way. A device that has it goes on.
+    A carried order is sent again, since it may have been lost. A device that has it goes on.
     """
     state = replace(now.state, deadline_s=now_s + rules.deadline_s)
     sends = tuple(Send(name, order) for name, order in attempt.orders.items())
@@ -133,7 +133,7 @@ def begun(now: OpenRound, attempt: Attempt, rules: CohortConfig, now_s: float) -
 
 
 def offered(now: OpenRound, offer: Offer, rules: CohortConfig, now_s: float) -> Transition:
-    """A device offers a result on which there is no verdict yet."""
+    """Event: a device offers a result that has no verdict yet."""
     device, result = offer.device, offer.result
     order = now.attempt.orders.get(device)
     try:
@@ -143,7 +143,7 @@ def offered(now: OpenRound, offer: Offer, rules: CohortConfig, now_s: float) -> 
         answers = order and (result.run, result.sequence) == (order.run, order.sequence)
         if answers and result.device == device:
             return decided(now, result, fault, rules, now_s)
-        # Of a round that is closed, not ours, in another's name: nothing to note.
+        # Its round is closed, its run is not ours, or it names another device: nothing to note.
         return now, (receipt(_verdict(device, result, fault), result), Warn(device, fault))
     return now, (Pull(result),)
 
@@ -155,11 +155,11 @@ def decided(
     rules: CohortConfig,
     now_s: float,
 ) -> Transition:
-    """A result was looked over; `fault`: why it is refused. The first word stands."""
+    """Event: a result was checked; `fault` says why it is refused. The first verdict stands."""
     device, attempt = result.device, now.attempt
     order = attempt.orders.get(device)
     if not now.collecting or order is None or result.sequence != order.sequence:
-        return now, ()  # the round closed meanwhile; the device hears so when it offers again
+        return now, ()  # the round closed meanwhile; the device is told when it offers again
     if known := attempt.verdicts.get(device):
         return now, (receipt(known, result),)
     verdict = _verdict(device, result, fault)
@@ -172,7 +172,7 @@ def decided(
 
 def lost(now: OpenRound, device: str, fault: Exception, rules: CohortConfig, now_s: float
          ) -> Transition:  # fmt: skip
-    """A device's result cannot be had: it is refused, and the round goes on without it."""
+    """Event: a device's result cannot be pulled. It is refused; the round goes on without it."""
     order = now.attempt.orders.get(device)
     if order is None:
         return now, ()
@@ -181,32 +181,32 @@ def lost(now: OpenRound, device: str, fault: Exception, rules: CohortConfig, now
 
 
 def aggregated(now: OpenRound, rules: CohortConfig, now_s: float) -> Transition:
-    """The round is in the model; orders that are carried stay open."""
+    """Event: the round was aggregated. Carried orders stay open."""
     left = replace(now.attempt, orders=now.carried, verdicts={}, closed=True)
     return follow(replace(now, attempt=left), rounds.aggregated(now.state, rules, now_s))
 
 
 def delayed(now: OpenRound, seconds: float) -> OpenRound:
-    """The disk was full: devices offer again, so the round waits for them as long."""
+    """The round with its deadline put off: the disk was full, and devices will offer again."""
     deadline_s = now.state.deadline_s + seconds
     return replace(now, state=replace(now.state, deadline_s=deadline_s))
 
 
 def held_open(now: OpenRound, until_s: float) -> OpenRound:
-    """A result is being looked over: no deadline closes the round before `until_s`."""
+    """The round with its deadline at `until_s` or later: a result is being checked."""
     deadline_s = max(now.state.deadline_s, until_s)
     return replace(now, state=replace(now.state, deadline_s=deadline_s))
 
 
 def follow(now: OpenRound, transition: rounds.Transition) -> Transition:
-    """What the rules decided by names, as effects on orders and results."""
+    """A transition of `rounds`, with its actions as effects on orders and results."""
     state, actions = transition
     after = replace(now, state=state)
     return after, tuple(_effect(after, action) for action in actions)
 
 
 def receipt(verdict: Verdict, result: Result) -> Send:
-    """What a device is told of a result that it offers."""
+    """The message that tells a device what became of the result that it offers."""
     said = Receipt("result", verdict.accepted, result.run, result.sequence, verdict.reason)
     return Send(verdict.device, said)
 

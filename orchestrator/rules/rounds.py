@@ -5,10 +5,10 @@
        +---------------------------+-------------------------------------------+
 
 A device that has not answered when its round closes may keep its order for `carry_rounds` more
-(asynchronous rounds): it is of their cohorts too, and is given no other order meanwhile.
+rounds (asynchronous rounds). It belongs to their cohorts too, and gets no other order meanwhile.
 
-A round of which nobody returned is tried again, with other devices where there are more than a
-cohort takes. Where all that were asked reported a fault or were refused, `ATTEMPTS` times in a row,
+A round in which nobody returned is tried again, with other devices if there are more than a cohort
+takes. If all devices that were asked reported a fault or were refused, `ATTEMPTS` times in a row,
 the run gives up: the same orders would fail again.
 
 Nothing here touches the network, the disk or the clock; times are monotonic seconds, passed in.
@@ -27,11 +27,11 @@ from wire import seeds
 
 PAUSE_S = 10.0
 ATTEMPTS = 3
-ASKED = 10  # the run gives up only when so many different devices failed, or all that are there
+ASKED = 10  # the run gives up only if this many different devices failed, or all that are there
 
 
 class Phase(Enum):
-    """Where the run stands."""
+    """A phase of a run."""
 
     FORMING = "forming"
     COLLECTING = "collecting"
@@ -40,7 +40,7 @@ class Phase(Enum):
 
 
 class Session(NamedTuple):
-    """A connection of a device: its number in the count of one state folder."""
+    """A connection of a device, numbered by the device's state folder."""
 
     number: int
     state_id: str = ""
@@ -51,20 +51,21 @@ class RoundState:
     """One run's rounds.
 
     Attributes:
-        round: the one that is open, or the last that was.
+        rounds: how many rounds the run has.
+        seed: of the run.
+        round: the open round, or the last that was open.
         live: the session of each device that is there.
         state_ids: the state folder that each device last came with, since this process began.
-        cohort: devices that have an order of this round, or one of an earlier round open.
-        carried: of these, whose order is of an earlier round, and how many rounds ago that was.
-        returned: of these, whose result was accepted.
-        failed: of these, who reported a fault or was refused.
+        cohort: devices with an order of this round, or with a carried one of an earlier round.
+        carried: age in rounds of each order of an earlier round that is open, by device.
+        returned: devices of the cohort whose result was accepted.
+        failed: devices of the cohort that reported a fault or were refused.
         ready_at_s: when the cohort may be formed, once there are enough devices.
         deadline_s: when the open round closes.
         attempt: how often the open round was tried before.
-        fruitless: how many attempts at it, in a row and up to the last, ended with every device
-            failed.
+        fruitless: how many of the latest attempts at it, in a row, ended with every device failed.
         faulty: devices that failed in these attempts.
-        not_before_s: after a round in which all failed, when the next attempt may begin.
+        not_before_s: earliest time of the next attempt after a round in which nobody returned.
     """
 
     rounds: int
@@ -87,7 +88,7 @@ class RoundState:
 
 @dataclass(frozen=True)
 class Open:
-    """Begin a round: give each device of the cohort an order, unless it is carried."""
+    """Begin a round: give each device of the cohort an order, unless its order is carried."""
 
     round: int
     cohort: frozenset[str]
@@ -95,14 +96,14 @@ class Open:
 
 @dataclass(frozen=True)
 class Remind:
-    """Send a device its order again: it was born anew and has not returned."""
+    """Send a device its order again: it was born again and has not returned."""
 
     device: str
 
 
 @dataclass(frozen=True)
 class Close:
-    """Aggregate what was returned."""
+    """Aggregate the results of the devices in `returned`."""
 
     round: int
     returned: frozenset[str]
@@ -110,14 +111,14 @@ class Close:
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Every device that was asked failed, in this attempt and the ones before."""
+    """End the run: every device that was asked failed, in this attempt and the ones before."""
 
     round: int
 
 
 @dataclass(frozen=True)
 class Finish:
-    """All rounds are done."""
+    """End the run: all rounds are done."""
 
 
 Action = Open | Remind | Close | GiveUp | Finish
@@ -127,10 +128,9 @@ Transition = tuple[RoundState, tuple[Action, ...]]
 def born(
     state: RoundState, rules: CohortConfig, device: str, session: Session, now_s: float
 ) -> Transition:
-    """A device is there. A birth of an older session than the known one came late: it is ignored.
+    """Event: a device is there. The late birth of a session older than the known one is ignored.
 
-    A device that comes with another state folder than before has lost its order (its card was
-    replaced, say).
+    A device with another state folder than before (after a new card, say) has lost its order.
     """
     known = state.live.get(device)
     if known and known.state_id == session.state_id and session.number < known.number:
@@ -151,7 +151,7 @@ def born(
 
 
 def died(state: RoundState, device: str, session: Session) -> Transition:
-    """A connection ended; the will of another session does not end this one."""
+    """Event: a connection ended; the will of another session does not end this one."""
     if state.live.get(device) != session:
         return state, ()
     live = {name: known for name, known in state.live.items() if name != device}
@@ -159,21 +159,21 @@ def died(state: RoundState, device: str, session: Session) -> Transition:
 
 
 def returned(state: RoundState, rules: CohortConfig, device: str, now_s: float) -> Transition:
-    """A device's result was accepted."""
+    """Event: a device's result was accepted."""
     if device not in state.cohort:
         return state, ()
     return ticked(replace(state, returned=state.returned | {device}), rules, now_s)
 
 
 def failed(state: RoundState, rules: CohortConfig, device: str, now_s: float) -> Transition:
-    """A device reported a fault, or its result was refused; the round goes on without it."""
+    """Event: a device reported a fault or its result was refused; the round goes on without it."""
     if device not in state.cohort:
         return state, ()
     return ticked(replace(state, failed=state.failed | {device}), rules, now_s)
 
 
 def ticked(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
-    """Time passed: form a cohort or close a round if it is due."""
+    """Event: time passed. Form a cohort or close a round if it is due."""
     if state.phase is Phase.FORMING:
         return _form(state, rules, now_s)
     if state.phase is Phase.COLLECTING:
@@ -182,7 +182,7 @@ def ticked(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
 
 
 def aggregated(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
-    """The open round is in the model."""
+    """Event: the open round was aggregated."""
     if state.round >= state.rounds:
         return replace(state, phase=Phase.FINISHED, cohort=frozenset()), (Finish(),)
     forming = replace(
@@ -228,8 +228,8 @@ def _form(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
 
 
 def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
-    # Who is gone with an order of an earlier round may answer, but is not waited for. After a
-    # restart nobody is live: only a device that has been here since then can be gone.
+    # A device that is gone with an order of an earlier round may answer, but is not waited for.
+    # After a restart no device is live yet: only one that has been here since can be gone.
     gone = (state.carried.keys() & state.state_ids.keys()) - state.live.keys()
     gone -= state.returned | state.failed
     enough = math.ceil(rules.quorum * len(state.cohort - gone) - 1e-9)
@@ -239,8 +239,8 @@ def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition
     if not (len(state.returned) >= enough or answered or due):
         return state, ()
     if not state.returned:
-        # Nothing to aggregate: the same round is formed again, after a pause, so that a fleet
-        # whose every device fails is not asked in a tight loop.
+        # Nothing to aggregate: the same round is formed again. The pause keeps a fleet whose
+        # devices all fail from being asked in a tight loop.
         again = replace(
             state,
             phase=Phase.FORMING,
@@ -272,7 +272,7 @@ def choose(
 ) -> frozenset[str]:
     """A uniform sample of at most `most` live devices (0: all), the same for the same seed.
 
-    Further attempts take the next ones of the same shuffled order, and begin anew at its end.
+    Each further attempt takes the next devices of the same shuffled order, and wraps at its end.
     """
     names = sorted(live)
     if not most or len(names) <= most:

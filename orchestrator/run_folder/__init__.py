@@ -1,1 +1,1 @@
-"""What is kept: the run's folder with its journal, checkpoints and blobs."""
+"""The run's folder, with its journal, checkpoints and blobs."""

@@ -1,9 +1,9 @@
-"""What a strategy has learnt after each round, on disk.
+"""Checkpoints: what a strategy has learnt after each round, on disk.
 
     checkpoints/0003/   state.safetensors and state.json after round 3,
-                        journal.json: what a new journal goes on with, if that is damaged
+                        journal.json: what a new journal starts from if the old one is damaged
 
-A checkpoint is written whole under another name and renamed. The last `KEPT` stay.
+A checkpoint is written whole under another name and then renamed. The last `KEPT` are kept.
 """
 
 import json
@@ -24,13 +24,13 @@ KEPT = 2
 
 
 class Resumption(NamedTuple):
-    """What a journal that begins anew must know.
+    """What a new journal starts from.
 
     Attributes:
-        run: its name for devices.
-        sequence: of the round's orders; those of later ones are higher.
-        devices: what does the orders.
-        facts: what the run holds to.
+        run: the run's id.
+        sequence: of the round's orders; later rounds have higher ones.
+        devices: what carries out the orders: agents, or a simulation's data.
+        facts: values that must not change during the run, by name.
         rounds: the reports of all closed rounds.
     """
 
@@ -42,12 +42,12 @@ class Resumption(NamedTuple):
 
 
 def write(folder: Path, round_: int, state: Checkpoint, journal: Resumption) -> None:
-    """Write the checkpoint after a round; one that is there is replaced."""
+    """Write the checkpoint after a round; an older one of the round is replaced."""
     final = folder / "checkpoints" / f"{round_:04d}"
     building = final.with_suffix(".new")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    # safetensors writes memory as it lies: a channels-last view would be saved scrambled.
+    # safetensors writes memory as it lies: a channels-last array would be saved scrambled.
     tensors = {name: np.asarray(array, order="C") for name, array in state.tensors.items()}
     storage.write(building / "state.safetensors", save(tensors))
     storage.write(building / "state.json", _json(state.notes))
@@ -58,7 +58,7 @@ def write(folder: Path, round_: int, state: Checkpoint, journal: Resumption) -> 
 
 
 def drop_old(folder: Path) -> None:
-    """Remove all but the last ones."""
+    """Remove all checkpoints but the last `KEPT`."""
     for number in _numbers(folder)[:-KEPT]:
         shutil.rmtree(folder / "checkpoints" / f"{number:04d}")
 
@@ -82,10 +82,10 @@ def read(folder: Path, round_: int) -> Checkpoint:
 
 
 def last(folder: Path) -> tuple[int, Checkpoint]:
-    """The newest checkpoint of a run folder, for commands that only read.
+    """The newest checkpoint of a run folder and its round, for commands that only read.
 
     Raises:
-        RunError: there is none.
+        RunError: there is none, or its files are damaged.
     """
     numbers = _numbers(folder)
     if not numbers:
@@ -94,14 +94,14 @@ def last(folder: Path) -> tuple[int, Checkpoint]:
 
 
 def resumption(folder: Path) -> Resumption | None:
-    """What the journal of a run folder can begin anew with; None if no round is there."""
+    """What a new journal of a run folder can start from; None without a readable checkpoint."""
     for number in reversed(_numbers(folder)):
         try:
             read(folder, number)
             content = json.loads((folder / f"checkpoints/{number:04d}/journal.json").read_text())
             return Resumption(**content)
         except (OSError, ValueError, TypeError, RunError):
-            continue  # of an older version, or damaged as well
+            continue  # written by an older version, or damaged too
     return None
 
 

@@ -1,7 +1,7 @@
 """A run's journal: rounds, orders, results, bytes. SQLite, WAL, synchronous=FULL.
 
-An accepted result is in it before the device is told so. One that turns out damaged at a start is
-set aside as `journal.db.damaged-1`, and a new one goes on after the last checkpoint.
+An accepted result is written before the device is told. A journal that is found damaged at a start
+is set aside as `journal.db.damaged-1`, and a new one continues from the last checkpoint.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from wire.messages import Order, Result
 T = TypeVar("T")
 log = logging.getLogger("orchestrator")
 
-LEAP = 1 << 20  # above the sequence numbers that a damaged journal may have given out
+LEAP = 1 << 20  # skips the sequence numbers that a damaged journal may have given out
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS identity (run TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS devices (what TEXT NOT NULL);
@@ -51,15 +51,15 @@ ON CONFLICT DO UPDATE SET up = up + excluded.up, down = down + excluded.down
 class Journal:
     """The journal in a run's folder. Use it from one thread.
 
-    Each function raises StalledError where the disk is full or another program holds the file,
-    DamagedError and StorageError where it cannot be read or written.
+    Each function raises StalledError if the disk is full or another program holds the file,
+    DamagedError if it is damaged, and StorageError if it cannot be read or written.
 
     Args:
         folder: of the run.
-        begun: whether the run has begun, so that a journal must be there.
+        begun: whether the run has begun, so that a journal must exist.
 
     Raises:
-        RunError: it is damaged, and there is no checkpoint to go on after.
+        RunError: it is damaged, and there is no checkpoint to continue from.
     """
 
     def __init__(self, folder: Path, *, begun: bool) -> None:
@@ -76,7 +76,7 @@ class Journal:
             raise
 
     def identify(self, name: str) -> str:
-        """The run's name for devices: another run of the same name must not be taken for it."""
+        """The run's id: `name` and a random part, so that devices tell it from its namesakes."""
 
         def look(db: sqlite3.Connection) -> str:
             row = db.execute("SELECT run FROM identity").fetchone()
@@ -88,10 +88,10 @@ class Journal:
         return self._do(look)
 
     def _claim_devices(self, devices: str) -> None:
-        """A run goes on only with the devices it was begun with: agents, or a simulation's data.
+        """Note a new run's devices (agents, or a simulation's data); refuse others when it resumes.
 
         Raises:
-            RunError: they are others.
+            RunError: the run was begun with other devices.
         """
 
         def look(db: sqlite3.Connection) -> str:
@@ -107,7 +107,7 @@ class Journal:
             )
 
     def hold(self, fact: str, value: str) -> bool:
-        """Whether something is what it was when the run first asked."""
+        """Note a fact's value at the first call; returns whether `value` is the noted one."""
 
         def look(db: sqlite3.Connection) -> bool:
             db.execute("INSERT OR IGNORE INTO facts VALUES (?, ?)", (fact, value))
@@ -122,7 +122,7 @@ class Journal:
         return self._do(lambda db: [json.loads(report) for (report,) in db.execute(read)])
 
     def last_attempt(self, *, closed: bool = False) -> Attempt | None:
-        """The round that was last opened, or the last of those that are closed."""
+        """The last round that was opened or, with `closed`, the last that was closed."""
 
         def read(db: sqlite3.Connection) -> Attempt | None:
             row = db.execute(
@@ -144,12 +144,12 @@ class Journal:
         return self._do(read)
 
     def next_sequence(self) -> int:
-        """The sequence number that `begin` will give next."""
+        """The sequence number that `begin` will use next."""
         read = "SELECT COALESCE(MAX(sequence), 0) FROM attempts"
         return 1 + int(self._do(lambda db: db.execute(read).fetchone())[0])
 
     def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
-        """Note a round's orders before they are sent; bytes are counted from here."""
+        """Note a round's orders before they are sent, and start counting bytes from 0."""
 
         def write(db: sqlite3.Connection) -> Attempt:
             db.execute("DELETE FROM traffic")
@@ -166,7 +166,7 @@ class Journal:
         return attempt
 
     def count(self, device: str, *, up: int = 0, down: int = 0) -> None:
-        """Note bytes that came from a device or went to it; on a full disk they are noted later."""
+        """Count bytes from or to a device; if the disk is full, they are noted at a later call."""
         before = self._uncounted[device]
         self._uncounted[device] = (before[0] + up, before[1] + down)
         try:
@@ -178,16 +178,16 @@ class Journal:
             return
 
     def traffic(self) -> dict[str, tuple[int, int]]:
-        """Bytes up and down of each device since the last round began, whoever counted them."""
+        """Each device's (bytes up, bytes down) since the last round began, restarts included."""
         read = "SELECT device, up, down FROM traffic"
         rows = self._do(lambda db: db.execute(read).fetchall())
         return {device: (up, down) for device, up, down in rows}
 
     def decide(self, sequence: int, verdict: Verdict) -> None:
-        """Note what became of a result, before the device is told. The first word stands.
+        """Note the verdict on a result, before the device is told. The first verdict stands.
 
-        A result of an order that was carried over is noted under its own sequence as well, by which
-        the device offers it.
+        A result of a carried order is also noted under the order's own sequence, which the device
+        uses when it offers the result.
         """
         rest = (
             verdict.device, verdict.accepted, verdict.reason, messages.encode(verdict.result)
@@ -200,7 +200,7 @@ class Journal:
         )
 
     def verdict(self, sequence: int, device: str) -> Verdict | None:
-        """What became of a device's result, if it is decided."""
+        """The verdict on a device's result; None if there is none yet."""
         return self._do(lambda db: _verdicts(db, sequence, device)).get(device)
 
     def close(self) -> None:
@@ -216,7 +216,7 @@ class Journal:
         )
 
     def _resumption(self, attempt: Attempt, report: Mapping[str, Any]) -> Resumption:
-        """What a new journal goes on with, once this round is closed."""
+        """What a new journal starts from once this round is closed."""
 
         def read(db: sqlite3.Connection) -> Resumption:
             (run,) = db.execute("SELECT run FROM identity").fetchone()
@@ -228,7 +228,7 @@ class Journal:
         return self._do(read)._replace(rounds=[*rounds, dict(report)])
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """One transaction."""
+        """Do `work` in one transaction; returns what it returns."""
         try:
             with storage.at(self._path), self._db:
                 return work(self._db)
@@ -238,7 +238,8 @@ class Journal:
     def _open(self) -> None:
         with storage.at(self._path):
             self._db = self._connected()
-            # Bytes are counted with every message: what a power cut takes is not worth a sync.
+            # Bytes are counted with every message: losing a few to a power cut is cheaper than
+            # a sync each time.
             self._counts = self._connected(isolation_level=None)
             storage.prepare(self._db)
             self._db.executescript(_SCHEMA)
@@ -250,10 +251,10 @@ class Journal:
         return self._opened.enter_context(contextlib.closing(db))
 
     def _look_over(self, *, begun: bool) -> None:
-        """Read what a start reads.
+        """Read everything that a start reads.
 
         Raises:
-            DamagedError: something cannot be read, or the journal is that of no run.
+            DamagedError: something cannot be read, or the run has begun and the journal is empty.
         """
         known = self._do(lambda db: db.execute("SELECT run FROM identity").fetchone())
         if begun and known is None:
@@ -264,10 +265,10 @@ class Journal:
         self.last_attempt()
 
     def _begin_anew(self, fault: DamagedError) -> None:
-        """Set the journal aside, and go on after the last checkpoint.
+        """Set the journal aside, and start a new one from the last checkpoint.
 
         Raises:
-            RunError: there is none.
+            RunError: there is no readable checkpoint.
         """
         self.close()
         known = checkpoints.resumption(self._folder)
@@ -303,7 +304,7 @@ class Journal:
 def _verdicts(
     db: sqlite3.Connection, sequence: int, device: str | None = None
 ) -> dict[str, Verdict]:
-    """The verdicts of one device, or of all, under a sequence number."""
+    """The verdicts of one device, or of all, under a sequence number, by device."""
     rows = db.execute(
         _VERDICTS if device is None else _VERDICTS + " AND device = ?",
         (sequence,) if device is None else (sequence, device),

@@ -1,22 +1,21 @@
 """A run's folder: the journal, the checkpoints, the blobs.
 
     runs/NAME/
-        run.json                  the configuration it was started with
-        sources.json              digests of the files of networks and strategies that are not ours
+        run.json                  the configuration of its last start
+        sources.json              digests of the source files of users' networks and strategies
         pretrained.safetensors    the weights that all begin with, if `pretrained` names a run
         journal.db                rounds, orders, results, bytes
         artifact/, artifact-.../  the training artifacts, one a recipe
         checkpoints/0003/         what is learnt after round 3
         blobs/, shards/           payloads by digest; decoded feature maps
         own/, owed/               what simulated devices keep (`simulation.kept`)
-        status.json, report.json  how far the run is; what came of its rounds
+        status.json, report.json  the progress of the run; the results of its rounds
         lock                      held by the one orchestrator that works here
 
-A checkpoint is written, then the journal says that its round is closed: whatever the moment of a
-`kill -9`, a restart finds the last closed round, and of the open one the accepted results.
+A checkpoint is written first, then the journal marks its round as closed. So whenever a `kill -9`
+comes, a restart finds the last closed round, and the accepted results of the open one.
 
-Where the disk is full, rounds are neither opened nor closed until there is room, and no result is
-acknowledged.
+While the disk is full, rounds are neither opened nor closed, and no result is acknowledged.
 """
 
 import contextlib
@@ -40,13 +39,13 @@ from wire.messages import Order
 from wire.names import written
 from wire.storage import Patience
 
-AGENTS = "agents"  # what does a run's orders, where it is not simulated devices
+AGENTS = "agents"  # what carries out a run's orders, if not simulated devices
 
 __all__ = ["Store", "as_written", "last_checkpoint", "read_checkpoint", "referred"]
 
 
 def referred(orders: Iterable[Order]) -> set[str]:
-    """Digests of the blobs that devices may still ask for, to do these orders."""
+    """Digests of the blobs that devices may still ask for to carry out these orders."""
     refs = (ref for order in orders for ref in (order.state, order.teacher))
     return {ref.digest for ref in refs if ref}
 
@@ -56,14 +55,18 @@ class Store(Journal):
 
     Args:
         config: of the run.
-        devices: what does its orders: agents, or devices simulated with certain data.
+        devices: what carries out its orders: agents, or devices simulated with certain data.
 
     Attributes:
-        made: whether the folder was not there before, and no round was opened yet.
+        folder: the run's folder.
+        blobs: its blob store.
+        run_id: the run's id, by which devices know it.
+        patience: repeats work until the disk has room.
+        made: whether this start made the folder and no round was opened yet.
 
     Raises:
         RunError: the folder belongs to another configuration or to other devices, is in use, or is
-            damaged before a round was finished.
+            damaged with no checkpoint to continue from.
         StorageError: the disk cannot be written; StalledError: it is full.
     """
 
@@ -72,7 +75,7 @@ class Store(Journal):
         self.patience = Patience(stopped=stopping.asked.wait)
         self._kept: frozenset[str] = frozenset()
         self._config = json.loads(json.dumps(records.plain(config)))
-        self._config["broker"]["password"] = ""  # the run's folder is for others to read
+        self._config["broker"]["password"] = ""  # others may read the run's folder
         with storage.at(self.folder):
             self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,12 +99,12 @@ class Store(Journal):
             raise
 
     def started(self) -> None:
-        """All is ready: this start's configuration is the run's from now on."""
+        """Write this start's configuration to run.json: all is ready, and it is the run's now."""
         with storage.at(self.folder):
             storage.write(self.folder / "run.json", json.dumps(self._config, indent=1).encode())
 
     def keep(self, digests: frozenset[str]) -> None:
-        """Never drop these blobs either: the artifact's, packages."""
+        """Keep these blobs (artifacts, packages) until the run ends."""
         self._kept |= digests
 
     def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
@@ -111,11 +114,11 @@ class Store(Journal):
         return attempt
 
     def next_sequence(self) -> int:
-        """The sequence number that `begin` will give next; waits while the journal is held."""
+        """The sequence number that `begin` will use next; waits while the journal is held."""
         return self.patience.attempt(super().next_sequence)
 
     def verdict(self, sequence: int, device: str) -> Verdict | None:
-        """What became of a device's result, if it is decided; waits while the journal is held."""
+        """The verdict on a device's result, None if none; waits while the journal is held."""
         decided = super().verdict
         return self.patience.attempt(lambda: decided(sequence, device))
 
@@ -126,15 +129,15 @@ class Store(Journal):
         report: Mapping[str, Any],
         needed: Collection[str] = (),
     ) -> None:
-        """Write the checkpoint, note the round as closed, then drop what neither refers to.
+        """Write the checkpoint, note the round as closed, then drop unused checkpoints and blobs.
 
         Waits while the disk is full.
 
         Args:
             attempt: the round.
-            state: after it.
-            report: its entry.
-            needed: digests of further blobs to keep, which carried orders refer to.
+            state: after the round.
+            report: the round's entry in the report.
+            needed: digests of further blobs to keep, for carried orders.
         """
 
         def write() -> None:
@@ -148,7 +151,7 @@ class Store(Journal):
         self.blobs.keep_only(state.blobs() | self._kept | set(needed))
 
     def checkpoint(self) -> Checkpoint | None:
-        """The state after the last closed round.
+        """The state after the last closed round; None if no round is closed.
 
         Raises:
             RunError: its files are damaged.
@@ -161,7 +164,7 @@ class Store(Journal):
         """Replace a JSON file of the run folder, whole or not at all.
 
         Raises:
-            StorageError: the disk takes it not; StalledError: it is full.
+            StorageError: the file cannot be written; StalledError: the disk is full.
         """
         partial = self.folder / f"{name}.new"
         with storage.at(self.folder):
@@ -174,24 +177,27 @@ class Store(Journal):
                 raise
 
     def close(self) -> None:
-        """Let go of the run."""
+        """Close the journal and release the lock."""
         super().close()
         self._lock.close()
 
     def discard(self) -> bool:
-        """Let go of the run; if this start made it and no round began, leave nothing of it."""
+        """Close the run; remove its folder if this start made it and no round was opened.
+
+        Returns whether it removed the folder.
+        """
         super().close()
         self._let_go()
         return self.made
 
     def _let_go(self) -> None:
-        """Leave as it was what could not be opened."""
+        """Release the lock; remove the folder if `made`."""
         if self.made:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
     def _begun_with(self) -> dict[str, Any] | None:
-        """The configuration that the run was begun with; None if it was not.
+        """The configuration in run.json; None if the run has not begun.
 
         Raises:
             RunError: it cannot be read.
@@ -199,7 +205,7 @@ class Store(Journal):
         path = self.folder / "run.json"
         try:
             table = json.loads(path.read_text())
-            table.pop("broker", None)  # decides no numbers, and rules for it have become stricter
+            table.pop("broker", None)  # does not affect results, and its rules have become stricter
         except FileNotFoundError:
             return None
         except (ValueError, AttributeError) as fault:
@@ -212,7 +218,7 @@ class Store(Journal):
         return plain
 
     def _check(self, before: Mapping[str, Any] | None) -> None:
-        """A run goes on only with what decides its numbers unchanged."""
+        """Refuse to resume a run with changed settings that decide its results."""
         if before is None:
             return
         last = self.last_attempt()
@@ -228,7 +234,7 @@ class Store(Journal):
 def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with the names of networks and strategy as run.toml has them.
 
-    A run's folder may move.
+    These stay the same if the run's folder moves.
     """
     plain: dict[str, Any] = json.loads(json.dumps(config))
     plain["strategy"] = written(plain["strategy"])

@@ -1,4 +1,4 @@
-"""Simulated devices: the images that each holds, and how it introduces itself."""
+"""Simulated devices: the images and the birth message of each."""
 
 import hashlib
 import logging
@@ -22,17 +22,17 @@ log = logging.getLogger("orchestrator")
 def read_shards(
     config: RunConfig, folder: Path, settled: Classes | None = None
 ) -> dict[str, ImageSet]:
-    """Each device's images by its name, labelled as the run numbers its classes.
+    """Each device's images, by its name, with the run's class numbers as labels.
 
-    A device with a class that is not the run's is left out, as it would be refused over the wire.
+    A device with a class that the run lacks is left out, as it would be refused over the wire.
 
     Args:
         config: of the run.
         folder: of the files.
-        settled: the run's classes; None takes them from its configuration alone.
+        settled: the run's classes; None takes them from the configuration alone.
 
     Raises:
-        RunError: there are none, or fewer than a round takes, or a name is not valid for a device.
+        RunError: fewer devices than a round needs, or a name is not valid for a device.
         DataError: a file does not fit the model.
     """
     settled = settled or classes.resolve(config)
@@ -65,12 +65,12 @@ def read_shards(
 
 
 def digest(shards: Mapping[str, ImageSet]) -> str:
-    """SHA-256 (hex) of all devices' images, labelled as the run numbers its classes."""
+    """SHA-256 (hex) of all devices' images and labels."""
     each = {name: images.digest(held.x, held.y) for name, held in shards.items()}
     return hashlib.sha256("".join(f"{n}:{d}" for n, d in each.items()).encode()).hexdigest()
 
 
 def birth(name: str, held: ImageSet) -> Birth:
-    """What a device says of itself; it has no memory to go by."""
+    """A simulated device's birth message; its memory size means nothing."""
     machine = Platform("simulated", platform.machine(), 1, MAX_COUNT - 1, "", "")
     return Birth(name, 1, wire.__version__, len(held.y), held.digest, machine)

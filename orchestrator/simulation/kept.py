@@ -1,10 +1,10 @@
-"""What simulated devices keep from order to order, in the folder of their run.
+"""The tensors that simulated devices keep from order to order, in their run's folder.
 
-    own/DEVICE/ROUND.safetensors      weights and optimizer of a device's own, after that round
-    owed/DEVICE/SEQUENCE.safetensors  what the codec left out of that order's update
+    own/DEVICE/ROUND.safetensors      a device's own weights and optimizer, after that round
+    owed/DEVICE/SEQUENCE.safetensors  the codec's error in that order's update
 
-An agent keeps the same tensors, under other names (`edge_agent.kept`). Here an order may be done
-anew, after a stop: what it begins with stays beside what came of it.
+An agent keeps the same tensors under other names (`edge_agent.kept`). A simulated order may be done
+again after a stop, so the tensors from before the order are kept beside the new ones.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from ondevice.order import keeps_weights
 from orchestrator.simulation.stack import SLOTS, STEPS
 from wire.messages import Order
 
-# Tensors' names in a file of own weights: `weights/...`, and `optimizer/...` by PyTorch's slots.
+# In files of own weights tensors are named `weights/...`, and `optimizer/...` by PyTorch's slots.
 _FILED = {f"optimizer/{slot}/": prefix for slot, prefix in SLOTS.items()}
 _FILED |= {"optimizer/step/": STEPS, "weights/": ""}
 
@@ -32,7 +32,7 @@ class Kept:
     folder: Path
 
     def of(self, device: str, order: Order) -> KeptFile:
-        """What this order goes on with, if there is any."""
+        """The file that this order continues from; it may name no file."""
         if order.feedback and order.owed:
             return KeptFile(self.folder / "owed" / device / _file(order.owed))
         if not keeps_weights(order):
@@ -42,7 +42,7 @@ class Kept:
         return KeptFile(path, _named)
 
     def put(self, device: str, order: Order, tensors: Mapping[str, NDArray[Any]]) -> None:
-        """Keep what came of an order."""
+        """Keep the tensors that an order ended with."""
         if order.feedback:
             folder, number, before = self.folder / "owed" / device, order.sequence, order.owed
         else:
@@ -54,7 +54,7 @@ class Kept:
         kept.keep_only([*folder.iterdir()], [_file(number), _file(before)])
 
     def _before(self, device: str, order: Order) -> int:
-        """The last round before the order's that left weights; 0: none."""
+        """The last round before the order's after which weights were kept; 0: none."""
         files = (self.folder / "own" / device).glob("*.safetensors")
         return max((n for n in (int(path.stem) for path in files) if n < order.round), default=0)
 
@@ -64,7 +64,7 @@ def _file(number: int) -> str:
 
 
 def _named(filed: Tensors) -> Tensors:
-    """From the names in a file to those of a state."""
+    """Tensors of a file, by their names in the artifact's state."""
     return {
         prefix + name.removeprefix(start): array
         for name, array in filed.items()
@@ -74,7 +74,7 @@ def _named(filed: Tensors) -> Tensors:
 
 
 def _filed(name: str) -> str:
-    """From the name in a state to that in a file."""
+    """The name in a file of a tensor of the artifact's state."""
     return next(
         start + name.removeprefix(prefix)
         for start, prefix in _FILED.items()

@@ -1,13 +1,13 @@
 """A run with its devices simulated in this process: `orchestrator simulate`.
 
-Strategy, codecs, checks, journal and checkpoints are those of a run over the wire, and so are the
-beginning and the end of an order (`ondevice.order`, `ondevice.outcome`): a simulated device decodes
-the weights that it is sent and encodes the update that it returns, so that noise and bytes are the
-real ones. Only the network is missing, and PyTorch trains in place of ONNX Runtime (`.stack`).
+Strategy, codecs, checks, journal and checkpoints are the same as in a run over the wire, and so are
+the beginning and the end of an order (`ondevice.order`, `ondevice.outcome`). A simulated device
+decodes the weights that it gets and encodes the update that it returns, so noise and bytes are the
+real ones. Only the network is missing, and PyTorch trains instead of ONNX Runtime (`.stack`).
 
-Bytes are those of the payloads: no MQTT, no artifact, which travels once. A round has neither
-quorum nor deadline; a share of the devices may be late. A late device answers in the round after if
-`cohort.carry_rounds` lets it, or else not at all. The same command goes on where a run was stopped.
+Only payload bytes are counted: no MQTT, and no artifact, which travels once. A round has neither
+quorum nor deadline, but a share of the devices may be late. A late device answers in the next round
+if `cohort.carry_rounds` allows it, else not at all. The same command resumes a stopped run.
 """
 
 import logging
@@ -44,7 +44,7 @@ from wire.messages import Order, Result
 
 log = logging.getLogger("orchestrator")
 
-_LATE = 1 << 40  # streams of the run's seed; those of lower numbers choose a round's devices
+_LATE = 1 << 40  # first of the seed's streams that draw late devices; lower ones choose the cohort
 
 
 def run(
@@ -56,18 +56,18 @@ def run(
     changed: Callable[[Report], None] = lambda _: None,
     told: Callable[[Report], None] = lambda _: None,
 ) -> Report:
-    """Do a run, from the start or from where it stopped.
+    """Do a run, from the start or from where it stopped; returns its report.
 
     Args:
         config: of the run; `cohort.max_devices` devices take part in a round.
-        images_folder: of `device-*.npz`, one a device, named by its file.
-        stack: devices that are trained at once; 0: one on a CPU, the whole cohort on a GPU.
+        images_folder: holds `device-*.npz`, one file a device, which names the device.
+        stack: devices trained at once; 0: one on a CPU, the whole cohort on a GPU.
         late: share of a round's devices, drawn by seed, that miss its end.
         changed: called after each round.
-        told: called whenever something was done: a device's training, a step of the server's.
+        told: called after each piece of work: a device's training, a step of the server's.
 
     Raises:
-        RunError: no images are there, tiers go by memory, or all would be late.
+        RunError: images are missing, tiers go by memory, or `late` is not in 0 <= late < 1.
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
     """
     if any(tier.memory_mb for tier in config.submodel.tiers):
@@ -109,10 +109,10 @@ def run(
 
 
 def hold_threads(number: int) -> None:
-    """Train and encode with so many threads.
+    """Train and encode with this many threads.
 
-    Without a limit numpy's matrix products take all cores, and where others use them too a codec's
-    rotations take 15 times as long (measured with two processes on two cores).
+    Without a limit numpy's matrix products take all cores. If other processes use them too, a
+    codec's rotations take 15 times as long (measured with two processes on two cores).
     """
     torch.set_num_threads(number)
     threadpool_limits(number, user_api="blas")
@@ -208,7 +208,7 @@ class _Simulation:
         return frozenset(fresh[i] for i in draw.argsort()[: int(self._late * len(fresh))])
 
     def _carried(self, attempt: Attempt) -> dict[str, Order]:
-        """Orders that are answered in the round after."""
+        """Orders that are answered in the next round."""
         late = self._missing(attempt) if self._config.cohort.carry_rounds else ()
         return {name: attempt.orders[name] for name in late}
 
@@ -217,7 +217,7 @@ class _Simulation:
         try:
             admit.header(result, order, device, len(self._images[device].y), limits)
             self._contributions.admit(state, order, result)
-        except (RunError, StorageError):  # that is ours, or of the user's strategy
+        except (RunError, StorageError):  # a fault of ours or of the user's strategy
             raise
         except StillhouseError as fault:
             log.warning("%s: result refused: %s", device, fault)
@@ -227,11 +227,11 @@ class _Simulation:
     def _perform(self, orders: Mapping[str, Order], report: Report) -> Iterator[Result]:
         """The cohort's results.
 
-        Devices with one artifact, learning rate and count of optimizer steps are trained in stacks.
+        Devices with the same artifact, learning rate and count of optimizer steps share stacks.
         """
         task, groups = self._strategy.task, defaultdict(list)
         for name, order in orders.items():
-            # A carried order may have another learning rate than the round's.
+            # A carried order may have another learning rate than this round's orders.
             groups[order.artifact.digest, self._steps(name, order), order.lr].append(name)
         for (digest, _, _), names in groups.items():
             size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)
@@ -245,13 +245,13 @@ class _Simulation:
                     yield result
 
     def _steps(self, name: str, order: Order) -> float:
-        """Steps that Adam has done on a device; all devices of a stack have one count."""
+        """How many steps Adam has done on a device; a stack needs one count for all its devices."""
         if self._config.device.optimizer != "adam" or not keeps_weights(order):
             return 0.0
         return float(self._kept.of(name, order).read().get(STEPS, 0))
 
     def _together(self, engine: TorchEngine, orders: Mapping[str, Order]) -> Iterator[Result]:
-        """Results of devices that are trained in one stack."""
+        """The results of devices that are trained in one stack."""
         blobs, starts = self._strategy.task.blobs, {}
         for name, order in orders.items():
             try:

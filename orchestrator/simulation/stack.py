@@ -1,9 +1,10 @@
 """The engine of simulated devices: PyTorch trains a stack of many at once.
 
-K devices of one shape are one stacked model, parameters (K, ...) and batches (K, B, ...). The loss
-is the sum of the devices' losses, so each device's gradient is its own, and elementwise optimizers
-(SGD, Adam) move all of them as they would move each. On a GPU this fills it; on a CPU one device at
-a time is faster (13 ms a step of `caldas_cnn` with a batch of 10, stacked 21 to 29).
+K devices with models of the same shapes are one stacked model: parameters (K, ...), batches
+(K, B, ...). The loss is the sum of the devices' losses, so each device gets its own gradient, and
+elementwise optimizers (SGD, Adam) update the stack as they would update each device. A stack fills
+a GPU; on a CPU one device at a time is faster (13 ms a step of `caldas_cnn` with a batch of 10,
+stacked 21 to 29).
 
 Batches come from `Start.batches`, as an agent's do: a simulated device sees the same samples in the
 same order as an agent with the same data and seed.
@@ -29,9 +30,9 @@ from ondevice.order import Model, Start
 from orchestrator.config import DeviceConfig
 from orchestrator.training import distill, loss
 
-AT_ONCE = {"cpu": 16, "cuda": 512}  # images of one pass in evaluation mode; the cache holds 16
+AT_ONCE = {"cpu": 16, "cuda": 512}  # images per evaluation pass; 16 fit into a CPU's cache
 
-# Names in an artifact's state of what PyTorch's optimizers keep of each parameter.
+# PyTorch's name of each optimizer tensor: its prefix in an artifact's state.
 SLOTS = {
     "momentum_buffer": "optim.momentum.",
     "exp_avg": "optim.exp_avg.",
@@ -41,12 +42,12 @@ STEPS = "optim.step"  # how many steps Adam has done; all parameters share it
 
 
 class TorchEngine:
-    """The `Engine` of simulated devices that train one model.
+    """The `Engine` of simulated devices that train the same model.
 
     Args:
         network: with the weights that a device begins with.
         config: batch, optimizer and normalization.
-        device: where it is computed.
+        device: the PyTorch device that computes.
 
     Attributes:
         model: for `order.begin`.
@@ -67,7 +68,7 @@ class TorchEngine:
         )
 
     def train(self, starts: Sequence[Start]) -> list[Trained]:
-        """All devices together; see `Engine.train`."""
+        """Train all devices together; see `Engine.train`."""
         order, config, device = starts[0].order, self._config, self._device
         stack = _Stack(self._network, self.model.sent, starts, device)
         anchor = [p.detach().clone() for p in stack.parameters]
@@ -110,7 +111,7 @@ class TorchEngine:
     def extract(
         self, start: Start, state: Mapping[str, NDArray[Any]], *, maps: bool
     ) -> Iterator[Extracted]:
-        """Many batches at once, one handed out after the other; see `Engine.extract`."""
+        """Compute many batches at once, yield them one by one; see `Engine.extract`."""
         size = self._config.batch
         network = copy.deepcopy(self._network)
         distill.load(network, {name: state[name] for name in self.model.sent})
@@ -129,9 +130,9 @@ class TorchEngine:
                     yield Extracted(part, logits[chosen], flops)
 
     def _batches(self, start: Start, *, taught: bool) -> Iterator["_Batch"]:
-        """The order's batches, then the last one for ever: other devices may have more.
+        """The order's batches, then the last one for ever, since other devices may have more.
 
-        If any device of the stack has a teacher, those without one get zeros.
+        If any device of the stack has a teacher (`taught`), devices without one get zeros.
         """
         config, labels, teacher = self._config, start.images.y, start.teacher
         x = np.empty((config.batch, *config.input), np.float32)
@@ -154,7 +155,7 @@ class _Batch(NamedTuple):
 
 
 class _Stack:
-    """K copies of a model with weights of their own: (K, B, ...) to logits (K, B, C)."""
+    """K copies of a model, each with its own weights; maps (K, B, ...) to logits (K, B, C)."""
 
     def __init__(
         self,
@@ -188,7 +189,7 @@ class _Stack:
         return logits
 
     def weights(self, k: int) -> dict[str, NDArray[Any]]:
-        """Parameters and buffers of one copy, as they are now."""
+        """Copies of the current parameters and buffers of device k."""
         return {name: _numpy(part[k]) for name, part in self._parts.items()}
 
 
@@ -204,7 +205,7 @@ def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
 def _outputs(
     network: nn.Module, *, maps: bool
 ) -> Callable[[torch.Tensor], tuple[NDArray[np.float32] | None, NDArray[np.float32]]]:
-    """From a batch to feature maps, if they are wanted, and logits."""
+    """A function that maps a batch to feature maps (None without `maps`) and logits."""
     if not maps:
         return lambda x: (None, network(x).cpu().numpy())
     assert isinstance(network, SplitModel)  # noqa: S101 - the strategy saw its feature maps
@@ -218,7 +219,7 @@ def _outputs(
 
 
 def _initial(network: nn.Module, config: DeviceConfig) -> dict[str, NDArray[np.float32]]:
-    """Optimizer tensors before the first step, as an artifact has them."""
+    """The optimizer's tensors before the first step, named as in an artifact's state."""
     zeros = {
         name: np.zeros(tuple(p.shape), np.float32)
         for name, p in network.named_parameters()
@@ -236,7 +237,7 @@ def _initial(network: nn.Module, config: DeviceConfig) -> dict[str, NDArray[np.f
 def _optimizer(
     parameters: Sequence[torch.Tensor], config: DeviceConfig, lr: float
 ) -> torch.optim.Optimizer:
-    """The optimizer that the devices' artifact is compiled with; see `launch`."""
+    """The optimizer that the devices' artifact is compiled with; see `launch.artifacts`."""
     if config.optimizer == "adam":
         return torch.optim.Adam(parameters, lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(
@@ -254,7 +255,7 @@ def _resume(
     starts: Sequence[Start],
     device: torch.device,
 ) -> None:
-    """Let the optimizer go on where those of the devices were; at zero it begins by itself."""
+    """Continue from the devices' optimizer tensors; if all are zero, the optimizer starts fresh."""
     states = [start.state for start in starts]
     steps = float(states[0].get(STEPS, 0))
     for slot, prefix in SLOTS.items():
@@ -267,7 +268,7 @@ def _resume(
 
 
 def _kept_by(optimizer: torch.optim.Optimizer, stack: _Stack, k: int) -> dict[str, NDArray[Any]]:
-    """The optimizer's tensors of one copy, named as in an artifact."""
+    """The optimizer's tensors of device k, named as in an artifact's state."""
     found = {}
     for name, part in stack.trained.items():
         for slot, value in optimizer.state[part].items():
@@ -280,7 +281,7 @@ def _kept_by(optimizer: torch.optim.Optimizer, stack: _Stack, k: int) -> dict[st
 
 @functools.cache
 def _flops(network: nn.Module, config: DeviceConfig, *, train: bool) -> int:
-    """FLOPs of one device's batch: of a step, forward and backward, or of evaluation."""
+    """FLOPs of one batch of one device: a training step (forward and backward) or an evaluation."""
     one = copy.deepcopy(network).cpu().train(train)
     with FlopCounterMode(display=False) as counter:
         logits = one(torch.zeros(config.batch, *config.input))

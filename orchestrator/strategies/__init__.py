@@ -1,4 +1,4 @@
-"""Algorithms as frozen states and functions from state to state; the rest is the coordinator's."""
+"""Algorithms: frozen states, and functions from state to state. The coordinator does all else."""
 
 from orchestrator.strategies.registry import check, create, sources
 from orchestrator.strategies.strategy import (

@@ -1,8 +1,8 @@
-"""A user's strategy, with its faults told by their place in the user's files.
+"""A user's strategy, wrapped so that its faults name the line in the user's files.
 
-What it raises becomes a RunError of one line, "begin fails at momentum.py:5: KeyError: 'w'", but
-for our own errors, which say by themselves what is wrong. What it returns is looked over where it
-comes back, for a None would otherwise fail much later, somewhere in Stillhouse.
+An exception that it raises becomes a RunError of one line, "begin fails at momentum.py:5: KeyError:
+'w'". Our own errors pass as they are: they already say what is wrong. Return values are checked at
+once, since a wrong None would otherwise fail much later, somewhere in Stillhouse.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from wire.messages import Birth, Order, Result
 
 
 def checked(found: Found) -> type[Strategy]:
-    """The class that a user's name stands for, within `Checked`."""
+    """The user's class, wrapped in `Checked`."""
 
     class Users(Checked):
         users = found
@@ -41,7 +41,7 @@ class Checked:
 
     Attributes:
         users: the user's class.
-        settings, task: as of every strategy.
+        settings, task: as in `Strategy`.
     """
 
     users: ClassVar[Found]
@@ -54,10 +54,10 @@ class Checked:
 
     @classmethod
     def check(cls, config: RunConfig) -> None:
-        """Let the user's class look the settings over.
+        """Let the user's class check the settings.
 
         Raises:
-            ValueError: it refuses one.
+            ValueError: it refuses a setting.
             RunError: it fails.
         """
         refusal = None
@@ -74,7 +74,7 @@ class Checked:
         return self._state("begin", self._call("begin"))
 
     def restore(self, checkpoint: Checkpoint) -> LearntState:
-        """The user's state that was packed."""
+        """The user's state from a checkpoint."""
         return self._state("restore", self._call("restore", checkpoint))
 
     def orders(
@@ -92,7 +92,7 @@ class Checked:
         return orders
 
     def admit(self, state: Any, order: Order, result: Result) -> Contribution:
-        """What a result adds; AdmissionError and WireError mean that the result is refused."""
+        """A result's contribution; an AdmissionError or WireError means that it is refused."""
         contribution = self._call("admit", state, order, result)
         with self._telling("admit"):
             size = getattr(contribution, "nbytes", None)
@@ -103,7 +103,7 @@ class Checked:
     def aggregate(
         self, state: Any, round_: int, results: Sequence[Result], contributions: Iterable[Any]
     ) -> tuple[LearntState, Metrics]:
-        """The user's next state, and metrics."""
+        """The user's next state and metrics."""
         done = self._call("aggregate", state, round_, results, contributions)
         if not (isinstance(done, tuple) and len(done) == 2 and isinstance(done[1], dict)):
             raise self._expected(

@@ -2,11 +2,11 @@
 
     w <- w + sum_k (n_k / n) * decode(encode(w_k - w)),   n = sum_k n_k
 
-over the round's devices k with n_k samples each, batch-norm statistics included. No n_k counts more
-than `cohort.max_weight` times the median one. With `device.mu` over 0 devices minimize
-F_k(w) + mu/2 |w - w_global|^2 instead (FedProx, Li et al. 2020, equation 2); with `device.feedback`
-each keeps what its codec left out and adds it to its next update (error feedback, Karimireddy et
-al. 2019).
+The sum runs over the round's devices k, which have n_k samples each; w includes batch-norm
+statistics. An n_k counts at most `cohort.max_weight` times the median one. If `device.mu` is over
+0, devices minimize F_k(w) + mu/2 |w - w_global|^2 instead (FedProx, Li et al. 2020, equation 2).
+With `device.feedback` each device adds the error of its codec to its next update (error feedback,
+Karimireddy et al. 2019).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,18 +26,18 @@ from wire.messages import Birth, Order, Result
 
 @dataclass(frozen=True)
 class FedAvgUpdate:
-    """What one device's training changed: decode(encode(w_k - w))."""
+    """One device's update: decode(encode(w_k - w))."""
 
     tensors: Weights
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """Size in memory, in bytes."""
         return nbytes(self.tensors)
 
 
 class FedAvg:
-    """The baseline; `Task.config.device` says what is trained."""
+    """The baseline; `Task.config.device` says what devices train."""
 
     settings: ClassVar[type] = NoSettings
 
@@ -47,7 +47,7 @@ class FedAvg:
 
     @staticmethod
     def check(config: RunConfig) -> None:
-        """One model for all, whole, and no feature maps."""
+        """Accept only one whole model for all devices, and no feature maps."""
         unused.need_heldout(config)
         unused.refuse_holdout(config)
         unused.refuse_submodel(config)
@@ -67,7 +67,7 @@ class FedAvg:
     def orders(
         self, state: GlobalModel, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
-        """Start from w, return the difference."""
+        """Orders to start from w and return the difference."""
         sent = global_model.send(self.task, state.weights, round_)
         return {
             name: global_model.order(self.task, state, name, round_, sequence, sent=sent)
@@ -75,7 +75,7 @@ class FedAvg:
         }
 
     def admit(self, state: GlobalModel, order: Order, result: Result) -> FedAvgUpdate:
-        """Names and shapes as in w, finite values, and a norm that is not absurd."""
+        """The update, checked: names and shapes as in w, finite values, a norm within limits."""
         update = read_payload(self.task, order, result, "update")
         admit.weights(update, shapes(state.weights), self._norm)
         return FedAvgUpdate(update)
@@ -87,7 +87,7 @@ class FedAvg:
         results: Sequence[Result],
         contributions: Iterable[FedAvgUpdate],
     ) -> tuple[GlobalModel, Metrics]:
-        """Add the updates one by one, so that memory is that of the model."""
+        """Add the updates one by one, so that only one is in memory at a time."""
         samples = global_model.counted(self.task, results)  # n_k
         average = Average(state.weights, None, samples_total=sum(samples))
         for k, (n_k, update) in enumerate(zip(samples, contributions, strict=True), 1):

@@ -3,9 +3,9 @@
     server: cut w_k = w[units_k], encode -> device: decode, train, encode the update
     server: decode, add (n_k / N) * update at units_k
 
-The keep rate p of a device follows from its tier, so that small and large devices serve in one
-run; which units it keeps in a round, from `[submodel] units`. Lossy codecs act in both directions.
-At p = 1 this is FedAvg, bit for bit. `device.mu` and `device.feedback` are those of FedAvg.
+A device's tier decides its keep rate p, so that small and large devices can share a run.
+`[submodel] units` decides which units it keeps in a round. Lossy codecs act in both directions.
+At p = 1 this is FedAvg, bit for bit. `device.mu` and `device.feedback` mean what they do in FedAvg.
 """
 
 import functools
@@ -25,16 +25,16 @@ from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, We
 from orchestrator.strategies.task import Task
 from wire.messages import Birth, BlobRef, Order, Result
 
-_REMEMBERED = 4096  # sub-models whose units are remembered: one a device if units are random
+_REMEMBERED = 4096  # sub-models kept in the cache: one per device if units are random
 
 
 class Submodel(NamedTuple):
     """What one device trains in one round.
 
     Attributes:
-        keep_rate: p, over 0 to 1.
-        units: that it keeps; None: all of them.
-        digest: of the units, by which device and server agree on them; "": all.
+        keep_rate: p, 0 < p <= 1.
+        units: the units that it keeps; None: all of them.
+        digest: digest of the units, so that device and server agree on them; "": all.
     """
 
     keep_rate: float
@@ -44,22 +44,24 @@ class Submodel(NamedTuple):
 
 @dataclass(frozen=True)
 class SubmodelUpdate:
-    """What one device's training changed in its sub-model."""
+    """One device's update of its sub-model."""
 
     tensors: Weights
     submodel: Submodel
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """Size in memory, in bytes."""
         return nbytes(self.tensors)
 
 
 class FedDropout:
-    """`Task.config.submodel` says what is cut; units follow from seed, round and device alone.
+    """Federated Dropout; `Task.config.submodel` says what is cut.
+
+    Units depend only on seed, round and device.
 
     Raises:
-        StillhouseError: the model's channels cannot be followed; the message names the module.
+        StillhouseError: a module's channels cannot be traced; the message names the module.
     """
 
     settings: ClassVar[type] = NoSettings
@@ -75,7 +77,7 @@ class FedDropout:
 
     @staticmethod
     def check(config: RunConfig) -> None:
-        """One model for all, and no feature maps; what a codec left out keeps its units."""
+        """Accept only one model for all and no feature maps; error feedback needs fixed units."""
         unused.need_heldout(config)
         unused.refuse_holdout(config)
         unused.refuse_transfer(config)
@@ -123,8 +125,8 @@ class FedDropout:
         return orders
 
     def admit(self, state: GlobalModel, order: Order, result: Result) -> SubmodelUpdate:
-        """Names and shapes as in the sub-model, finite values, and a norm that is not absurd."""
-        # The artifact of an order tells the keep rate, also after a restart.
+        """The update, checked: names and shapes of the sub-model, finite, a norm within limits."""
+        # The order's artifact gives the keep rate, after a restart too.
         rate = self._rates[order.artifact.digest]
         chosen = self._submodel(self._drawn_for(result.device), rate, order.round)
         update = read_payload(self.task, order, result, "update")
@@ -138,7 +140,7 @@ class FedDropout:
         results: Sequence[Result],
         contributions: Iterable[SubmodelUpdate],
     ) -> tuple[GlobalModel, Metrics]:
-        """Add the updates where their sub-models lie, one by one; see `models.average`."""
+        """Add each update at the units of its sub-model, one by one; see `models.average`."""
         samples = global_model.counted(self.task, results)  # n_k
         absent = self.task.config.submodel.absent
         average = Average(state.weights, self._layout, samples_total=sum(samples), absent=absent)
@@ -151,11 +153,11 @@ class FedDropout:
         return after, {**global_model.scores(self.task, after, round_), "devices": devices}
 
     def _drawn_for(self, name: str) -> str:
-        """The device, if its units are drawn for it alone; "": the same for all of a keep rate."""
+        """The device's name if its units are its own; "" if all with its keep rate share them."""
         return name if self.task.config.submodel.units == "random" else ""
 
     def _drawn(self, name: str, rate: float, round_: int) -> Submodel:
-        """The sub-model of a keep rate in a round; `name` is as `_drawn_for` says."""
+        """The sub-model for a keep rate and round; `name` is what `_drawn_for` returns."""
         if rate == 1:
             return Submodel(rate)
         config = self.task.config

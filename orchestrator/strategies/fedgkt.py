@@ -1,20 +1,20 @@
 """FedGKT (He et al. 2020): devices teach a large model with feature maps, and it teaches them.
 
-A device's network is W_e, the extractor, and W_c behind it; the large model W_s takes the
-extractor's output. A round of algorithm 1:
+A device's network is the extractor W_e followed by W_c. The large model W_s takes the extractor's
+output. A round of algorithm 1:
 
     device   trains W_e, W_c with CE(z_c, y) + alpha T^2 KL(softmax(z_s / T) || softmax(z_c / T))
              sends H = W_e(x), z_c = W_c(H) and y of all its samples, and W_e, W_c
     server   trains W_s with CE(z_s, y) + alpha T^2 KL(softmax(z_c / T) || softmax(z_s / T))
-             on the H of all devices that it has, those of absent ones included
-             sends z_s = W_s(H) of its samples back to each device, with the next order
+             on every H that it holds, those of absent devices included
+             sends each device z_s = W_s(H) of its samples, with the next order
 
 There is no z_s before round 1. The networks (42 kB for ResNet-8) travel so that the server can
-evaluate them, compare them and, where devices share, average them: held-out images go through
-extractor and large model here, so that no device's test data are needed.
+evaluate them, compare them and, if devices share, average them: held-out images pass through
+extractor and large model on the server, so it needs no test data from devices.
 
-`TransferConfig` says what differs from the paper. Feature maps are asked for unless those held
-still serve (`_stale`); then z_c travel in their place, if anyone needs them.
+`TransferConfig` says what differs from the paper. The server asks a device for feature maps only if
+it holds none or stale ones (`_stale`). Otherwise it asks for z_c alone, if anything uses them.
 """
 
 import logging
@@ -52,8 +52,8 @@ class Answer:
 
     Attributes:
         weights: W_e and W_c.
-        held: what the server then holds of the device.
-        logits: z_c (rows, C), where they came without feature maps.
+        held: what the server now holds from the device.
+        logits: z_c (rows, C) if they came without feature maps, else None.
     """
 
     weights: Weights
@@ -62,12 +62,12 @@ class Answer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """Size in memory, in bytes."""
         return nbytes(self.weights) + (0 if self.logits is None else self.logits.nbytes)
 
 
 class ServerTraining(NamedTuple):
-    """What a round's training made of the large model."""
+    """The large model after a round's training."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -79,7 +79,7 @@ class FedGKT:
     """Group knowledge transfer.
 
     Raises:
-        RunError: the device models do not fit each other or the run; see `feature_shape`.
+        RunError: the device models do not fit together or the run; see `feature_shape`.
     """
 
     settings: ClassVar[type] = NoSettings
@@ -94,9 +94,9 @@ class FedGKT:
 
     @staticmethod
     def check(config: RunConfig) -> None:
-        """Refuse sub-models and settings of updates, and ask for images to evaluate on.
+        """Refuse sub-models and settings of updates, and require images to evaluate on.
 
-        These are the server's, or a share of the devices'.
+        The images are the server's, or those that devices hold out.
         """
         device, transfer = config.device, config.transfer
         if not device.holdout or transfer.resend:
@@ -110,7 +110,7 @@ class FedGKT:
         unused.refuse_updates(config)
 
     def begin(self) -> GktState:
-        """A fresh large model, and what devices begin with together."""
+        """A fresh large model, and the initial weights of what devices share."""
         torch.manual_seed(self.task.config.seed)
         server = self._large_model()
         if self.task.pretrained and not models.inherit(server, self.task.pretrained):
@@ -134,7 +134,7 @@ class FedGKT:
     def orders(
         self, state: GktState, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
-        """To each device its own teacher logits, if they are of the samples that it has now."""
+        """One order a device, with its teacher logits if its samples have not changed."""
         task, device, transfer = self.task, self.task.config.device, self.task.config.transfer
         shared_weights = {}
         for model in device.models if state.shared_extractor else ():
@@ -160,7 +160,7 @@ class FedGKT:
                 teacher=self._with_chunk_size(teacher.logits) if teacher else None,
                 data_digest=birth.data_digest,
                 alpha=device.alpha if teacher else 0.0,
-                # Not the view that this round's maps show: teachers are of the round before.
+                # Teachers show the view of the round before, not of this round's maps.
                 view=teacher.view if teacher else self._view(round_ - 1),
                 views=self._views(round_),
                 clip=device.clip,
@@ -170,7 +170,7 @@ class FedGKT:
         return orders
 
     def admit(self, state: GktState, order: Order, result: Result) -> Answer:
-        """A network as the device's, and every record of its feature maps or logits."""
+        """The answer, checked: the network, and every record of the feature maps or logits."""
         weights = admit_device_weights(self.task, order, result)
         rows = result.samples * len(order.views)
         if "features" in result.blobs:
@@ -222,7 +222,7 @@ class FedGKT:
     def take_in(
         self, state: GktState, results: Sequence[Result], contributions: Iterable[Answer]
     ) -> tuple[GktState, dict[str, Logits]]:
-        """The state with each device's network and payloads, and the logits that came alone."""
+        """The state with each device's network and payloads; logits that came without maps."""
         devices, made_by, held = dict(state.devices), dict(state.extractors), dict(state.held)
         logits = {}
         for result, answer in zip(results, contributions, strict=True):
@@ -235,10 +235,10 @@ class FedGKT:
         return replace(state, devices=devices, extractors=made_by, held=held), logits
 
     def share(self, state: GktState, round_: int, results: Sequence[Result]) -> GktState:
-        """The state with the means that devices go on with, where they share.
+        """The state with the means that devices continue from, if they share.
 
-        Means of extractors are over all devices of the round, of what follows over those with one
-        model, weighted by their samples as in FedAvg.
+        The mean of extractors is over all devices of the round, the mean of W_c over the devices
+        with the same model. Both are weighted by samples, as in FedAvg.
         """
         device, transfer = self.task.config.device, self.task.config.transfer
         if transfer.extractor == "shared" and not transfer.frozen(round_):
@@ -260,7 +260,7 @@ class FedGKT:
         return replace(state, held=held)
 
     def train(self, state: GktState, round_: int, samples: Samples) -> ServerTraining:
-        """Train W_s on all samples, by all ranks; see `distill.train`."""
+        """Train W_s on all samples, with all ranks; see `distill.train`."""
         task, config = self.task, self.task.config.server
         model = distill.load(self._large_model(), state.server).to(task.torch_device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -281,13 +281,13 @@ class FedGKT:
     def teach(
         self, state: GktState, round_: int, model: nn.Module, samples: Samples
     ) -> dict[str, Teacher]:
-        """z_s of each device's samples; none where devices do not learn from them."""
+        """z_s of each device's samples; empty if devices do not learn from them."""
         teachers: dict[str, Teacher] = {}
         if not self.task.config.device.alpha:
             return teachers
         for name, span in zip(sorted(state.held), samples.spans, strict=True):
             held = state.held[name]
-            # Maps of one view show that view, whatever is asked for.
+            # Maps of a single view show that view, whatever view is asked for.
             view = self._view(round_) if held.both_views else held.view
             logits = ranks.teach(model, samples, span, self.task.config.server, view)
             blob = self.task.blobs.put(self._packed(logits))
@@ -307,13 +307,13 @@ class FedGKT:
         results: Sequence[Result],
         part: Callable[[Weights], Weights],
     ) -> Weights:
-        """The mean of a part of the networks that these devices returned."""
+        """The mean of one part of these devices' networks."""
         networks = [part(state.devices[result.device]) for result in results]
         sizes = [result.samples for result in results]
         return average.mean(networks, average.counted(sizes, self.task.config.cohort.max_weight))
 
     def _views(self, round_: int) -> tuple[int, ...]:
-        """The views that feature maps and logits are sent of in a round."""
+        """The views that a round's feature maps and logits show."""
         transfer = self.task.config.transfer
         if transfer.views and transfer.frozen(round_):
             return PLAIN, MIRRORED
@@ -322,15 +322,15 @@ class FedGKT:
     def _view(self, round_: int) -> int:
         """The view that a round's feature maps show.
 
-        Devices train on it in the round after, when its z_s are there. A drawn view is 2 or higher,
-        since 0 and 1 are not drawn.
+        Devices train on it in the next round, when its z_s exist. A drawn view is 2 or higher: 0
+        and 1 are the plain and the mirrored view.
         """
         config, transfer = self.task.config, self.task.config.transfer
         drawn = transfer.views and transfer.student_views
         return (config.seed << 20) + round_ + 2 if drawn else PLAIN
 
     def _stale(self, state: GktState, name: str, birth: Birth, round_: int) -> bool:
-        """Whether the feature maps that are held are not those that the device would send."""
+        """Whether the device's feature maps on the server are missing or out of date."""
         held, transfer = state.held.get(name), self.task.config.transfer
         if held is None or held.data_digest != birth.data_digest:
             return True
@@ -343,7 +343,7 @@ class FedGKT:
         return not transfer.resend or (held.moved or 0.0) > transfer.resend
 
     def _packed(self, logits: Logits) -> bytes:
-        """Teacher logits as they travel; what the codec cannot hold is cut."""
+        """Teacher logits as bytes to send, clipped to the codec's range."""
         spec = self.task.config.transfer.logits
         most = codecs.parse(spec).coder.highest
         if not np.abs(logits).max() <= most:
@@ -362,5 +362,5 @@ class FedGKT:
         )
 
     def _with_chunk_size(self, ref: BlobRef) -> BlobRef:
-        """A blob as devices pull it now; when it was noted, chunks may have had another size."""
+        """The reference with today's chunk size, which may have changed since it was stored."""
         return replace(ref, chunk_bytes=self.task.config.chunk_bytes)

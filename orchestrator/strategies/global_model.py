@@ -1,7 +1,7 @@
 """A model that all devices train, in rounds of averaging: what FedAvg and Federated Dropout share.
 
-Weights go down, updates (the weights after training less those before it) come up, and
-`models.average` says what becomes of them.
+Weights go down to devices. Updates (weights after training minus weights before) come up, and
+`models.average` averages them.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ log = logging.getLogger("orchestrator")
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """What averaging has learnt.
+    """The state of averaging.
 
     Attributes:
         weights: w, parameters and buffers of the whole model.
-        owed: with error feedback, by device the sequence of the order whose update was the last of
-            the device's that was aggregated: what the codec left out then is added to its next one.
+        owed: with error feedback, for each device the sequence of the order whose update was
+            aggregated last. The codec's error in that update is added to the device's next one.
     """
 
     weights: Weights
@@ -43,18 +43,20 @@ class GlobalModel:
 
     @classmethod
     def unpack(cls, checkpoint: Checkpoint) -> "GlobalModel":
-        """The state that was packed."""
+        """The state from a checkpoint."""
         return cls(checkpoint.under("global"), checkpoint.notes.get("owed", {}))
 
 
 def send(task: Task, weights: Weights, round_: int, submodel: str = "") -> BlobRef:
-    """Weights as they go down, encoded with `device.state`; the codec's seed is by round.
+    """Store weights for devices to pull, encoded with `device.state`; returns their blob.
+
+    The codec's seed depends on the run's seed, the round and the sub-model.
 
     Args:
         task: of the run.
         weights: of the whole model or of a sub-model.
         round_: from 1.
-        submodel: digest of the sub-model; "" is the whole. Each has a seed of its own.
+        submodel: digest of the sub-model; "" is the whole model.
     """
     key = hashlib.sha256(f"{task.config.seed}/{round_}/{submodel}".encode())
     seed = int.from_bytes(key.digest()[:6], "little")
@@ -80,7 +82,7 @@ def order(
         name: of the device.
         round_: from 1.
         sequence: of the round's orders.
-        sent: what `send` has put.
+        sent: the blob that `send` returned.
         fields: further arguments of `Task.order`.
     """
     device = task.config.device
@@ -98,14 +100,21 @@ def order(
 
 
 def counted(task: Task, results: Sequence[Result]) -> list[int]:
-    """n_k of each result; see `models.average.counted`."""
+    """n_k, the samples that each result counts for; see `models.average.counted`."""
     return average.counted([result.samples for result in results], task.config.cohort.max_weight)
 
 
 def after(
     task: Task, before: GlobalModel, weights: Weights, results: Iterable[Result]
 ) -> GlobalModel:
-    """The state with new weights, an average of the updates of these results."""
+    """The state after a round: `weights`, and the orders whose codec errors are owed.
+
+    Args:
+        task: of the run.
+        before: the state before the round.
+        weights: the averaged ones; negative running variances are set to 0 in place.
+        results: of the round.
+    """
     for name, array in weights.items():
         if name.endswith("running_var"):  # rounding by a lossy codec can take it below 0
             np.maximum(array, 0, out=array)
@@ -116,7 +125,7 @@ def after(
 
 
 def scores(task: Task, state: GlobalModel, round_: int) -> Metrics:
-    """Accuracy on held-out images of the model after a round, where it is the round's turn."""
+    """The model's accuracy on held-out images; empty in a round without evaluation."""
     if not task.evaluated(round_):
         return {}
     device, heldout = task.config.device, task.heldout

@@ -1,7 +1,6 @@
 """Each device alone: no exchange.
 
-The floor that FedGKT (He et al. 2020) and Federated Dropout (Caldas et al. 2018) have to beat.
-
+This is the floor that FedGKT (He et al. 2020) and Federated Dropout (Caldas et al. 2018) must beat.
 Devices keep their own weights and optimizer, train, and return their weights for evaluation only.
 """
 
@@ -26,7 +25,7 @@ from wire.messages import Birth, Order, Result
 
 @dataclass(frozen=True)
 class LocalState:
-    """The last network of each device that returned one, by its name."""
+    """The last network that each device returned, by the device's name."""
 
     devices: Mapping[str, Weights]
 
@@ -39,7 +38,7 @@ class LocalState:
 
     @classmethod
     def unpack(cls, checkpoint: Checkpoint) -> "LocalState":
-        """The state that was packed."""
+        """The state from a checkpoint."""
         return cls(checkpoint.by_device("device"))
 
 
@@ -51,7 +50,7 @@ class Network:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """Size in memory, in bytes."""
         return nbytes(self.weights)
 
 
@@ -65,7 +64,7 @@ class Local:
 
     @staticmethod
     def check(config: RunConfig) -> None:
-        """Whole models, and nothing that is sent to be averaged or distilled."""
+        """Accept only whole models, and nothing to be averaged or distilled."""
         unused.need_heldout(config)
         unused.refuse_holdout(config)
         unused.refuse_submodel(config)
@@ -73,7 +72,7 @@ class Local:
         unused.refuse_updates(config)
 
     def begin(self) -> LocalState:
-        """No device has returned a network yet."""
+        """An empty state: no device has returned a network yet."""
         return LocalState({})
 
     def restore(self, checkpoint: Checkpoint) -> LocalState:
@@ -83,13 +82,13 @@ class Local:
     def orders(
         self, state: LocalState, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
-        """Go on with your own weights."""
+        """Orders to continue from the device's own weights."""
         del state
         returns = {"state": "float32"}
         return {name: self.task.order(name, round_, sequence, returns=returns) for name in cohort}
 
     def admit(self, state: LocalState, order: Order, result: Result) -> Network:
-        """Names, shapes and finite values."""
+        """The device's network, checked; see `admit_device_weights`."""
         del state
         return Network(admit_device_weights(self.task, order, result))
 

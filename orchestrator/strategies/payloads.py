@@ -1,4 +1,4 @@
-"""What several strategies do with the payloads of a device: read, check and evaluate them."""
+"""Reading, checking and evaluating a device's payloads, for several strategies."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ from wire.messages import Order, Result
 
 
 def read_payload(task: Task, order: Order, result: Result, name: str) -> dict[str, NDArray[Any]]:
-    """The tensors of a payload that is one frame, by the codecs that were ordered.
+    """The tensors of a payload of one frame, decoded.
 
     Raises:
-        WireError: it is damaged, too large, or came by other codecs.
+        WireError: it is damaged, too large, or not encoded with the codecs that were ordered.
     """
     return tensors.load(
         task.blobs.path(result.blobs[name].digest),
@@ -29,12 +29,12 @@ def read_payload(task: Task, order: Order, result: Result, name: str) -> dict[st
 
 
 def admit_device_weights(task: Task, order: Order, result: Result) -> dict[str, NDArray[Any]]:
-    """The payload "state" of a device that keeps weights of its own: its network, checked.
+    """The network of a device that keeps its own weights: payload "state", checked.
 
     Raises:
-        AdmissionError: names or shapes are not those of its model, a value is not finite, a running
-            variance is negative, or the norm is absurd.
-        WireError: as `read_payload`.
+        AdmissionError: names or shapes differ from the device's model, a value is not finite, a
+            running variance is negative, or the norm is absurd.
+        WireError: as in `read_payload`.
     """
     initial = task.initial_of(result.device)
     weights = read_payload(task, order, result, "state")
@@ -49,12 +49,12 @@ def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
 
 
 def nbytes(weights: Weights) -> int:
-    """Bytes of memory that the tensors take."""
+    """Size of the tensors in memory, in bytes."""
     return sum(array.nbytes for array in weights.values())
 
 
 def device_network(task: Task, name: str, weights: Weights) -> nn.Module:
-    """A device's network with its weights, where large tensors are computed."""
+    """A device's network with these weights, on `Task.torch_device`."""
     device = task.config.device
     model = models.build(
         device.model_of(name), classes=device.class_count, input_shape=device.input
@@ -63,6 +63,6 @@ def device_network(task: Task, name: str, weights: Weights) -> nn.Module:
 
 
 def heldout_accuracy(task: Task, network: nn.Module) -> float:
-    """Accuracy of a network, from pixels to logits, on held-out images."""
+    """Accuracy on held-out images of a network that maps pixels to logits."""
     logits = distill.predict(network, task.heldout.x, task.config.server)
     return distill.accuracy(logits, task.heldout.y)

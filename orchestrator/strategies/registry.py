@@ -30,7 +30,7 @@ _OURS: dict[str, type[Strategy]] = {
     "feddropout": FedDropout,
     "local": Local,
 }
-# What a class must have, and what each function is given.
+# The functions that a class must have, and their arguments.
 _FUNCTIONS = {
     "check": ("config",),
     "begin": (),
@@ -42,11 +42,11 @@ _FUNCTIONS = {
 
 
 def check(config: RunConfig) -> None:
-    """Find the strategy of a configuration, and let it look the settings over.
+    """Find the strategy of a configuration, and let it check the settings.
 
     Raises:
-        SettingsError: there is none of this name, it cannot be imported, it is no strategy, or a
-            setting does not go with it; the message names the key.
+        SettingsError: no strategy has this name, it cannot be imported, it is not a strategy, or
+            it refuses a setting; the message names the key.
     """
     try:
         cls = _find(config.strategy)
@@ -60,17 +60,17 @@ def check(config: RunConfig) -> None:
 
 
 def create(name: str, task: Task) -> Strategy:
-    """The strategy of a name, for a run.
+    """The strategy with this name, for a run.
 
     Raises:
-        StillhouseError: there is none of this name, it cannot be imported, or fails.
+        StillhouseError: no strategy has this name, it cannot be imported, or it fails.
     """
     make: Callable[[Task], Strategy] = _find(name)
     return make(task)
 
 
 def sources(name: str) -> Mapping[str, str]:
-    """SHA-256 of each source file that a user's strategy was made of, by path; none for ours."""
+    """SHA-256 of each source file of a user's strategy, by path; empty for ours."""
     found = None if name in _OURS else foreign.locate(name, STRATEGIES)
     return found.sources if found else {}
 
@@ -89,7 +89,7 @@ def _find(name: str) -> type[Strategy]:
 
 
 def _inspect(found: Found) -> None:
-    """Return if a user's class has what a strategy has."""
+    """Refuse a user's class that lacks something that a strategy has."""
     cls, name = found.value, found.name
     if not isinstance(cls, type):
         raise StillhouseError(
@@ -110,7 +110,7 @@ def _inspect(found: Found) -> None:
 
 
 def _accepts(what: str, function: Callable[..., object], arguments: tuple[str, ...]) -> None:
-    """Refuse a function that cannot be called with so many arguments."""
+    """Refuse a function that cannot be called with that many arguments."""
     signature = inspect.signature(function)
     try:
         signature.bind(*arguments)

@@ -1,13 +1,13 @@
 """What a strategy is: a frozen state, and functions from state to state.
 
     begin -> state                                       before round 1
-    orders(state) -> one order a device                  what each device of the cohort shall do
+    orders(state) -> one order a device                  what each device of the cohort must do
     admit(state, order, result) -> contribution          what one result adds, checked and decoded
     aggregate(state, contributions) -> state, metrics    the state after the round
 
-A strategy does no I/O but blobs, and decoded feature maps in `Task.shard_folder`, which can be
-made again from them: the coordinator talks to devices, journals and checkpoints. `state.pack()`
-makes a checkpoint of the state, and `restore` takes it back.
+A strategy's only I/O is blobs, and decoded feature maps in `Task.shard_folder`, which can be made
+again from blobs. The coordinator talks to devices, and writes the journal and the checkpoints.
+`state.pack()` turns the state into a checkpoint, and `restore` turns a checkpoint into a state.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,13 +28,13 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A strategy's state as it lies on disk.
+    """A strategy's state as it is written to disk.
 
     Attributes:
-        tensors: what is learnt, by name. `global/...` are the weights of a model that all devices
-            train; `orchestrator export` and `pretrained` look for them.
-        notes: the rest, as JSON holds it. The digests under "blobs" are of blobs that the state
-            refers to, and that must be kept.
+        tensors: everything learnt, by name. `global/...` are the weights of a model that all
+            devices train; `orchestrator export` and `pretrained` look for them.
+        notes: the rest, as JSON values. "blobs" lists the digests of the blobs that the state
+            refers to; these blobs are kept.
     """
 
     tensors: Weights
@@ -49,7 +49,7 @@ class Checkpoint:
         return tensors.strip_prefix(prefix, self.tensors)
 
     def by_device(self, prefix: str) -> dict[str, dict[str, Array]]:
-        """The tensors named `prefix/DEVICE/...`, by device, without both."""
+        """The tensors named `prefix/DEVICE/NAME`, by device and then by NAME."""
         found: dict[str, dict[str, Array]] = {}
         for path, array in self.under(prefix).items():
             device, _, name = path.partition("/")
@@ -58,32 +58,32 @@ class Checkpoint:
 
 
 class LearntState(Protocol):
-    """All that a strategy has learnt: a frozen dataclass of its own."""
+    """Everything that a strategy has learnt, as a frozen dataclass of its own."""
 
     def pack(self) -> Checkpoint:
-        """The state as a checkpoint holds it."""
+        """The state as a checkpoint."""
 
 
 class Contribution(Protocol):
-    """What one accepted result adds to the aggregate: checked, decoded, of a type of its own."""
+    """What one accepted result adds to the aggregate, checked and decoded."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes, those of its arrays."""
+        """Size of its arrays in memory, in bytes."""
 
 
 @dataclass(frozen=True)
 class NoSettings:
-    """The settings of a strategy that has none of its own."""
+    """The settings of a strategy without settings of its own."""
 
 
 class Strategy(Protocol):
-    """See the module's docstring. It is made of a `Task` alone: `Momentum(task)`.
+    """An algorithm; see the module's docstring. A `Task` is its only argument: `Momentum(task)`.
 
-    The types of `state` and of the contributions are the strategy's own.
+    The strategy chooses the types of `state` and of the contributions.
 
     Attributes:
-        settings: a frozen dataclass that the table `[strategy_settings]` of run.toml is read into
+        settings: a frozen dataclass; the table `[strategy_settings]` of run.toml is read into it
             (`Task.settings`).
         task: what it works with.
     """
@@ -100,38 +100,38 @@ class Strategy(Protocol):
         """
 
     def begin(self) -> LearntState:
-        """The state before round 1; the same seed gives the same."""
+        """The state before round 1; the same seed gives the same state."""
 
     def restore(self, checkpoint: Checkpoint) -> LearntState:
-        """The state that was packed."""
+        """The state from a checkpoint that `pack` made."""
 
     def orders(
         self, state: Any, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
-        """What each device of the cohort shall do, by its name."""
+        """What each device of the cohort must do, by the device's name."""
 
     def admit(self, state: Any, order: Order, result: Result) -> Contribution:
-        """Check and decode what an order's result brings; its blobs are here.
+        """Check and decode the result of an order; its blobs are in the store.
 
-        It may be called again for a result that was accepted, with the same state.
+        It may be called again with the same state for a result that was accepted.
 
         Raises:
-            AdmissionError, WireError: why it must not enter the aggregate.
+            AdmissionError, WireError: why the result must not enter the aggregate.
         """
 
     def aggregate(
         self, state: Any, round_: int, results: Sequence[Result], contributions: Iterable[Any]
     ) -> tuple[LearntState, Metrics]:
-        """Take in a round's accepted results.
+        """Aggregate a round's accepted results.
 
         Args:
             state: before the round.
             round_: its number, from 1.
             results: one or more, in the order of device names.
-            contributions: of these results, in their order. Those that fit into memory were kept
-                at admission; the others are decoded again as they are asked for.
+            contributions: one a result, in the same order. Contributions that fitted into memory
+                were kept at admission; the others are decoded again when the iterator reaches them.
 
         Returns:
             The next state, and metrics: "server_accuracy" and "device_accuracy" on held-out
-            images, from 0 to 1, where they exist, and "devices" with those of each device.
+            images, from 0 to 1, if they exist, and "devices" with the metrics of each device.
         """

@@ -24,9 +24,8 @@ T = TypeVar("T")
 class HeldOut:
     """Images that no device has: x float32 (N, C, H, W) normalized, y int64 (N,).
 
-    There may be none, where devices leave some of theirs out of training. `names` are those of the
-    classes as they are stored, in their order there; () where labels are numbers alone. `digest` is
-    that of the images.
+    There may be none if devices hold out some of their own. `names` are the class names in the
+    order of the file; () if labels are only numbers. `digest` identifies the images.
     """
 
     x: torch.Tensor
@@ -41,8 +40,8 @@ class Variant:
 
     Attributes:
         recipe: what it is.
-        artifact: the manifest of its training artifact, by which devices know it.
-        features: shape of one sample's feature map, or None where it has no extractor.
+        artifact: blob of its training artifact's manifest, by which devices know it.
+        features: shape of one sample's feature map, or None if it has no extractor.
     """
 
     recipe: Recipe
@@ -56,16 +55,16 @@ class Task:
 
     Attributes:
         config: of the run.
-        run: its name for devices, which is its alone.
-        variants: what devices train, by recipe; all those that the configuration names.
+        run: the run's unique id, by which devices know it.
+        variants: every model that the configuration lets devices train, by recipe.
         initial: parameters and buffers of the whole device model before round 1.
         others: parameters and buffers of the other models that devices train, by name.
         blobs: the run's blob store.
         shard_folder: for decoded feature maps.
         heldout: for evaluation.
         torch_device: where large tensors are computed.
-        progress: (what, done, total), called now and then from long work.
-        pretrained: parameters and buffers of the model that all begin with; none: random weights.
+        progress: takes (what, done, total); long work calls it now and then.
+        pretrained: parameters and buffers that all models begin with; empty: random weights.
     """
 
     config: RunConfig
@@ -100,7 +99,10 @@ class Task:
 
     @property
     def limits(self) -> dict[str, int]:
-        """Bytes that a payload may have: weights twice their size in float32, features as set."""
+        """Most bytes of each payload.
+
+        Weights may have twice their size in float32 and 1 MiB; the rest, `max_upload_bytes`.
+        """
         weights = 8 * self.values + (1 << 20)
         return {
             "state": weights,
@@ -112,17 +114,17 @@ class Task:
     def order(
         self, name: str, round_: int, sequence: int, recipe: Recipe | None = None, **fields: Any
     ) -> Order:
-        """An order to device `name`, with what is the same for every strategy filled in.
+        """An order to device `name`, with the fields filled in that every strategy shares.
 
-        Each device and round has a seed of its own: if rounding errors were the same everywhere,
-        they would not average out.
+        Each device and round has its own seed: if rounding errors were the same everywhere, they
+        would not average out.
 
         Args:
             name: of the device.
             round_: from 1.
             sequence: of the round's orders.
-            recipe: what the device trains; None: the whole model that is its.
-            fields: further fields of the order; they stand in place of those filled in.
+            recipe: what the device trains; None: its whole model.
+            fields: further fields of the order; they replace the ones filled in.
         """
         device = self.config.device
         key = hashlib.sha256(f"{self.config.seed}/{round_}/{name}".encode()).digest()
@@ -143,10 +145,10 @@ class Task:
 
 
 def strategy_settings(config: RunConfig, cls: type[T]) -> T:
-    """The table `[strategy_settings]` of run.toml, as the dataclass of the strategy.
+    """The table `[strategy_settings]` of run.toml, as the strategy's dataclass.
 
     Raises:
-        SettingsError: an unknown, missing or wrong key; the message names it.
+        SettingsError: a key is unknown, missing or wrong; the message names it.
     """
     if config.strategy_settings and not records.hints(cast("type", cls)):
         raise SettingsError(

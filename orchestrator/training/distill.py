@@ -1,9 +1,9 @@
 """Training the large model on feature maps: the server's half of FedGKT.
 
-He et al. 2020, equation 5; the loss is `loss.mean`. Its teacher is z_c, the device's logits of the
-same sample, and its student z_s, the large model's. Samples of all shards are shuffled together;
-where feature maps of a plain and a mirrored view are there, each epoch crops and flips them anew.
-The logits that go back are computed in evaluation mode.
+He et al. 2020, equation 5; the loss is `loss.mean`. The teacher is z_c, the device's logits of the
+same sample, and the student is z_s, the large model's logits. Samples of all shards are shuffled
+together. If a shard has feature maps of both the plain and the mirrored view, each epoch crops and
+flips them differently. The logits that go back to devices are computed in evaluation mode.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,23 +23,23 @@ from wire import seeds
 from wire.errors import RunError
 
 Progress = Callable[[int, int], None]
-LOOKS = 1 << 32  # streams of a training's seed: those below give the order of samples
+LOOKS = 1 << 32  # first of the seed's streams that draw looks; lower ones shuffle the samples
 
 
 class Ranks:
-    """The processes that train one model together: this one alone. `ranks.Group` is several.
+    """The processes that train one model together: here only this one; see `ranks.Group`.
 
-    Each computes its part of every batch; weights and optimizer are the same in all.
+    Each process computes its part of every batch; all have the same weights and optimizer.
     """
 
     rank, size = 0, 1
 
     def part(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """This process's part of a batch, or of other things that are counted."""
+        """This process's part of a batch, or of any list of sample numbers."""
         return numbers
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` with rank 0's weights and, when trained, the mean of all ranks' gradients."""
+        """`model` with rank 0's weights; its gradients become the mean of all ranks' gradients."""
         return model
 
     def settle(self, model: nn.Module) -> None:
@@ -50,7 +50,7 @@ class Ranks:
         return value
 
     def gather(self, rows: NDArray[np.float32], total: int) -> NDArray[np.float32]:
-        """On rank 0 the rows of all parts of `total`, in their order; elsewhere this part's."""
+        """On rank 0 all `total` rows, in their order; on other ranks this rank's rows."""
         del total
         return rows
 
@@ -78,8 +78,8 @@ class Schedule:
     """The learning rate of the server's epochs, from round to round.
 
     Args:
-        config: which one.
-        optimizer: that follows it.
+        config: names the schedule.
+        optimizer: follows it.
         round_: of this training, from 1.
         rounds: of the run.
         noted: what `after` returned in the round before; None in the first.
@@ -109,7 +109,7 @@ class Schedule:
         return cosine(config.lr, done)
 
     def after(self, accuracy: float | None) -> dict[str, Any] | None:
-        """What the next round needs to know, given this one's held-out accuracy."""
+        """What the next round's `noted` is, given this round's held-out accuracy."""
         if self._config.schedule != "plateau":
             return None
         if accuracy is not None:
@@ -118,7 +118,7 @@ class Schedule:
 
 
 def slots(optimizer: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
-    """The optimizer's tensors as PARAMETER NUMBER/NAME."""
+    """The optimizer's tensors, named PARAMETER-NUMBER/NAME."""
     return {
         f"{number}/{name}": value.detach().cpu().numpy()
         for number, slot in optimizer.state_dict()["state"].items()
@@ -128,7 +128,7 @@ def slots(optimizer: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
 
 
 def resume(optimizer: torch.optim.Optimizer, tensors: Mapping[str, NDArray[np.float32]]) -> None:
-    """Let the optimizer go on where `slots` took them; with none it begins anew."""
+    """Put the tensors of `slots` back into an optimizer; without any it starts fresh."""
     if not tensors:
         return
     state: dict[int, dict[str, torch.Tensor]] = {}
@@ -136,7 +136,7 @@ def resume(optimizer: torch.optim.Optimizer, tensors: Mapping[str, NDArray[np.fl
         number, name = path.split("/")
         state.setdefault(int(number), {})[name] = torch.from_numpy(np.array(array))
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    # Fused optimizers walk through memory: each slot must lie there as its parameter does.
+    # Fused optimizers walk through memory: each slot needs the memory layout of its parameter.
     for parameter, slot in optimizer.state.items():
         for name, value in slot.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -154,24 +154,24 @@ def train(
     rate: Callable[[int], float] | None = None,
     group: Ranks = ALONE,
 ) -> float:
-    """Train `model` for `config.epochs` passes over all samples; returns the last one's mean loss.
+    """Train `model` for `config.epochs` passes over the samples; returns the last pass's mean loss.
 
     Args:
         model: W_s.
-        optimizer: its own.
+        optimizer: of `model`.
         samples: of all devices.
         config: batch, epochs, precision and the loss.
         seed: of the order of samples, and of their looks.
         progress: called after each step.
-        rate: the learning rate of an epoch, from 0; None leaves it as it is.
-        group: the ranks that train together; each calls this, with all samples.
+        rate: maps an epoch, from 0, to its learning rate; None leaves the rate as it is.
+        group: the ranks that train together; each calls this function with all samples.
 
     Raises:
-        RunError: the loss is not finite any more.
+        RunError: the loss is no longer finite.
 
-    Batches are drawn from all devices' samples in one shuffled order; a last batch of less than two
-    samples a rank is left out, since batch norm cannot normalize one. The loss is added up where it
-    is computed, so that a GPU is not waited for in every step.
+    Batches are drawn from all devices' samples in one shuffled order. A last batch of fewer than
+    two samples a rank is left out, since batch norm cannot normalize a single one. The loss is
+    added up on the device that computes it, so that no step waits for a GPU.
     """
     device = next(model.parameters()).device
     trained = samples.trained
@@ -203,7 +203,7 @@ def train(
                 total=None if group.size == 1 else samples.weight(chosen),
             )
             optimizer.zero_grad(set_to_none=True)
-            # The gradient of the batch's mean is the sum of the ranks' gradients, not their mean.
+            # DDP averages gradients, but the batch's gradient is the sum of the ranks' gradients.
             (value * group.size).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += value.detach() * len(chosen)
@@ -220,7 +220,7 @@ def train(
 
 
 def autocast(config: ServerConfig, device: torch.device) -> torch.autocast:
-    """The precision of convolutions and matrix products."""
+    """The context that sets the precision of convolutions and matrix products."""
     chosen = config.precision
     if chosen == "auto":
         chosen = "bfloat16" if device.type == "cuda" else "float32"
@@ -236,16 +236,16 @@ def teach(
     *,
     group: Ranks = ALONE,
 ) -> NDArray[np.float32]:
-    """z_s (n, C) of a span of samples, in evaluation mode and their order.
+    """z_s (n, C) of a span of samples, in their order, computed in evaluation mode.
 
     Args:
         model: W_s.
         samples: of all devices.
-        span: those of one device.
-        config: how many at once.
-        view: under which they are looked at, where their feature maps can be cropped.
-        group: the ranks that compute a part each, and rank 0 has all; the span has a sample for
-            each.
+        span: the numbers of one device's samples.
+        config: how many to compute at once, and the precision.
+        view: the view to compute, for samples whose feature maps can be cropped.
+        group: the ranks, which compute a part each; rank 0 gets all. The span must have at least
+            one sample a rank.
     """
     numbers, looks = group.part(np.arange(len(span))), views.looks(view, len(span))
     size = _at_once(model, config)
@@ -257,7 +257,7 @@ def teach(
 def predict(
     model: nn.Module, inputs: torch.Tensor | NDArray[np.float32], config: ServerConfig
 ) -> NDArray[np.float32]:
-    """Logits (N, C) in evaluation mode of inputs (N, ...), in their order."""
+    """Logits (N, C) of inputs (N, ...), in their order, computed in evaluation mode."""
     device = next(model.parameters()).device
     pieces = torch.split(torch.as_tensor(inputs), _at_once(model, config))
     return _logits(
@@ -266,7 +266,7 @@ def predict(
 
 
 def _at_once(model: nn.Module, config: ServerConfig) -> int:
-    """Images of one evaluation pass."""
+    """How many images one evaluation pass takes."""
     on_cpu = next(model.parameters()).device.type == "cpu"
     return config.eval_batch or (16 if on_cpu else 1024)
 
@@ -282,12 +282,12 @@ def _logits(
 
 
 def accuracy(logits: NDArray[np.float32], labels: torch.Tensor) -> float:
-    """Share of samples whose largest logit is their label's."""
+    """Share of the samples whose largest logit is at their label."""
     return float((logits.argmax(axis=1) == labels.numpy()).mean())
 
 
 def weights(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """Parameters and buffers of a model as copies, counters (`num_batches_tracked`) aside."""
+    """Copies of a model's parameters and buffers, without counters (`num_batches_tracked`)."""
     return {
         name: tensor.detach().cpu().numpy().copy()
         for name, tensor in model.state_dict().items()
@@ -296,7 +296,7 @@ def weights(model: nn.Module) -> dict[str, NDArray[np.float32]]:
 
 
 def load(model: nn.Module, tensors: Mapping[str, NDArray[np.float32]]) -> nn.Module:
-    """Put parameters and buffers into a model, counters (`num_batches_tracked`) aside.
+    """Put parameters and buffers into a model, which keeps its counters (`num_batches_tracked`).
 
     Raises:
         RuntimeError: a name or shape differs.

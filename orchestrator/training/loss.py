@@ -1,10 +1,10 @@
-"""The loss of whoever learns from labels and a teacher: the large model, and simulated devices.
+"""The loss of learning from labels and a teacher, for the large model and simulated devices.
 
     l = CE(z, y) + alpha * T^2 * KL(softmax(z_t / T) || softmax(z / T))
 
-z are the student's logits and z_t the teacher's (He et al. 2020, equations 3 and 5), with the T^2
-that keeps the gradient's size independent of T (Hinton et al. 2015). `tools.export` compiles the
-same into a device's training step.
+z are the student's logits and z_t the teacher's (He et al. 2020, equations 3 and 5). The factor T^2
+keeps the gradient's size independent of T (Hinton et al. 2015). `tools.export` compiles the same
+loss into a device's training step.
 """
 
 import torch
@@ -60,8 +60,8 @@ def mean(
         alpha: weight of the distillation term.
         temperature: T.
         weights: of the samples in the mean, (B,); None: all alike.
-        total: of the weights in the whole batch, where these samples are a part of it; their losses
-            are their share of the mean, and the shares' sum is the mean.
+        total: sum of the weights in the whole batch, if these samples are a part of it. The result
+            is then their share of the batch's mean, and all shares add up to the mean.
     """
     losses = each(logits, labels, teacher, alpha=alpha, temperature=temperature)
     if weights is None:

@@ -2,19 +2,19 @@
 
     torchrun --nproc-per-node N -m orchestrator.main start --config run.toml
 
-Rank 0 is the orchestrator as ever. The others wait for what it has to train and to teach, and each
-does its part: of every batch (DistributedDataParallel), and of every device's logits. Feature
-shards are files that all ranks map, so all must see the run's folder.
+Rank 0 is the orchestrator as usual. The other ranks wait for its jobs, and each does its part: a
+part of every batch (DistributedDataParallel) and of every device's logits. Feature shards are files
+that all ranks map, so all ranks must see the run's folder.
 
-A run with N ranks is the run with one, but for three things. Batch norm normalizes a rank's part of
-a batch by that part's statistics, and what it keeps for evaluation is the mean of all ranks'. A
-last batch of less than two samples a rank is left out. Sums are rounded in another order.
+A run with N ranks differs from a run with one in three ways. Batch norm normalizes a rank's part of
+a batch by that part's statistics, and the statistics for evaluation are the mean over all ranks. A
+last batch of fewer than two samples a rank is left out. Sums are rounded in another order.
 
-A job is one safetensors blob, in which the tensor "job" is JSON. Rank 0 notes its size in
-torchrun's store, where the others look for it however long that takes, and then broadcasts it: only
-a job that has begun has a time-out. A rank that fails, or is killed, ends the run, which goes on
-after its last closed round. Under NCCL a rank that is killed in the midst of a step is noticed by
-torchrun alone, which ends the others, or by the time-out.
+A job is one safetensors blob, in which the tensor "job" is JSON. Rank 0 writes the blob's size into
+torchrun's store, where the others wait for it without limit, and then broadcasts the blob: only a
+job that has begun has a time-out. A rank that fails or is killed ends the run, which can be resumed
+after its last closed round. Under NCCL, if a rank is killed in the middle of a step, only torchrun
+(which ends the others) or the time-out notices.
 """
 
 import contextlib
@@ -52,11 +52,11 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 TIMEOUT_S = 600.0
-POLL_S = 0.001, 0.1  # between two looks for a job: soon after the last one, and in the long run
-LEAVE_S = 10.0  # in the end ranks wait so long for each other: one may keep the store
+POLL_S = 0.001, 0.1  # between two looks for a job: at first, and in the long run
+LEAVE_S = 10.0  # how long ranks wait for each other at the end: one may hold the store
 OVER = "0"
 
-_here: "Group | None" = None  # a process has one rank, as torch.distributed has one default group
+_here: "Group | None" = None  # on rank 0, the group; one a process, as in torch.distributed
 
 
 def train(
@@ -69,10 +69,11 @@ def train(
     progress: Progress,
     rate: Callable[[int], float] | None = None,
 ) -> float:
-    """`distill.train` by all ranks there are; called on rank 0.
+    """`distill.train` with all ranks; called on rank 0.
 
     Raises:
-        RunError: as there, or another rank failed, or a batch is too small for so many.
+        RunError: as in `distill.train`, or another rank failed, or `server.batch` is too small for
+            the number of ranks.
     """
     if _here is None:
         return distill.train(
@@ -117,7 +118,7 @@ def teach(
     config: ServerConfig,
     view: int = views.PLAIN,
 ) -> NDArray[np.float32]:
-    """`distill.teach` by all ranks there are, of what was trained last; called on rank 0.
+    """`distill.teach` with all ranks, for the model and samples trained last; called on rank 0.
 
     Raises:
         RunError: another rank failed.
@@ -131,16 +132,16 @@ def teach(
 
 @contextlib.contextmanager
 def joined(config: ServerConfig, timeout_s: float = TIMEOUT_S) -> Iterator["Group | None"]:
-    """This process's place among those that torchrun started; None where it started one or none.
+    """The group of processes that torchrun started; None if it started one or none.
 
-    The end of the block on rank 0, by whatever cause, ends `Group.serve` on the others.
+    When the block ends on rank 0, for whatever reason, `Group.serve` ends on the others.
 
     Args:
         config: says whether to use CUDA.
         timeout_s: for ranks to meet, and then for each step of a job.
 
     Raises:
-        RunError: the ranks do not meet, or are more than this machine's GPUs.
+        RunError: the ranks do not meet, or there are more of them than GPUs on this machine.
     """
     global _here  # noqa: PLW0603
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
@@ -163,7 +164,7 @@ def joined(config: ServerConfig, timeout_s: float = TIMEOUT_S) -> Iterator["Grou
     try:
         yield group
     except BaseException:
-        group.leave(wait_s=0)  # what hangs in a step is freed when this process ends
+        group.leave(wait_s=0)  # a rank that hangs in a step is freed when this process ends
         raise
     else:
         group.leave(wait_s=LEAVE_S)
@@ -177,9 +178,9 @@ class Group(Ranks):
 
     Args:
         rank: of this process.
-        size: how many there are.
+        size: number of ranks.
         device: of this process.
-        store: that all share.
+        store: shared by all ranks.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, store: "Store") -> None:
@@ -188,32 +189,32 @@ class Group(Ranks):
         self._jobs = 0
 
     def part(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """This rank's; parts differ by one at most, and the first are the larger ones."""
+        """This rank's part; parts differ in size by at most one, and the first are the larger."""
         return np.array_split(numbers, self.size)[self.rank]
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model` in DistributedDataParallel."""
+        """`model` in DistributedDataParallel, with rank 0's weights and buffers."""
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-        with warnings.catch_warnings():  # torch 2.9 has no other name for it, torch 2.13 has
+        with warnings.catch_warnings():  # torch 2.13 deprecates the only name that torch 2.9 has
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(model, broadcast_buffers=False)
 
     def settle(self, model: nn.Module) -> None:
-        """Means of all buffers but counters."""
+        """Give all ranks the means of all buffers except counters."""
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer.div_(self.size)
 
     def sum(self, value: float) -> float:
-        """The sum of every rank's value."""
+        """The sum of all ranks' values."""
         together = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(together)
         return float(together)
 
     def gather(self, rows: NDArray[np.float32], total: int) -> NDArray[np.float32]:
-        """On rank 0 the rows of all parts of `total`, in their order; elsewhere this part's."""
+        """On rank 0 all `total` rows, in their order; on other ranks this rank's rows."""
         if self.rank:
             dist.send(torch.from_numpy(rows), 0)
             return rows
@@ -225,21 +226,21 @@ class Group(Ranks):
 
     def post(self, job: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
         """Give the other ranks a job."""
-        # As `Store` does: what lies channels last in memory would be saved scrambled.
+        # safetensors writes memory as it lies: a channels-last array would be saved scrambled.
         tensors = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         tensors["job"] = np.frombuffer(json.dumps(job).encode(), np.uint8)
         blob = np.frombuffer(save(tensors), np.uint8).copy()
-        self._store.delete_key(_key(self._jobs))  # read: the others did their part of that job
+        self._store.delete_key(_key(self._jobs))  # no longer needed: all ranks did that job
         self._jobs += 1
         self._store.set(_key(self._jobs), str(len(blob)))
         dist.broadcast(torch.from_numpy(blob), 0)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Rank 0's part of a job.
+        """Context of rank 0's part of a job.
 
         Raises:
-            RunError: in place of PyTorch's error, with what other ranks say.
+            RunError: in place of PyTorch's error, with the errors of the other ranks.
         """
         try:
             yield
@@ -257,8 +258,8 @@ class Group(Ranks):
             ) from fault
 
     def leave(self, wait_s: float) -> None:
-        """Rank 0 tells the others that there are no more jobs; they tell that they have heard."""
-        with contextlib.suppress(RuntimeError):  # those who are gone need no telling
+        """End the jobs: rank 0 tells the other ranks, and they confirm it."""
+        with contextlib.suppress(RuntimeError):  # ranks that have ended need not be told
             if self.rank:
                 self._store.set(f"left/{self.rank}", "")
                 return
@@ -268,7 +269,7 @@ class Group(Ranks):
                 self._store.wait(names, timedelta(seconds=wait_s))
 
     def serve(self) -> None:
-        """Do this rank's part of rank 0's jobs until there are no more.
+        """Do this rank's part of each job until there are no more.
 
         Raises:
             RunError: rank 0 is gone, or a job failed.
@@ -278,7 +279,7 @@ class Group(Ranks):
             while (tensors := self._next()) is not None:
                 job = json.loads(tensors.pop("job").tobytes())
                 if job["what"] == "train":
-                    samples = None  # room on the GPU for those to come
+                    samples = None  # makes room on the GPU for the next ones
                     config = records.build(ServerConfig, job["config"], where="job", error=RunError)
                     model, samples = self._train(config, job, tensors)
                 elif samples is not None:
@@ -288,7 +289,7 @@ class Group(Ranks):
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"fault/{self.rank}", _line(fault))
                 if self._find(_key(self._jobs + 1), time.monotonic() + LEAVE_S):
-                    return  # rank 0 gave up in the midst of the job, and says why
+                    return  # rank 0 gave up in the middle of the job, and says why
             if isinstance(fault, RuntimeError):
                 raise RunError(f"rank {self.rank}: {_line(fault)}") from fault
             raise
@@ -305,7 +306,7 @@ class Group(Ranks):
         return load(blob.numpy().tobytes())
 
     def _find(self, key: str, deadline_s: float = math.inf) -> bool:
-        """Wait for a key of the store; whether it came."""
+        """Wait for a key in the store; returns whether it came."""
         pause, longest = POLL_S  # `Store.wait` would print a warning with each time-out
         while not (found := self._store.check([key])) and time.monotonic() < deadline_s:
             time.sleep(pause)
@@ -336,7 +337,7 @@ class Group(Ranks):
 
 
 def _described(name: str, source: Source) -> tuple[dict[str, Any], dict[str, Array]]:
-    """A source as JSON, with the paths of what is mapped, and its arrays that are not."""
+    """A source as JSON, with the paths of its mapped arrays, and its other arrays."""
     columns = source.shard.columns
     mapped = {n: array for n, array in columns.items() if isinstance(array, np.memmap)}
     arrays = {f"{name}/{n}": array for n, array in columns.items() if n not in mapped}
@@ -348,10 +349,10 @@ def _described(name: str, source: Source) -> tuple[dict[str, Any], dict[str, Arr
 
 
 def _source(name: str, described: Mapping[str, Any], arrays: Mapping[str, Array]) -> Source:
-    """What `_described` described.
+    """The source that `_described` described.
 
     Raises:
-        RunError: a file is not here, or not that file.
+        RunError: a file cannot be read here, or has another shape than on rank 0.
     """
     columns = strip_prefix(name, arrays)
     fill, left_out = columns.pop("fill", None), columns.pop("left_out", None)
@@ -369,7 +370,7 @@ def _source(name: str, described: Mapping[str, Any], arrays: Mapping[str, Array]
 
 
 def _device(config: ServerConfig) -> torch.device:
-    """The CPU, or this rank's GPU, which is then PyTorch's current one."""
+    """The CPU, or this rank's GPU, which becomes PyTorch's current one."""
     if config.torch_device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -385,5 +386,5 @@ def _key(job: int) -> str:
 
 
 def _line(fault: Exception) -> str:
-    """The first line of an error's text, which PyTorch's errors follow with stack traces."""
+    """The first line of an error's text; PyTorch appends stack traces to it."""
     return (str(fault).splitlines() or [repr(fault)])[0]

@@ -1,14 +1,14 @@
 """All devices' samples as one sequence, from which the server's training draws batches.
 
-On a GPU with room for them they lie there as they lie in their shards, quantized, and a batch is
-picked out and decoded there: no sample crosses the bus twice. Elsewhere they stay in mapped files,
-and what a batch draws is read from them.
+A GPU with room for all samples holds them quantized, as in their shards, and picks out and decodes
+each batch itself: no sample crosses the bus twice. Otherwise samples stay in mapped files, and each
+batch is read from there.
 
-A convolution commutes with shifts. So where a device has sent the feature maps of its plain and of
-its mirrored images, a crop of the image is a crop of one of the two, and a batch shows each sample
-under a look of its own. What lies beyond the image is black, and the feature map of black is one
-value a channel, `fill`. At the border of the image and of the crop the two differ, one pixel wide
-for one 3 x 3 convolution: there the device's convolution met its own zero padding.
+A convolution commutes with shifts. So if a device has sent the feature maps of its plain and its
+mirrored images, the feature map of a cropped image is a crop of one of the two, and a batch can
+show each sample under a different look. Outside the image is black, and the feature map of black is
+one value a channel, `fill`. The equality fails at the borders of image and crop, one pixel wide for
+one 3 x 3 convolution, because there the device's convolution met its own zero padding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from ondevice.views import PAD, Looks
 from orchestrator.training.shards import Shard
 
-SHARE = 0.6  # of a GPU's free memory that samples may take; the rest is for training
+SHARE = 0.6  # share of a GPU's free memory that samples may take; the rest is for training
 
 
 class Batch(NamedTuple):
     """Feature maps (B, *shape) float32, channels last; z_c (B, C) float32; labels (B,) int64.
 
-    `weights` (B,) float32 of the samples in the loss.
+    `weights` (B,) float32 are the samples' weights in the loss.
     """
 
     features: torch.Tensor
@@ -44,10 +44,10 @@ class Source:
     Attributes:
         shard: its rows.
         weight: of its samples in the loss.
-        fill: None where a row is a sample. Otherwise the first half of the rows shows the plain
-            images and the second the same mirrored, and `fill` (channels,) is the feature map of a
-            black image.
-        left_out: (N,) bool, the samples that are not trained on; None: none.
+        fill: None if each row is a sample. Otherwise the first half of the rows shows the plain
+            images and the second half the same images mirrored, and `fill` (channels,) is the
+            feature map of a black image.
+        left_out: (N,) bool, true for samples that are not trained on; None: all are trained on.
     """
 
     shard: Shard
@@ -64,13 +64,13 @@ class Samples:
     """The samples of all sources, in the order of the sources.
 
     Args:
-        sources: one or more, whose feature maps have one shape and came by one codec.
-        device: where batches are wanted.
+        sources: one or more; their feature maps have one shape and came by one codec.
+        device: the device that batches are put on.
 
     Attributes:
-        sources: as they were given.
+        sources: as given.
         spans: the numbers of each source's samples.
-        trained: the numbers of those that are trained on.
+        trained: the numbers of the samples that are trained on.
     """
 
     def __init__(self, sources: Sequence[Source], device: torch.device) -> None:
@@ -104,7 +104,7 @@ class Samples:
 
         Args:
             chosen: (B,).
-            looks: B of them, for samples that can be cropped; None shows these plain.
+            looks: (B,), applied to samples that can be cropped; None shows them plain.
         """
         owner = self._owner[chosen]
         both = self._both_views[owner]
@@ -113,7 +113,7 @@ class Samples:
             rows += np.where(both & looks.flips, self._sizes[owner], 0)
         features = _decode(read := self._read(owner, rows))
         if looks is not None and both.any():
-            # Maps of one view show that view, whatever is asked for: the middle of their padding.
+            # Maps of a single view cannot be cropped: the crop at (PAD, PAD) is the map itself.
             corner = np.where(both, looks.rows, PAD), np.where(both, looks.columns, PAD)
             features = _crop(features, Looks(*corner, looks.flips), self._fills[owner])
         if features.dim() == 4:  # 1.5 to 1.9 times the images a second of NCHW, on two x86 cores
@@ -126,7 +126,7 @@ class Samples:
         return float(self._weights[self._owner[chosen]].sum())
 
     def _read(self, owner: NDArray[np.int64], rows: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """All columns of these rows of these sources, by name."""
+        """All columns, by name, of row rows[i] of source owner[i] for each i."""
         if self._resident:
             at = torch.from_numpy(self._first[owner] + rows).to(self._device)
             return {name: column[at] for name, column in self._resident.items()}
@@ -147,7 +147,7 @@ class Samples:
 
 
 def _decode(columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Feature maps from levels, low + step * level, block by block; see `Lattice`."""
+    """Feature maps (B, *shape) float32: low + step * level, block by block; see `Lattice`."""
     features = columns["features"]
     if "low" in columns:
         low, step = columns["low"], columns["step"]
@@ -157,9 +157,9 @@ def _decode(columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _crop(features: torch.Tensor, looks: Looks, fills: NDArray[np.float32]) -> torch.Tensor:
-    """Crops of feature maps (B, C, H, W), those of mirrored images counted from the other side.
+    """Crops of feature maps (B, C, H, W); columns of mirrored images count from the other side.
 
-    A crop at column c of an image, mirrored, is the crop at 2 PAD - c of the mirrored image.
+    A crop at column c of an image, when mirrored, is the crop at 2 PAD - c of the mirrored image.
     """
     count, channels, height, width = features.shape
     device = features.device

@@ -1,10 +1,10 @@
-"""Feature shards: what one device sent, put once into files that training maps.
+"""Feature shards: what one device sent, decoded once into files that training maps.
 
 A shard is a folder with `features.npy` (N, *shape), `logits.npy` (N, C) float32 and `labels.npy`
-(N,) int64, in the order of the device's samples. Feature maps stay as they were quantized where
-their codec has levels and a sample is whole blocks: uint8, with `low.npy` and `step.npy` (N, k) for
-the k blocks of each (`Lattice`), a quarter of their size in float32; otherwise they are float32.
-Mapped files keep the server's memory that of a batch, whatever the fleet's size.
+(N,) int64, in the order of the device's samples. If the codec of the feature maps has levels and a
+sample is whole blocks, the maps stay quantized: uint8, with `low.npy` and `step.npy` (N, k) for the
+k blocks of each sample (`Lattice`), a quarter of their size in float32. Otherwise they are float32.
+Because files are mapped, the server needs memory for one batch only, whatever the fleet's size.
 """
 
 import math
@@ -26,12 +26,12 @@ from wire.tensors import Part
 
 Array = NDArray[Any]
 Room = dict[str, np.memmap[Any, Any]]
-RECORD_LIMIT = 1 << 26  # bytes; a batch of 32 feature maps of ResNet-8 has 2 MiB in float32
+RECORD_LIMIT = 1 << 26  # bytes; 32 feature maps of ResNet-8 take 2 MiB in float32
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One device's samples as mapped arrays; `low` and `step` where `features` are levels."""
+    """One device's samples as mapped arrays; `low` and `step` exist if `features` are levels."""
 
     features: Array
     logits: NDArray[np.float32]
@@ -45,7 +45,7 @@ class Shard:
 
     @property
     def columns(self) -> dict[str, Array]:
-        """All arrays that there are, by name."""
+        """All arrays that exist, by name."""
         return {name: array for name, array in vars(self).items() if array is not None}
 
 
@@ -63,14 +63,14 @@ def shelve(
     classes: int,
     spec: str | None = None,
 ) -> Shard:
-    """Decode a features payload to a shard, and check every record.
+    """Decode a features payload into a shard, and check every record.
 
     Args:
         payload: file of TENSORS frames, one a batch.
-        folder: where the shard goes. A shard that is there already, of as many samples, is taken.
+        folder: of the shard. If it exists, it is used as it is, and must hold `samples` samples.
         samples: how many the device announced.
         shape: of one feature map.
-        classes: of the task.
+        classes: how many classes the task has.
         spec: the codec that feature maps must have come by; None takes any.
 
     Raises:
@@ -110,7 +110,7 @@ def shelve(
 
 
 def read_logits(payload: Path, *, rows: int, classes: int, spec: str) -> NDArray[np.float32]:
-    """The records of a payload "logits", (rows, classes) together.
+    """The logits (rows, classes) of a payload "logits", its records joined.
 
     Raises:
         AdmissionError, WireError: it is not `rows` proper logits.
@@ -131,7 +131,7 @@ def read_logits(payload: Path, *, rows: int, classes: int, spec: str) -> NDArray
 
 
 def _record(parts: Mapping[str, Part]) -> dict[str, Array]:
-    """The arrays of a record, by the names of a shard's files."""
+    """The arrays of a record, named as a shard's files."""
     lattice = parts["features"].lattice() if "features" in parts else None
     if lattice is None:
         return {name: part.array() for name, part in parts.items()}
@@ -140,7 +140,7 @@ def _record(parts: Mapping[str, Part]) -> dict[str, Array]:
 
 
 def _append(record: Mapping[str, Array], arrays: Room, done: int) -> int:
-    """Write a record behind `done` samples; returns how many samples there are then."""
+    """Write a record after the first `done` samples; returns the new number of samples."""
     if record.keys() != arrays.keys():
         raise AdmissionError(f"sample {done} came by another codec than those before")
     end = done + len(record["labels"])

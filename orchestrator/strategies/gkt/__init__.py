@@ -1,5 +1,5 @@
-"""What FedGKT needs besides the paper's algorithm.
+"""Parts of FedGKT beside the paper's algorithm.
 
-Its state (`state`), the extractors (`extractors`), what devices have sent (`received`), and how
-good its networks are (`evaluation`).
+`state` is its state, `extractors` the first layers of devices' networks, `received` what devices
+have sent, and `evaluation` the accuracy of its networks.
 """

@@ -1,4 +1,4 @@
-"""How good FedGKT's networks are: on the server's images, or on those left out by the devices."""
+"""Accuracy of FedGKT's networks, on the server's images or on those that devices hold out."""
 
 import numpy as np
 from torch import nn
@@ -16,12 +16,12 @@ from wire.errors import RunError
 def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
     """Held-out accuracy of each device's extractor + large model, and of its network.
 
-    The extractor is the one that made the feature maps that the large model learnt from; the
-    network is the one that the device goes on with.
+    The extractor is the one whose feature maps the large model learnt from. The network is the one
+    that the device continues from.
     """
     device, names = task.config.device, sorted(state.held)
-    large: dict[bytes, float] = {}  # by extractor: a shared one is evaluated once
-    small: dict[str, float] = {}  # by network, likewise
+    large: dict[bytes, float] = {}  # by extractor, so that a shared one is evaluated once
+    small: dict[str, float] = {}  # by network, for the same reason
     devices: dict[str, dict[str, float]] = {}
     for name in names:
         weights, model_name = state.extractors[name], device.model_of(name)
@@ -43,9 +43,9 @@ def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
 
 
 def on_left_out(task: Task, state: GktState, model: nn.Module, samples: Samples) -> Metrics:
-    """Accuracy on the images left out of training, by z_s here and by the logits that devices sent.
+    """Accuracy on the images left out of training, from z_s and from the logits that devices sent.
 
-    Feature maps of one view are evaluated in that view.
+    Feature maps of a single view are evaluated in that view.
 
     Raises:
         RunError: no device leaves any image out.

@@ -17,7 +17,7 @@ from wire.errors import RunError
 from wire.names import written
 
 EXTRACTOR = "extractor."
-PROBE = 64  # held-out images that tell how far an extractor has moved
+PROBE = 64  # held-out images on which `moved` compares two extractors
 
 
 def feature_shape(
@@ -27,13 +27,13 @@ def feature_shape(
 
     Args:
         config: of the run.
-        networks: of each device model, by name, the shape of its feature maps, None where it has no
-            extractor, and its weights.
+        networks: (shape of the feature maps, weights) of each device model, by name; the shape is
+            None if the model has no extractor.
 
     Raises:
-        RunError: a device model has none, or the feature maps of two differ in shape, or crops of
-            images are not crops of feature maps, or the mean of extractors is asked for that are
-            not alike.
+        RunError: a device model has no extractor, two models' feature maps differ in shape, a
+            shared extractor is asked for and the extractors differ, or `transfer.views` is set and
+            feature maps do not have the image's height and width.
     """
     shapes_of = {written(name): shape for name, (shape, _) in networks.items()}
     for name, shape in shapes_of.items():
@@ -64,18 +64,18 @@ def feature_shape(
 
 
 def crops(config: RunConfig) -> bool:
-    """Whether the server crops feature maps in place of images."""
+    """Whether the server crops feature maps instead of devices cropping images."""
     return config.transfer.views and config.transfer.freeze_after is not None
 
 
 def of_network(weights: Weights) -> dict[str, Array]:
-    """W_e: the extractor's weights, by their names in the extractor, of a network's weights."""
+    """W_e: the extractor's part of a network's weights, by their names in the extractor."""
     cut = len(EXTRACTOR)
     return {n[cut:]: array for n, array in weights.items() if n.startswith(EXTRACTOR)}
 
 
 def behind(weights: Weights) -> dict[str, Array]:
-    """W_c: what follows the extractor, by names in the network, of a network's weights."""
+    """W_c: the weights of what follows the extractor, by their names in the network."""
     return {name: array for name, array in weights.items() if not name.startswith(EXTRACTOR)}
 
 
@@ -97,7 +97,7 @@ def build(task: Task, name: str, weights: Weights) -> nn.Module:
 
 @torch.inference_mode()
 def moved(task: Task, name: str, before: Weights, after: Weights) -> float:
-    """How far an extractor has moved: |H' - H|^2 / |H'|^2 of its maps of held-out images."""
+    """How far an extractor has moved: |H' - H|^2 / |H'|^2 on `PROBE` held-out images."""
     x = task.heldout.x[:PROBE].to(task.torch_device)
     old, new = (build(task, name, weights)(x) for weights in (before, after))
     return float((new - old).square().sum() / new.square().sum())
@@ -105,7 +105,7 @@ def moved(task: Task, name: str, before: Weights, after: Weights) -> float:
 
 @torch.inference_mode()
 def fill(task: Task, name: str, weights: Weights) -> NDArray[np.float32]:
-    """The feature map of a black image, far from its border: (channels,)."""
+    """The feature map of a black image at its middle, far from the border: (channels,)."""
     device = task.config.device
     black = [-mean / std for mean, std in zip(device.mean, device.std, strict=True)]
     x = torch.tensor(black)[None, :, None, None].expand(1, *device.input)

@@ -1,4 +1,4 @@
-"""The feature maps and logits that devices have sent: from blobs to what the server trains on."""
+"""The feature maps and logits that devices have sent, decoded into what the server trains on."""
 
 import shutil
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from wire.messages import BlobRef
 
 Logits = NDArray[np.float32]
 Shape = tuple[int, int, int]
-LEAST = 1e-6  # weight of a sample, so that a batch of old ones has a mean
+LEAST = 1e-6  # least weight of a sample: a batch of old samples must not have total weight 0
 
 
 def decoded(task: Task, held: HeldShard, shape: Shape) -> Shard:
-    """The feature maps (C, H, W) that are held, decoded to files where they are not yet.
+    """The feature maps (C, H, W) in `held`, decoded to files if they are not yet.
 
     Raises:
         AdmissionError, WireError: they are not `held.rows` proper samples.
@@ -41,7 +41,7 @@ def read_logits(task: Task, ref: BlobRef, rows: int, spec: str) -> Logits:
     """Logits (rows, C) that came without feature maps.
 
     Raises:
-        AdmissionError, WireError: they are not that.
+        AdmissionError, WireError: they are damaged or do not have this shape.
     """
     classes = task.config.device.class_count
     return shards.read_logits(task.blobs.path(ref.digest), rows=rows, classes=classes, spec=spec)
@@ -54,9 +54,10 @@ def samples(
 
     Args:
         task: of the run.
-        state: with what is held of each device.
-        round_: that they are trained on in.
-        logits: of this round that came without feature maps, by device; others are read.
+        state: with what the server holds from each device.
+        round_: the round that trains on them.
+        logits: this round's logits that came without feature maps, by device; others are read from
+            blobs.
         shape: of one feature map.
     """
     sources = []
@@ -73,7 +74,7 @@ def samples(
 
 
 def _source(task: Task, state: GktState, name: str, round_: int, shard: Shard) -> Source:
-    """A device's rows, with their weight in the loss and those that are not trained on."""
+    """A device's rows, with their weight in the loss and the samples left out of training."""
     held = state.held[name]
     fill = extractors.fill(task, name, state.extractors[name]) if held.both_views else None
     count = len(shard) // (2 if held.both_views else 1)

@@ -1,4 +1,4 @@
-"""FedGKT's state: what is learnt, what is held of each device, and how a checkpoint keeps it."""
+"""FedGKT's state: what is learnt, what the server holds from each device, and its checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,16 +16,16 @@ class HeldShard:
     """The payloads of one device that the server trains on, and how they were made.
 
     Attributes:
-        round: of the order under which the device last answered.
+        round: of the order that the device last answered.
         data_digest: of the device's samples.
         features: blob of feature maps, logits and labels.
-        rows: how many it has: one a sample, or two where plain and mirrored maps are there.
-        view: that the first row of each sample shows.
-        both_views: whether plain and mirrored maps are there, so that the server can crop. Maps of
-            one view show that view, whatever is asked for.
+        rows: how many rows it has: one a sample, or two if it has plain and mirrored maps.
+        view: the view that the first row of each sample shows.
+        both_views: whether it has plain and mirrored maps, so that the server can crop. Maps of a
+            single view show that view, whatever view is asked for.
         logits: blob of newer logits of these rows; None: those beside the feature maps.
-        moved: how far the device's extractor has moved since it made these feature maps, where
-            `transfer.resend` wants to know: squared error over the square.
+        moved: how far the device's extractor has moved since it made these feature maps
+            (`extractors.moved`); None without `transfer.resend`.
     """
 
     round: int
@@ -71,9 +71,9 @@ class Teacher:
     """The large model's logits z_s of one device's samples.
 
     Attributes:
-        logits: blob of them.
+        logits: their blob.
         data_digest: of the samples.
-        view: of the samples that the large model saw.
+        view: the view of the samples that the large model saw.
     """
 
     logits: BlobRef
@@ -98,13 +98,14 @@ class GktState:
     Attributes:
         server: W_s, the large model.
         optimizer: its optimizer's tensors (`distill.slots`).
-        schedule: of its learning rate, as PyTorch has it (`distill.Schedule.after`).
-        devices: by device, the network that it returned last.
-        extractors: by device, the extractor that made the feature maps that are held.
-        shared_extractor: the one that all devices go on with; empty where each has its own.
-        shared_heads: W_c by model (as run.toml names it), likewise.
-        held: by device, the payloads that the server trains on.
-        teachers: by device, what goes back to it.
+        schedule: state of its learning-rate schedule, from PyTorch (`distill.Schedule.after`).
+        devices: the last network that each device returned, by device.
+        extractors: the extractor that made each device's feature maps in `held`, by device.
+        shared_extractor: the extractor that all devices continue from; empty if each has its own.
+        shared_heads: the W_c that devices with one model continue from, by model (as run.toml
+            names it); empty if each has its own.
+        held: the payloads that the server trains on, by device.
+        teachers: the teacher logits that go to each device, by device.
     """
 
     server: Weights
@@ -118,29 +119,29 @@ class GktState:
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
 
     def with_heads(self, heads: Mapping[str, Weights]) -> "GktState":
-        """The state with new shared W_c of these models, as the run's settings name them."""
+        """The state with new shared W_c, by model as the run's settings name it."""
         named = {written(model): weights for model, weights in heads.items()}
         return replace(self, shared_heads={**self.shared_heads, **named})
 
     def shared(self, model: str) -> Weights:
-        """The weights that all devices with a model go on with, by their names in it."""
+        """The shared weights that devices with a model continue from, by their names in it."""
         head = self.shared_heads.get(written(model), {})
         return {**head, **in_network(self.shared_extractor)}
 
     def extractor(self, device: str) -> Weights:
-        """The extractor that a device goes on with: the shared one, or that of its own network."""
+        """The extractor that a device continues from: the shared one, or its last network's."""
         return self.shared_extractor or of_network(self.devices[device])
 
     def network(self, model: str, device: str) -> Weights:
-        """A device's network: the one that it goes on with, if that is shared, or its own last."""
+        """The network that a device continues from: the shared one, or the last it returned."""
         return self.shared(model) if written(model) in self.shared_heads else self.devices[device]
 
     def pack(self) -> Checkpoint:
-        """The state as files have it since the first version.
+        """The state as a checkpoint, in the format used since the first version.
 
-        Tensors `server/...`, `optimizer/...`, `device/<name>/...`, `extractor/<name>/...`,
-        `shared/...` (the extractor) and `network/<model>/...` (a shared W_c); notes "shards" (what
-        is held), "teachers", "schedule" and "blobs".
+        Tensors are `server/...`, `optimizer/...`, `device/<name>/...`, `extractor/<name>/...`,
+        `shared/...` (the extractor) and `network/<model>/...` (a shared W_c). Notes are "shards"
+        (`held`), "teachers", "schedule" and "blobs".
         """
         packed = tensors.with_prefix("server", self.server)
         packed |= tensors.with_prefix("optimizer", self.optimizer)
@@ -162,7 +163,7 @@ class GktState:
 
     @classmethod
     def unpack(cls, checkpoint: Checkpoint, models: Iterable[str]) -> "GktState":
-        """The state that was packed, of a run whose devices train these models."""
+        """The state from a checkpoint of a run whose devices train these models."""
         under, notes = checkpoint.under, checkpoint.notes
         heads = {written(model): under(f"network/{written(model)}") for model in models}
         return cls(
