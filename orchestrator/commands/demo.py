@@ -22,30 +22,32 @@ def demo(
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Resize the images, such as 32x32.")
     ] = None,
-    devices: Annotated[int, typer.Option(min=1, help="Agents, a process each.")] = 4,
-    samples: Annotated[int | None, typer.Option(help="Images a device; default all.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Agents, each a process.")] = 4,
+    samples: Annotated[
+        int | None, typer.Option(help="Images on each device; default: all.")
+    ] = None,
     heldout_samples: Annotated[
-        int | None, typer.Option(help="Held-out images; default all.")
+        int | None, typer.Option(help="Held-out images; default: all.")
     ] = None,
     split: Annotated[str, typer.Option(help="iid or dirichlet.")] = "iid",
-    alpha: Annotated[float, typer.Option(help="Of the Dirichlet split.")] = 0.5,
-    rounds: Annotated[int, typer.Option(min=1, help="Of the run.")] = 6,
+    alpha: Annotated[float, typer.Option(help="Alpha of the Dirichlet split.")] = 0.5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the run.")] = 6,
     model: Annotated[
-        str, typer.Option(help="Of the devices: a known one, or your own, nets.py:make@features.3.")
+        str, typer.Option(help="The devices' network: ours, or your own, nets.py:make@features.3.")
     ] = "resnet8",
     server_model: Annotated[
-        str, typer.Option(help="Of the server: a known one, or your own, nets.py:large.")
+        str, typer.Option(help="The server's network: ours, or your own, nets.py:large.")
     ] = "resnet10",
-    server_epochs: Annotated[int, typer.Option(min=1, help="Of the server, a round.")] = 4,
+    server_epochs: Annotated[int, typer.Option(min=1, help="Epochs of the server in a round.")] = 4,
     server_alpha: Annotated[float, typer.Option(help="Weight of the devices' logits.")] = 0.1,
-    epochs: Annotated[int, typer.Option(min=1, help="Of the devices, a round.")] = 4,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the devices in a round.")] = 4,
     batch: Annotated[int, typer.Option(help="Images in a step of the devices.")] = 16,
     lr: Annotated[float, typer.Option(help="Learning rate of the devices.")] = 0.02,
     features: Annotated[str, typer.Option(help="Codec of feature maps.")] = "identity|q=8",
     augment: Annotated[bool, typer.Option(help="Random crops and flips.")] = False,
     broker: Annotated[str, typer.Option(help="embedded or mosquitto.")] = "embedded",
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    name: Annotated[str, typer.Option(help="Of the run, and of its folder.")] = "demo",
+    name: Annotated[str, typer.Option(help="Name of the run and of its folder.")] = "demo",
     seed: Annotated[int, typer.Option(help="Same seed, same split and weights.")] = 0,
     floor: Annotated[bool, typer.Option(help="Train the devices alone as well.")] = True,
 ) -> None:

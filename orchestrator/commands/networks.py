@@ -53,7 +53,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes of each photo.")] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is on photos; the exit code is 1 where one cannot be read."""
+    """Say what is on photos. The exit code is 1 if a photo cannot be read."""
     from ondevice import predict as predicting
 
     network = predicting.Exported(model)
