@@ -42,7 +42,9 @@ def simulate(
     stack: Annotated[
         int, typer.Option(help="Devices trained at once; 0: one on a CPU, all on a GPU.", min=0)
     ] = 0,
-    threads: Annotated[int, typer.Option(help="Of PyTorch and numpy; 0: all cores.", min=0)] = 0,
+    threads: Annotated[
+        int, typer.Option(help="Threads of PyTorch and numpy; 0: all cores.", min=0)
+    ] = 0,
     late: Annotated[float, typer.Option(help="Share of devices that miss a round's end.")] = 0.0,
     name: Annotated[str, typer.Option(help="Another name for the run than run.toml's.")] = "",
 ) -> None:
