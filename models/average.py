@@ -41,7 +41,7 @@ def counted(samples: Sequence[int], max_weight: float) -> list[int]:
 
 
 def mean(networks: Sequence[Mapping[str, Array]], samples: Sequence[int]) -> dict[str, Array]:
-    """The float32 mean of networks with the same tensors, summed in float64 by weights `samples`."""
+    """The float32 mean of networks with the same tensors, weighted by `samples`; float64 sums."""
     return {
         name: np.average([each[name] for each in networks], axis=0, weights=samples).astype(
             np.float32

@@ -1,4 +1,4 @@
-"""What is trained, and the folder of files that all contenders start from.
+"""The setting of the benchmark, and the folder of files from which all contenders start.
 
     setting.json    the `Setting`
     batch.npz       x float32 (B, *input), y int64 (B), teacher float32 (B, classes)
