@@ -207,8 +207,8 @@ def _session(
     options.enable_mem_reuse = False
     # This holds for the session's own threads; `Denormals` sets the caller's.
     options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush_denormals)))
-    # Threads spin between the operators of a run, where the pauses are too short to sleep, but stop
-    # when the run ends: a Pi often shares its cores.
+    # Threads spin between the operators of a run, because these pauses are too short for sleep.
+    # They stop when the run ends, because a Pi often shares its cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     offered = ort.get_available_providers()

@@ -24,8 +24,8 @@ Task = Literal["distill", "classify"]
 
 SEED = 0
 CLASSES = 10
-# Every step sees the same batch. The learning rate is so small that over thousands of steps the
-# loss, and with it the share of zeros behind the ReLUs, stays that of a network in training.
+# Every step sees the same batch. The learning rate is so small that over thousands of steps, the
+# loss and the share of zeros after the ReLUs stay like those of a network in training.
 LR = 1e-4
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4

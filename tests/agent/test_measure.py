@@ -1,4 +1,4 @@
-"""The field instrument: its figures are those of the graph, of ONNX Runtime, and of the kernel."""
+"""`edge-agent measure`: its figures agree with the graph, ONNX Runtime and the kernel."""
 
 import json
 import os
