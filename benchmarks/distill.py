@@ -55,13 +55,13 @@ from orchestrator.training.samples import Samples, Source
 from wire import codecs, tensors
 
 REFERENCE, OURS = "reference", "stillhouse"
-PASSES = 5  # over each layer's output: written, read, and three times in the backward pass
+PASSES = 5  # over each layer's output: one write, one read, and three in the backward pass
 SIDE = 4096  # side of the matrices that measure the peak on a GPU; 1024 on a CPU
 
 
 @dataclass
 class Contender:
-    """A contender; `train` and `teach` do their work, and return the number of images."""
+    """A contender; `train` and `teach` each do one pass and return its number of images."""
 
     name: str
     precision: torch.dtype
@@ -108,7 +108,7 @@ def _measure(options: argparse.Namespace) -> None:
         contenders = _contenders(options, opened, device, shape)
         peaks = {c.precision: 0.0 for c in contenders}
         copies: list[float] = []
-        for contender in contenders:  # the first call makes tables, kernels and compiled code
+        for contender in contenders:  # not timed: makes tables, kernels and compiled code
             contender.train(), contender.teach()
         for number in range(options.rounds):
             for contender in random.Random(number).sample(contenders, len(contenders)):
@@ -257,14 +257,14 @@ def _rate(work: Callable[[], int], device: torch.device) -> float:
 
 
 def _product(precision: torch.dtype, device: torch.device) -> float:
-    """FLOPs a second of a matrix product, the best of several."""
+    """FLOPs per second of a matrix product, the best of several."""
     side = SIDE if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=precision)
     return 2 * side**3 * max(_rate(lambda: len([a @ a]), device) for _ in range(5))
 
 
 def _copy(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy; the best of several."""
+    """Bytes per second, read and written, of a copy; the best of several."""
     a = torch.empty(1 << 28 if device.type == "cuda" else 1 << 26, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes * max(_rate(lambda: len([b.copy_(a)]), device) for _ in range(3))

@@ -1,4 +1,4 @@
-"""The agent's loop: events in, rules applied, actions done.
+"""The agent's loop: takes events, applies the rules, and does the resulting actions.
 
 One thread owns all state; the network thread and the worker thread only put events in its queue.
 """
@@ -44,8 +44,8 @@ from wire.storage import Patience
 log = logging.getLogger("edge-agent")
 
 TICK_S = 0.5
-STOP_S = 5.0  # that a step of training has to end
-MAX_FAULT = 2000  # characters of a fault that are sent; it may repeat what an order said
+STOP_S = 5.0  # time for a training step to end
+MAX_FAULT = 2000  # characters of a fault that are sent; a fault may quote an order at length
 
 
 Event = LinkEvent | Advanced | Ended
@@ -56,7 +56,7 @@ class Agent:
 
     Raises:
         DataError: the images cannot be used.
-        SettingsError, StorageError: as of `Folder`.
+        SettingsError, StorageError: see `Folder`.
     """
 
     def __init__(self, config: AgentConfig) -> None:
@@ -79,12 +79,12 @@ class Agent:
         self._updates = Updates(config)
         self._state = rounds.RoundState()
         self._supply: Supply | None = None
-        self._put_off: list[Event] = []  # for which the disk has no room yet
-        self._again_s = 0.0  # when these are handled again, and chunks asked for
+        self._put_off: list[Event] = []  # events for which the disk has no room yet
+        self._again_s = 0.0  # when they are handled again, and chunks are requested again
         self._stopping = threading.Event()
         self._reported = 0.0
         self._presence = Presence(config.device, self._folder, self.images, self._updates)
-        self._refused = ""  # why the orchestrator refuses this device, "" where it does not
+        self._refused = ""  # why the orchestrator refuses this device, "" if it does not
         self.link = Link(
             config.broker,
             f"stillhouse-{config.fleet}-{config.device}",
@@ -103,7 +103,7 @@ class Agent:
         """Work until `stop`.
 
         Raises:
-            LinkError: the broker refuses this device for good.
+            LinkError: the broker permanently refuses this device.
             StorageError: the state folder cannot be written, or is gone.
         """
         if latest := self.journal.latest():
@@ -130,11 +130,11 @@ class Agent:
             raise self.link.refused
 
     def stop(self) -> None:
-        """End `run` soon; open work goes on after the next start."""
+        """End `run` soon; open work continues after the next start."""
         self._stopping.set()
 
     def _take(self, event: Event) -> None:
-        """Handle an event; one that the disk has no room for is handled again later."""
+        """Handle an event; if the disk has no room for it, handle it again later."""
         before = self._state
         try:
             self._handle(event)
@@ -156,7 +156,7 @@ class Agent:
                 try:
                     message, body = messages.decode(payload, sender=topic)
                 except OrderError as fault:
-                    # Work on an earlier order goes on; its round may be open still.
+                    # Work on an earlier order continues, because its round may still be open.
                     reason = f"agent {__version__} cannot follow it: {fault}"
                     log.error("order refused: %s", reason)  # noqa: TRY400
                     self._publish("result", self._result(fault, reason))
@@ -186,7 +186,7 @@ class Agent:
                 self._apply(rounds.ordered(self._state, message, now, self.config.resend_s))
             case Receipt(subject="birth"):
                 self._turned_away(message.reason)
-            case Receipt(subject="measured"):  # for `edge-agent measure --submit`, which hears it
+            case Receipt(subject="measured"):  # for `edge-agent measure --submit`, which gets it
                 pass
             case Receipt():
                 self._apply(rounds.received(self._state, message))
@@ -204,14 +204,14 @@ class Agent:
                 pass
 
     def _turned_away(self, reason: str) -> None:
-        """Say it once: each birth is answered anew."""
+        """Report the refusal once, although every birth is answered with it."""
         if reason != self._refused:
             self._refused = reason
             log.error("the orchestrator refuses this device: %s", reason)
             self._systemd.status(f"refused: {reason}")
 
     def _tick(self) -> None:
-        if not self._folder.here:  # SQLite writes on into a file that has no name any more
+        if not self._folder.here:  # SQLite would keep writing to the deleted file
             raise storage.gone(self.config.state)
         now = time.monotonic()
         self._updates.turns(now)
@@ -239,7 +239,7 @@ class Agent:
         self._report("fetch", *supply.progress)
 
     def _supplied(self, work: Callable[[Supply], None]) -> None:
-        """Do something for the order's supply; what a full disk does not take is asked again."""
+        """Do some work on the order's supply; it is requested again later if the disk is full."""
         supply, before = self._supply, self._state
         if supply is None:
             return
@@ -293,7 +293,7 @@ class Agent:
         )
 
     def _ended(self, order: Order, outcome: Outcome | StillhouseError) -> None:
-        if self._state.order != order:  # replaced meanwhile
+        if self._state.order != order:  # a newer order has replaced it
             return
         if isinstance(outcome, StillhouseError):
             self._fail(order, outcome)
@@ -341,7 +341,7 @@ class Agent:
         meter.give_back()
 
     def _tidy(self, keep: Iterable[BlobRef]) -> None:
-        """Let go of the blobs and weights that nothing refers to any more."""
+        """Remove the blobs that are not in `keep`, and weights that the journal does not name."""
         self.blobs.keep_only({ref.digest for ref in keep})
         self._folder.kept.tidy()
 

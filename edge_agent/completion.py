@@ -1,6 +1,6 @@
-"""What a shell is told to complete: the commands of a parser, and the options of each.
+"""Shell completion: a parser's commands, and the options of each.
 
-Words that do not begin with `-` behind a command are paths, which the shell completes by itself.
+After a command, words that do not begin with `-` are paths, which the shell completes by itself.
 """
 
 import argparse
@@ -30,11 +30,11 @@ _ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bash
 
 
 class PrintCompletion(argparse.Action):
-    """Prints lines for a shell's start-up file, and ends.
+    """An option that prints lines for a shell's start-up file, and exits.
 
     Args:
-        commands: the parser of each command.
-        options: of `argparse.Action`.
+        commands: the parser of each command, by name.
+        options: arguments of `argparse.Action`.
     """
 
     def __init__(self, *, commands: Mapping[str, argparse.ArgumentParser], **options: Any) -> None:
@@ -48,7 +48,7 @@ class PrintCompletion(argparse.Action):
         values: str | Sequence[Any] | None,
         _option: str | None = None,
     ) -> None:
-        """Print them."""
+        """Print the lines for the shell `values`, and exit."""
         first = " ".join([*self._commands, _options(parser)])
         cases = (f'        *,{n}) words="{_options(c)}" ;;' for n, c in self._commands.items())
         print(_ZSH if values == "zsh" else "", end="")

@@ -1,10 +1,10 @@
-"""What a device keeps of a run between its orders, as safetensors in the state folder.
+"""The files that a device keeps between the orders of a run, in its state folder.
 
     weights-RUN-SEQUENCE.safetensors  its own parameters, buffers and optimizer after that order
     owed-RUN-SEQUENCE.safetensors     what the codec left out of that order's update
 
-The journal says which weights count; of what is owed, the two that the last order named are kept,
-as its result may be accepted or not.
+The journal names the weights files that are in use. Two owed files are kept: the one that the last
+order began with, and its own, because its result may be accepted or not.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ from wire.messages import Order
 
 
 class Kept:
-    """The files of one state folder."""
+    """The kept files of one state folder."""
 
     def __init__(self, folder: Path, journal: Journal) -> None:
         self._folder, self._journal = folder, journal
 
     def of(self, order: Order) -> KeptFile:
-        """What this order goes on with, if there is any."""
+        """The file from which this order continues, if there is one."""
         if order.feedback:
             path = self._folder / _owed(order.run, order.owed)
             return KeptFile(path if path.exists() else None)
@@ -35,7 +35,7 @@ class Kept:
         return KeptFile(self._folder / name if name else None)
 
     def put(self, order: Order, tensors: Mapping[str, NDArray[Any]]) -> str | None:
-        """Keep what came of an order; the weights file that its result is journalled with."""
+        """Write what an order leaves; return its weights file for the journal, or None."""
         if not order.feedback:
             name = f"weights-{order.run}-{order.sequence}.safetensors"
             kept.write(self._folder / name, tensors)

@@ -20,9 +20,10 @@ NO_IMAGES, NO_DISK, REFUSED = 3, 4, 5  # exit codes
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or with one line on what is wrong 2, or one of the above.
+    """Run the command line; return the exit code.
 
-    A signal that ends a command gives 128 and its number; `run` ends well by the first, with 0.
+    The code is 0, or after one line about the error 2 or one of the codes above. If a signal ends a
+    command, it is 128 plus the signal's number; but the first signal ends `run` with 0.
     """
     if arguments is None:
         stopping.listen()
@@ -59,7 +60,7 @@ def _main(arguments: list[str] | None) -> int:
     try:
         given = sys.argv[1:] if arguments is None else arguments
         chosen, more = parser.parse_known_args(records.expanded(given))
-        if chosen.command == "predict":  # argparse takes paths from one side of an option alone
+        if chosen.command == "predict":  # argparse takes paths only from one side of an option
             chosen.paths += (Path(text) for text in more if not text.startswith("-"))
             more = [text for text in more if text.startswith("-")]
         if more:
@@ -68,8 +69,8 @@ def _main(arguments: list[str] | None) -> int:
             return _do(chosen)
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)
-        # Images may come yet, a disk be mended or let go by another program, and a device be
-        # enrolled, so that systemd tries again; settings want a person.
+        # systemd starts the service again after these: images may arrive, a disk may be repaired or
+        # released by another program, and a device may be enrolled. Settings need a person.
         codes = {StorageError: NO_DISK, DataError: NO_IMAGES, RefusedError: REFUSED}
         return next((code for kind, code in codes.items() if isinstance(fault, kind)), 2)
     except OSError as fault:
@@ -167,7 +168,7 @@ def _measure(chosen: argparse.Namespace) -> int:
             "expected --threads and --budget-mb of 0 or more, --steps of 1 or more, --timeout over "
             "0"
         )
-    # First: what is cheap to find wrong is found before anything is measured.
+    # Check what is cheap to check before anything is measured.
     settings = identity.settings(chosen.config)
     if chosen.submit and settings is None:
         raise SettingsError(
@@ -239,7 +240,7 @@ def _run(path: Path, *, verbose: bool) -> int:
 
 
 def _hold_threads(number: int) -> None:
-    """Let numpy's matrix products take so many threads; 0 leaves them all."""
+    """Limit the threads of numpy's matrix products to `number`; 0 sets no limit."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     if number:

@@ -1,4 +1,4 @@
-"""The small network that this device trained last, for `edge-agent predict`."""
+"""The network that `edge-agent predict --config` uses: the one that this device trained last."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ class OwnNetwork:
 
     Args:
         state: the folder.
-        threads: for each operator; 0 takes all cores.
+        threads: number for each operator; 0 takes all cores.
 
     Raises:
-        ArtifactError: no run has left a network here, or it is damaged.
+        ArtifactError: no run has left a network in the folder, or the network is damaged.
     """
 
     def __init__(self, state: Path, *, threads: int) -> None:
-        from ondevice.trainer import Inference  # with onnxruntime, once it is needed
+        from ondevice.trainer import Inference  # imports onnxruntime only when needed
 
         newest = journal.newest_weights(state / "journal.db")
         if newest is None:

@@ -1,7 +1,7 @@
-"""How a device tells the fleet that it is there: births, deaths, and the number of each session.
+"""A device's presence in the fleet: births, deaths, and the number of each session.
 
-A birth and a death bear the number of the session that they are of, so that the will of an earlier
-connection, which the broker may publish late, does not end a later one.
+Births and deaths carry the number of their session. The broker may publish the will of an earlier
+connection late; its number keeps it from ending a later session.
 """
 
 import itertools
@@ -15,13 +15,13 @@ from wire.messages import Birth, Death
 
 
 class Presence:
-    """What one device says of itself.
+    """Makes the births and deaths of one device.
 
     Args:
-        device: its name.
+        device: the device's name.
         folder: its state folder, which counts sessions.
-        images: what it trains on.
-        updates: the package that it runs.
+        images: the images on which it trains.
+        updates: the package that it runs, and the state of its update.
     """
 
     def __init__(self, device: str, folder: Folder, images: ImageSet, updates: Updates) -> None:
@@ -32,12 +32,12 @@ class Presence:
         self._session = folder.first_session
 
     def begin_session(self) -> Death:
-        """A new session's will; called by the network thread before each attempt to connect."""
+        """Begin a session and return its will; called by the network thread before it connects."""
         self._session = next(self._sessions)
         return self.death()
 
     def birth(self) -> Birth:
-        """The device is there, in this session."""
+        """The message that the device is there, in this session."""
         names, digest = classes.told(self._images.names)
         return Birth(
             device=self._device,
@@ -54,5 +54,5 @@ class Presence:
         )
 
     def death(self) -> Death:
-        """This session is over."""
+        """The message that this session is over."""
         return Death(self._device, self._session, self._folder.state_id)

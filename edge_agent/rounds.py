@@ -2,8 +2,9 @@
 
     idle --order--> fetching --all blobs here--> working --result--> offering --receipt--> idle
 
-A newer order replaces the open one at any point; an order that is done already has its result
-offered again. Nothing here touches the network, the disk or the clock.
+A newer order, or one of another run, replaces the open one at any point. If the last order comes
+again when it is done, its result is offered again. Nothing here touches the network, the disk or
+the clock.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class RoundState:
-    """The open or last order; `result` once there is one; when to offer it again."""
+    """The open or last order, its result if there is one, and when to offer that again."""
 
     phase: Phase = Phase.IDLE
     order: Order | None = None
@@ -40,14 +41,14 @@ class Accept:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Pull what the order names."""
+    """Pull the blobs and the artifact that the order names."""
 
     order: Order
 
 
 @dataclass(frozen=True)
 class Work:
-    """Do what the order says."""
+    """Do the order's work."""
 
     order: Order
 
@@ -61,7 +62,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Settle:
-    """The result is receipted: note it and let its blobs go."""
+    """Journal the receipt of the result, and remove the result's blobs."""
 
     receipt: Receipt
 
@@ -71,7 +72,7 @@ Transition = tuple[RoundState, tuple[Action, ...]]
 
 
 def restored(order: Order, result: Result | None, *, receipted: bool) -> Transition:
-    """Go on after a restart with what the journal holds."""
+    """Continue after a restart, with the last order in the journal and its result."""
     if result is None:
         return RoundState(Phase.FETCHING, order), (Fetch(order),)
     phase = Phase.IDLE if receipted else Phase.OFFERING
@@ -79,7 +80,11 @@ def restored(order: Order, result: Result | None, *, receipted: bool) -> Transit
 
 
 def ordered(state: RoundState, order: Order, now_s: float, resend_s: float) -> Transition:
-    """An order came. Older and repeated ones change nothing, but a known result is offered."""
+    """An order came.
+
+    An order older than the current one of its run changes nothing. If the current one is repeated,
+    its result is offered again, if there is one. Any other order replaces the current one.
+    """
     current = state.order
     if current and current.run == order.run and order.sequence <= current.sequence:
         if order.sequence == current.sequence and state.result:
@@ -90,14 +95,14 @@ def ordered(state: RoundState, order: Order, now_s: float, resend_s: float) -> T
 
 
 def fetched(state: RoundState) -> Transition:
-    """Everything the open order names is here."""
+    """Everything that the open order names has been pulled."""
     if state.phase is not Phase.FETCHING or state.order is None:
         return state, ()
     return replace(state, phase=Phase.WORKING), (Work(state.order),)
 
 
 def worked(state: RoundState, result: Result, now_s: float, resend_s: float) -> Transition:
-    """Work ended, well or with a fault; the result of a replaced order is dropped."""
+    """Work ended, with success or a fault; the result of a replaced order is dropped."""
     order = state.order
     if order is None or (order.run, order.sequence) != (result.run, result.sequence):
         return state, ()
@@ -105,7 +110,7 @@ def worked(state: RoundState, result: Result, now_s: float, resend_s: float) -> 
 
 
 def received(state: RoundState, receipt: Receipt) -> Transition:
-    """The orchestrator spoke on a result."""
+    """A receipt came; only the one for the offered result counts."""
     result = state.result
     if state.phase is not Phase.OFFERING or result is None:
         return state, ()
@@ -115,7 +120,7 @@ def received(state: RoundState, receipt: Receipt) -> Transition:
 
 
 def ticked(state: RoundState, now_s: float, resend_s: float) -> Transition:
-    """Time passed; a result without a receipt is offered again when it is due."""
+    """Time passed; a result without a receipt is offered again when that is due."""
     if state.phase is Phase.OFFERING and state.result and now_s >= state.offer_at_s:
         return replace(state, offer_at_s=now_s + resend_s), (Offer(state.result),)
     return state, ()

@@ -1,4 +1,4 @@
-"""The agent as a service: it starts where the disk has room, and ends when it is asked to."""
+"""The agent as a service: it starts once the disk has room, and ends when it is told to."""
 
 import gc
 import threading
@@ -12,11 +12,11 @@ from wire.storage import Patience
 
 
 def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None]) -> None:
-    """Run an agent; `install_stop` is given what to call, in this thread, to end it."""
+    """Run an agent; pass `install_stop` the function that ends it, to be called in this thread."""
     systemd, wait = Notifier(), threading.Event().wait
 
     def end() -> None:
-        raise Interrupted  # images may take minutes to read, and nothing is begun
+        raise Interrupted  # images may take minutes to read, and no work has begun
 
     def pause(seconds: float) -> bool:
         systemd.alive()
@@ -24,10 +24,10 @@ def serve(config: AgentConfig, install_stop: Callable[[Callable[[], None]], None
 
     install_stop(end)
     try:
-        # Without room for the journal there is no agent, and the service is up all the same.
+        # Without room for the journal the agent cannot start, but the service is up and waits.
         agent = Patience(systemd.ready, pause).attempt(lambda: Agent(config))
         install_stop(agent.stop)
     except Interrupted:
         return
-    gc.freeze()  # what is here stays: later collections pass it over
+    gc.freeze()  # these objects stay: later collections skip them
     agent.run()

@@ -19,7 +19,7 @@ log = logging.getLogger("edge-agent")
 
 
 class Advanced(NamedTuple):
-    """The worker is so far."""
+    """Progress: `done` of `total` in a phase."""
 
     phase: str
     done: int
@@ -27,14 +27,14 @@ class Advanced(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An order is done, or ended with a fault."""
+    """An order has ended, with its outcome or with a fault."""
 
     order: Order
     outcome: Outcome | StillhouseError
 
 
 class Worker:
-    """Does orders; what it has to say goes to `emit`, in its thread."""
+    """Does orders in a thread of its own, which calls `emit` with its events."""
 
     def __init__(self, emit: Callable[[Advanced | Ended], None], threads: int) -> None:
         self._emit, self._threads = emit, threads
@@ -42,7 +42,7 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def pause(self, seconds: float) -> bool:
-        """Wait so long; whether the order was cancelled."""
+        """Wait for some seconds; return early, and true, if the order is cancelled."""
         return self._cancel.wait(seconds)
 
     def start(
@@ -55,8 +55,8 @@ class Worker:
         blobs: BlobStore,
         patience: Patience,
     ) -> None:
-        """Begin an order, once the cancelled one before has ended; where the disk is full, wait."""
-        if self._thread:  # it ends within a step, and its Ended comes first
+        """Begin an order, after the cancelled one has ended; its thread waits for a full disk."""
+        if self._thread:  # ends within a step; its Ended comes first
             self._thread.join()
         self._cancel = threading.Event()
         desk = Desk(
@@ -84,11 +84,11 @@ class Worker:
         self._thread.start()
 
     def cancel(self) -> None:
-        """A newer order came."""
+        """Cancel the order, because a newer one came."""
         self._cancel.set()
 
     def end(self, timeout_s: float) -> None:
-        """Cancel the order, and wait until it has ended, but no longer."""
+        """Cancel the order, and wait at most `timeout_s` until it has ended."""
         self._cancel.set()
         if self._thread:
             self._thread.join(timeout_s)

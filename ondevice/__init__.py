@@ -1,9 +1,9 @@
-"""What a device does, whoever does it: the edge agent, or the server that simulates devices.
+"""The work of a device, used by the edge agent and by the server when it simulates devices.
 
 It holds a device's settings, reads its images, does the work of an order, and classifies photos. It
 needs `wire`, numpy, onnxruntime, safetensors and, for photos, Pillow.
 """
 
-from wire import __version__  # before onnxruntime, because importing wire turns off its reports
+from wire import __version__  # before onnxruntime: wire turns off onnxruntime's reports
 
 __all__ = ["__version__"]

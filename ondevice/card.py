@@ -14,7 +14,7 @@ from wire import classes, records
 from wire.errors import ArtifactError
 
 PREFIX = "stillhouse."
-FORMAT = 1  # of the keys; raised when today's reader would misunderstand them
+FORMAT = 1  # version of the keys; raised when today's reader would misunderstand newer ones
 DRAFT = 2  # a JPEG may be decoded at a smaller scale, down to this many times the network's side
 REMEDY = "name a file that `orchestrator export RUN --out model.onnx` wrote"
 
@@ -35,21 +35,21 @@ class ModelCard:
     """How to use an exported graph, what its answers mean, and where it comes from.
 
     Attributes:
-        format: format of this record.
+        format: version of this record's keys.
         classes: names in the order of the logits; numbers if the run has no names.
-        input: type of the input `image`.
-        layout: order of its axes.
+        input: dtype of the input `image`.
+        layout: order of the input's axes.
         channels: 1 is grey, 3 is RGB.
         size: height and width.
         resize: how a photo is resized to that size.
         scale: the value of a white pixel.
         mean, std: one for each channel; the graph itself computes (image / scale - mean) / std.
         version: the version of Stillhouse that wrote the file.
-        run, strategy, round: the run and strategy that trained it, and after which round.
-        device: the device whose network this is, or whose extractor is under the large network;
-            "" for a network of all devices.
-        model: what the graph is made of.
-        accuracy: share of held-out images that it recognized after that round, if known.
+        run, strategy, round: the run and strategy that trained the network, and its last round.
+        device: the device whose network this is, or whose extractor feeds the large network; "" for
+            a network of all devices.
+        model: names of the networks that the graph consists of.
+        accuracy: share of held-out images classified correctly after that round, if known.
     """
 
     classes: tuple[str, ...]
@@ -82,7 +82,7 @@ class ModelCard:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The card as the file holds it: texts as they are, other values as JSON, None left out."""
+        """The card as written to the file: texts as they are, other values as JSON, no None."""
         plain: dict[str, object] = records.plain(self)
         return {
             PREFIX + key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -92,7 +92,7 @@ class ModelCard:
 
 
 def numbers(count: int) -> tuple[str, ...]:
-    """The names of classes that have none: their numbers."""
+    """Names for classes without names: their numbers."""
     return tuple(map(str, range(count)))
 
 
@@ -100,7 +100,7 @@ def read(metadata: Mapping[str, str], where: str) -> ModelCard:
     """The card in a file's metadata.
 
     Raises:
-        ArtifactError: there is none, it is damaged, or a newer Stillhouse wrote it.
+        ArtifactError: there is no card, it is damaged, or it has another format.
     """
     texts = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
     if not texts:

@@ -1,4 +1,4 @@
-"""The agent's configuration: `agent.toml` as a frozen dataclass, and a template of one."""
+"""The agent's configuration: `agent.toml` as a frozen dataclass, and a template of the file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,33 +10,33 @@ from wire.address import BrokerAddress
 from wire.errors import SettingsError, SignatureError
 from wire.settings import Setting, Template
 
-BAD_SHARE = 0.05  # of a folder's pictures
+BAD_SHARE = 0.05  # share of a folder's pictures that may be damaged
 
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """What one device needs to know.
+    """The settings of one device.
 
     Attributes:
-        device: the name it is enrolled under.
-        fleet: the fleet it belongs to.
+        device: the name under which the device is enrolled.
+        fleet: the fleet to which it belongs.
         data: an `.npz` with `x` (N, H, W, C) uint8 and `y`, or a folder with a sub-folder a class.
         state: folder for artifacts, weights, blobs and the journal; survives power cuts.
-        broker: where the broker is and who we are there.
-        image: channels, height, width of the model's input; a folder's images are brought to it.
-        bad_share: damaged pictures are left out, up to this share of all (and one in any case);
-            more are an error. 0: each is.
-        threads: of ONNX Runtime and numpy; 0 takes all cores.
-        chunk_bytes: size of the pieces that results are pulled in.
-        window: chunks of a download under way at once.
-        retry_s: a chunk that has not come after so long is asked for again.
-        resend_s: a result without a receipt is offered again after so long.
-        telemetry_s: at most one progress report in so long.
-        max_download_bytes: an artifact file, a state or a teacher above this is refused.
-        release_key: the public key that updates of the package are signed by; "": none are taken.
-        updates: folder that updates are staged in, where the package's path unit looks for them.
-        updates_kept: root's folder of updates; what it refused, and what failed, is read there.
-        update_minutes: the new version is rolled back if it does not run by then.
+        broker: the broker's address, and the credentials for it.
+        image: channels, height, width of the model's input; a folder's images are resized to it.
+        bad_share: share of the pictures that may be damaged; they are left out. One may always be
+            damaged, unless the share is 0. More are an error.
+        threads: number for ONNX Runtime and numpy; 0 takes all cores.
+        chunk_bytes: size of the chunks in which results are pulled.
+        window: how many chunks of a download are requested at once.
+        retry_s: after this time, a missing chunk is requested again.
+        resend_s: after this time, a result without a receipt is offered again.
+        telemetry_s: shortest time between two progress reports.
+        max_download_bytes: an artifact file, a state or a teacher above this size is refused.
+        release_key: public key that verifies updates of the package; "": no updates are taken.
+        updates: folder in which updates are staged; the package's path unit watches it.
+        updates_kept: root's folder of updates; it says which updates were refused or failed.
+        update_minutes: a new version that does not run after this time is rolled back.
     """
 
     device: str
@@ -129,19 +129,20 @@ def template(changes: Mapping[str, Any] | None = None) -> str:
     """A commented `agent.toml`.
 
     Args:
-        changes: other values than the template's, by dotted key.
+        changes: values that replace the template's, by dotted key.
 
     Raises:
-        SettingsError: it could not be loaded; the message tells what was expected.
+        SettingsError: the file could not be loaded; the message says what was expected.
     """
     return settings.render(TEMPLATE, changes or {})
 
 
 def load(path: Path) -> AgentConfig:
-    """Read `agent.toml`; relative paths are relative to the folder it lies in.
+    """Read `agent.toml`; its relative paths start from the folder of the file.
 
     Raises:
-        SettingsError: the message names the file, the key and what was expected.
+        SettingsError: the file cannot be read or a setting is wrong; the message names the file,
+            the key and what was expected.
     """
     config = records.load(AgentConfig, path)
     folder = path.resolve().parent

@@ -1,11 +1,11 @@
-"""Numbers under 1.2e-38 count as 0 while a training step runs, and only then.
+"""Treats numbers under 1.2e-38 as 0 while a graph runs, and only then.
 
-Values that fade to denormals in training are slow on x86: the processor takes many
-times as long for each. ONNX Runtime has a setting against it, but it holds only in the thread that
-makes the first session of a process, and goes on there after the session. Payloads that are encoded
-in that thread would then differ from those of a simulation. So a step sets it and takes it back.
+In training, some values shrink to denormals. An x86 processor takes many times as long for each of
+them. ONNX Runtime has a setting against this, but it applies only to the thread that makes the
+first session of a process, and it stays on after the session. Payloads that this thread encodes
+would then differ from those of a simulation. So each run of a graph sets the mode and resets it.
 
-Elsewhere than on x86 with glibc nothing is changed.
+On other machines than x86 with glibc, nothing is changed.
 """
 
 import ctypes
@@ -27,10 +27,10 @@ _LIBM = _glibc()
 
 
 class Denormals:
-    """A context in which this thread takes denormals for 0, or keeps them.
+    """A context in which this thread treats denormals as 0, or keeps them.
 
     Args:
-        flush: whether they are taken for 0.
+        flush: whether denormals are treated as 0.
     """
 
     def __init__(self, *, flush: bool) -> None:

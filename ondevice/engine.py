@@ -1,7 +1,8 @@
-"""What trains and evaluates models between `order.begin` and `outcome.finish`.
+"""The interface of engines, which train and evaluate models for an order.
 
-There are two: ONNX Runtime for the one device that it runs on (`ondevice.work`), and PyTorch for a
-stack of simulated devices (`orchestrator.simulation.stack`).
+An engine works between `order.begin` and `outcome.finish`. There are two: ONNX Runtime for a real
+device (`ondevice.work`), and PyTorch for a stack of simulated devices
+(`orchestrator.simulation.stack`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +18,16 @@ from ondevice.order import Start
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of training.
+    """The result of training.
 
     Attributes:
         state: every state tensor; optimizer tensors have the names that an artifact gives them.
-        loss: sum over the last epoch's batches of each batch's mean loss.
-        correct: samples of the last epoch's batches that were classified right.
-        flops: of one optimizer's step, 2 x the multiply-adds of the convolutions and matrix
-            products that this engine computes for it. The compiled step of ONNX Runtime has more of
-            them than PyTorch's, 6 to 7 % of resnet8 and caldas_cnn: it computes sums of batch norm
-            as matrix products, and gradients of filters on padded maps.
+        loss: each batch's mean loss, summed over the last epoch's batches.
+        correct: number of samples in the last epoch's batches that were classified correctly.
+        flops: FLOPs of one optimizer's step: 2 x the multiply-adds of the convolutions and matrix
+            products that this engine computes. ONNX Runtime's compiled step has 6 to 7 % more than
+            PyTorch's for resnet8 and caldas_cnn: it computes sums of batch norm as matrix
+            products, and gradients of filters on padded maps.
     """
 
     state: Tensors
@@ -36,9 +37,9 @@ class Trained:
 
 
 class Extracted(NamedTuple):
-    """Feature maps (B, *shape), or None, and logits (B, C) of samples that follow each other.
+    """Feature maps (B, *shape), or None, and logits (B, C) of consecutive samples.
 
-    `flops` are those of a whole batch, which the last of a view may not fill.
+    `flops` counts a whole batch, even if the last samples of a view do not fill it.
     """
 
     features: NDArray[np.float32] | None
@@ -47,28 +48,28 @@ class Extracted(NamedTuple):
 
 
 class Engine(Protocol):
-    """Trains and evaluates one model; it knows neither payloads nor what is kept."""
+    """Trains and evaluates one model; it knows neither payloads nor kept state."""
 
     def train(self, starts: Sequence[Start]) -> Sequence[Trained]:
         """Train each device's weights on its images.
 
         Args:
-            starts: one or more. All orders have one model, learning rate, temperature, proximal
-                weight and number of epochs, which is over 0.
+            starts: one or more. All have the same model, learning rate, temperature, proximal
+                weight and number of epochs (at least 1).
         """
 
     def extract(
         self, start: Start, state: Mapping[str, NDArray[Any]], *, maps: bool
     ) -> Iterator[Extracted]:
-        """Outputs in evaluation mode, batch by batch.
+        """The model's outputs in evaluation mode, batch by batch.
 
-        The samples come in their order, one of the order's views after the other.
+        All samples come in order for the first of the order's views, then for the next view.
 
         Args:
-            start: of the device whose images are looked at.
-            state: that the model has.
-            maps: whether feature maps are wanted beside the logits.
+            start: the device's order, with its images.
+            state: the model's tensors.
+            maps: whether feature maps are wanted besides the logits.
 
         Yields:
-            arrays that hold until the next ones are asked for.
+            Arrays that are valid until the next ones are requested.
         """

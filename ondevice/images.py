@@ -25,12 +25,12 @@ class ImageSet:
     Attributes:
         x: uint8 (N, H, W, C).
         y: int64 (N,), from 0.
-        digest: SHA-256 (hex) of shape, pixels, labels and the names that these had where the images
-            lie: names the samples and their order. `labelled` keeps it.
-        names: of the classes, `y` is their place in it; () where labels are numbers alone.
-        source: where it came from, for messages.
+        digest: SHA-256 (hex) of shape, pixels, labels and class names as they were read. It
+            identifies the samples and their order; `labelled` does not change it.
+        names: class names, indexed by `y`; () if labels are only numbers.
+        source: where the images came from, for messages.
         summary: how many images there are of each class, in words.
-        remarks: what else there is to know, of what was left out above all.
+        remarks: other things to know, such as what was left out.
     """
 
     x: Pixels
@@ -42,21 +42,21 @@ class ImageSet:
     remarks: tuple[Remark, ...] = ()
 
     def tell(self, log: logging.Logger) -> None:
-        """Write to a log what was read and what was left out."""
+        """Log what was read and what was left out."""
         photos.tell(log, self.source, [Remark(self.summary), *self.remarks])
 
     def labelled(self, count: int, names: tuple[str, ...] = ()) -> "ImageSet":
-        """These images with labels as a run numbers its classes.
+        """These images with labels in the run's numbering of classes.
 
-        By name where both sides have names, so that some classes may be missing here; else a label
-        is the number itself.
+        If both sides have names, labels are matched by name, and some classes may be missing here.
+        Otherwise labels stay as they are.
 
         Args:
             count: how many classes the run has.
-            names: theirs, in the order of the logits; () where the run knows numbers alone.
+            names: the run's class names, in the order of the logits; () if it has only numbers.
 
         Raises:
-            DataError: a name is not the run's, or names or labels do not fit `count`.
+            DataError: the run has no class of that name, or names or labels do not fit `count`.
         """
         if names and self.names:
             if names == self.names:
@@ -86,7 +86,7 @@ class ImageSet:
         return replace(self, names=names or self.names)
 
     def check_shape(self, input_shape: tuple[int, ...]) -> None:
-        """Make sure that a model with input (C, H, W) can take these.
+        """Make sure that a model with input (C, H, W) can take these images.
 
         Raises:
             DataError: the images have another size or another number of channels.
@@ -107,7 +107,7 @@ def load(
     input_shape: tuple[int, ...],
     bad_share: float = photos.BAD_SHARE,
 ) -> ImageSet:
-    """Read an `.npz` or a folder of images, as `ondevice.photos` says.
+    """Read an `.npz` or a folder of images; see `ondevice.photos`.
 
     An `.npz` must have the right size already; a folder's pictures are resized to H x W (bilinear,
     aspect ratio not kept). Its classes are numbered in the order of their sorted names; a run
@@ -116,7 +116,7 @@ def load(
     Args:
         path: the file or folder.
         input_shape: (C, H, W) of the model's input.
-        bad_share: more damaged pictures of a folder than this share are an error.
+        bad_share: the share of a folder's pictures that may be damaged; see `ondevice.photos.read`.
 
     Raises:
         DataError: the images or labels are missing, unreadable, or do not fit.
@@ -147,7 +147,7 @@ def load(
 
 
 def digest(x: Pixels, y: Indices, names: tuple[str, ...] = ()) -> str:
-    """SHA-256 (hex) of shape, pixels, labels, and names where there are any."""
+    """SHA-256 (hex) of shape, pixels, labels and names."""
     sha = hashlib.sha256(repr(x.shape).encode())
     sha.update(x.data)
     sha.update(y.astype("<i8").data)
@@ -171,8 +171,8 @@ class Preprocess:
     def __call__(self, pixels: Pixels, out: NDArray[np.float32]) -> None:
         """Write `pixels`, uint8 (B, H, W, C), normalised into `out`, float32 (B, C, H, W).
 
-        One pass converts and transposes, two scale and shift in place. On the x86 core this beats
-        a table of the 256 values a channel (np.take) by 1.4.
+        One pass converts and transposes, two scale and shift in place. On the x86 core this is 1.4
+        times as fast as a table of 256 values for each channel (np.take).
         """
         scale, shift = self._affine
         np.copyto(out, pixels.transpose(0, 3, 1, 2))

@@ -1,4 +1,4 @@
-"""What an order leaves on the device for the next order of its run, as a safetensors file."""
+"""The safetensors file that an order leaves on the device for the next order of its run."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -20,18 +20,18 @@ Tensors = dict[str, NDArray[Any]]  # by name
 
 @dataclass(frozen=True)
 class KeptFile:
-    """The file that an earlier order of the run left; a missing or damaged one is passed over.
+    """The file that an earlier order of the run left; a missing or damaged file is ignored.
 
     Attributes:
-        path: None if no order of the run has left one.
-        named: gives the file's tensors the names that they have in a state.
+        path: None if no order of the run has left a file.
+        named: renames the file's tensors to their names in a state.
     """
 
     path: Path | None = None
     named: Callable[[Tensors], Tensors] = dict
 
     def read(self) -> Tensors:
-        """The tensors by name; none if the file cannot be read."""
+        """The tensors by name; {} if the file cannot be read."""
         if self.path is None:
             return {}
         try:
@@ -42,14 +42,14 @@ class KeptFile:
 
 
 def write(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write tensors so that the file is whole or absent, after a power cut too."""
+    """Write tensors to a file that is whole or absent, even after a power cut."""
     content = save({name: np.asarray(value) for name, value in tensors.items()})
     with storage.at(path.parent):
         storage.write(path, content)
 
 
 def keep_only(files: Iterable[Path], needed: Iterable[str]) -> None:
-    """Remove all files but those with these names."""
+    """Remove all files whose names are not in `needed`."""
     names = frozenset(needed)
     for path in files:
         if path.name not in names:

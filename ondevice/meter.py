@@ -1,8 +1,8 @@
-"""What work costs on this device: peak resident memory and seconds, phase by phase.
+"""Measures work on this device: peak resident memory and seconds of each phase.
 
-The kernel keeps the peak (VmHWM, "high water mark") itself; writing 5 to clear_refs resets it
-(man 5 proc), so that each phase has its own. Where the kernel refuses the reset, a phase's figure
-is the peak since the process began.
+The kernel records the peak (VmHWM, "high water mark"). Writing 5 to clear_refs resets it (man 5
+proc), so that each phase has its own peak. If the kernel refuses the reset, a phase's figure is the
+peak since the process began.
 """
 
 import ctypes
@@ -21,17 +21,17 @@ _ROOT = Path("/")
 
 
 def resident_bytes(field: str = "VmRSS", process: int | str = "self", *, root: Path = _ROOT) -> int:
-    """Resident memory now ("VmRSS") or at its peak ("VmHWM"), bytes; 0 where there is no procfs."""
+    """Bytes of resident memory now ("VmRSS") or at its peak ("VmHWM"); 0 without a procfs."""
     return _field(root / f"proc/{process}/status", field)
 
 
 def proportional_bytes(root: Path = _ROOT) -> int:
-    """Resident memory with shared pages counted by share (PSS); 0 where the kernel tells none."""
+    """Bytes of resident memory, shared pages divided by their users (PSS); 0 if unknown."""
     return _field(root / "proc/self/smaps_rollup", "Pss")
 
 
 def group_peak_bytes(root: Path = _ROOT) -> int:
-    """Peak of all memory of this process's control group (cgroup v2, memory.peak); 0 if untold."""
+    """Peak bytes of this process's control group (cgroup v2, memory.peak); 0 if unknown."""
     with suppress(OSError, IndexError):
         lines = (root / "proc/self/cgroup").read_text().strip()
         path = lines.split("::", 1)[1].splitlines()[0].lstrip("/")
@@ -40,12 +40,12 @@ def group_peak_bytes(root: Path = _ROOT) -> int:
 
 
 def available_bytes(root: Path = _ROOT) -> int:
-    """Memory that can be had without swapping; 0 where the kernel tells none."""
+    """Bytes of memory available without swapping; 0 if unknown."""
     return _field(root / "proc/meminfo", "MemAvailable")
 
 
 def _field(path: Path, name: str) -> int:
-    """The bytes of a line such as `VmRSS:  123 kB`; 0 where the file or the line is missing."""
+    """The bytes in a line such as `VmRSS:  123 kB`; 0 if the file or the line is missing."""
     with suppress(OSError):
         for line in path.read_text().splitlines():
             if line.startswith(f"{name}:"):
@@ -73,10 +73,10 @@ class Meter:
 
 
 def give_back() -> None:
-    """Hand the memory that work has freed back to the system, for a device waits most of the time.
+    """Return freed memory to the system, because a device waits most of the time.
 
-    What lies in reference cycles is not free before a collection; and glibc keeps for itself what
-    a thread has freed, until it is asked.
+    Memory in reference cycles is free only after a collection. glibc keeps freed memory until it is
+    told to return it.
     """
     gc.collect()
     with suppress(OSError, AttributeError):  # another C library
@@ -84,14 +84,14 @@ def give_back() -> None:
 
 
 def model(root: Path = _ROOT) -> str:
-    """What the machine calls itself."""
+    """The machine's name for itself."""
     with suppress(OSError):  # Raspberry Pi and Jetson boards name themselves here
         return (root / "proc/device-tree/model").read_text().strip("\0\n ")
     return platform.node()
 
 
 def this_platform() -> Platform:
-    """The machine this runs on."""
+    """A description of this machine."""
     return Platform(
         model=model(),
         machine=platform.machine(),

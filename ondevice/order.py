@@ -1,12 +1,12 @@
-"""The beginning of an order: what it brings is read, checked and merged, before anything is done.
+"""The beginning of an order: its tensors are read, checked and merged before training.
 
     begin(order, model, ...) -> Start        here
     engine.train([start])    -> Trained      `engine`: ONNX Runtime, or PyTorch for many devices
-    finish(start, trained)   -> Outcome      `outcome`: payloads, metrics, what is kept
+    finish(start, trained)   -> Outcome      `outcome`: payloads, metrics, kept state
 
-An agent and a simulation both go this way; only their engines differ. With teacher logits training
-follows FedGKT (He et al. 2020, algorithm 1), without them it is plain local training. Teacher
-logits are one row a sample, of the order's `view`.
+Agents and simulations do the same; only their engines differ. With teacher logits, training follows
+FedGKT (He et al. 2020, algorithm 1); without them it is plain local training. Teacher logits have
+one row for each sample, as seen in the order's `view`.
 """
 
 import logging
@@ -32,14 +32,14 @@ log = logging.getLogger("edge-agent")
 
 @dataclass(frozen=True)
 class Model:
-    """The model of an order, as far as `begin` and `finish` need to know it.
+    """The facts about an order's model that `begin` and `finish` need.
 
     Attributes:
         input: shape of one sample, (C, H, W).
-        classes: how many logits it has.
-        class_names: in the order of the logits; () if labels are numbers alone.
-        batch: samples of an optimizer's step.
-        sent: names of parameters and buffers, which travel; the rest of the state stays.
+        classes: number of logits.
+        class_names: in the order of the logits; () if labels are only numbers.
+        batch: number of samples in an optimizer's step.
+        sent: names of parameters and buffers; the rest of the state is never sent.
         initial: reads or makes the state before any training: parameters, buffers, optimizer.
     """
 
@@ -52,9 +52,9 @@ class Model:
 
 
 class Batch(NamedTuple):
-    """Samples of one optimizer's step: their indices (B,), and pixels uint8 (B, H, W, C).
+    """The samples of one optimizer's step: their indices (B,), and pixels uint8 (B, H, W, C).
 
-    `number` counts the epoch's batches, from 0.
+    `number` counts the batches of an epoch, from 0.
     """
 
     number: int
@@ -67,14 +67,16 @@ class Start:
     """One device's order, ready for an engine.
 
     Attributes:
-        order: what is asked for.
-        model: that is trained.
-        images: of the device, labelled as the run numbers its classes.
-        state: every state tensor that training begins with.
-        left_out: (N,), which samples are not trained on.
-        teacher: logits (N, C) float32 of the images; None if the order trains without.
-        teacher_accuracy: of the teacher on the samples left out; None without either.
-        kept_file: left by an earlier order; what is owed is read from it when an update is packed.
+        order: the order.
+        model: the model to train.
+        images: the device's images, labelled in the run's numbering of classes.
+        state: every state tensor at the start of training.
+        left_out: (N,), true for samples that are not trained on.
+        teacher: the teacher's logits (N, C) float32 of the images; None if none are used.
+        teacher_accuracy: the teacher's accuracy on the samples left out; None if there is no
+            teacher or no sample left out.
+        kept_file: the file of an earlier order; with error feedback, `finish` reads from it what
+            the codec left out.
     """
 
     order: Order
@@ -93,12 +95,12 @@ class Start:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The optimizer's steps of one pass over the samples that are trained on."""
+        """Number of optimizer steps in one pass over the samples that are trained on."""
         return views.steps(int((~self.left_out).sum()), self.model.batch)
 
     @property
     def steps(self) -> int:
-        """The optimizer's steps of the whole order."""
+        """Number of optimizer steps in the whole order."""
         return self.order.epochs * self.steps_per_epoch
 
     def batches(self) -> Iterator[Batch]:
@@ -118,26 +120,26 @@ class Start:
 
 
 def keeps_weights(order: Order) -> bool:
-    """Whether the device trains weights of its own, which the run's next order goes on with."""
+    """Whether the device trains weights of its own, from which the run's next order continues."""
     return order.own or order.state is None
 
 
 def begin(
     order: Order, model: Model, images: ImageSet, blobs: BlobStore, kept_file: KeptFile
 ) -> Start:
-    """Read, check and merge what an order needs.
+    """Read, check and merge the tensors that an order needs.
 
-    The state is the model's initial one; over it, if the device keeps weights of its own, those
-    that an earlier order left (of another variant of the model, the tensors that both have); and
-    over that what the order brings.
+    The state starts as the model's initial state. If the device keeps weights of its own, the
+    tensors that an earlier order left replace those of the same name and shape. Last, the order's
+    own tensors replace theirs.
 
     Args:
-        order: its blobs are in `blobs`.
-        model: that the order names.
-        images: of the device.
+        order: the order; its blobs are in `blobs`.
+        model: the model that the order names.
+        images: the device's images.
         blobs: the device's store.
-        kept_file: what an earlier order of this run left; with error feedback, what the order that
-            `order.owed` names left.
+        kept_file: the file that an earlier order of this run left; with error feedback, the file of
+            the order `order.owed`.
 
     Raises:
         DataError: the images do not fit the model, one of their classes is not the run's, or the
@@ -167,7 +169,7 @@ def begin(
 
 @cache
 def _warn_of_places(source: str, names: str) -> None:
-    """Once in a process, however many orders there are."""
+    """Warn once in a process, however many orders there are."""
     log.warning(
         "%s names no classes: its label 0 is taken for the first of %s, and so on; put an array "
         "'classes' of names into it, and labels go by name",

@@ -1,4 +1,4 @@
-"""The end of an order: payloads are packed, metrics are named, and what is kept is told."""
+"""The end of an order: packs its payloads, names its metrics, and returns the state to keep."""
 
 import logging
 from collections.abc import Mapping
@@ -20,17 +20,16 @@ log = logging.getLogger("edge-agent")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an order led to.
+    """The outcome of an order.
 
     Attributes:
         blobs: the payloads, by the names in `Order.returns`.
-        metrics: of training, `steps`, `train_loss` and `train_accuracy` (of the last epoch),
-            `train_flops`, and `teacher_heldout_accuracy` (if there is a teacher and samples are
-            left out); of extraction, `extract_accuracy` (of all samples and views),
-            `extract_flops`, and `heldout_accuracy` (of the samples left out, in the first
-            view).
-        kept_state: what the device keeps for the run's next order: weights of its own with their
-            optimizer; with error feedback, what the codec left out of the update; or None.
+        metrics: after training, `steps`, `train_flops`, `train_loss` and `train_accuracy` (of the
+            last epoch), and `teacher_heldout_accuracy` (if there is a teacher and samples are left
+            out); after extraction, `extract_accuracy` (of all samples and views), `extract_flops`,
+            and `heldout_accuracy` (of the samples left out, in the first view).
+        kept_state: what the device keeps for the run's next order: its own weights and their
+            optimizer state, or with error feedback what the codec left out of the update; or None.
     """
 
     blobs: dict[str, BlobRef]
@@ -39,13 +38,13 @@ class Outcome:
 
 
 def finish(start: Start, trained: Trained | None, engine: Engine, blobs: BlobStore) -> Outcome:
-    """Pack what the order asks for.
+    """Pack the payloads that the order asks for.
 
     Args:
-        start: as the order began.
-        trained: what came of it; None if the order has no epochs.
-        engine: that extracts feature maps and logits, if they are asked for.
-        blobs: where payloads go.
+        start: the order as `begin` returned it.
+        trained: the result of training; None if the order has no epochs.
+        engine: extracts feature maps and logits, if the order asks for them.
+        blobs: stores the payloads.
 
     Raises:
         CodecError: training diverged, or a spec is unknown.
@@ -89,7 +88,7 @@ def _extract(
     blobs: BlobStore,
     metrics: dict[str, float],
 ) -> BlobRef:
-    """Write one record a batch, so that memory stays that of a batch."""
+    """Write one record for each batch, so that only one batch is in memory."""
     order, labels, maps = start.order, start.images.y, "features" in start.order.returns
     right = np.zeros(len(labels) * len(order.views), bool)
     done = flops = 0
@@ -109,7 +108,7 @@ def _extract(
 
 
 def _owed(start: Start) -> Tensors:
-    """What the codec left out of the update before, if it fits this sub-model."""
+    """The part of the previous update that the codec left out, if it fits this sub-model."""
     if not start.order.feedback:
         return {}
     owed, state = start.kept_file.read(), start.state

@@ -1,4 +1,4 @@
-"""What a device sends back for an order, as it travels: feature maps, logits, weights, updates."""
+"""Encodes what a device sends back for an order: feature maps, logits, weights, updates."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,13 +9,13 @@ from wire.messages import Order
 
 
 def cover(features: NDArray[np.float32], order: Order) -> NDArray[np.float32]:
-    """Feature maps (B, *shape), clipped and under noise if the order says so.
+    """Feature maps (B, *shape), clipped and with noise added if the order says so.
 
-    Each sample's values are scaled to an L2 norm of at most `clip`, and each gets Gaussian noise of
-    deviation noise * clip: the Gaussian mechanism (Dwork and Roth 2014, appendix A), for which one
-    sample in place of another is a difference of at most 2 clip. Negative values become 0, since
-    what is done to its output costs no privacy. The noise comes from the system's entropy and no
-    seed, so that nobody can draw it again.
+    Each sample's values are scaled to an L2 norm of at most `clip`. Each value gets Gaussian noise
+    of deviation noise * clip: the Gaussian mechanism (Dwork and Roth 2014, appendix A), whose
+    sensitivity is 2 clip, as one sample may be replaced by another. Negative values then become 0,
+    as post-processing costs no privacy. The noise comes from the system's entropy, not from a seed,
+    so that nobody can draw it again.
     """
     if not order.clip:
         return features
@@ -37,16 +37,16 @@ def extract_record(
     *,
     first: int,
 ) -> bytes:
-    """One batch of the payload "features" or "logits", as it travels.
+    """One batch of the payload "features" or "logits", encoded.
 
     "features" has arrays (B, *shape), (B, C) and (B,); "logits" has only (B, C).
 
     Args:
-        order: says the codec and the seed.
-        features: of neighbouring samples; None for the payload "logits".
-        logits: of the same samples.
-        labels: of the same samples.
-        first: number of the first of them, all views counted.
+        order: names the codec and the seed.
+        features: feature maps of consecutive samples; None for the payload "logits".
+        logits: logits of the same samples.
+        labels: labels of the same samples.
+        first: number of the first of these samples, counted through all views.
 
     Raises:
         CodecError: training diverged.
@@ -62,7 +62,7 @@ def extract_record(
 
 
 def encode_state(order: Order, weights: Tensors) -> bytes:
-    """Parameters and buffers as they travel, in this order.
+    """Parameters and buffers, encoded in this order.
 
     Raises:
         CodecError: training diverged.
@@ -71,14 +71,14 @@ def encode_state(order: Order, weights: Tensors) -> bytes:
 
 
 def encode_update(order: Order, update: Tensors, owed: Tensors) -> tuple[bytes, Tensors | None]:
-    """An update as it travels, and with error feedback what its codec left out.
+    """An update, encoded, and with error feedback the part that its codec left out (else None).
 
     Error feedback (Seide et al. 2014; Karimireddy et al. 2019): e <- u + e - decode(encode(u + e)).
 
     Args:
-        order: says the codec, the seed, and whether there is feedback.
-        update: by name; in this order the tensors travel.
-        owed: e of the order that `order.owed` names, or nothing.
+        order: names the codec and the seed, and says whether there is feedback.
+        update: u, the tensors by name; they are sent in this order.
+        owed: e after the order `order.owed`, or {}.
 
     Raises:
         CodecError: training diverged.

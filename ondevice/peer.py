@@ -1,6 +1,6 @@
 """Measures PyTorch at the same training step, in turns with our engine.
 
-PyTorch runs in a separate process, so that its memory can be told from ours:
+PyTorch runs in a separate process, so that its memory can be measured separately:
 `python -m tools.pytorch_step`, which comes with the orchestrator's packages and is not imported
 here. Both sides begin with the artifact's weights, see the same batch, and must report the same
 first loss. While one computes, the other waits on a pipe.
@@ -98,7 +98,7 @@ def race(
                 steps += 1
             ours.append(steps * artifact.manifest.batch / seconds)
             assert process.stdin is not None  # noqa: S101 - a pipe, as requested below
-            with contextlib.suppress(BrokenPipeError):  # the process has ended; _answer says so
+            with contextlib.suppress(BrokenPipeError):  # the process has ended; _answer reports it
                 print(TURN_S, file=process.stdin, flush=True)
             theirs.append(_answer(process, errors)["images_per_s"])
         peak = meter.resident_bytes("VmHWM", process.pid)
@@ -115,7 +115,7 @@ def race(
 def _process(
     artifact: Artifact, threads: int, model: str
 ) -> Iterator[tuple["subprocess.Popen[str]", IO[bytes]]]:
-    # Our packages come first, whatever the current folder; a user's own network may come after.
+    # Our packages come first, whatever the current folder is; the user's own network comes after.
     places = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONSAFEPATH": "1"}
     thread_limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}

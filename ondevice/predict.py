@@ -1,4 +1,4 @@
-"""Names what is on photos: the likeliest classes of each, with their probabilities.
+"""Classifies photos: gives the likeliest classes of each, with their probabilities.
 
 It uses a file that `orchestrator export` wrote (`Exported`), or the small network that a device
 trained last (`edge_agent.own_network`), and needs neither torch nor onnx. The code that reads
@@ -130,7 +130,7 @@ class Prediction:
 def photos(paths: Iterable[Path]) -> Iterator[Path]:
     """The photos that paths name: files as they are, and all pictures in and below folders.
 
-    A folder without pictures, or one that cannot be read, is returned itself.
+    A folder without pictures, or one that cannot be read, is yielded itself.
     """
     for path in paths:
         yield from _pictures(path) or [path]
@@ -182,7 +182,7 @@ def predict(network: Network, files: Sequence[Path], top: int = 1) -> Iterator[P
 
 
 def _pixels(file: Path, shape: tuple[int, int, int]) -> Pixels | str:
-    """The pixels of a photo for the network, uint8 (H, W, C), or a message about its fault."""
+    """The pixels of a photo for the network, uint8 (H, W, C), or an error message."""
     channels, height, width = shape
     try:
         if file.is_dir():
@@ -213,7 +213,7 @@ def report(
     top: int,
     as_json: bool,
 ) -> int:
-    """Print what is on each photo; return the exit code, 1 if one could not be read.
+    """Print the classes of each photo; return the exit code, 1 if a photo could not be read.
 
     Args:
         network: classifies the photos.
@@ -243,7 +243,7 @@ def photos_shape(shape: tuple[int, ...], where: str) -> tuple[int, int, int]:
     """An image's shape, checked to be one that photos can have.
 
     Raises:
-        ArtifactError: it is not.
+        ArtifactError: photos cannot have this shape.
     """
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ArtifactError(
@@ -254,7 +254,7 @@ def photos_shape(shape: tuple[int, ...], where: str) -> tuple[int, int, int]:
 
 
 def _printable(text: str) -> str:
-    """A text that can be printed, though its file names may not be UTF-8."""
+    """The text in a form that can be printed, even if its file names are not UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 

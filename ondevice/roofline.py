@@ -5,8 +5,8 @@
     of roof        the shortest time that the machine allows, divided by the measured time:
                    max(FLOPs / peak, bytes / bandwidth) / seconds
 
-The peak is measured with numpy's matrix product, the bandwidth with a copy. Bytes are those that
-nodes read and write, so a layer whose data stay in a cache may be over 100 %.
+The peak is measured with numpy's matrix product, the bandwidth with a copy. Bytes are what nodes
+read and write, so a layer whose data stay in a cache may be over 100 %.
 """
 
 import itertools
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 SHOWN, LABELLED = 12, 8
-LEAST = 0.005  # of the step's time; a layer that takes less is not drawn
+LEAST = 0.005  # share of the step's time; a layer that takes less is not drawn
 COLOURS = {"forward": "#0072b2", "backward": "#d55e00", "update": "#009e73"}
 MARKERS = {"forward": "o", "backward": "s", "update": "^"}
 INK, PALE = "#333333", "#9a9a9a"
@@ -52,7 +52,7 @@ def of_roof(row: LayerTime, machine: Machine) -> float:
 
 
 def longest(layers: Iterable[LayerTime], number: int = SHOWN) -> list[LayerTime]:
-    """The layers and phases that take most time, slowest first."""
+    """The layers and phases that take the most time, slowest first."""
     return sorted(layers, key=lambda row: -row.seconds)[:number]
 
 
@@ -149,7 +149,7 @@ def draw_fleet(path: Path, reports: Mapping[str, Measurement]) -> None:
 
 
 def canvas(height: float = 6.0) -> tuple["Figure", "Axes"]:
-    """An empty picture; the height is in inches, the width the same for all our pictures."""
+    """An empty picture; `height` is in inches, and all our pictures have the same width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,12 +1,12 @@
 """Training and inference of an artifact by stock ONNX Runtime.
 
-This file and `predict`, which asks exported networks, are the two that import it.
+Only this file and `predict`, which runs exported networks, import ONNX Runtime.
 
-The training graph is one functional step: state in, state out. The state is one float32 vector,
-and what the graph reads and writes are ranges of it. Two such vectors take turns (step k reads A
-and writes B, step k+1 the other way round), both bound once through IOBinding, so that a step
-copies nothing and no reader can meet a value of the wrong step. Batches are written by the data
-pipeline straight into the bound input buffers.
+The training graph is one functional step: state in, state out. The state is one float32 vector, and
+the graph reads and writes ranges of it. Two such vectors take turns: one run reads A and writes B,
+the next reads B and writes A. Both are bound once through IOBinding, so that a step copies nothing
+and no reader can meet a value of the wrong step. The data pipeline writes batches straight into the
+bound input buffers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ Floats = NDArray[np.float32]
 State = dict[str, Array]
 
 _TURNS = (np.zeros((), np.float32), np.ones((), np.float32))
-# Where onnxruntime-gpu is installed, the device trains on its GPU.
+# If onnxruntime-gpu is installed, the device trains on its GPU.
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
@@ -37,19 +37,20 @@ class TrainStep:
     Args:
         artifact: opened and verified.
         state: every state tensor of the artifact by name; copied.
-        threads: of one operator; 0 takes all cores.
-        flush_denormals: take numbers under 1.2e-38 for 0 within a step; see `ondevice.denormals`.
-        profile: where ONNX Runtime writes the time of each node, FILE and a time stamp, at
-            `end_profile`; None writes nothing.
+        threads: number for each operator; 0 takes all cores.
+        flush_denormals: treat numbers under 1.2e-38 as 0 within a step; see `ondevice.denormals`.
+        profile: prefix of the file to which `end_profile` writes the time of each node; ONNX
+            Runtime adds a time stamp. None writes nothing.
 
     Attributes:
-        inputs: the bound buffers to write before a step: `x` (B, *input) float32, `y` (B,) int64,
-            and for distillation `teacher` (B, C) float32, B the whole batch; and the scalars `lr`,
-            `alpha`, `temperature`, `mu` (of a proximal term), arrays of shape ().
-        loss, correct: of the last step, arrays of shape ().
+        inputs: the bound buffers to write before a step, for a whole batch of B samples: `x`
+            (B, *input) float32, `y` (B,) int64, and for distillation `teacher` (B, C) float32; and
+            the scalars `lr`, `alpha`, `temperature`, `mu` (of a proximal term), arrays of shape ().
+        loss, correct: results of the last step, arrays of shape ().
 
     Raises:
-        ArtifactError: `state` does not hold exactly the artifact's tensors.
+        ArtifactError: `state` lacks a tensor of the artifact or has it in another shape or dtype,
+            or ONNX Runtime cannot load the graph.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class TrainStep:
             artifact, graph, threads, flush_denormals=flush_denormals, profile=profile
         )
         self._manifest = manifest
-        # What a proximal term pulls toward is where this training begins.
+        # A proximal term pulls toward the weights with which this training begins.
         sources = [spec.name.removeprefix(ANCHOR) for spec in manifest.state]
         vector = np.concatenate([state[name].reshape(-1) for name in sources])
         self._vectors = (vector, vector.copy())
@@ -100,7 +101,7 @@ class TrainStep:
         self._current = 0
 
     def _part(self, specs: Sequence[TensorSpec], part: int) -> State:
-        """The inputs of one micro-batch: views of the samples, the settings, whose turn it is."""
+        """The inputs of one micro-batch: views of its samples, the scalars, `first` and `last`."""
         turns = {"first": part == 0, "last": part == self._manifest.micro_batches - 1}
         found: State = {name: _TURNS[int(turn)] for name, turn in turns.items()}
         for spec in specs:
@@ -111,7 +112,7 @@ class TrainStep:
         return found
 
     def _ranges(self, specs: Sequence[TensorSpec], vector: Floats) -> State:
-        """Views of the state vector for those of the specs that are ranges of it."""
+        """Views of the state vector, for each of the specs that is a range of it."""
         places = ((spec, self._manifest.place_of(spec)) for spec in specs)
         return {
             spec.name: vector[start : start + spec.size].reshape(spec.shape)
@@ -120,7 +121,7 @@ class TrainStep:
         }
 
     def __call__(self) -> None:
-        """One step on what the input buffers hold."""
+        """Do one step on the contents of the input buffers."""
         with self._denormals:
             for bindings in self._bindings:
                 self._session.run_with_iobinding(bindings[self._current])
@@ -128,12 +129,12 @@ class TrainStep:
         self.loss[...], self.correct[...] = self._metrics.sum(axis=0)
 
     def end_profile(self) -> Path:
-        """Write the profile; where it lies."""
+        """Write the profile; return the path of its file."""
         return Path(self._session.end_profiling())
 
     @property
     def state(self) -> State:
-        """The state now: views that later steps overwrite."""
+        """The current state: views that later steps overwrite."""
         return self._ranges(self._manifest.state, self._vectors[self._current])
 
 
@@ -142,8 +143,8 @@ class Inference:
 
     Attributes:
         x: the bound input buffer, (B, *input) float32.
-        outputs: the bound output buffers by name (`logits`, and of `extract` also `features`).
-        flops: of one pass.
+        outputs: the bound output buffers by name: `logits`, and for `extract` also `features`.
+        flops: FLOPs of one pass.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Inference:
         self._binding = _bind(self._session, graph, inputs, self.outputs)
 
     def __call__(self) -> None:
-        """One pass over what `x` holds."""
+        """Do one pass over the contents of `x`."""
         with self._denormals:
             self._session.run_with_iobinding(self._binding)
 
@@ -196,18 +197,18 @@ def _session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # The exporter has fused and ordered the nodes: run them as they stand. The order keeps few
-    # tensors alive at a time, and what is left for onnxruntime to fuse saves no time.
+    # tensors alive at a time, and further fusion by onnxruntime would save no time.
     options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # A planned block for all tensors comes on top of what the first run took from the arena; a
-    # buffer that onnxruntime plans to reuse stays allocated between its uses, from the forward
-    # pass to the backward pass. The arena alone needs least.
+    # With a memory pattern, a planned block for all tensors comes on top of what the first run took
+    # from the arena. With reuse, a buffer stays allocated between its uses, from the forward pass
+    # to the backward pass. The arena alone needs the least memory.
     options.enable_mem_pattern = False
     options.enable_mem_reuse = False
-    # For the session's own threads; `Denormals` does it for the caller's.
+    # This holds for the session's own threads; `Denormals` sets the caller's.
     options.add_session_config_entry("session.set_denormal_as_zero", str(int(flush_denormals)))
-    # Threads spin between the operators of a run, which are too short to sleep in between, but not
-    # a moment longer: a Pi often shares its cores.
+    # Threads spin between the operators of a run, because these pauses are too short for sleep.
+    # They stop when the run ends, because a Pi often shares its cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     offered = ort.get_available_providers()
@@ -218,7 +219,7 @@ def _session(
                 options,
                 providers=[provider for provider in _PROVIDERS if provider in offered],
             )
-    except Exception as fault:  # onnxruntime raises its own classes, one a status code
+    except Exception as fault:  # onnxruntime has an exception class for each status code
         raise ArtifactError(
             f"artifact {artifact.digest:.12}: onnxruntime {ort.__version__} cannot load "
             f"{graph.file}: {fault}; export it again with a matching version"

@@ -1,11 +1,11 @@
 """Views of images: crops and flips, the order of an epoch, and the samples left out of it.
 
 Augmentation is the usual one for small images (He et al. 2016, section 4.2): 4 zero pixels on each
-side, a random crop of the original size, and a horizontal flip every second time. The zeros come
-before normalization, as torchvision's RandomCrop then Normalize have it.
+side, a random crop of the original size, and a horizontal flip with probability 1/2. The zeros are
+added before normalization, as by torchvision's RandomCrop followed by Normalize.
 
 Batches have a fixed size because the compiled training step has fixed shapes. Every batch comes
-with the indices of its samples: teacher logits are matched by index, never by batch number.
+with the indices of its samples, because teacher logits are matched by index, not by batch number.
 
 Randomness is Philox's raw output (`wire.seeds`): a seed gives the same batches on every machine
 and under every numpy.
@@ -24,15 +24,15 @@ from wire import seeds
 PAD = 4  # pixels on each side of the image that a crop may reach into
 # Streams of a seed; the payload codecs draw from low numbers of the same seed.
 _HOLDOUT, _SHUFFLE, _VIEW, _AUGMENT = 1 << 61, 1 << 62, 3 << 61, 1 << 63
-PLAIN, MIRRORED = 0, 1  # the two views that are not drawn
+PLAIN, MIRRORED = 0, 1  # the two views that are not random
 
 
 class Looks(NamedTuple):
-    """How each of N samples is looked at: a crop of it with `PAD` zeros around, then a flip.
+    """The crop and flip of each of N samples; `PAD` zeros surround a sample before the crop.
 
     Attributes:
-        rows, columns: (N,) int64, 0 to 2 PAD; where the crop begins, `PAD` for none.
-        flips: (N,) bool, whether it is mirrored, left for right.
+        rows, columns: (N,) int64, 0 to 2 PAD; where the crop begins. `PAD` changes nothing.
+        flips: (N,) bool, whether left and right are swapped.
     """
 
     rows: Indices
@@ -40,23 +40,23 @@ class Looks(NamedTuple):
     flips: NDArray[np.bool_]
 
     def of(self, chosen: Indices) -> "Looks":
-        """Those of some samples."""
+        """The looks of the chosen samples."""
         return Looks(self.rows[chosen], self.columns[chosen], self.flips[chosen])
 
     @property
     def plain(self) -> bool:
-        """Whether samples stay as they are."""
+        """Whether all samples stay unchanged."""
         return bool((self.rows == PAD).all() and (self.columns == PAD).all()) and not any(
             self.flips
         )
 
 
 def looks(view: int, n: int) -> Looks:
-    """A view of `n` samples: each sample's look, by its number.
+    """The looks of `n` samples in a view, in the order of the samples.
 
     Args:
-        view: `PLAIN`, `MIRRORED`, or the seed of looks that are drawn.
-        n: how many samples there are.
+        view: `PLAIN`, `MIRRORED`, or the seed of random looks.
+        n: number of samples.
     """
     if view not in (PLAIN, MIRRORED):
         return drawn(seeds.raw(view, _VIEW, 3 * n))
@@ -65,7 +65,7 @@ def looks(view: int, n: int) -> Looks:
 
 
 def drawn(raw: NDArray[np.uint64]) -> Looks:
-    """Looks made of random integers (3 N,): row offsets, then column offsets, then flips."""
+    """Looks from random integers (3 N,): row offsets, then column offsets, then flips."""
     rows, columns, flips = raw.reshape(3, -1)
     places = np.uint64(2 * PAD + 1)
     offsets = (rows % places).astype(np.int64), (columns % places).astype(np.int64)
@@ -73,12 +73,13 @@ def drawn(raw: NDArray[np.uint64]) -> Looks:
 
 
 def held_out(digest: str, n: int, share: float) -> NDArray[np.bool_]:
-    """Which samples are never trained on, (N,): the same for the same data, whoever asks.
+    """A mask (N,) of the samples that are never trained on; it depends only on the arguments.
 
     Args:
-        digest: of the images, see `ImageSet`.
-        n: how many there are.
-        share: of them; of two or more, at least one on either side where it is over 0.
+        digest: digest of the images, see `ImageSet`.
+        n: number of images.
+        share: share of the images to hold out. If it is over 0 and there are two images or more, at
+            least one is held out, and at least one is not.
     """
     chosen = np.zeros(n, bool)
     if not share or n < 2:
@@ -99,9 +100,10 @@ def epoch(
 ) -> Iterator[tuple[Indices, Pixels]]:
     """One pass in random order: (indices (B,), pixels uint8 (B, H, W, C)), ceil(N / B) times.
 
-    The last batch is filled up from the head of the same permutation, and again where N < B.
-    `seed` means this epoch: give each epoch its own. Another view than `PLAIN` shows the images
-    so, and `augment` is of no effect then. Of N samples `holdout` is the share that is left out.
+    N counts the samples that are trained on; `holdout` is the share of the images that is left out.
+    The last batch is filled up from the head of the same permutation, repeatedly if N < B. Give
+    each epoch its own `seed`. With another view than `PLAIN`, all images are shown in that view,
+    and `augment` has no effect.
     """
     shown = looks(view, len(images.y))
     trained = np.flatnonzero(~held_out(images.digest, len(images.y), holdout))
@@ -117,7 +119,7 @@ def epoch(
 
 
 def steps(n: int, batch: int) -> int:
-    """Batches of one pass over `n` samples."""
+    """Number of batches in one pass over `n` samples."""
     return -(-n // batch)
 
 
@@ -126,8 +128,8 @@ def batches(
 ) -> Iterator[tuple[Indices, Pixels, int]]:
     """Samples 0..N-1 in order: (indices (B,), pixels uint8 (B, H, W, C), valid).
 
-    Only the first `valid` of a batch count: all B, but in the last one, which is filled up from
-    sample 0 on.
+    Only the first `valid` samples of a batch count. That is all B, except in the last batch, which
+    is filled up from sample 0 on.
     """
     n = len(images.y)
     order, shown = np.resize(np.arange(n), steps(n, batch) * batch), looks(view, n)
@@ -141,7 +143,8 @@ def look(pixels: Pixels, how: Looks) -> Pixels:
     count, height, width, channels = pixels.shape
     padded = np.zeros((count, height + 2 * PAD, width + 2 * PAD, channels), np.uint8)
     padded[:, PAD:-PAD, PAD:-PAD] = pixels
-    # Rows as runs of bytes: a crop copies width * channels bytes at a time. (B, 9, 9, H, W C)
+    # Each row is a run of bytes, so that a crop copies width * channels at a time. `crops` has
+    # shape (B, 9, 9, H, W C).
     lines = padded.reshape(count, height + 2 * PAD, -1)
     crops = sliding_window_view(lines, (height, width * channels), axis=(1, 2))[:, :, ::channels]
     chosen: Pixels = crops[np.arange(count), how.rows, how.columns].reshape(pixels.shape)

@@ -1,4 +1,4 @@
-"""Doing one order on the device that this runs on, by ONNX Runtime."""
+"""Does one order on this device, with ONNX Runtime."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ class CancelledError(StillhouseError):
 
 @dataclass(frozen=True)
 class Desk:
-    """What work on any order needs: the images, the blobs, and who wants to know."""
+    """What work on any order needs: images, blob store, threads, progress and cancellation."""
 
     images: ImageSet
     blobs: BlobStore
@@ -40,11 +40,11 @@ class Desk:
 
 
 def perform(order: Order, artifact: Artifact, kept_file: KeptFile, desk: Desk) -> Outcome:
-    """Train, extract and pack what `order` asks for; the metrics say what each phase cost, too.
+    """Train, extract and pack what `order` asks for; the metrics include the cost of each phase.
 
     Args:
-        order: its blobs are in `desk.blobs`.
-        artifact: the one that the order names, verified.
+        order: the order; its blobs are in `desk.blobs`.
+        artifact: the artifact that the order names, verified.
         kept_file: what an earlier order of this run left (`Outcome.kept_state`); see `order.begin`.
         desk: images, blob store, threads, progress, cancellation.
 
@@ -61,21 +61,21 @@ def perform(order: Order, artifact: Artifact, kept_file: KeptFile, desk: Desk) -
     trained = None
     if order.epochs:
         (trained,) = engine.train([start])
-        start = replace(start, teacher=None)  # its memory is free for what comes now
+        start = replace(start, teacher=None)  # frees its memory
     outcome = finish(start, trained, engine, desk.blobs)
     return replace(outcome, metrics=meter.metrics | outcome.metrics)
 
 
 class OnnxEngine:
-    """The `Engine` of one device: an artifact's graphs, run by stock ONNX Runtime.
+    """The `Engine` of one device: runs an artifact's graphs with stock ONNX Runtime.
 
     Args:
         artifact: opened and verified.
-        desk: says how many threads compute; is told the progress, and may cancel.
+        desk: gives the number of threads, takes progress reports, and may cancel.
         meter: measures the phases "train" and "extract".
 
     Attributes:
-        model: for `begin`.
+        model: the model for `begin`.
     """
 
     def __init__(self, artifact: Artifact, desk: Desk, meter: Meter) -> None:
@@ -92,7 +92,7 @@ class OnnxEngine:
         )
 
     def train(self, starts: Sequence[Start]) -> list[Trained]:
-        """One device's training after the other's; see `Engine.train`.
+        """Train one device after the other; see `Engine.train`.
 
         Raises:
             ArtifactError: the artifact takes no teacher, or has no proximal term.
@@ -102,7 +102,7 @@ class OnnxEngine:
             return [self._train(start) for start in starts]
 
     def _train(self, start: Start) -> Trained:
-        from ondevice.trainer import TrainStep  # with onnxruntime's 19 MB, once they are needed
+        from ondevice.trainer import TrainStep  # imports onnxruntime (19 MB) only when needed
 
         order, teacher, labels = start.order, start.teacher, start.images.y
         manifest, digest = self._artifact.manifest, self._artifact.digest
@@ -137,7 +137,7 @@ class OnnxEngine:
             loss += float(step.loss)
             correct += float(step.correct)
             self._desk.progress("train", done, start.steps)
-        # What a proximal term pulls toward is set anew by each training.
+        # The anchors of a proximal term are left out: each training sets them anew.
         state = {n: array for n, array in step.state.items() if not n.startswith(ANCHOR)}
         flops = manifest.micro_batches * manifest.graphs["train"].flops
         return Trained(state, loss, correct, flops)
@@ -145,7 +145,7 @@ class OnnxEngine:
     def extract(
         self, start: Start, state: Mapping[str, NDArray[Any]], *, maps: bool
     ) -> Iterator[Extracted]:
-        """One micro-batch after the other; see `Engine.extract`.
+        """Yield the outputs of each micro-batch; see `Engine.extract`.
 
         Raises:
             CancelledError: a newer order came.

@@ -18,25 +18,25 @@ from orchestrator.broker import Broker
 
 ROOT = Path(__file__).parent.parent
 
-# How long an example takes, or its making, says nothing but how busy the machine is.
+# The time of an example, or of making it, only shows how busy the machine is.
 hypothesis.settings.register_profile(
     "stillhouse", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("stillhouse")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job, and inherited
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # inherited from a shell's background job
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Seed PyTorch before a test's fixtures: its weights do not depend on the tests before it."""
+    """Seed PyTorch before a test's fixtures, so that weights do not depend on earlier tests."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 
 
 def free_port() -> int:
-    """A free port below those that the system gives to whoever asks for any."""
+    """A free port below the range from which the system assigns ports."""
     for port in range(20_000 + os.getpid() % 10_000, 32_768):
         with contextlib.suppress(OSError), socket.socket() as trial:
             trial.bind(("127.0.0.1", port))
@@ -45,14 +45,14 @@ def free_port() -> int:
 
 
 class Processes:
-    """Processes of a test, each with its log; all are ended with it."""
+    """Processes of a test, each with its log; all are ended when the test ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *command: str | Path) -> "subprocess.Popen[bytes]":
-        """Start `python -m COMMAND...`."""
+        """Start `python -m COMMAND...` under a name."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
                 [sys.executable, "-m", *map(str, command)],
@@ -64,11 +64,11 @@ class Processes:
         return self.running[name]
 
     def pause(self, name: str) -> None:
-        """Stop a process where it is; it hears and answers nothing until `resume`."""
+        """Suspend a process; it neither reads nor answers anything until `resume`."""
         self.running[name].send_signal(signal.SIGSTOP)
 
     def resume(self, name: str) -> None:
-        """Let a paused process go on."""
+        """Let a paused process continue."""
         self.running[name].send_signal(signal.SIGCONT)
 
     def kill(self, name: str) -> None:
@@ -80,7 +80,7 @@ class Processes:
         return (self.folder / f"{name}.log").read_text()
 
     def wait_for(self, what: str, condition: Callable[[], bool], timeout_s: float = 300.0) -> None:
-        """Wait until `condition` holds; on time-out show the ends of all logs."""
+        """Wait until `condition` is true; on time-out, show the ends of all logs."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
@@ -91,7 +91,7 @@ class Processes:
     def end(self) -> None:
         for process in self.running.values():
             process.terminate()
-            process.send_signal(signal.SIGCONT)  # one that is paused cannot end
+            process.send_signal(signal.SIGCONT)  # a paused process cannot end
         for process in self.running.values():
             try:
                 process.wait(20)
@@ -102,7 +102,7 @@ class Processes:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """One thread for PyTorch and numpy: on a busy machine two wait for each other."""
+    """Limits PyTorch and numpy to one thread: on a busy machine, threads wait for each other."""
     from benchmarks.codec import turns
 
     with turns.one_thread():
@@ -111,7 +111,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[Processes]:
-    """Start processes in the test's folder."""
+    """Starts processes in the test's folder."""
     made = Processes(tmp_path)
     yield made
     made.end()
@@ -128,7 +128,7 @@ def any_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broke
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Handwritten digits, 3 devices of 64 images, 100 held out."""
+    """A folder of handwritten digits: 3 devices with 64 images each, 100 images held out."""
     folder = tmp_path_factory.mktemp("digits")
     datasets.build("digits", folder, devices=3, per_device=64, heldout_samples=100)
     return folder
@@ -141,7 +141,7 @@ class Disk:
         self.path = path
 
     def fill(self, leave: int = 0) -> None:
-        """Leave no room, or so many bytes."""
+        """Fill the disk, but for `leave` bytes."""
         with (self.path / "fill").open("ab", buffering=0) as file, contextlib.suppress(OSError):
             for size in (1 << 16, 1 << 10, 1):
                 with contextlib.suppress(OSError):
@@ -158,7 +158,7 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A file system of 8 MiB; skipped where none can be mounted."""
+    """A file system of 8 MiB; the test is skipped if none can be mounted."""
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]

@@ -27,9 +27,9 @@ from typing import Any, Literal, TypeVar
 from wire.errors import SettingsError, StillhouseError
 
 T = TypeVar("T")
-MAX_NAME = 255  # bytes of a file's name, on nearly every file system
-_DEEPEST = 32  # lists and tables within each other, in a file
-_LARGEST = 1 << 63  # of TOML's whole numbers
+MAX_NAME = 255  # bytes of a file's name, the limit of nearly every file system
+_DEEPEST = 32  # levels of nested lists and tables in a file
+_LARGEST = 1 << 63  # TOML's whole numbers are below this
 
 
 def build(
@@ -44,14 +44,14 @@ def build(
 
     Args:
         cls: a dataclass.
-        mapping: comes from outside.
+        mapping: the untrusted input.
         where: how to name the mapping in messages ("agent.toml", "birth message of pi-3").
         error: the class to raise.
         strict: refuse unknown keys; otherwise ignore them, in nested dataclasses too.
 
     Raises:
-        error: a key is unknown or missing, or its value has the wrong type; the message names the
-            key, and for an unknown one the nearest known key.
+        error: a key is unknown or missing, or its value has the wrong type or range; the message
+            names the key, and for an unknown one the nearest known key.
     """
     if not isinstance(mapping, Mapping):
         raise error(f"{where}: expected a table of settings, got {type(mapping).__name__}")
@@ -100,11 +100,12 @@ def load(cls: type[T], path: Path) -> T:
 
 
 def toml(text: str, where: str) -> dict[str, Any]:
-    """What a TOML text holds.
+    """The table in a TOML text.
 
     Raises:
-        tomllib.TOMLDecodeError: it is not TOML.
-        SettingsError: it is TOML that no program takes; the message names `where`.
+        tomllib.TOMLDecodeError: the text is not TOML.
+        SettingsError: a number is too long, or lists and tables are nested too deeply; the message
+            names `where`.
     """
     try:
         return tomllib.loads(text)
@@ -119,10 +120,10 @@ def toml(text: str, where: str) -> dict[str, Any]:
 
 
 def of_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Make a `cls` of what a TOML file holds.
+    """The `cls` that the table of a TOML file describes.
 
     Raises:
-        SettingsError: it is not a `cls`; the message names `where`.
+        SettingsError: the table does not describe a `cls`; the message names `where`.
     """
     _refuse_unusable(table, where)
     return build(cls, table, where=where, error=SettingsError)
@@ -136,7 +137,7 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def _refuse_unusable(value: object, where: str, at: str = "", depth: int = 0) -> None:
-    """Refuse values that TOML allows and no setting takes, which checks of ranges may let pass."""
+    """Refuse values that TOML allows and no setting takes; checks of ranges may not catch them."""
     place = f"{where}: {at}"
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingsError(f"{place}: expected a finite number, got {value}")
@@ -160,7 +161,7 @@ def _too_deep(where: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that may have been meant, in capitals or not; "" where none is near."""
+    """The known word nearest to `word`, whatever its capitals; "" if none is near."""
     spelled = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), spelled, n=1)
     return spelled[near[0]] if near else ""
@@ -180,10 +181,10 @@ def plain(record: object) -> Any:
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with `~` expanded, also in `--option=~/x`, where shells leave it.
+    """Command-line arguments with `~` expanded, also in `--option=~/x`, which shells do not expand.
 
     Raises:
-        SettingsError: an argument is `~user`, and there is no such user here.
+        SettingsError: an argument is `~user`, and this machine has no such user.
     """
     result = []
     for argument in arguments:
@@ -248,7 +249,7 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
 
 
 def _named(hint: Any) -> str:
-    """The name of a type for messages; of a union, all members that a file can hold."""
+    """The name of a type for messages; for a union, all members that a file can hold."""
     if typing.get_origin(hint) is types.UnionType:
         members = (m for m in typing.get_args(hint) if m is not types.NoneType)
         return " or ".join(map(_named, members))
@@ -259,7 +260,7 @@ def _named(hint: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value for messages, without what stands before an @ in a URL: it may be a password."""
+    """A value for messages, without the part of a URL before an @, which may be a password."""
     return re.sub(r"//.*(@|%40)", r"//***\1", repr(value), flags=re.DOTALL)[:60]
 
 

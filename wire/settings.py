@@ -1,8 +1,8 @@
 """Settings files that programs write and people edit: TOML with comments.
 
-A `Template` has the lines of such a file by their keys. `render` writes them, with other values
-where these are asked for; `parse` reads those from a command line, `--set device.lr=0.05`. A key is
-dotted: `device.lr` stands as `lr` under `[device]`.
+A `Template` holds the lines of such a file by their keys. `parse` reads changes from a command
+line, such as `--set device.lr=0.05`, and `render` writes the file with them. Keys are dotted:
+`device.lr` is `lr` under `[device]`.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 from wire import records
 from wire.errors import SettingsError
 
-WIDTH = 98  # of a comment on lines of its own
+WIDTH = 98  # characters, of a comment on lines of its own
 COMMENT_STOP = 4  # comments of a table begin in one column, a multiple of this
-LONGEST_ALIGNED = 30  # characters; behind a longer setting the comment follows at once
+LONGEST_ALIGNED = 30  # characters; after a longer setting, the comment is not aligned
 _BARE = re.compile(r"[A-Za-z0-9_-]+")  # keys that need no quotes
 
 
@@ -29,9 +29,9 @@ class Setting(NamedTuple):
     """One line of a settings file.
 
     Attributes:
-        value: what a dataclass's field can be built of.
-        comment: what people read behind it.
-        example: the line is a comment as a whole, a setting that some will want.
+        value: a value from which the dataclass's field can be built.
+        comment: the comment after the value.
+        example: whether the whole line is commented out, as a setting that some people will want.
     """
 
     value: Any
@@ -41,11 +41,11 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A settings file before anybody chose anything.
+    """A settings file with its default values.
 
     Attributes:
-        record: the dataclass that is built of the file.
-        about: paragraphs that the file begins with, as a comment.
+        record: the dataclass that is built from the file.
+        about: paragraphs of the comment at the top of the file.
         lines: the settings by key, in the order of the file.
     """
 
@@ -55,15 +55,14 @@ class Template:
 
 
 def parse(record: type, texts: Iterable[str], option: str = "--set") -> dict[str, Any]:
-    """The values by key of texts KEY=VALUE.
+    """The values in texts KEY=VALUE, by key.
 
-    A value is TOML (`0.05`, `true`, `["bolt", "nut"]`); where text or a path is expected, its
-    quotes may be left out. Behind a key of free settings stands one of them:
-    `strategy_settings.beta=0.5`.
+    A value is TOML (`0.05`, `true`, `["bolt", "nut"]`); text and paths may be written without
+    quotes. In a table of free settings, any key may be set: `strategy_settings.beta=0.5`.
 
     Raises:
-        SettingsError: no such key (the message names the nearest), a key is given twice, or a value
-            cannot be read.
+        SettingsError: there is no such key (the message names the nearest), a key is given twice,
+            or a value cannot be read.
     """
     hints = keys(record)
     values: dict[str, Any] = {}
@@ -90,10 +89,10 @@ def parse(record: type, texts: Iterable[str], option: str = "--set") -> dict[str
 
 
 def check(template: Template, changes: Mapping[str, Any], option: str = "--set") -> None:
-    """Return if the file with these values is one that can be loaded.
+    """Return if the file with these values can be loaded.
 
     Raises:
-        SettingsError: a value is of the wrong type or out of range, or two do not go together.
+        SettingsError: a value has the wrong type or is out of range, or two values do not fit.
     """
     chosen = {key: line.value for key, line in template.lines.items() if not line.example}
     table: dict[str, Any] = {}
@@ -111,17 +110,17 @@ def render(template: Template, changes: Mapping[str, Any], option: str = "--set"
 
     Args:
         template: the file.
-        changes: values by key; a key that the template has not is added to its table.
+        changes: values by key; a key that the template lacks is added to its table.
         option: where the changes come from, for messages.
 
     Raises:
-        SettingsError: as `check`.
+        SettingsError: see `check`.
     """
     check(template, changes, option)
     lines = dict(template.lines)
     for key, value in changes.items():
         lines[key] = Setting(value, lines[key].comment if key in lines else "")
-    tables: dict[str, dict[str, Setting]] = {"": {}}  # what has no table comes first
+    tables: dict[str, dict[str, Setting]] = {"": {}}  # keys without a table come first
     for key, line in lines.items():
         table, _, name = key.rpartition(".")
         tables.setdefault(table, {})[name] = line
@@ -133,7 +132,7 @@ def render(template: Template, changes: Mapping[str, Any], option: str = "--set"
 
 
 def keys(record: type, before: str = "") -> dict[str, Any]:
-    """The type of every setting of a dataclass by its dotted key."""
+    """The type of every setting of a dataclass, by its dotted key."""
     found: dict[str, Any] = {}
     for name, hint in records.hints(record).items():
         if dataclasses.is_dataclass(hint):
@@ -144,7 +143,7 @@ def keys(record: type, before: str = "") -> dict[str, Any]:
 
 
 def _hint(key: str, hints: Mapping[str, Any]) -> Any:
-    """The type of a key's value; None where there is no such key."""
+    """The type of a key's value; None if there is no such key."""
     if key in hints:
         return hints[key]
     for name, hint in hints.items():
@@ -155,7 +154,7 @@ def _hint(key: str, hints: Mapping[str, Any]) -> Any:
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:
-    """What may have been meant by an unknown key."""
+    """A message that says which key may have been meant by an unknown one."""
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         return f"{key} is a table; name one of its keys: {', '.join(inside)}"
@@ -176,7 +175,7 @@ def _nearest(key: str, known: Iterable[str]) -> str:
 
 
 def _value(hint: Any, text: str, where: str) -> Any:
-    """TOML, or the text as it is; whether it is what was expected is seen when it is built."""
+    """The value of a TOML text, or the text itself; its type is checked later."""
     quoted = text[:1] in ('"', "'")
     if _takes_text(hint) and not quoted:
         return text
@@ -199,7 +198,7 @@ def _takes_text(hint: Any) -> bool:
 
 
 def _aligned(settings: Mapping[str, Setting]) -> str:
-    """The lines of one table."""
+    """The lines of one table, with aligned comments."""
     texts = {
         name: f"{'# ' if line.example else ''}{name} = {_toml(line.value)}"
         for name, line in settings.items()
@@ -215,7 +214,7 @@ def _aligned(settings: Mapping[str, Setting]) -> str:
 
 
 def _key(name: str) -> str:
-    """A key as TOML takes it: in quotes where it must be."""
+    """A key as TOML needs it: in quotes if necessary."""
     return name if _BARE.fullmatch(name) else _toml(name)
 
 
@@ -223,7 +222,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str | Path):
-        # JSON's escapes are TOML's, but for the one character that JSON leaves as it is.
+        # JSON's escapes are valid in TOML; but TOML also wants DEL escaped, which JSON does not.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"

@@ -1,9 +1,9 @@
 """Named tensors in a frame: the form in which weights, updates, features and logits are sent.
 
 The header holds `seed` and a list of the tensors in the order of the body. Each entry has name,
-dtype, shape and codec spec; if its codec has no fixed size (`zstd`), also `size`, the bytes that it
-takes. The body holds the encoded tensors one after another, without gaps. Integers are sent as they
-are (spec "raw").
+dtype, shape and codec spec; if its codec has no fixed size (`zstd`), also `size`, the length of the
+encoded tensor in bytes. The body holds the encoded tensors one after another, without gaps.
+Integers are sent as they are (spec "raw").
 
 A **policy**, MATRICES[/VECTORS], names the codecs of a model's tensors: `hadamard|q=4`, or
 `eden|b=2/float16`. The first codec is for weight matrices and filters, which have two dimensions or
@@ -50,7 +50,7 @@ class Policy:
         return f"{self.matrices.spec}/{self.vectors.spec}"
 
     def codec(self, axes: int) -> Codec:
-        """The codec for a tensor with so many axes."""
+        """The codec for a tensor with this many axes."""
         return self.matrices if axes >= 2 else self.vectors
 
 
@@ -258,12 +258,12 @@ def unpack(
         most: how many values all tensors together may have. This is checked before anything is
             decoded: a subsampled or compressed body may be thousands of times smaller than its
             values.
-        spec: the policy that the float tensors must follow, or the codec of each by its name
-            (float32 for a name that is missing). None accepts any codec.
+        spec: the policy that the float tensors must follow, or the codec of each tensor by name
+            (float32 for a missing name). None accepts any codec.
 
     Raises:
         CodecError: the header is malformed, there are too many values, a codec is not the agreed
-            one, or a body does not fit its entry.
+            one, or an encoded tensor does not fit its entry.
     """
     encoded = parts(frame, where=where, most=most, spec=spec)
     return {name: part.array() for name, part in encoded.items()}

@@ -85,7 +85,7 @@ def _entries(sampled: samples.Samples) -> list[Contender]:
 
 
 def _bits(entry: Contender) -> float:
-    """Bits a value of a peer's encoding: bytes, an array, or PyTorch's groups of tensors."""
+    """Bits per value of a peer's encoding: bytes, an array, or PyTorch's groups of tensors."""
     sent = entry.encode()
     if isinstance(sent, list):
         size = sum(tensor.nbytes for group in sent for tensor in group)

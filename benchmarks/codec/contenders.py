@@ -1,9 +1,9 @@
 """The contenders: Stillhouse's codecs, and peers that do a part of the same work.
 
 PyTorch's Hadamard transform is the in-place butterfly of log2(n) passes that the published code of
-DRIVE and EDEN uses. Here it has our blocks of 4,096, as many at a time as ours, and our quantizer:
-from minimum to maximum with stochastic rounding, two levels a byte. Like ours it draws signs and
-roundings from a seed, but by PyTorch's generator. It leaves out an incomplete last block.
+DRIVE and EDEN uses. Here it works on blocks of 4,096 values, as many at a time as our codec, and
+quantizes as we do: from minimum to maximum with stochastic rounding, two levels a byte. It draws
+signs and roundings from a seed, with PyTorch's generator. It leaves out an incomplete last block.
 """
 
 import math
@@ -140,7 +140,7 @@ def pytorch(values: Floats) -> Contender:
         for low, step, packed in sent:
             rows = torch.stack((packed & 15, packed >> 4), dim=2).view(len(packed), BLOCK).float()
             turned = signs(len(rows), random)
-            torch.rand(rows.shape, generator=random)  # skip what the roundings drew
+            torch.rand(rows.shape, generator=random)  # skip the numbers that the roundings drew
             decoded_groups.append(butterfly(rows.mul_(step).add_(low)).mul_(turned))
         decoded: Floats = torch.cat(decoded_groups).view(-1).numpy()
         return decoded

@@ -22,7 +22,7 @@ class Size:
     """Size and error of one codec on one kind of values, both measured.
 
     Attributes:
-        bits: bits a value of the encoded bytes.
+        bits: encoded bits per value.
         error: squared error divided by squared norm (vNMSE).
     """
 
@@ -32,11 +32,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Rate:
-    """Values a second in one direction: median, lowest, highest of the rounds.
+    """Values per second in one direction: median, lowest and highest of the rounds.
 
     Attributes:
-        to_pytorch, to_copy: the ratio to PyTorch's Hadamard transform with 4 bits, and to a copy
-            of the values in memory, in the same direction; medians over the rounds.
+        to_pytorch, to_copy: rate divided by PyTorch's 4-bit Hadamard transform's in the same
+            direction, and by a memory copy's; medians over the rounds.
     """
 
     median: float
@@ -107,8 +107,8 @@ def _rate(turns: Sequence[float], torch: Sequence[float], copy: Sequence[float])
 def kashin(of: Mapping[str, Size]) -> dict[int, float]:
     """Kashin's error over Hadamard's at equal bytes, for q = 1 to 4; below 1 Kashin is better.
 
-    Kashin's bits a value lie between those of Hadamard at q and at q + 1 bits. Hadamard would take
-    as many bytes with some blocks at q bits and the others at q + 1; its error is their mean.
+    Kashin takes more bits a value than Hadamard at q bits, and fewer than at q + 1. Hadamard would
+    take as many bytes with some blocks at q bits and the others at q + 1; its error is their mean.
     """
     ratios = {}
     for q in range(1, 5):
@@ -145,7 +145,7 @@ def updates_table(size: Mapping[str, Mapping[str, Size]], rate: Mapping[str, Any
 
 
 def features_table(size: Mapping[str, Size], rate: Mapping[str, Any]) -> Table:
-    """Codecs of feature maps."""
+    """The table of the codecs for feature maps."""
     table = _table("Feature maps behind a ReLU", "error")
     for spec in contenders.FEATURES:
         cells = (f"{size[spec].bits:.3f}", f"{size[spec].error:.3g}")

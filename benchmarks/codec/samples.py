@@ -23,8 +23,8 @@ class Samples:
 
     Attributes:
         normal, lognormal: vectors of the same length; the second is exp(z) with random signs.
-        update: by tensor, the change of `caldas_cnn` in its last steps.
-        maps: (N, 16, 32, 32), behind the ReLU of `resnet8`'s extractor.
+        update: the change of `caldas_cnn` in its last steps, by tensor.
+        maps: (N, 16, 32, 32), feature maps after the ReLU of `resnet8`'s extractor.
     """
 
     normal: Floats
@@ -99,6 +99,6 @@ def _train(net: object, images: Images, steps: int) -> None:
 
 
 def _pixels(x: NDArray[np.uint8]) -> Floats:
-    """(N, H, W, C) bytes to (N, C, H, W) of mean and deviation near 0 and 1."""
+    """Pixels (N, C, H, W) with mean near 0 and deviation near 1, from bytes (N, H, W, C)."""
     scaled = (x.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.3)
     return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))

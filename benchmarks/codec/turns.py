@@ -1,8 +1,8 @@
 """Lets contenders take turns, each for a moment in every round, on one thread.
 
 `benchmarks.race` gives every contender a process, for turns of a second and to measure its memory.
-Here about forty functions of a few milliseconds share one process. As there, the order changes from
-round to round, and ratios are taken within a round, so that a slow moment hits all alike.
+Here about forty functions of a few milliseconds share one process. Both change the order from round
+to round and take ratios within a round, so that a slow moment hits all alike.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from benchmarks.codec.contenders import Contender
 
 @dataclass
 class Course:
-    """What one contender did: values a second, by round."""
+    """The results of one contender: values per second in each round."""
 
     name: str
     encode: list[float] = field(default_factory=list)
@@ -25,11 +25,11 @@ class Course:
 
 
 def run(contenders: Sequence[Contender], *, rounds: int, seconds: float) -> list[Course]:
-    """Let all take turns of `seconds`, half of it for each direction."""
+    """Let all contenders take turns of `seconds`, half of it for each direction."""
     courses = [Course(contender.name) for contender in contenders]
     sent = [contender.encode() for contender in contenders]
     for contender, body in zip(contenders, sent, strict=True):
-        contender.decode(body)  # the first call makes tables
+        contender.decode(body)  # not timed: the first call makes tables
     with one_thread():
         for number in range(rounds):
             for i in random.Random(number).sample(range(len(contenders)), len(contenders)):
@@ -41,7 +41,7 @@ def run(contenders: Sequence[Contender], *, rounds: int, seconds: float) -> list
 
 
 def _rate(work: Callable[[], object], values: int, seconds: float) -> float:
-    """Values a second, from at least one call."""
+    """Values per second, from at least one call."""
     done, elapsed, began = 0, 0.0, time.perf_counter()
     while not done or elapsed < seconds:
         work()

@@ -1,1 +1,1 @@
-"""What a FedGKT device's feature maps give away; see `python -m benchmarks.leak --help`."""
+"""Measures how much a FedGKT device's feature maps reveal; see `benchmarks.leak.__main__`."""

@@ -62,7 +62,7 @@ from wire.errors import SettingsError
 
 VICTIMS, SHOWN = 500, 8
 SIZE = (32, 32)
-PART = 64  # images in a pass without training
+PART = 64  # images in one pass without training
 
 
 class Pictures(NamedTuple):
@@ -85,7 +85,7 @@ class Scene:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 0, or 2 where the input is bad."""
+    """Measure; return 0, or 2 if the input is bad."""
     parser = command.parser("leak", __doc__)
     parser.add_argument("--data", default="cifar10", help="a data set, or the path of an .npz")
     parser.add_argument("--heldout", type=Path, help="its held-out set, where --data is a path")
@@ -123,7 +123,7 @@ def _measure(options: argparse.Namespace) -> None:
     accuracy = _accuracy(scene.device, _normalised(scene.test.x), scene.test.y)
     minutes = (time.monotonic() - began) / 60
     settings = {name: str(value) for name, value in vars(options).items()}
-    for name in ("data", "heldout", "public"):  # folders are nobody else's business
+    for name in ("data", "heldout", "public"):  # do not publish the paths of folders
         settings[name] = Path(settings[name]).name
     console = Console(width=None if sys.stdout.isatty() else 130)
     console.print(
@@ -255,7 +255,7 @@ def _normalised(x: Tensor) -> Tensor:
 
 
 def _cut(scene: Scene, model: str) -> nn.Module:
-    """The trained network's extractor up to the cut of `model`, a network with the same tensors."""
+    """The trained network's extractor, up to the cut of `model`, which has the same tensors."""
     net: Any = models.build(model, classes=scene.classes)
     trained = scene.device.state_dict().values()
     net.load_state_dict(dict(zip(net.state_dict(), trained, strict=True)))

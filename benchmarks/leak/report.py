@@ -11,7 +11,7 @@ from benchmarks.leak.sending import RELEASES
 
 
 def table(figures: Sequence[Mapping[str, Any]]) -> Table:
-    """A table with one row a setting."""
+    """A table with one row for each setting."""
     shown = Table(box=None)
     for title in ("setting", "bytes", "PSNR, dB", "SSIM", "accuracy, %", "epsilon",
                   f"of {RELEASES}"):  # fmt: skip
@@ -30,7 +30,7 @@ def table(figures: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def draw(path: Path, rows: Mapping[str, Tensor]) -> None:
-    """Draw the images, one row a setting and one column a victim, with the originals first."""
+    """Draw the images: a row for each setting, a column for each victim, the originals first."""
     from matplotlib.figure import Figure
 
     columns = len(next(iter(rows.values())))

@@ -1,4 +1,4 @@
-"""The ways to send H (cut, codec and noise), and the privacy that the noise gives."""
+"""The ways to send feature maps H (cut, codec and noise), and the privacy from the noise."""
 
 import difflib
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ RECORD = 32  # samples in a payload's record, as an agent sends them
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to send H: the network whose extractor makes it, the codec, and the noise."""
+    """One way to send H: the network whose extractor makes H, the codec, and the noise."""
 
     name: str
     model: str = "resnet8"
@@ -38,7 +38,7 @@ SETTINGS = (
 
 
 class Sent(NamedTuple):
-    """H (N, C, 32, 32) as the server decodes them, and their size as sent."""
+    """H (N, C, 32, 32) as the server decodes it, and its size as sent."""
 
     maps: Tensor
     bytes_a_sample: float
@@ -65,9 +65,9 @@ def send(maps: Tensor, setting: Setting, *, clip: float, seed: int) -> Sent:
     """H (N, C, H, W) after noise and codec.
 
     Args:
-        maps: the extractor's output.
-        setting: how they are sent.
-        clip: the L2 norm C to which maps are clipped before noise is added.
+        maps: H, the extractor's output.
+        setting: the codec and the noise.
+        clip: the L2 norm C to which H is clipped before noise is added.
         seed: seeds the noise.
     """
     random = torch.Generator().manual_seed(seed)
@@ -95,7 +95,7 @@ def noised(maps: Tensor, sigma: float, clip: float, random: torch.Generator) -> 
 def epsilon(sigma: float, releases: int = 1) -> float:
     """Epsilon of (epsilon, DELTA)-DP after `releases` of one sample, each with noise sigma * C.
 
-    Two maps of norm C or less are at most 2 C apart, so the noise is sigma / 2 times the
+    Two maps with norms up to C are at most 2 C apart, so the noise is sigma / 2 times the
     sensitivity.
     """
     import dp_accounting
@@ -103,7 +103,7 @@ def epsilon(sigma: float, releases: int = 1) -> float:
 
     orders = (
         1 + np.logspace(-4, 3, 400)
-    ).tolist()  # the best order is high for strong noise, near 1 for weak
+    ).tolist()  # the best Renyi order is high for strong noise, near 1 for weak
     accountant = rdp.RdpAccountant(orders, dp_accounting.NeighboringRelation.REPLACE_ONE)
     accountant.compose(dp_accounting.GaussianDpEvent(sigma / 2), releases)
     return float(accountant.get_epsilon(DELTA))

@@ -95,7 +95,7 @@ def _measure(options: argparse.Namespace) -> None:
 def _entries(
     options: argparse.Namespace, scratch: Path
 ) -> tuple[dict[str, Contender], list[Course]]:
-    """The contenders, and a course for each, also for those that cannot take part."""
+    """The contenders, and a course for each, even if it cannot take part."""
     contenders: dict[str, Contender] = {}
     courses = [Course(name) for name in ALL if name not in options.without]
     for course in courses:
@@ -116,7 +116,7 @@ def _run(
     contenders: dict[str, Contender], courses: Sequence[Course], options: argparse.Namespace,
     scratch: Path,
 ) -> None:  # fmt: skip
-    """Let all take turns; if Flower fails it is left out, if another fails the benchmark ends."""
+    """Let all take turns. If Flower fails, it is left out; if ours fails, the benchmark ends."""
     running = [course for course in courses if course.name in contenders]
     timed = Plan(options.devices, options.rounds)
     weighed = Plan(options.devices, min(options.rounds, WEIGHED_ROUNDS), weighed=True)
@@ -136,7 +136,7 @@ def _run(
 
 @contextlib.contextmanager
 def _leaving(course: Course) -> Iterator[None]:
-    """Within the block, a failure of Flower is noted; one of ours ends the benchmark."""
+    """Within the block, a failure of Flower is recorded; a failure of ours ends the benchmark."""
     try:
         yield
     except (ContenderError, BrokerError) as fault:

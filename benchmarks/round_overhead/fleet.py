@@ -1,7 +1,7 @@
 """Stillhouse for one turn: a broker, agents and an orchestrator, each in a separate process.
 
-The agents are `edge-agent run` with a configuration like that of `edge-agent init`, and with their
-journals. The orchestrator is `orchestrate`, which leaves out training and nothing else.
+The agents are `edge-agent run` with a configuration as `edge-agent init` writes it, and with their
+journals. The orchestrator is `orchestrate`, which leaves out only training.
 """
 
 import json
@@ -63,7 +63,7 @@ class Fleet:
         """Do a turn in an empty folder.
 
         Raises:
-            ContenderError, BrokerError: why it could not be done.
+            ContenderError, BrokerError: the turn could not be done; the message says why.
         """
         run_artifact = folder / "runs" / "run" / "artifact"
         if self._artifact.exists():

@@ -1,7 +1,7 @@
 """Flower for one turn: a SuperLink and SuperNodes, started as its documentation says.
 
-State is in memory, without TLS, over loopback. A SuperNode starts a separate process for each
-message to its ClientApp (isolation "subprocess", the default). The app is `flower_app`.
+They keep state in memory, and talk over loopback without TLS. A SuperNode starts a separate process
+for each message to its ClientApp (isolation "subprocess", the default). The app is `flower_app`.
 """
 
 import json
@@ -76,7 +76,7 @@ class Flower:
         """Do a turn in an empty folder.
 
         Raises:
-            ContenderError: why it could not be done.
+            ContenderError: the turn could not be done; the message says why.
         """
         link, *ports = _free_ports(plan.devices + 1)
         address, out = f"127.0.0.1:{link}", folder / "rounds.json"

@@ -1,4 +1,4 @@
-"""The app that Flower runs in its environment: FedAvg over arrays that come back at once.
+"""The app that Flower runs in its environment: FedAvg over arrays that nodes return at once.
 
 Each node adds a different number to the arrays, because real updates differ: Flower stores objects
 by their hash, and would send four equal updates as one.

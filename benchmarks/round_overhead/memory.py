@@ -1,7 +1,8 @@
 """Memory of a process and its descendants, as the kernel counts it.
 
-RSS counts a page in every process that maps it. PSS (proportional set size) divides the page by the
-number of these processes. So it adds up, but it depends on who else maps the same libraries.
+RSS counts a page in every process that maps it. PSS (proportional set size) divides each page by
+the number of processes that map it. PSS of processes can be added, but it depends on which others
+map the same libraries.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of memory, and the number of processes that have them."""
+    """Bytes of memory, and the number of processes that use them."""
 
     rss: int = 0
     pss: int = 0
@@ -41,9 +42,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Weights:
-    """Memory of each device before its first order, after the last one, and at its highest.
+    """Memory of each device before its first order, after the last one, and at its peak.
 
-    `server` is the server's highest.
+    `server` is the server's peak.
     """
 
     fresh: tuple[Memory, ...]

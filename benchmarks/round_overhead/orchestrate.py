@@ -2,9 +2,9 @@
 
     python -m benchmarks.round_overhead.orchestrate RUN.TOML
 
-Devices then subtract the order's weights from themselves, and pack, journal and send the zeros like
-any other update: float32 is four bytes a value, whatever the value. The seconds of each round, and
-figures from the report, go to rounds.json beside the configuration.
+Devices then return an update of zeros, which they pack, journal and send like any other: float32 is
+four bytes a value, whatever the value. The seconds of each round, and figures from the report, are
+written to rounds.json beside the configuration.
 """
 
 import json
@@ -26,7 +26,7 @@ from wire.messages import Birth, Order
 
 
 class NoTraining(FedAvg):
-    """FedAvg whose devices return at once."""
+    """FedAvg whose devices return without training."""
 
     def orders(
         self, state: GlobalModel, round_: int, sequence: int, cohort: Mapping[str, Birth]
@@ -37,7 +37,7 @@ class NoTraining(FedAvg):
 
 
 def main(path: Path) -> None:
-    """Do the run; a round ends when its checkpoint is written and the next one's orders are out."""
+    """Do the run; a round ends when its checkpoint is written and the next orders are out."""
     ends: list[float] = []
 
     def changed(report: Report) -> None:

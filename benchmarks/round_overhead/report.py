@@ -14,7 +14,7 @@ FLOWER = "flower"
 
 @dataclass
 class Course:
-    """What one contender did: its turns, or why it stopped."""
+    """The results of one contender: its turns, or why it stopped."""
 
     name: str
     note: str = ""
@@ -32,9 +32,9 @@ class Figure:
         failed: why it has no figures, or "".
         seconds: duration of each round, turn by turn.
         median, lowest, highest: seconds of all rounds.
-        of_flower: a turn's median round divided by Flower's of the same turn; the median of these.
+        of_flower: a turn's median round divided by Flower's in the same turn; median of the turns.
         returned: how many devices' updates were aggregated in each round, for all turns.
-        bytes_up, bytes_down: bytes of a round for all devices together, median; None if unknown.
+        bytes_up, bytes_down: median bytes of a round for all devices together; None if unknown.
         weights: memory, from a separate turn.
     """
 

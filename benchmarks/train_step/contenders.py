@@ -1,8 +1,8 @@
 """The contenders that run in this environment, each in a process: `NAME FOLDER THREADS`.
 
 All start from the same weights and batch, treat denormals as zero, and read the loss after every
-step. PyTorch's use its fused SGD, the fastest that it has for a CPU. A contender imports only what
-it needs, since its memory is measured.
+step. Those of PyTorch use its fused SGD, the fastest that it has for a CPU. A contender imports
+only what it needs, since its memory is measured.
 """
 
 import sys

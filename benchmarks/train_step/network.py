@@ -53,7 +53,7 @@ def default_task(model: str, shape: tuple[int, int, int]) -> Task:
 
 
 def flops_per_image(chosen: Setting, folder: Path) -> float:
-    """2 x multiply-adds of convolutions and matrix products, forward and backward, of one image."""
+    """FLOPs of one image, both passes: 2 x multiply-adds of convolutions and matrix products."""
     batch = {key: torch.from_numpy(array) for key, array in chosen.load_batch(folder).items()}
     with FlopCounterMode(display=False) as counter:
         Objective(chosen).train()(**batch).backward()

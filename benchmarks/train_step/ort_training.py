@@ -80,7 +80,7 @@ def train(folder: Path, threads: int) -> Prepared:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Generate, or work as the contender."""
+    """Run `generate`, or work as the contender."""
     _skip_torch()
     command, folder, *threads = arguments
     if command == "generate":

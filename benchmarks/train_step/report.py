@@ -14,7 +14,7 @@ EAGER = ("pytorch", "pytorch-channels-last")
 
 @dataclass(frozen=True)
 class Figure:
-    """A contender's figures; if it failed, the reason, and zeros.
+    """A contender's figures; if it failed, the reason and zeros.
 
     Attributes:
         name: the contender's name.
@@ -22,8 +22,8 @@ class Figure:
         failed: why it has no figures, or "".
         images_per_s: one for each round.
         median, lowest, highest: of `images_per_s`.
-        to_stillhouse, to_eager: ratio of images/s to Stillhouse's, and to the better eager
-            layout's, if one took part; medians over the rounds.
+        to_stillhouse, to_eager: images/s divided by Stillhouse's, and by the better eager layout's
+            (None if no eager one took part); medians over the rounds.
         gemm_share: share of the machine's peak, 0 to 1.
         peak_bytes: peak of resident memory.
         first_loss: the loss before any update.
@@ -45,7 +45,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Run:
-    """All figures for one number of threads; `gemm_flops_per_s` has one value a round."""
+    """All figures for one number of threads; `gemm_flops_per_s` has one value for each round."""
 
     threads: int
     gemm_flops_per_s: tuple[float, ...]

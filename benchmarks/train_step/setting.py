@@ -1,4 +1,4 @@
-"""What is trained, and the folder of files that all contenders start from.
+"""The setting of the benchmark, and the folder of files from which all contenders start.
 
     setting.json    the `Setting`
     batch.npz       x float32 (B, *input), y int64 (B), teacher float32 (B, classes)
@@ -24,8 +24,8 @@ Task = Literal["distill", "classify"]
 
 SEED = 0
 CLASSES = 10
-# Every step sees the same batch. The learning rate is so small that over thousands of steps the
-# loss, and with it the share of zeros behind the ReLUs, stays that of a network in training.
+# Every step sees the same batch. The learning rate is so small that over thousands of steps, the
+# loss and the share of zeros after the ReLUs stay like those of a network in training.
 LR = 1e-4
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4

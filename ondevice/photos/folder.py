@@ -1,7 +1,7 @@
 """A folder of pictures, one sub-folder for each class.
 
-Class names are the folders' names in Unicode's composed form (NFC), because a Mac's copy of a
-folder spells its name in other bytes. Two folders with the same name in that form are one class.
+Class names are the folders' names in Unicode's composed form (NFC), because a copy made by a Mac
+may spell the same name in other bytes. Two folders with the same name in that form are one class.
 """
 
 import os
@@ -163,7 +163,7 @@ def _is_folder(entry: Path, *, needed: bool = False) -> bool:
     """Whether an entry is a folder.
 
     Raises:
-        DataError: it cannot be told, and the entry is `needed`: it may be a class.
+        DataError: this cannot be determined, and the entry is `needed` because it may be a class.
     """
     try:
         return stat.S_ISDIR(entry.stat().st_mode)

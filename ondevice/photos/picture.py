@@ -3,7 +3,7 @@
 - Pixels are turned by the EXIF orientation. If EXIF is damaged, they are used as stored.
 - Grey of 16 bits is divided by 257. For values of 32 bits, white is assumed to be 1 (floats), 255
   or 65,535: the least of these that no value exceeds. They are scaled to 8 bits.
-- Transparent pixels are laid on white. From an animation or several pages, the first is taken.
+- Transparent pixels are laid on white. Only the first frame of an animation, or page, is used.
 - A picture with more pixels than Pillow's limit is not decoded, because a small file can declare
   any size. A camera's JPEG of up to twice as many is decoded at a smaller scale.
 """
@@ -39,7 +39,7 @@ def open_image(file: Path, draft: int | None = None) -> "Image":
 
     Args:
         file: the picture.
-        draft: a side of so many pixels is enough, if the decoder can save work by that.
+        draft: the decoder may save work by scaling down to sides of this many pixels.
 
     Raises:
         DataError: the file cannot be decoded.
@@ -115,7 +115,7 @@ def _formats() -> tuple[str, ...]:
     from PIL import Image
 
     Image.init()
-    # Pillow logs what it then raises, and every chunk of a file; we report the reason ourselves.
+    # Pillow logs the errors that it raises, and every chunk of a file; we report the errors.
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     return tuple(name for name in FORMATS if name in Image.OPEN)
 

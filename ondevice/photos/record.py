@@ -28,7 +28,7 @@ DAMAGED: tuple[type[Exception], ...] = (
     LookupError, MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, Warning,
     lzma.LZMAError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-# Suffixes of pictures that are not read here, but that their owner would miss.
+# Suffixes of pictures that may be unreadable here, and that their owner would miss.
 ELSEWHERE = (
     ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".ico", ".jp2", ".jxl",
     ".nef", ".orf", ".pgm", ".ppm", ".psd", ".raf", ".rw2", ".svg", ".tga", ".webp",
@@ -39,7 +39,7 @@ NAMED = 20  # pictures, classes or folders that one remark names
 
 
 class Remark(NamedTuple):
-    """Something to know about the images; if it has a remedy, something to do."""
+    """A remark about the images, and the remedy if something should be done."""
 
     what: str
     remedy: str = ""
@@ -153,7 +153,7 @@ class Photos:
 
 
 def tell(log: logging.Logger, source: object, remarks: Iterable[Remark]) -> None:
-    """Write remarks to a log; those with a remedy are warnings."""
+    """Log remarks; a remark with a remedy is a warning."""
     for what, remedy in remarks:
         if remedy:
             log.warning("%s: %s; %s", source, what, remedy)

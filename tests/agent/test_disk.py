@@ -32,7 +32,7 @@ def overwritten(path):
 
 
 def a_bit(path):
-    """One bit of an order that is journalled: SQLite cannot see it."""
+    """Flip one bit of a journalled order; SQLite does not notice it."""
     content = bytearray(path.read_bytes())
     content[content.rfind(b"sequence")] ^= 1
     path.write_bytes(content)
@@ -81,7 +81,7 @@ def test_a_journal_that_is_damaged_while_it_is_open_goes_on_with_what_is_asked(t
 
 @pytest.mark.parametrize("journal", ["new", "old"])
 def test_an_agent_that_finds_the_disk_full_anywhere_lets_go_of_its_folder(disk, digits, journal):
-    """Room for the lock, for the journal's files, for its schema, ...: each time a page more."""
+    """The disk has one page more each time: for the lock, the journal's files, its schema, ..."""
     address = BrokerAddress("mqtt://127.0.0.1:9")
     config = AgentConfig("pi", "fleet", digits / "device-0.npz", disk.path / "state", address)
     Agent(config)._folder.close()
@@ -93,7 +93,7 @@ def test_an_agent_that_finds_the_disk_full_anywhere_lets_go_of_its_folder(disk, 
         try:
             Agent(config)._folder.close()
         except StalledError as fault:
-            met.append(fault)  # with its traceback: nothing is left to the collector
+            met.append(fault)  # keeps the traceback, so that nothing is garbage-collected
         disk.make_room()
         Agent(config)._folder.close()
     assert met
@@ -143,7 +143,7 @@ def test_a_full_disk_is_named_with_its_path_and_nothing_is_half_written(disk: Di
     large = Result("pi", "run", 3, 1, 10, fault="x" * 2000)
 
     def finish_many() -> None:
-        for sequence in range(4, 4000):  # the journal's own file has some room
+        for sequence in range(4, 4000):  # the journal's own file has some free room
             journal.finish(replace(ORDER, sequence=sequence), large, None)
 
     with pytest.raises(StalledError, match=rf"the disk is full at {disk.path}.*bytes are free"):

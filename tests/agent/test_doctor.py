@@ -1,4 +1,4 @@
-"""What the doctor finds, on a device that is well and on one that is not."""
+"""The doctor's findings, on a healthy device and on one with faults."""
 
 import shutil
 import socket

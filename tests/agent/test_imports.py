@@ -1,4 +1,4 @@
-"""The agent stands alone: a Raspberry Pi has no torch, no onnx, nothing of the server."""
+"""The agent needs neither torch nor onnx nor the server's code; a Raspberry Pi has none of them."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def test_an_agent_that_waits_has_not_loaded_onnxruntime():
 
 @pytest.mark.parametrize("module", ["ondevice.trainer", "orchestrator.deploy.export"])
 def test_what_runs_on_a_device_is_reported_to_nobody(module, tmp_path):
-    """ONNX Runtime would make an identifier of the device, and keep what it is to report."""
+    """By default, ONNX Runtime would give the device an identifier, and store reports to send."""
     script = f"import {module}, onnxruntime as ort; ort.get_available_providers()"
     quiet = ("ORT_DISABLE_TELEMETRY", "CI", "ORT_RUNNING_UNIT_TESTS", "XDG_CACHE_HOME")
     environment = {key: value for key, value in os.environ.items() if key not in quiet}

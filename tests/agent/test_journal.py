@@ -1,4 +1,4 @@
-"""The journal: what was committed is there after kill -9."""
+"""The journal: what was committed survives kill -9."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from wire.messages import BlobRef, Order, Result
 
 @pytest.fixture
 def journal_at(tmp_path):
-    """Open the same journal again and again; all are closed with the test."""
+    """Opens the same journal any number of times; all are closed when the test ends."""
     with contextlib.ExitStack() as stack:
         yield lambda: stack.enter_context(contextlib.closing(Journal(tmp_path / "journal.db")))
 

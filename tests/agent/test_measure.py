@@ -1,4 +1,4 @@
-"""The field instrument: its figures are those of the graph, of ONNX Runtime, and of the kernel."""
+"""`edge-agent measure`: its figures agree with the graph, ONNX Runtime and the kernel."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def key(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Where a device without an agent.toml keeps its key; no package is installed."""
+    """The folder where a device without an agent.toml keeps its key; no package is installed."""
     monkeypatch.setattr(identity, "INSTALLED", tmp_path / "nowhere.toml")
     monkeypatch.setattr(measure, "INSTALLED", tmp_path / "nowhere")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
@@ -51,7 +51,7 @@ def home(tmp_path, monkeypatch):
 
 
 def test_costs_are_the_exporters(report, artifact):
-    """That these are PyTorch's own counts is tested where they are made."""
+    """The exporter's own tests compare these counts with PyTorch's."""
     train = artifact.manifest.graphs["train"]
     told = [(r["name"], r["phase"], r["flops"], r["bytes"]) for r in report["layers"]]
     assert told == [(row.name, row.phase, row.flops, row.bytes) for row in train.layers]

@@ -1,4 +1,4 @@
-"""The memory that an artifact foretells is what the agent's process takes."""
+"""The memory that an artifact predicts is what the agent's process uses."""
 
 import os
 import platform

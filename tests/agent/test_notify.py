@@ -1,4 +1,4 @@
-"""What the agent tells systemd, read from the socket that systemd would have made."""
+"""The agent's messages to systemd, read from a socket such as systemd makes."""
 
 import os
 import socket

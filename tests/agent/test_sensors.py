@@ -1,4 +1,4 @@
-"""Sensors of boards, read from trees and outputs in the form that those boards have: trees/."""
+"""Sensors of boards, read from file trees (trees/) and outputs in the form of those boards."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def commands(**known):
 
 
 class Board:
-    """One of the trees, copied so that a test may change it, and its vcgencmd."""
+    """A copy of one of the trees, which a test may change, and its vcgencmd."""
 
     def __init__(self, name, folder):
         self.root = folder / name
@@ -97,21 +97,21 @@ def test_watts_become_joules_by_trapezoids():
 
 @on("orin-nano")
 def test_what_holds_a_jetson_back_is_named(board):
-    assert sensors.throttling(board.root, board.run) == ()  # a fan is no brake
+    assert sensors.throttling(board.root, board.run) == ()  # a fan does not throttle
     board.write("sys/class/thermal/cooling_device1/cur_state", "3")
     assert sensors.throttling(board.root, board.run) == ("cooling by cpufreq-cpu0",)
 
 
 @on("x86")
 def test_what_holds_a_pc_back_is_named(board):
-    assert sensors.throttling(board.root, board.run) == ()  # nor is a setting of its firmware
+    assert sensors.throttling(board.root, board.run) == ()  # nor does a setting of its firmware
     board.write("sys/class/thermal/cooling_device0/cur_state", "2")
     assert sensors.throttling(board.root, board.run) == ("cooling by Processor",)
 
 
 @on("pi4")
 def test_what_holds_a_raspberry_pi_back_is_named(board):
-    """Since boot, and not now."""
+    """Current causes are named by default, and all causes since boot with `ever`."""
     assert sensors.throttling(board.root, board.run) == ()
     assert sensors.throttling(board.root, board.run, ever=True) == ("under-voltage", "throttled")
     hot = commands(get_throttled="throttled=0x80008\n")

@@ -1,4 +1,4 @@
-"""What an order needs: pulled once, and an artifact on disk believed only as long as it stands."""
+"""What an order needs is pulled once; an artifact on disk is used only while it is intact."""
 
 import os
 import shutil

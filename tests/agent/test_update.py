@@ -1,4 +1,4 @@
-"""Updates on the device: what the agent stages, and what root believes of it."""
+"""Updates on the device: what the agent stages, and what root accepts of it."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def key(tmp_path):
 
 @pytest.fixture
 def device(tmp_path, key):
-    """The folder of a device whose agent came by a package."""
+    """The folder of a device whose agent was installed as a package."""
     (tmp_path / "package.json").write_text(
         '{"version": "0.1.0", "architecture": "arm64", "python": "3.11"}'
     )
@@ -67,7 +67,7 @@ def update(key, version="0.2.0", content=CONTENT, **changes):
 
 
 def pull(updates, store, now_s=0.0, most=1000):
-    """Answer what it asks for, until it is done; how many chunks that took."""
+    """Answer the agent's requests until it makes no more; return the number of chunks."""
     sent = 0
     while sent < most and (wants := [*updates.wants(now_s)]):
         for want in wants:
@@ -94,7 +94,7 @@ def test_a_release_is_pulled_and_laid_out_whole(device, key, store):
     assert (folder / "package.deb").read_bytes() == CONTENT
     assert release.parse((folder / "release.json").read_bytes(), "") == told.release
     assert updates.word == ""
-    # Root is at it: it is not pulled again, whoever tells of it.
+    # Root has the package now: the agent does not pull it again if it is told of it again.
     assert not updates.told(told)
     assert pull(updates, store) == 0
 
@@ -184,7 +184,7 @@ def test_a_sender_that_lost_the_package_is_asked_again_in_its_next_session(devic
     assert updates.take(Gone(told.blob.digest), memoryview(b""))
     assert "no longer has it" in updates.word
     assert [*updates.wants(0.0)] == []
-    assert not updates.take(Gone("00" * 32), memoryview(b""))  # an order's
+    assert not updates.take(Gone("00" * 32), memoryview(b""))  # belongs to an order
     updates.told(told)
     assert pull(updates, store) == 10
 
@@ -297,7 +297,7 @@ def test_root_follows_no_link_and_waits_for_no_pipe(attack, device, staged, key)
         secret.rename(device / "package.deb")
         staged.rmdir()
         staged.symlink_to(device)
-    with pytest.raises(OSError):  # noqa: PT011 - which one is the system's affair
+    with pytest.raises(OSError):  # noqa: PT011 - which error depends on the system
         root.take(staged, update(key).release.package, device / "cache/new.deb")
     assert [*(device / "cache").iterdir()] == []
 
@@ -353,7 +353,7 @@ def test_what_keeps_the_old_version_from_being_packed_up_is_no_release_error(tmp
 
 @pytest.fixture
 def deb(tmp_path):
-    """A real package file, of a version that nobody released."""
+    """A real package file, of a version that was never released."""
     return debs.unreleased(tmp_path)
 
 
@@ -377,7 +377,7 @@ def test_roots_half_that_fails_says_so_in_one_line_and_to_the_agent(device, stag
         patch.setattr(install, "DPKG_LOCK", install_lock)
         assert root.main(device / "agent.toml", device / "cache", staged) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
-    assert [*staged.iterdir()] == []  # systemd starts it no more
+    assert [*staged.iterdir()] == []  # so systemd does not start it again
     assert install.last(device / "cache").version == "0.2.0"
     (device / "file").touch()
     assert root.main(device / "agent.toml", device / "file", staged) == 1
@@ -409,11 +409,11 @@ def test_a_package_of_an_odd_version_is_one_line(device, staged, key, monkeypatc
 
 
 class PowerCut(BaseException):
-    """Everything ends."""
+    """The power is cut."""
 
 
 class Machine:
-    """A device whose power is cut at the `cut`-th thing that is written or installed."""
+    """A device whose power is cut at the `cut`-th write or installation."""
 
     def __init__(self, device, monkeypatch, good, cut=-1):
         self.cache, self.staged, self.good = device / "cache", device / "update", good
@@ -446,7 +446,7 @@ class Machine:
             (self.staged / "healthy").write_text(json.dumps({"version": self.version}))
 
     def run(self):
-        """Start it until it ends by itself."""
+        """Start it again until it ends by itself."""
         install.begin(UnderWay("0.2.0", "0.1.0", minutes=0.0005), self.cache)
         for _ in range(3):
             try:
@@ -459,7 +459,7 @@ class Machine:
 
 @pytest.mark.parametrize("good", [True, False])
 def test_a_power_cut_at_any_point_changes_nothing_of_the_outcome(device, monkeypatch, good):
-    cut = 5  # before that nothing is noted
+    cut = 5  # nothing is recorded before that
     while True:
         with monkeypatch.context() as patch:
             machine = Machine(device, patch, good, cut)
@@ -489,7 +489,7 @@ def test_an_update_that_never_comes_to_its_end_is_rolled_back(device, monkeypatc
     monkeypatch.setattr(install, "_dpkg", machine.install)
     assert install.resume(machine.cache, machine.staged) == 0
     assert machine.version == "0.1.0"
-    assert install.refused(machine.cache) == {}  # it may be the plug
+    assert install.refused(machine.cache) == {}  # somebody may just have pulled the plug
     assert install.last(machine.cache).reason == "interrupted 3 times"
     assert install.last(machine.cache).waits("0.2.0")
 
@@ -501,7 +501,7 @@ def test_a_version_that_runs_while_the_broker_is_away_is_waited_for(device, monk
 
     def installed():
         asked.append(machine.version)
-        if len(asked) == 4:  # the broker is back: after more than twice the minutes
+        if len(asked) == 4:  # the broker is back, after more than twice `update_minutes`
             (machine.staged / "healthy").write_text(json.dumps({"version": "0.2.0"}))
         return machine.version, "arm64"
 
@@ -558,7 +558,7 @@ def test_a_disk_that_takes_no_note_does_not_keep_the_old_version_away(device, mo
     )  # fmt: skip
     assert install.resume(machine.cache, machine.staged) == 0
     assert machine.version == "0.1.0"
-    assert there == [True, False]  # it made room before it went back
+    assert there == [True, False]  # the new package was removed before the old one was installed
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 1}', "\0\0"])
@@ -576,7 +576,7 @@ def test_an_old_version_that_cannot_come_back_is_told(device, monkeypatch):
     install.begin(UnderWay("0.2.0", "0.1.0", 1.0, step="rollback"), machine.cache)
     monkeypatch.setattr(install, "_dpkg", lambda _: Failure("broken", refuse=True))
     assert install.resume(machine.cache, machine.staged) == 1
-    assert (machine.cache / "update.json").exists()  # and is tried again
+    assert (machine.cache / "update.json").exists()  # so it is tried again
     text = (device / "package.json").read_text().replace("0.1.0", "0.2.0")
     (device / "package.json").write_text(text)
     assert agent(device).word == "failed: 0.1.0 cannot be installed again: broken"
@@ -593,7 +593,7 @@ def test_dpkg_that_hangs_is_ended_with_its_scripts_and_speaks_against_the_packag
     tmp_path, monkeypatch
 ):
     pid, patience_s = tmp_path / "pid", 0.5
-    while not (pid.exists() and pid.read_text()):  # where the shell starts more slowly than that
+    while not (pid.exists() and pid.read_text()):  # repeats if the shell starts too slowly
         monkeypatch.setattr(install, "DPKG_S", patience_s)
         failure = dpkg('sleep 3600 & echo $! > "$1"; wait', pid)
         patience_s *= 4
@@ -601,7 +601,7 @@ def test_dpkg_that_hangs_is_ended_with_its_scripts_and_speaks_against_the_packag
     assert (failure.refuse, "did not end" in failure.reason) == (True, True)
     state = Path(f"/proc/{pid.read_text().strip()}/stat")
     deadline = time.monotonic() + 60
-    with suppress(FileNotFoundError):  # or it is dead, and nobody has asked for its status
+    with suppress(FileNotFoundError):  # otherwise it is dead, but has not been reaped
         while " Z " not in state.read_text():
             assert time.monotonic() < deadline
 

@@ -1,13 +1,13 @@
-"""A device at work on one order, but without a broker: FOLDER. Prints what training took at most.
+"""A device that does one order without a broker: FOLDER. Prints the peak memory of training.
 
-Everything is there that a real agent holds: its libraries, images, blob store and journal.
+It holds what a real agent holds: its libraries, images, blob store and journal.
 """
 
 import sys
 import threading
 from pathlib import Path
 
-from edge_agent import main as _main  # noqa: F401 - what the command imports takes memory too
+from edge_agent import main as _main  # noqa: F401 - the command's imports take memory too
 from edge_agent.agent import Agent
 from ondevice.config import AgentConfig
 from ondevice.kept import KeptFile

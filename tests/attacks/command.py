@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 
 def run(doc: str, attack: Callable[[int, int], Counter[str]], *, inputs: int) -> int:
-    """Attack and print how many inputs ended how; return the exit code.
+    """Attack, and print how many inputs ended in which way; return the exit code.
 
     Args:
         doc: the module's docstring, whose first line is the command's help.
-        attack: attacks with a number of inputs drawn from a seed.
-        inputs: the number if none is named.
+        attack: makes an attack, given the number of inputs and their seed.
+        inputs: default number of inputs.
     """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=inputs)

@@ -54,7 +54,7 @@ def corpus() -> list[bytes]:
 
 
 def damaged(frame: bytes, rng: random.Random) -> bytes:
-    """A frame with damage of one kind or several."""
+    """A frame with one or several kinds of damage."""
     magic, version, kind, header_bytes, body_bytes = frames.PREFIX.unpack_from(frame)
     at = frames.PREFIX.size
     header = bytearray(frame[at : at + header_bytes])
@@ -65,7 +65,7 @@ def damaged(frame: bytes, rng: random.Random) -> bytes:
             header = bytearray(_rewritten(bytes(header), rng))
         else:
             _scratch(body if draw < 0.85 and body else header, rng)
-    if rng.random() < 0.9:  # else the prefix has the lengths from before
+    if rng.random() < 0.9:  # otherwise the prefix keeps the old lengths
         header_bytes, body_bytes = len(header), len(body)
     content = bytearray(
         frames.PREFIX.pack(magic, version, kind, header_bytes, body_bytes) + header + body
@@ -130,7 +130,7 @@ def inputs(count: int, seed: int) -> Iterator[bytes]:
 
 
 def outcome(data: bytes) -> str:
-    """How one input ended; any exception but a `WireError` passes."""
+    """How one input ended; raises any exception but a `WireError`."""
     try:
         arrays = tensors.unpack(frames.decode(data), where="attack", most=MOST)
     except CodecError as fault:

@@ -41,7 +41,7 @@ HOSTILE = (
 
 
 def exif(entries: tuple[tuple[int, int, int, int], ...]) -> bytes:
-    """An EXIF block of one directory, with these entries."""
+    """An EXIF block with one directory of these entries."""
     table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
     head = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
     return head + table + bytes(4) + struct.pack("<II", 72, 1) + bytes(40)
@@ -101,7 +101,7 @@ def corpus() -> list[tuple[str, bytes]]:
 
 
 def damaged(suffix: str, whole: bytes, rng: random.Random) -> bytes:
-    """A file with damage of one kind or several."""
+    """A file with one or several kinds of damage."""
     data = bytearray(whole)
     for _ in range(rng.choice((1, 1, 2, 4, 12))):
         if not data:
@@ -129,7 +129,7 @@ def damaged(suffix: str, whole: bytes, rng: random.Random) -> bytes:
 
 
 def _summed(data: bytes) -> bytes:
-    """PNG with the checksums of its chunks made right, as far as there are chunks."""
+    """The PNG with correct checksums for all chunks that can be read."""
     made, at = bytearray(data[:8]), 8
     while len(data) >= at + 12:
         (length,) = struct.unpack_from(">I", data, at)
@@ -142,7 +142,7 @@ def _summed(data: bytes) -> bytes:
 
 
 def outcome(file: Path) -> str:
-    """How one input ended; what is no damage goes through."""
+    """How one input ended; raises exceptions that damage does not explain."""
     if file.suffix == ".npz":
         try:
             read = photos.read(file, (3, *SIZE))

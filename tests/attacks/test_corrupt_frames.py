@@ -1,4 +1,4 @@
-"""A few ten thousand corrupt frames; a million by `python -m tests.attacks.corrupt_frames`."""
+"""Tens of thousands of corrupt frames; `python -m tests.attacks.corrupt_frames` tries a million."""
 
 from tests.attacks.corrupt_frames import attack
 
@@ -6,7 +6,7 @@ from tests.attacks.corrupt_frames import attack
 def test_corrupt_frames_end_in_wire_errors_and_reach_every_check():
     ended = attack(20_000, seed=1)
     assert sum(ended.values()) == 20_000
-    # An attack that only ever meets the first check proves nothing.
+    # If most inputs fail at the first check, the attack proves nothing.
     assert ended["FrameError"] < 10_000
     for stage in ("header", "Zstandard", "bytes in the frame", "NaN or infinity", "limit", "take"):
         assert ended[f"CodecError: {stage}"] > 20, ended

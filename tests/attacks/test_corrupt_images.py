@@ -1,4 +1,4 @@
-"""Some damaged pictures and archives; many by `python -m tests.attacks.corrupt_images`."""
+"""Some damaged pictures and archives; `python -m tests.attacks.corrupt_images` tries many."""
 
 from tests.attacks.corrupt_images import attack
 
@@ -6,7 +6,7 @@ from tests.attacks.corrupt_images import attack
 def test_damaged_pictures_end_in_a_reason_and_reach_every_decoder():
     ended = attack(1_500, seed=1)
     assert sum(ended.values()) == 1_500
-    # An attack that only ever meets the first check proves nothing.
+    # If most inputs fail at the first check, the attack proves nothing.
     assert ended["picture: decoded"] > 100
     assert ended["npz: DataError"] > 20
     assert len(ended) > 5

@@ -28,7 +28,7 @@ def test_a_short_run_compares_every_variant_with_the_whole_step(capsys):
         assert found, line
         rate, ratio, lowest, highest, memory = map(float, found.groups())
         assert rate > 0
-        assert lowest == ratio == highest  # of a single round
+        assert lowest == ratio == highest  # there is only one round
         assert memory > 20
         if name == WHOLE:
             assert ratio == 1

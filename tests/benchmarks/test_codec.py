@@ -40,7 +40,7 @@ def test_a_short_run_reports_every_codec_and_peer(tmp_path, capsys, monkeypatch)
             assert sizes[f"kashin|q={bits}"]["error"] < sizes[f"hadamard|q={bits}"]["error"]
     maps = whole["sizes"]["features"]
     for bits in (1, 2, 4):
-        # Half of a map is zeros: no codec that rotates them away does as well.
+        # Half of a map is zeros; a codec that rotates them away cannot do as well.
         assert maps[f"relu|q={bits}|zstd"]["bits"] < 0.8 * maps[f"relu|q={bits}"]["bits"]
         assert maps[f"relu|q={bits}|zstd"]["error"] == maps[f"relu|q={bits}"]["error"]
     assert maps["relu|q=4"]["error"] < min(
@@ -80,7 +80,7 @@ def test_kashin_is_set_against_blocks_of_two_kinds_that_take_as_many_bytes():
 
 
 def test_ratios_are_taken_within_a_round():
-    """A machine that halves its speed after the first round changes no ratio."""
+    """If the machine halves its speed after the first round, no ratio changes."""
     rates = report.rates([
         Course("ours", [80.0, 40.0], [90.0, 45.0]),
         Course(TORCH, [20.0, 10.0], [30.0, 15.0]),
@@ -101,6 +101,6 @@ def test_all_take_their_turn_in_every_round():
 
     courses = turns.run([contender(n) for n in "abc"], rounds=4, seconds=1e-9)
     assert [len(course.encode) for course in courses] == [4, 4, 4]
-    orders = {tuple(calls[i : i + 3]) for i in range(3, 15, 3)}  # the first three: to have bodies
+    orders = {tuple(calls[i : i + 3]) for i in range(3, 15, 3)}  # the first three only make bodies
     assert len(orders) > 1
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)

@@ -1,4 +1,4 @@
-"""Every benchmark's command line ends with 2 and a reason where its input is bad."""
+"""Every benchmark's command line ends with exit code 2 and a reason if its input is bad."""
 
 import importlib
 

@@ -18,7 +18,7 @@ def test_a_short_run_reports_every_contender_beside_the_reference(tmp_path, caps
     for figure in figures:
         for what in ("train", "teach"):
             assert 0 < figure[what]["lowest"] <= figure[what]["median"] <= figure[what]["highest"]
-        assert 0 < figure["of_peak"] < 10  # a busy machine may slow the peak's measurement most
+        assert 0 < figure["of_peak"] < 10  # on a busy machine, the measured peak may be too low
         assert 0 < figure["of_memory"] < 10
     assert figures[0]["train"]["to_reference"] == 1
     assert "72 images of 3 devices as relu|q=4|zstd" in capsys.readouterr().out

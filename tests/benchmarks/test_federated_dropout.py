@@ -42,8 +42,8 @@ def test_runs_become_records_a_table_and_pictures(images, tmp_path, capfd):
     assert 1.7 < whole["train_flops"] / lossy["train_flops"] < 1.8
     assert "1.76x" in shown
     assert (out / "mnist-beyond.png").stat().st_size > 10_000
-    assert not (out / "mnist-paper.png").exists()  # nothing of it was run
-    # What is there is not done again.
+    assert not (out / "mnist-paper.png").exists()  # no run of it was made
+    # Finished runs are not repeated.
     before = (out / "mnist-eden-0.json").stat().st_mtime_ns
     assert main(command) == 0
     assert (out / "mnist-eden-0.json").stat().st_mtime_ns == before

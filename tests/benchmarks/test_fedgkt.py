@@ -30,7 +30,7 @@ RAN = ("--settings", "resnet8 alone;fedavg resnet8;relu|q=1|zstd")
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A folder in which a few settings ran: three strategies, and another codec."""
+    """A folder with the results of a few settings: three strategies, and another codec."""
     out = tmp_path_factory.mktemp("runs")
     assert main(command(out, *RAN)) == 0
     return out
@@ -48,11 +48,11 @@ def test_a_run_becomes_a_record(done):
     assert list(alone["device_accuracy"]) == list(averaged["server_accuracy"]) == ["1", "2"]
     assert alone["server_accuracy"] == averaged["device_accuracy"] == {}
     assert taught["bytes_down"]["1"] == 0 < taught["bytes_down"]["2"]  # no teacher at first
-    # One bit for each of 16,384 values at most, and logits; weights (2,117 bytes a sample) aside.
+    # At most one bit for each of 16,384 values, and logits; without weights (2,117 bytes a sample).
     few, many = records["relu|q=1|zstd"]["feature_bytes"], taught["feature_bytes"]
     assert 500 < few < 2048 + 100 < many < 4 * 2048 + 100
     assert alone["feature_bytes"] is None
-    # A step is three forward passes; its first layer needs no gradient of the images.
+    # A step costs three forward passes; its first layer needs no gradient of the images.
     assert taught["train_flops"] == pytest.approx(3 * 19.24e6 * 20, rel=0.1)
 
 
@@ -150,7 +150,7 @@ def test_every_setting_is_a_run(setting, tmp_path):
     ],
 )
 def test_an_option_wins_over_the_preset(given, reached, tmp_path, capsys):
-    """Read back from the refusal of a folder that was begun otherwise."""
+    """The option is read from the refusal of a folder that was begun with other settings."""
     odd = vars(PLAN) | {"devices": 0, "server_model": "", "server_epochs": 0}
     (tmp_path / "digits-options.json").write_text(json.dumps(odd))
     assert main(["--data", "digits", "--out", str(tmp_path), *given]) == 2

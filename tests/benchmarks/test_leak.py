@@ -1,4 +1,4 @@
-"""What feature maps give away: a small real run, and the measures against their definitions."""
+"""What feature maps reveal: a small real run, and the measures compared with their definitions."""
 
 import json
 import math
@@ -68,9 +68,9 @@ def test_epsilon_falls_with_noise_and_grows_with_releases():
     bounds = [sending.epsilon(sigma) for sigma in (0.003, 0.01, 0.1, 1, 5, 20)]
     assert bounds == sorted(bounds, reverse=True)
     assert sending.epsilon(5, 20) > sending.epsilon(5)
-    # Noise of the sensitivity itself: Balle and Wang 2018, theorem 8, has 4.3766 at delta 1e-5.
+    # Noise equal to the sensitivity: Balle and Wang 2018, theorem 8, gives 4.3766 at delta 1e-5.
     assert 4.3766 <= sending.epsilon(2) < 4.3766 * 1.1
-    # Twenty releases are one with 1 / sqrt(20) of the noise.
+    # Twenty releases equal one with 1 / sqrt(20) of the noise.
     assert sending.epsilon(5, 20) == pytest.approx(sending.epsilon(5 / math.sqrt(20)), rel=1e-6)
 
 

@@ -16,7 +16,7 @@ DEVICES, ROUNDS = 2, 2
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """A short run of our contenders, and what it printed."""
+    """The record of a short run of our contenders, and its output."""
     out = tmp_path_factory.mktemp("round") / "round.json"
     code = command.main(
         ["--devices", str(DEVICES), "--rounds", str(ROUNDS), "--turns", "1", "--without", "flower",
@@ -40,7 +40,7 @@ def test_every_device_returns_and_every_byte_is_counted(record, name):
     assert len(seconds) == ROUNDS
     assert 0 < figure["lowest"] <= figure["median"] <= figure["highest"] == max(seconds)
     assert figure["returned"] == [DEVICES] * ROUNDS
-    floats = 4 * VALUES * DEVICES  # float32, and little besides
+    floats = 4 * VALUES * DEVICES  # bytes as float32; little is sent besides
     assert floats < figure["bytes_up"] < 1.01 * floats
     assert floats < figure["bytes_down"] < 1.01 * floats
     weights = figure["weights"]
@@ -68,7 +68,7 @@ def test_a_peer_that_cannot_be_installed_is_named_and_ours_goes_on(tmp_path, cap
 
 
 def test_ratios_are_taken_within_a_turn():
-    """A machine that halves its speed after the first turn changes no ratio."""
+    """If the machine halves its speed after the first turn, no ratio changes."""
 
     def course(name, *turns, failed=""):
         return Course(name, turns=[Turn(seconds, (1,)) for seconds in turns], failed=failed)

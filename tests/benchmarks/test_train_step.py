@@ -1,4 +1,4 @@
-"""The benchmark of a training step: a short real race, and what becomes of those who fail."""
+"""The benchmark of a training step: a short real race, and the report of contenders that fail."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def test_a_short_run_reports_every_contender_or_why_it_is_missing(tmp_path, caps
         "model": "resnet8", "task": "distill", "batch": 4, "input": [3, 32, 32]
     }  # fmt: skip
     assert text["machine"]["cores"] > 0
-    # Three times the forward pass, less the gradient of the images, which nobody needs.
+    # Three times the forward pass, less the gradient of the images, which is not computed.
     assert 50e6 < text["flops_per_image"] < 60e6
     (run,) = text["runs"]
     assert run["threads"] == 1
@@ -40,7 +40,7 @@ def test_a_short_run_reports_every_contender_or_why_it_is_missing(tmp_path, caps
         for key in ("median", "to_stillhouse", "to_eager"):
             assert math.isfinite(figure[key])
             assert figure[key] > 0
-        assert 0 < figure["gemm_share"] < 10  # a busy machine may slow the product most
+        assert 0 < figure["gemm_share"] < 10  # on a busy machine, the measured peak may be too low
         assert figure["peak_bytes"] > 20e6
         assert figure["first_loss"] == pytest.approx(by_name["stillhouse"]["first_loss"], rel=1e-3)
     assert by_name["stillhouse"]["to_stillhouse"] == 1
@@ -93,7 +93,7 @@ def test_a_contender_that_fails_leaves_with_its_reason_and_the_others_go_on(tmp_
 
 
 def test_ratios_are_taken_within_a_round():
-    """A machine that halves its speed after the first round changes no ratio."""
+    """If the machine halves its speed after the first round, no ratio changes."""
 
     def course(name, turns, failed=""):
         return Course(Entry(name, []), 1.0, turns, 1, failed)

@@ -1,4 +1,4 @@
-"""Bad input gets one line that names the thing and the remedy, exit code 2, and loses nothing."""
+"""Bad input gives one line with the fault and the remedy, and exit code 2; nothing is lost."""
 
 import json
 import os
@@ -25,7 +25,7 @@ NOWHERE = "mqtt://127.0.0.1:9"  # the discard port: nobody listens
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Run `python -m ARGUMENTS` to its end; exit code and standard error."""
+    """Run `python -m ARGUMENTS` to its end; return exit code and standard error."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=folder,
@@ -138,7 +138,7 @@ def test_a_device_with_an_unknown_name_is_refused(processes: Processes, digits, 
 def test_an_order_beyond_this_agent_is_answered_and_the_next_one_followed(
     processes: Processes, digits, any_broker
 ):
-    """As a newer orchestrator may send it; nobody waits for the deadline."""
+    """A newer orchestrator may send such an order; nothing waits for the deadline."""
     fleet = Fleet(processes, digits, any_broker.url, rounds=1)
     events: queue.SimpleQueue = queue.SimpleQueue()
     heard = [(topics.topic("fleet", "device-0", channel), 1) for channel in ("birth", "result")]
@@ -189,7 +189,7 @@ def test_a_wrong_password_ends_the_agent_with_a_remedy(tmp_path, digits):
 @pytest.mark.e2e
 @pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
 def test_a_device_whose_data_do_not_fit_fails_alone(processes: Processes, digits, any_broker):
-    """Labels beyond the artifact's classes: that device is refused, the round goes on."""
+    """A device whose labels exceed the artifact's classes is refused, and the round continues."""
     fleet = Fleet(processes, digits, any_broker.url, rounds=1)
     with np.load(digits / "device-2.npz") as good:
         np.savez(processes.folder / "odd.npz", x=good["x"], y=good["y"] + 5)

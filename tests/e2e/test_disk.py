@@ -1,4 +1,4 @@
-"""A full, damaged or read-only disk under real processes: said, waited for, nothing lost."""
+"""Real processes on a full, damaged or read-only disk report it, wait, and lose nothing."""
 
 import sqlite3
 from pathlib import Path
@@ -19,7 +19,7 @@ def move_state(fleet: Fleet, n: int, disk: Disk) -> None:
 
 
 def spoil(journal: Path) -> None:
-    for path in journal.parent.glob("journal.db-*"):  # by them SQLite would restore it
+    for path in journal.parent.glob("journal.db-*"):  # SQLite would restore it from them
         path.unlink()
     journal.write_text("no journal\n" * 1000)
 

@@ -1,4 +1,4 @@
-"""A strategy and a network of a user's own, each in one file outside Stillhouse, do a whole run."""
+"""A user's own strategy and network, each one file outside Stillhouse, do a whole run."""
 
 import shutil
 from dataclasses import replace
@@ -23,7 +23,7 @@ tiny = theirs.nets:Tiny
 
 
 def install(folder: Path) -> None:
-    """A package of theirs, where `python -m` looks for packages: in the current folder."""
+    """Make a user's package in the current folder, where `python -m` looks for packages."""
     shutil.copytree(EXTENSIONS, folder / "theirs")
     info = folder / "theirs-1.0.dist-info"
     info.mkdir()
@@ -53,7 +53,7 @@ def test_an_installed_strategy_and_network_run_over_the_wire_and_from_files_by_s
     path.write_text(text.replace('name = "run"', 'name = "simulated"'))
     config = load(path, strategies.check)
     simulate.run(replace(config, rounds=1), digits)
-    simulate.run(config, digits)  # goes on with its velocity
+    simulate.run(config, digits)  # continues with the saved velocity
     _, real = last_checkpoint(fleet.folder / "runs/run")
     _, simulated = last_checkpoint(config.folder)
     assert real.tensors.keys() == simulated.tensors.keys()

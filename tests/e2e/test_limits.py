@@ -1,4 +1,4 @@
-"""Brokers that take no large messages: told with the size and the remedy, and mended by it."""
+"""A broker that takes no large messages: the error names the size and the remedy, which works."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ LIMIT = 20_000
 
 @pytest.fixture(params=["max_packet_size", "message_size_limit"])
 def limited_broker(request, tmp_path):
-    """A Mosquitto that ends the connection of whoever sends more, or that drops it in silence."""
+    """A Mosquitto that silently drops a larger message, or ends its sender's connection."""
     program = broker.find()
     if program is None:
         pytest.skip("mosquitto is not installed: sudo apt install mosquitto")

@@ -1,4 +1,4 @@
-"""A measurement finds its way to the orchestrator, and nothing of the run is disturbed by it."""
+"""A measurement reaches the orchestrator, and does not disturb the run."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_a_report_is_kept_until_the_orchestrator_is_there_and_receipted_while_th
     check_every_round_counts_each_device_once(report, 2)
     for n in range(3):
         log = processes.log(f"agent-{n}")
-        assert log.count("connected to") == 1  # nobody took its session over
+        assert log.count("connected to") == 1  # nobody took over its session
         assert "trying again" not in log
     assert "message dropped" not in processes.log("run")
     assert kept_by_the_broker(any_broker.url) == []

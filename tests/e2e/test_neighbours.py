@@ -1,4 +1,4 @@
-"""A user's packages named as ours (`models`, `tools`, `wire`) and ours leave each other alone."""
+"""A user's packages with the names of ours (`models`, `tools`, `wire`) do not clash with ours."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""docs/your-own-network.md, block by block, as a reader types it."""
+"""The blocks of docs/your-own-network.md work as a reader types them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ CLASSES = ("bolt", "nut", "washer")
 
 
 def take_photos(folder: Path) -> None:
-    """24 of each class, of several sizes, told apart by their colour."""
+    """Make 24 photos of each class, of several sizes; their colour tells the classes apart."""
     rng = np.random.default_rng(0)
     for number, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
@@ -42,7 +42,8 @@ def free_port() -> int:
 def test_every_block_of_the_page_does_what_it_says(tmp_path):
     take_photos(tmp_path / "photos")
     text = PAGE.read_text().replace("1883", str(free_port()))
-    # Commands of this checkout, whatever is installed. Agents have neither PyTorch nor nets.py.
+    # The commands are those of this checkout, whatever is installed. Agents have neither PyTorch
+    # nor nets.py.
     commands = tmp_path / "bin"
     commands.mkdir()
     (commands / "torch.py").write_text("raise ImportError('an agent needs no torch')")
@@ -81,7 +82,7 @@ def test_every_block_of_the_page_does_what_it_says(tmp_path):
 
 
 def check(folder: Path) -> None:
-    """The runs have learnt, devices had the artifact alone, and the file tells colours apart."""
+    """Check that runs learnt, devices got only the artifact, and the file tells colours apart."""
     for run in ("trial", "parts"):
         report = json.loads((folder / f"runs/{run}/report.json").read_text())
         assert len(report["rounds"]) == 2

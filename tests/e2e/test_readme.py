@@ -1,8 +1,8 @@
 """README's blocks run as they are typed, in the order in which a newcomer types them.
 
-Three things are other than in the README, so that a test takes seconds: fewer images and rounds, a
-smaller network on the server, and a free port in place of 1883. `pip install` is not run: what it
-would install is there.
+Three things differ from the README, so that a test takes seconds: there are fewer images and
+rounds, the server's network is smaller, and a free port replaces 1883. `pip install` is not run,
+because its packages are installed already.
 """
 
 import json
@@ -25,7 +25,7 @@ from wire.errors import SettingsError
 
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
-# What a shell of the test has besides: the environment's programs, and nothing to install.
+# The test's shell also gets the environment's programs, and a pip that installs nothing.
 PRELUDE = """
 pip() {{ echo "pip $*"; }}
 edge-agent() {{
@@ -63,13 +63,13 @@ class Newcomer:
         (self.folder / ".venv/bin/activate").touch()
 
     def script(self, block: str) -> str:
-        """What is typed, made small."""
+        """The block as it is run, made small."""
         for typed, small in FEWER.items():
             block = block.replace(typed, small)
         return self.prelude + block.replace("1883", str(self.port)).replace("SERVER", "127.0.0.1")
 
     def type(self, block: str) -> str:
-        """Run a block to its end; what it printed."""
+        """Run a block to its end; return its output."""
         done = subprocess.run(
             ["bash", "-c", self.script(block)],
             cwd=self.folder,
@@ -82,7 +82,7 @@ class Newcomer:
         return done.stdout
 
     def leave(self, name: str, block: str) -> None:
-        """Run a block whose last command goes on; that one is a process of the test."""
+        """Run a block whose last command does not end; that one becomes a process of the test."""
         *before, last = block.splitlines()
         self.type("\n".join(before) or "true")
         module, *words = re.sub(r"\$N", name.rpartition("-")[2], last).split()
@@ -90,7 +90,7 @@ class Newcomer:
         self.processes.start(name, module, *words)
 
     def wait_for_rounds(self, number: int) -> None:
-        """Until so many are done."""
+        """Wait until this many rounds are done."""
         path = self.folder / "runs/first/status.json"
 
         def done() -> bool:
@@ -101,7 +101,7 @@ class Newcomer:
 
 
 def photos(folder: Path) -> None:
-    """A device's own: a folder of digits, a sub-folder a class."""
+    """Make a device's folder of digits, with a sub-folder for each class."""
     draw = np.random.default_rng(0)
     for label in range(10):
         (folder / str(label)).mkdir(parents=True)
@@ -112,7 +112,7 @@ def photos(folder: Path) -> None:
 
 @pytest.mark.e2e
 def test_use_it_server_devices_and_what_it_costs(processes):
-    newcomer = Newcomer(processes, rounds=100)  # rounds are left while the device measures
+    newcomer = Newcomer(processes, rounds=100)  # the run lasts while the device measures
     start, after = blocks("1. On the server: the orchestrator")
     newcomer.leave("start", start)
     processes.wait_for(

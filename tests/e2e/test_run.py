@@ -1,4 +1,4 @@
-"""The main job with real processes: commands as a user starts them, killed as a fleet is."""
+"""Whole runs with real processes: commands as a user starts them, killed as in a real fleet."""
 
 import json
 import os
@@ -96,10 +96,9 @@ class Fleet:
             return {"round": 0, "phase": "", "devices": {}, "history": []}
 
     def reached(self, stand: str, round_: int) -> bool:
-        """Whether some device has come so far in a round.
+        """Whether some device has reached a phase, or a later one, in a round.
 
-        A later stand counts too: the status is written every half second, so that of a fast device
-        it may never show this one.
+        The status is written every half second, so it may never show a phase of a fast device.
         """
         status = self.status()
         stands = {device["stand"] for device in status["devices"].values()}
@@ -114,9 +113,10 @@ class Fleet:
         self.processes.wait_for(f"the birth of device-{n}", known.exists)
 
     def start_held(self) -> None:
-        """Start all, and pause the last once it is known: round 1, which it makes full, stays open.
+        """Start all, and pause the last device once it is known, so that round 1 stays open.
 
-        It is given its order, and can neither do it nor say so. The broker gives it up in a minute.
+        That device is sent its order, but can neither do it nor answer. After a minute the broker
+        ends its connection.
         """
         self.orchestrator()
         for n in range(3):
@@ -124,13 +124,13 @@ class Fleet:
         self.processes.pause("agent-2")
 
     def finish(self) -> dict:
-        """Wait for the end; the report."""
+        """Wait for the end of the run; return its report."""
         process = self.processes.running["run"]
         self.processes.wait_for("end of the run", lambda: process.poll() is not None, 600.0)
         return self.report()
 
     def report(self) -> dict:
-        """That of a run that has ended well."""
+        """The report of a run that has ended successfully."""
         assert self.processes.running["run"].returncode == 0, self.processes.log("run")
         return json.loads((self.folder / "runs/run/report.json").read_text())
 
@@ -153,7 +153,7 @@ def test_fedgkt_over_each_broker(processes, digits, any_broker):
         for device in entry["devices"].values():
             features = 64 * 16 * 32 * 32  # one byte a value
             assert features < device["bytes_up"] < 1.1 * features
-            assert device["train_flops"] > 64 * 2.9 * 19.24e6  # forward and both gradients
+            assert device["train_flops"] > 64 * 2.9 * 19.24e6  # forward pass and both gradients
             assert 20e6 < device["train_peak_bytes"] < 2e9
     # Teacher logits of 64 samples reach the devices in round 2.
     assert report["rounds"][1]["devices"]["device-0"]["bytes_down"] > 64 * 10 * 4
@@ -231,7 +231,7 @@ def test_feddropout_ends_where_its_simulation_does_though_agent_and_orchestrator
         for name, device in entry["devices"].items():
             payload = same["devices"][name]
             more = device["bytes_up"] - payload["bytes_up"]
-            assert 0 <= more < payload["bytes_up"] / 2  # frames, and telemetry as time passes
+            assert 0 <= more < payload["bytes_up"] / 2  # frames, and telemetry over time
             assert device["steps"] == payload["steps"]
             assert device["train_loss"] == pytest.approx(payload["train_loss"], rel=0.02)
         small, large = (entry["devices"][n]["train_flops"] for n in ("device-2", "device-0"))
@@ -297,7 +297,7 @@ def test_a_late_device_counts_in_a_later_round_though_the_orchestrator_is_killed
     processes.kill("run")
     fleet.orchestrator()
     processes.wait_for("round 3", lambda: fleet.status()["round"] >= 3)
-    processes.kill("agent-1")  # two of three must answer: the late one is waited for
+    processes.kill("agent-1")  # two of three must answer, so the round waits for the late one
     processes.resume("agent-2")
     report = fleet.finish()
     for entry in report["rounds"]:
@@ -307,8 +307,8 @@ def test_a_late_device_counts_in_a_later_round_though_the_orchestrator_is_killed
     rows = journal.execute("SELECT sequence, result FROM verdicts WHERE device = 'device-2'")
     counted = {sequence: messages.decode(data, sender="")[0] for sequence, data in rows}
     first = min(counted)
-    assert counted[first].round == 1  # under its own order,
-    assert any(result == counted[first] for s, result in counted.items() if s > first)  # and later
+    assert counted[first].round == 1  # it counts under its own order, and under a later one
+    assert any(result == counted[first] for s, result in counted.items() if s > first)
 
 
 @pytest.mark.e2e
@@ -365,7 +365,7 @@ def test_kill_9_of_the_broker_in_mid_round_is_no_more_than_a_pause(processes, di
         fleet = Fleet(processes, digits, running.url, rounds=2, epochs=6)
         fleet.start()
         processes.wait_for("training in round 1", lambda: fleet.reached("train", 1))
-        os.kill(running.pid, signal.SIGKILL)  # its supervisor starts it again
+        os.kill(running.pid, signal.SIGKILL)  # its supervisor restarts it
         report = fleet.finish()
     check_every_round_counts_each_device_once(report, 2)
     assert "lost" in processes.log("agent-0")
@@ -383,7 +383,7 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
     text = path.read_text().replace('"open"', '"enrolled"').replace('"external"', '"mosquitto"')
     path.write_text(text.replace('url = "mqtt://unused"', f"port = {port}"))
     for n in range(3):
-        if n == 2:  # the last one while the run goes on
+        if n == 2:  # the last one joins while the run goes on
             fleet.orchestrator()
             processes.wait_for("who is awaited", lambda: "0 of at least 3" in processes.log("run"))
         kit = fleet.folder / f"agent-{n}.toml"
@@ -396,8 +396,8 @@ def test_enrolled_devices_join_a_mosquitto_of_ours_with_the_files_that_enroll_wr
         fleet.agent(n)
 
     def begun() -> bool:
-        if processes.running["agent-2"].poll() == REFUSED:  # quicker than the broker
-            fleet.agent(2)  # as its service does
+        if processes.running["agent-2"].poll() == REFUSED:  # it was faster than the broker
+            fleet.agent(2)  # restart it, as its service does
         return fleet.status()["round"] == 1
 
     processes.wait_for("the round of all three", begun)
@@ -421,7 +421,7 @@ def test_a_kit_for_the_package_names_its_folders(processes):
 
 
 def renamed(source: Path, target: Path, classes: dict[str, str | None]) -> None:
-    """The images of some classes, under other names, numbered as sorted sub-folders would be."""
+    """Write the images of some classes under other names, numbered in the order of the names."""
     with np.load(source) as arrays:
         x, y, stored = arrays["x"], arrays["y"], arrays["classes"].tolist()
     names = sorted(name for name in classes.values() if name)
@@ -458,7 +458,7 @@ def test_a_device_with_a_misspelt_class_is_refused_until_mended_and_one_may_lack
     processes.wait_for("the refusal", lambda: refused in processes.log("agent-2"))
     assert processes.running["agent-2"].poll() is None, "it stays, for the run may be another soon"
     processes.kill("run")
-    fleet.orchestrator()  # it asks all to be born again, and refuses it again
+    fleet.orchestrator()  # it asks all devices for births, and refuses that device again
     said = "refused: device 'device-2': a class"
     processes.wait_for("the second", lambda: processes.log("run").count(said) == 2)
     assert processes.log("agent-2").count("refuses this device") == 1, "the log says it once"

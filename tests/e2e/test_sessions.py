@@ -1,4 +1,4 @@
-"""Who is who on the broker: new cards, two of one name, two runs on one fleet."""
+"""Identities on the broker: new cards, two devices of one name, two runs on one fleet."""
 
 import shutil
 import signal
@@ -13,14 +13,14 @@ from tests.e2e.test_run import Fleet, check_every_round_counts_each_device_once
 def test_a_device_that_loses_its_card_in_mid_round_does_the_round_anew(
     processes, digits, any_broker
 ):
-    """Its connection stands as after a power cut, so that no will says that it is gone."""
+    """Its connection stays open as after a power cut, so no will says that it is gone."""
     fleet = Fleet(processes, digits, any_broker.url, rounds=1, epochs=4)
     path = fleet.folder / "run.toml"
     path.write_text(path.read_text().replace("deadline_s = 1000.0", "deadline_s = 1e6"))
     fleet.agent(0)
     processes.wait_for("a first session", lambda: "connected to" in processes.log("agent-0"))
     processes.kill("agent-0")
-    fleet.start()  # agent 0 with its second session
+    fleet.start()  # agent 0 begins its second session
     processes.wait_for("training", lambda: fleet.reached("train", 1))
     former = processes.running["agent-0"]
     former.send_signal(signal.SIGSTOP)
@@ -37,7 +37,7 @@ def test_a_device_that_loses_its_card_in_mid_round_does_the_round_anew(
 def test_a_second_run_on_a_fleet_ends_with_the_name_of_the_first_which_goes_on(
     processes, digits, any_broker
 ):
-    """Over the broker, as from two machines: the folders of runs are two."""
+    """Both runs use one broker, but have separate folders of runs, as on two machines."""
     fleet = Fleet(processes, digits, any_broker.url, rounds=1)
     fleet.orchestrator()
     processes.wait_for("the first", lambda: "connected to" in processes.log("run"))

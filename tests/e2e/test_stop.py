@@ -1,4 +1,4 @@
-"""Ctrl-C: answered at once, what is kept is said, and a second one ends at once."""
+"""Ctrl-C is answered at once, with what is kept; a second one ends the program at once."""
 
 import os
 import re
@@ -14,11 +14,11 @@ from PIL import Image
 from tests.conftest import ROOT, Processes
 from tests.e2e.test_run import Fleet, check_every_round_counts_each_device_once
 
-SOON_S = 60.0  # on a busy machine; what is measured is that nothing is waited for
+SOON_S = 60.0  # enough for a busy machine; the tests show that nothing else is waited for
 
 
 def interrupted(folder: Path, when: str, *arguments: str, times: int = 1) -> tuple[int, str]:
-    """Send Ctrl-C to `python -m ARGUMENTS` once its output has `when`; exit code and output."""
+    """Send Ctrl-C to `python -m ARGUMENTS` once it prints `when`; return exit code and output."""
     with subprocess.Popen(
         [sys.executable, "-u", "-m", *arguments],
         cwd=folder,
@@ -72,7 +72,7 @@ def test_a_ctrl_c_that_a_library_swallows_is_not_lost(tmp_path):
 
 def test_a_program_that_is_being_imported_ends_at_once(tmp_path):
     for module in ("orchestrator.main", "edge_agent.main", "tools.export", "orchestrator.datasets"):
-        # -v says what is imported: the first of ours after the signals are heard.
+        # -v prints imports. Once our package is imported, signals are handled.
         with subprocess.Popen(
             [sys.executable, "-v", "-m", module, "--help"],
             cwd=tmp_path,

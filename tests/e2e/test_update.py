@@ -1,4 +1,4 @@
-"""A signed package on its way to a real agent: pulled between orders, checked, laid out."""
+"""A signed package on its way to a real agent: pulled between orders, checked, staged."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from tests.conftest import ROOT, Processes
 from tests.e2e.test_run import AGENT, RUN
 from wire import release, signing
 
-NEWER = "0.1.0+py311.1"  # an orchestrator refuses what is newer than itself
+NEWER = "0.1.0+py311.1"  # not newer than the orchestrator, which would refuse it
 OWN = {"version": "0.1.0", "architecture": "amd64", "python": "3.11"}
 
 
@@ -32,7 +32,7 @@ def package(folder: Path, version: str) -> Path:
 
 
 def environment(folder: Path) -> Path:
-    """The interpreter of a Python environment that says what package it is of."""
+    """The interpreter of a Python environment that names the package to which it belongs."""
     site = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
     (folder / site).mkdir(parents=True)
     own = Path(sys.prefix) / site
@@ -70,7 +70,7 @@ def test_an_agent_stages_a_newer_signed_package_and_refuses_one_of_another_key(
             processes.start(f"agent-{n}", "edge_agent.main", "run", "--config", f"agent-{n}.toml")
 
     def told() -> dict:
-        """What the orchestrator's status says of each device."""
+        """The orchestrator's status of each device."""
         try:
             return json.loads((folder / "runs/run/status.json").read_text())["devices"]
         except FileNotFoundError:
@@ -81,7 +81,7 @@ def test_an_agent_stages_a_newer_signed_package_and_refuses_one_of_another_key(
     process = processes.start("run", "orchestrator.main", "start", "--config", "run.toml")
     processes.wait_for("the package", (folder / "update-0/ready").exists)
     processes.wait_for("the refusal", lambda: told().get("device-1", {}).get("update"))
-    agent(2, key)  # a round begins with three: until here both had nothing else to do
+    agent(2, key)  # a round begins with three, so the other two had no work until here
     assert (folder / "update-0/package.deb").read_bytes() == deb.read_bytes()
     staged = release.parse((folder / "update-0/release.json").read_bytes(), "")
     assert staged.package.version == NEWER
@@ -90,7 +90,7 @@ def test_an_agent_stages_a_newer_signed_package_and_refuses_one_of_another_key(
     devices = [device for entry in report["rounds"] for device in entry["devices"].values()]
     assert len(devices) == 6
     assert all(device["accepted"] for device in devices)
-    # An agent that is up for ten seconds says so there; it may have been quicker.
+    # An agent writes a file here once it is up for ten seconds; the run may have ended sooner.
     assert {path.name for path in (folder / "update-1").glob("*")} <= {"healthy", "up"}
     status = told()
     assert [status[f"device-{n}"]["package"] for n in range(2)] == ["0.1.0", "0.1.0"]

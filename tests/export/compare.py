@@ -1,10 +1,10 @@
 """Compare a compiled module to PyTorch, forward and backward, in float32 and float64.
 
-In float32, on ONNX Runtime, it must be as near to PyTorch's float64 as PyTorch's float32 is. In
-float64 the same graph, with every float32 widened, must give PyTorch's numbers to ten digits, so
-that a constant that is a little wrong, or a formula that nearly holds, shows. The float64 graph
-runs on ONNX Runtime if its CPU kernels have float64 (Conv, ConvTranspose, AveragePool, Resize, Erf
-and the trigonometric ones but Sin and Cos have not), otherwise on ONNX's reference.
+In float32, on ONNX Runtime, it must be as near to PyTorch's float64 as PyTorch's float32 is. The
+same graph with every float32 widened to float64 must give PyTorch's numbers to ten digits, which
+reveals a constant that is a little wrong, or a formula that is only nearly right. The float64 graph
+runs on ONNX Runtime if its CPU kernels have float64, otherwise on ONNX's reference. Conv,
+ConvTranspose, AveragePool, Resize, Erf and all trigonometric kernels but Sin and Cos lack float64.
 """
 
 import numpy as np
@@ -44,7 +44,7 @@ def _wide(dtype):
     return torch.float64 if dtype == torch.float32 else dtype
 
 
-# Operators that ONNX's reference lacks, or has only in float32 or for one group.
+# Operators that ONNX's reference lacks, or supports only in float32 or for one group.
 
 
 class FusedMatMul(OpRun):
@@ -111,7 +111,7 @@ def compiled(g, traced, inputs):
 def assert_same(module, shape, *, digits=10):
     """Compare the output, the gradients of input and parameters, and the buffers after one pass.
 
-    An ONNX operator with a float32 attribute, a slope or a scale, allows fewer `digits`.
+    If an ONNX operator has a float32 attribute, such as a slope or a scale, allow fewer `digits`.
     """
     torch.manual_seed(0)
     module.train()

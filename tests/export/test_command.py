@@ -1,4 +1,4 @@
-"""`python -m tools.export`, as a user types it."""
+"""The command `python -m tools.export`, as a user types it."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The cost table of an artifact: PyTorch's own counts, the module's own layers."""
+"""The cost table of an artifact has PyTorch's counts, by the module's own layers."""
 
 import copy
 from functools import partial
@@ -36,7 +36,7 @@ class Separable(nn.Module):
         self.b.weight = self.a.weight
 
     def forward(self, x):
-        x = F.silu(self.stem[0](x))  # not through the Sequential that owns it
+        x = F.silu(self.stem[0](x))  # not called through the Sequential that holds it
         x = self.up(self.group(F.relu(self.depth(x))))
         return self.b(F.relu(self.a(x.mean((2, 3)))))
 
@@ -61,10 +61,10 @@ def compiled(tmp_path_factory):
 
 
 def counted(name):
-    """PyTorch's FLOPs of one training step by module: forward, backward.
+    """PyTorch's FLOPs of one training step, by module: for the forward and the backward pass.
 
-    Each module is counted by itself, on the input that it has in the net: in a whole net's backward
-    pass, the counter mistakes one module's gradients for another's where paths join.
+    Each module is counted separately, on its input in the net. In a whole net's backward pass, the
+    counter mistakes one module's gradients for another's where paths join.
     """
     module, shape = NETS[name]
     forward, backward, hooks = {}, {}, []
@@ -76,7 +76,7 @@ def counted(name):
     for hook in hooks:
         hook.remove()
     in_modules = sum(forward.values()) + sum(backward.values())
-    assert counter.get_total_flops() == 2 * in_modules  # the net's, and then each module's
+    assert counter.get_total_flops() == 2 * in_modules  # once for the net, and once for its modules
     return forward, backward
 
 
@@ -111,19 +111,19 @@ def test_forward_pass_of_training_costs_what_pytorch_counts_by_layer(compiled, n
 
 
 def padded_rows(conv, height):
-    """More FLOPs of a weight gradient that sums over the padded image's rows, zeros included."""
+    """Extra FLOPs of a weight gradient that sums over all rows of the padded image."""
     return 2 * conv.weight.numel() * BATCH * height * 2 * conv.padding[0]
 
 
 def test_backward_pass_costs_what_pytorch_counts_by_layer(compiled):
     expected = counted("caldas_cnn")[1]
-    # PyTorch has no gradient for the images either; conv1's one channel is not worth splitting.
+    # Neither side computes the images' gradient; conv1's one channel is not worth splitting.
     expected["conv2"] += padded_rows(NETS["caldas_cnn"][0].conv2, 14)
     assert flops(compiled["caldas_cnn"], "backward") == expected
 
 
 def test_batch_norm_by_second_moments_adds_its_small_products(compiled):
-    """The formulas of rules/pointwise.py: S, m m^T, W C, W m; backward W^T b W z and so on."""
+    """The products in rules/pointwise.py: S, m m^T, W C, W m; backward W^T b W z and so on."""
     module = NETS["resnet8"][0]
     forward, backward = counted("resnet8")
     pixels = BATCH * 32 * 32
@@ -161,7 +161,7 @@ def test_layers_are_the_modules(compiled, name):
         assert "update" in phases[""]  # all running statistics are one vector
     assert phases["optimizer"] == {"update"}
     assert phases["loss"] == {"forward", "backward"}
-    assert "stem" not in phases  # its convolution ran, but it did not
+    assert "stem" not in phases  # only the convolution in it ran
 
 
 @pytest.mark.parametrize("graph", ["train", "eval", "extract"])
@@ -201,9 +201,9 @@ def test_bytes_and_kept_activations_are_counted_where_they_are_made():
     size = 4 * 160
     assert layers == (
         LayerCost("conv", "forward", 2 * 160 * 3, 4 * (96 + 15) + size, 0, 1),
-        # the ReLU, a view that moves nothing, and one that is an output and so a copy
+        # the ReLU, a view that moves nothing, and a view that is an output and so a copy
         LayerCost("relu", "forward", 0, 2 * size + 2 * size + 8, size, 3),
-        # both factors are one tensor; a slice reads what it writes, and where to
+        # both factors are the same tensor; a slice reads as much as it writes, and its bounds
         LayerCost("relu", "backward", 0, 2 * size + 2 * 8 + 2 * 8, 0, 2),
     )
 

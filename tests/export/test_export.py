@@ -1,4 +1,4 @@
-"""Whole modules: the compiled step is PyTorch's, bad input is refused, nothing half-done stays."""
+"""Whole modules: the compiled step equals PyTorch's; refused input leaves no files behind."""
 
 import json
 
@@ -38,7 +38,7 @@ class Assorted(nn.Module):
 
 
 class Plain(nn.Module):
-    """The least that trains, for whatever a test adds."""
+    """The smallest network that trains, to which tests add parts."""
 
     def __init__(self, **parts):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The memory of a step's tensors is predicted, checked on small graphs with a known answer."""
+"""The predicted memory of a step's tensors, checked on small graphs with a known answer."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ MB = 1 << 20
 
 
 def by_hand():
-    """x -> a -> view of a -> large output; x -> b -> c -> the same output, beside a mask."""
+    """The graph x -> a -> view of a -> large output; x -> b -> c -> the same output, and a mask."""
     g = Graph()
     x = g.input("x", (1000,))
     a = g.node("Exp", x, shape=(1000,))
@@ -54,7 +54,7 @@ def test_output_that_is_a_view_is_a_copy_that_frees_its_source():
 def test_arena_grows_by_regions_of_one_two_and_four_megabytes():
     arena = _Arena()
     assert arena.take(700_000) == (0, 0)
-    assert arena.take(700_000) == (1, 0)  # 0.3 MB are left in the first
+    assert arena.take(700_000) == (1, 0)  # the first region has only 0.3 MB left
     assert arena.take(3 * MB) == (2, 0)
     assert arena.touched == 2 * 700_160 + 3 * MB  # requests come in units of 256 bytes
     assert _Arena().take(1) == (0, 0)
@@ -62,8 +62,8 @@ def test_arena_grows_by_regions_of_one_two_and_four_megabytes():
 
 def test_arena_makes_a_region_as_large_as_the_request():
     arena = _Arena()
-    assert arena.take(5 * MB) == (0, 0)  # of 8 MB, and the chunk is all of them
-    assert arena.take(9 * MB) == (1, 0)  # of 16 MB
+    assert arena.take(5 * MB) == (0, 0)  # a region of 8 MB, which is one chunk
+    assert arena.take(9 * MB) == (1, 0)  # a region of 16 MB
     assert arena.touched == 14 * MB
 
 
@@ -98,7 +98,7 @@ def test_request_goes_to_the_smallest_chunk_that_holds_it():
 
 def test_arena_of_a_program_is_what_the_same_requests_take():
     program, *_ = by_hand()
-    # a, b, mask (1000 bytes), c in a row; b, the mask free again; 8000 bytes beside c.
+    # a, b, mask (1000 bytes) and c in a row; then b and the mask are free; 8000 bytes follow c.
     assert memory.arena_bytes(program) == 4096 + 4096 + 1024 + 4096 + 8192
 
 

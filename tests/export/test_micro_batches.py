@@ -1,4 +1,4 @@
-"""A batch in micro-batches is one step of the optimizer, with PyTorch's running statistics."""
+"""A batch split into micro-batches is one optimizer step, with PyTorch's running statistics."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def batches(count, classes=5):
 
 
 def trained(artifact, *, lr, steps=4):
-    """The state after some steps, and loss and number of correct samples of each."""
+    """The state after some steps, and the loss and number of correct samples of each step."""
     step = TrainStep(artifact, load_file(artifact.weights), threads=1)
     metrics = []
     for batch in batches(steps):
@@ -85,7 +85,7 @@ def test_running_statistics_are_pytorchs_over_the_micro_batches_in_turn(tmp_path
         expected = module.get_buffer(name).numpy()
         np.testing.assert_allclose(state[name], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(metrics[:, 1], np.reshape(correct, (2, parts)).sum(1))
-    assert (metrics[:, 0] > np.reshape(losses, (2, parts)).mean(1)).all()  # the teacher's part
+    assert (metrics[:, 0] > np.reshape(losses, (2, parts)).mean(1)).all()  # plus the teacher's
     for name, parameter in module.named_parameters():
         np.testing.assert_array_equal(state[name], parameter.detach().numpy())
 

@@ -1,4 +1,4 @@
-"""Attention, recurrence, look-ups and functions give PyTorch's numbers, as test_rules.py says."""
+"""Attention, recurrence, look-ups and functions give PyTorch's numbers; see test_rules.py."""
 
 import pytest
 import torch
@@ -43,9 +43,9 @@ def test_transformer_layer(activation, norm_first):
     assert_same(layer, (2, 5, 8))
 
 
-HIDDEN = torch.full((5, 5), -torch.inf).triu(1)  # each looks at itself and what was before
+HIDDEN = torch.full((5, 5), -torch.inf).triu(1)  # each position attends to itself and earlier ones
 NOTHING = HIDDEN.clone()
-NOTHING[2] = -torch.inf  # the third looks at nothing, and gets 0
+NOTHING[2] = -torch.inf  # the third attends to nothing, and gets 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A memory budget: the least change that fits it, or a refusal that names the least there is."""
+"""A memory budget: the smallest change that meets it, or an error with the least memory needed."""
 
 import pytest
 import torch

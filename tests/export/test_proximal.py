@@ -1,4 +1,4 @@
-"""FedProx's term pulls the parameters toward where the order began, and at mu = 0 is not there."""
+"""FedProx's term pulls parameters toward their values at the order's start; mu = 0 disables it."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ BATCH, STEPS = 4, 20
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Artifacts, checked by export, by (optimizer, micro-batches, with the term or not)."""
+    """Artifacts by (optimizer, micro-batches, whether they have the term), checked by export."""
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Flatten(), nn.Linear(128, 5)
@@ -34,7 +34,7 @@ def compiled(tmp_path_factory):
 
 
 def begin(artifact):
-    """A state that training has already moved: other parameters than the artifact's."""
+    """A state whose parameters differ from the artifact's, as after some training."""
     random = np.random.default_rng(1)
     state = load_file(artifact.weights)
     for spec in artifact.manifest.state_of("parameter"):
@@ -97,7 +97,7 @@ def test_anchors_are_the_state_given_and_not_the_artifacts_first_weights(
     state, losses = train(artifact, start, mu=50)
     for spec in artifact.manifest.state_of("parameter"):
         np.testing.assert_array_equal(state[ANCHOR + spec.name], start[spec.name])
-    # At the anchors the term and its gradient are 0: the first step is the one without it.
+    # At the anchors the term and its gradient are 0, so the first step is as without the term.
     first, (loss,) = train(artifact, start, mu=50, steps=1)
     expected, (expected_loss,) = train(plain, begin(plain), mu=0, steps=1)
     assert loss == pytest.approx(expected_loss, abs=1e-6)

@@ -1,7 +1,7 @@
 """Whole networks of every common kind: each exports, and export() itself compares with PyTorch.
 
-Small versions of published designs, so that each takes a second or two; what is the same at every
-width and depth needs no large one.
+They are small versions of published designs, so that each takes a second or two. Large versions
+would only repeat the same operators.
 """
 
 import functools
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
 
 class Sequence(nn.Module):
-    """Rows of an image as a sequence, through attention with each kind of mask."""
+    """Attention with each kind of mask over the rows of an image."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class ConvNeXt(nn.Module):
 
 
 class Gated(nn.Module):
-    """Squeeze-and-excitation, SiLU, hard swish and group norm, as in MobileNetV3 and its kin."""
+    """Squeeze-and-excitation, SiLU, hard swish and group norm, as in MobileNetV3 and similar."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ class Gated(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down, and up again three ways, with shortcuts by concat (arXiv 1505.04597, figure 1)."""
+    """Downsampling, then three kinds of upsampling, with concat shortcuts (arXiv 1505.04597)."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +190,7 @@ class UNet(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A GRU over the rows of an image, and an LSTM cell over what it says."""
+    """A GRU over the rows of an image, and an LSTM cell over its outputs."""
 
     def __init__(self):
         super().__init__()

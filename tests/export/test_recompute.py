@@ -1,4 +1,4 @@
-"""Computing activations a second time changes no bit of a result, and lowers the peak."""
+"""Recomputing activations changes no bit of a result, and lowers the peak of memory."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ CLASSES = 10
 
 
 def sequential():
-    """Each activation is made of the one before: what is dropped twice is made again twice."""
+    """A chain of layers: to recompute an activation, those before it are recomputed too."""
     layers = [nn.Conv2d(3, 16, 3, padding=1)]
     for _ in range(4):
         layers += [nn.GELU(), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)]
@@ -29,7 +29,7 @@ NETS = {
 
 @pytest.fixture(scope="module", params=NETS)
 def programs(request):
-    """A training step, and what recomputation makes of it, one activation after the other."""
+    """A training step, and the steps after recomputing one more activation each."""
     module, shape, batch = NETS[request.param]
     plain = compiler(module, shape, batch=batch, classes=CLASSES).train()
     return [plain, *recompute(plain)]

@@ -1,4 +1,4 @@
-"""An operator that cannot be compiled is refused with its name, its place and a remedy."""
+"""For an operator that cannot be compiled, the error gives its name, its place and a remedy."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from wire.errors import ExportError
 
 
 class Part(nn.Module):
-    """A convolution, and a function of its result."""
+    """A convolution, and a function applied to its output."""
 
     def __init__(self, function):
         super().__init__()
@@ -37,7 +37,7 @@ class Network(nn.Module):
 
 
 def refusal(module, out, **changes):
-    """The message; nothing may have been written."""
+    """The error message of export, which must not write anything."""
     if isinstance(module, Network):
         with torch.no_grad():
             module(torch.zeros(4, 3, 6, 6))  # the head finds its size
@@ -269,7 +269,7 @@ def test_every_family_gives_its_own_remedy(word):
 @pytest.mark.parametrize(
     ("operator", "instead"),
     [
-        ("aten.div.Tensor_mode", "add a rule"),  # its overload is no name of a family
+        ("aten.div.Tensor_mode", "add a rule"),  # its overload does not name a family
         ("aten.scatter_reduce.two", "scatter_add"),
         ("aten._scaled_dot_product_attention_math", "softmax(q @ k"),
         ("aten.adaptive_max_pool3d", "MaxPool3d"),

@@ -66,7 +66,7 @@ def test_convolution_of_one_and_three_axes():
 def test_norm_and_its_statistics(module, shape):
     buffers = {n: b for n, b in module.named_buffers() if not b.is_floating_point()}
     for name in buffers:
-        setattr(module, name, None)  # the counter of batches is no part of the state
+        setattr(module, name, None)  # the counter of batches is not part of the state
     assert_same(module, shape)
 
 
@@ -80,7 +80,7 @@ def test_batch_norm_with_a_large_mean_keeps_its_variance():
         def forward(self, x):
             return self.bn(x + 300)
 
-    # The mean of squares less the squared mean would be off by 1 % here.
+    # The mean of squares minus the squared mean would be off by 1 % here.
     assert_same(Shifted(), (4, 3, 8, 8))
 
 
@@ -297,7 +297,7 @@ def test_defaults_of_a_rule_are_those_of_its_operator():
                 continue
             stated = argument.default_value
             same = [stated]
-            if isinstance(stated, list):  # or one number for all axes, or None for none
+            if isinstance(stated, list):  # otherwise one number for all axes, or None
                 same += [*stated, tuple(stated), None]
             assert parameter.default in same, (
                 f"{operator}: {argument.name} is {stated} by default, in its rule "

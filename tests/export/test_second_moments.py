@@ -18,13 +18,13 @@ SHAPE = (4, 4, 4, 8)
 
 
 class Widening(nn.Module):
-    """A 1x1 convolution of 4 to 16 channels and its batch norm, on scale * x + shift."""
+    """A 1x1 convolution from 4 to 16 channels and its batch norm, on scale * x + shift."""
 
     def __init__(self, *, bias=False, scale=1.0, shift=0.0, use="alone"):
         super().__init__()
         self.scale, self.shift, self.use = scale, shift, use
         self.conv, self.bn = nn.Conv2d(4, 16, 1, bias=bias), nn.BatchNorm2d(16)
-        self.bn.num_batches_tracked = None  # the counter of batches is no part of the state
+        self.bn.num_batches_tracked = None  # the counter of batches is not part of the state
 
     def forward(self, x):
         y = self.conv(x * self.scale + self.shift)
@@ -72,7 +72,7 @@ def test_strided_and_padded_convolution_is_not_taken_for_a_plain_one(side):
 
 
 class Classifier(nn.Module):
-    """A trained convolution, the widening one, a linear layer."""
+    """An ordinary convolution, the widening one, and a linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ def test_block_that_is_partly_frozen_is_compiled_and_equal_to_pytorch(tmp_path, 
 
 
 def test_the_output_of_the_convolution_is_not_there():
-    """One product makes the normalised output at once; nothing as wide is normalised after it."""
+    """One product makes the normalised output; no other tensor that wide is made and normalised."""
     program = compiler(Classifier(), (3, 8, 8), batch=4, classes=5).train()
     wide = [n.op for n in program.nodes if program.specs[n.outputs[0]].shape == (4, 16, 8, 8)]
     layers = {n.place.layer for n in program.nodes if n.op == "Conv"}
@@ -113,9 +113,9 @@ def test_input_with_a_mean_of_a_few_deviations_costs_no_digits():
 
 
 def test_large_mean_keeps_the_variance():
-    # Second moments less the squared mean would be off by 3 % here.
+    # Second moments minus the squared mean would be off by 3 % here.
     (y, mean, variance), (true_y, true_mean, true_variance) = forwarded(Widening(shift=300.0))
-    # Sums of four products of some 300, in float32's 24 bits: 5e-5 off with 25 seeds.
+    # Sums of four products of about 300, in float32's 24 bits: the error is 5e-5 over 25 seeds.
     np.testing.assert_allclose(mean, true_mean, rtol=0, atol=1.5e-4)
     np.testing.assert_allclose(variance, true_variance, rtol=1e-5)
     np.testing.assert_allclose(y, true_y, atol=2e-4)
@@ -127,7 +127,7 @@ def test_constant_input_has_no_variance_and_gives_no_nan(level):
     assert np.isfinite(y).all()
     np.testing.assert_allclose(mean, true_mean, rtol=1e-6, atol=1e-5)
     assert (variance >= 0).all()
-    # What is left is rounding: products of the level with itself, to float32's 24 bits.
+    # Only rounding remains: products of the level with itself, to float32's 24 bits.
     assert variance.max() <= level**2 * 2**-40
     assert np.abs(y).max() <= 0.05
 

@@ -37,7 +37,7 @@ def compiled(module, out, **changes):
         [(PIECE,), (1,)],
         [(PIECE + 1,)],
         [(), (3, PIECE // 2), (7, 2), ()],
-        [(2, PIECE + 5), (3,)],  # a row is the least part
+        [(2, PIECE + 5), (3,)],  # a row is never split
         [(1, PIECE + 5)],
         [(64, 64, 7, 7), (64,)] * 3,
         [(PIECE // 4,)] * 9,
@@ -66,7 +66,7 @@ def test_large_layer_trains_as_in_pytorch(tmp_path, optimizer):
     manifest = compiled(wide(), tmp_path / "art", optimizer=optimizer).manifest
     assert WIDE * WIDE > PIECE
     moved = [s.size for s in manifest.graphs["train"].outputs if s.role != "metric"]
-    assert sum(moved) == manifest.values  # no value stays behind
+    assert sum(moved) == manifest.values  # every value is moved
     assert max(moved) <= PIECE
 
 

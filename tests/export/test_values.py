@@ -1,4 +1,4 @@
-"""An operator on a graph's values is one node, and means what it means on tensors."""
+"""An operator on a graph's values makes one node, and means the same as on tensors."""
 
 import numpy as np
 import pytest
@@ -79,7 +79,7 @@ def test_product_reads_a_transposed_matrix_as_it_was_stored():
     g.output("plain", a @ b.transpose([1, 0]))
     g.output("twice", matmul(a.transpose([1, 0]).T, b.T))
     ops = [node.op for node in g.program("product").nodes]
-    assert ops == ["FusedMatMul", "Identity"]  # the second is the first again
+    assert ops == ["FusedMatMul", "Identity"]  # the second output equals the first
 
 
 def test_result_that_is_the_value_itself_adds_no_node():

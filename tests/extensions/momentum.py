@@ -1,4 +1,4 @@
-"""A strategy of one's own, in one file outside Stillhouse: FedAvg with momentum on the server.
+"""A user's own strategy, in one file outside Stillhouse: FedAvg with momentum on the server.
 
 Hsu et al. 2019 (arXiv 1909.06335), FedAvgM, with the updates d_k of devices with n_k samples each:
 
@@ -50,20 +50,20 @@ class Momentum:
     velocity: Weights
 
     def pack(self) -> Checkpoint:
-        """As a checkpoint; `orchestrator export` looks for the model under "global"."""
+        """The state as a checkpoint; `orchestrator export` looks for the model under "global"."""
         packed = tensors.with_prefix("global", self.weights)
         return Checkpoint(packed | tensors.with_prefix("velocity", self.velocity))
 
 
 @dataclass(frozen=True)
 class Update:
-    """A contribution: d_k."""
+    """A device's contribution: d_k."""
 
     tensors: Weights
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """Its memory in bytes."""
         return nbytes(self.tensors)
 
 
@@ -78,7 +78,7 @@ class FedAvgM:
 
     @staticmethod
     def check(config: RunConfig) -> None:
-        """One whole model for all devices."""
+        """Refuse settings that the strategy does not support, such as sub-models."""
         unused.need_heldout(config)
         unused.refuse_submodel(config)
         unused.refuse_transfer(config)
@@ -86,18 +86,18 @@ class FedAvgM:
         unused.refuse_late_results(config)
 
     def begin(self) -> Momentum:
-        """Initial weights at rest."""
+        """The initial weights, with v = 0."""
         w = self.task.initial
         return Momentum(w, {name: np.zeros_like(array) for name, array in w.items()})
 
     def restore(self, checkpoint: Checkpoint) -> Momentum:
-        """What was packed."""
+        """The state that was packed."""
         return Momentum(checkpoint.under("global"), checkpoint.under("velocity"))
 
     def orders(
         self, state: Momentum, round_: int, sequence: int, cohort: Mapping[str, Birth]
     ) -> dict[str, Order]:
-        """Start from w, return the difference."""
+        """Orders to start from w and return the difference."""
         device = self.task.config.device
         named = tensors.weights(state.weights, device.state)
         sent = self.task.blobs.put(tensors.pack(named, seed=round_))
@@ -108,7 +108,7 @@ class FedAvgM:
         }
 
     def admit(self, state: Momentum, order: Order, result: Result) -> Update:
-        """Names and shapes as in w, finite values, a norm that is not absurd."""
+        """The update, if it has w's names and shapes, finite values, and no absurd norm."""
         update = read_payload(self.task, order, result, "update")
         admit.weights(update, shapes(state.weights), admit.norm(state.weights))
         return Update(update)

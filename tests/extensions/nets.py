@@ -1,4 +1,4 @@
-"""A network of one's own, in one file outside Stillhouse.
+"""A user's own network, in one file outside Stillhouse.
 
 [device]
 model = "nets.py:Tiny"    # in run.toml

@@ -2,8 +2,8 @@
 
     decode(encode(x)) = sign(x) * mean |x|        (Bernstein et al. 2018, arXiv 1802.04434)
 
-To become one of Stillhouse's it is put into `wire/codecs/`, and `signs.FAMILY` into the table of
-families there. A body is a scale, float32 little-endian, and a bit a value.
+To add it to Stillhouse, put the file into `wire/codecs/`, and `signs.FAMILY` into the table of
+families there. A body is a scale (float32, little-endian) and one bit for each value.
 """
 
 import re

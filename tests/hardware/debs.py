@@ -1,4 +1,4 @@
-"""A package file of the agent that nobody released."""
+"""A package file of an agent version that was never released."""
 
 import shutil
 import subprocess

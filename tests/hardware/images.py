@@ -30,7 +30,7 @@ def json_of(path):
 
 
 def make(path, root, boot, *, boot_mib=48, root_mib=64, kinds=("c", "83"), root_type="ext4"):
-    """An image of a root tree and a folder of boot files, both as files of root's."""
+    """Make an image of a root tree and a folder of boot files; all files belong to root."""
     sizes = (boot_mib * MIB, root_mib * MIB)
     ext4 = path.with_suffix(".root")
     with ext4.open("wb") as file:
@@ -44,7 +44,7 @@ def make(path, root, boot, *, boot_mib=48, root_mib=64, kinds=("c", "83"), root_
              for start, size, kind in zip(starts, sizes, kinds, strict=True)]  # fmt: skip
     run("sfdisk", "-q", str(path), input="label: dos\n" + "\n".join(lines) + "\n")
     at = f"{path}@@{START}"
-    # Some tens of megabytes are a FAT16; those of cards, over 256, a FAT32.
+    # A few dozen megabytes get a FAT16; a card's boot partition, over 256 MB, has a FAT32.
     fat = ["-F"] if boot_mib > 64 else []
     run("mformat", "-i", at, *fat, "-T", str(sizes[0] // 512), "-v", "bootfs", "::")
     for each in sorted(Path(boot).iterdir()):
@@ -58,7 +58,7 @@ def make(path, root, boot, *, boot_mib=48, root_mib=64, kinds=("c", "83"), root_
 
 
 def system(folder, *, python="3.11", architecture="arm64", units=True):
-    """What `build` looks at of a Debian system, in the form of Raspberry Pi OS Bookworm."""
+    """The parts of a Debian system that `build` reads, as in Raspberry Pi OS Bookworm."""
     status = "\n".join(
         f"Package: {name}\nStatus: install ok installed\nArchitecture: {architecture}\n"
         for name in (f"python{python}", "adduser", "libc6")

@@ -1,4 +1,4 @@
-"""What the package brings along to be measured: `edge-agent measure` on a fresh device."""
+"""The artifact in the package, which `edge-agent measure` uses on a fresh device."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def test_a_device_without_a_run_measures_resnet8(brought, tmp_path, monkeypatch,
 
 def test_it_is_small_and_the_one_that_the_agent_tells_to_make(brought, tmp_path):
     assert sum(path.stat().st_size for path in brought.iterdir()) < 400_000
-    command = ["--model", "resnet8", "--classes", "10", "--batch", "32"]  # of the error's remedy
+    command = ["--model", "resnet8", "--classes", "10", "--batch", "32"]  # from the error's remedy
     assert export([*command, "--out", str(tmp_path / "made")]) == 0
     assert open_artifact(tmp_path / "made").digest == open_artifact(brought).digest
 

@@ -1,9 +1,9 @@
-"""An image that is built, personalized and booted: an emulated board joins and does a round.
+"""An image is built, personalized and booted; the emulated board joins and does a round.
 
-`make boot-test` runs this; it takes some twenty minutes, most of them to install Debian by foreign
-programs. It wants root, mmdebstrap, qemu-user-static with binfmt_misc, and qemu-system-arm. The
-base is a Debian 12 for arm64 in the layout of Raspberry Pi OS, with a kernel for QEMU's machine
-`virt`; what differs from a Raspberry Pi is the firmware and the drivers.
+`make boot-test` runs this. It takes about twenty minutes, most of them to install Debian with
+emulated arm64 programs. It needs root, mmdebstrap, qemu-user-static with binfmt_misc, and
+qemu-system-arm. The base is a Debian 12 for arm64 in the layout of Raspberry Pi OS, with a kernel
+for QEMU's machine `virt`; only firmware and drivers differ from a Raspberry Pi.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.hardware.test_package import emulation
 pytestmark = pytest.mark.hardware
 
 PACKAGES = "python3.11,adduser,systemd-sysv,udev,apt,kmod,iproute2,linux-image-arm64"
-# An initial file system with these alone is packed in a tenth of the time.
+# An initial file system with only these is packed in a tenth of the time.
 MODULES = (
     'mkdir -p "$1/etc/initramfs-tools/conf.d"; '
     'echo MODULES=list > "$1/etc/initramfs-tools/conf.d/small"; '
@@ -55,7 +55,7 @@ batch = 32
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, digits):
-    """The image, and the kernel and initial file system to boot it with."""
+    """The image, and the kernel and initial file system that boot it."""
     emulation("mmdebstrap", "qemu-system-aarch64", *images.TOOLS)
     folder = tmp_path_factory.mktemp("base")
     root = folder / "root"
@@ -90,7 +90,7 @@ def base(tmp_path_factory, digits):
 
 @pytest.fixture
 def board(base, tmp_path, processes):
-    """Start an emulated board with an image; its console is a log."""
+    """Starts an emulated board with an image; its console is a log."""
 
     def start(image):
         boot, _ = open_disk(image)
@@ -156,7 +156,7 @@ def test_a_board_joins_by_itself_and_finishes_a_round(base, board, digits, proce
 
 
 def check_the_card(image):
-    """The boot partition holds neither package nor secrets; both are where they belong."""
+    """Check that package and secrets are in place, and not on the boot partition."""
     boot, root = open_disk(image)
     at = f"{image}?offset={root.offset}"
     subprocess.run(["e2fsck", "-fy", at], capture_output=True, check=False)  # replays its journal

@@ -1,7 +1,7 @@
-"""First boot ends in the same place wherever it is cut off, and says what it could not do.
+"""First boot ends in the same state wherever it is cut off, and reports what it could not do.
 
-The script runs on a tree; programs that reach beyond it (dpkg, systemctl, ...) note how they were
-called and can be told to fail. `test_boot.py` has the real ones.
+The script runs on a file tree. Stubs replace the programs that reach beyond it (dpkg, systemctl,
+...); they record how they were called, and can be told to fail. `test_boot.py` runs the real ones.
 """
 
 import os
@@ -21,7 +21,7 @@ def board(tmp_path):
 
 
 class Board:
-    """A device's tree, and programs that count their calls."""
+    """A device's tree, and stub programs that count their calls."""
 
     def __init__(self, folder):
         self.root, self.bin, self.calls = folder / "root", folder / "bin", folder / "calls"
@@ -33,7 +33,7 @@ class Board:
         self.fails("nothing")
 
     def fails(self, *programs, after=0):
-        """From now on these fail once they were called so often."""
+        """From now on, these programs fail once they have been called more than `after` times."""
         for name in STUBS:
             count = f'[ "$(grep -c "^{name} " {self.calls})" -gt {after} ] && exit 1'
             body = f'echo "{name} $*" >> {self.calls}\n' + (count if name in programs else "")
@@ -41,7 +41,7 @@ class Board:
         self._program("dpkg-query", "echo installed")
 
     def cut_off_at(self, name):
-        """From now on the power goes when this is called."""
+        """From now on, the power is cut when this program is called."""
         self.fails()
         self._program(name, "kill -9 $PPID; sleep 1")
 
@@ -90,7 +90,7 @@ def test_package_and_kit_are_taken_from_the_boot_partition(board):
     assert connection.stat().st_mode & 0o777 == 0o600
     assert "raspi-config nonint do_wifi_country DE" in calls
     assert calls.endswith("systemctl --no-block restart stillhouse-edge-agent.service\n")
-    assert board.boot() == (0, "")  # and then there is nothing to do
+    assert board.boot() == (0, "")  # nothing is left to do
 
 
 @pytest.mark.parametrize("name", ["dpkg", "chown", "hostname", "nmcli", "shred", "sync", "mv"])

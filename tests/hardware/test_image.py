@@ -1,4 +1,4 @@
-"""One image serves a fleet; what cannot work on a device is refused before it is written."""
+"""One image serves a fleet; an image that cannot work on a device is refused before writing."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def image(tmp_path, fleet_image):
 
 @pytest.fixture
 def kit(tmp_path):
-    """What `orchestrator enroll` writes, of two devices."""
+    """The files that `orchestrator enroll` writes for two devices."""
     folder = tmp_path / "kits"
     folder.mkdir()
     (folder / "run.toml").write_text(
@@ -312,7 +312,7 @@ def test_a_boot_partition_that_cannot_be_read_is_told_from_one_that_is_another(i
     boot, _ = open_disk(image)
     with image.open("r+b") as card:
         card.seek(boot.offset)
-        card.write(b"\xff" * 512)  # where the FAT says how large it is
+        card.write(b"\xff" * 512)  # where the FAT records its size
     with pytest.raises(ImageError, match="its boot partition cannot be read: init"):
         personalize(image, Identity("pi-1"), kit)
     with pytest.raises(ImageError, match=r"cannot be read: .*Not a directory"):

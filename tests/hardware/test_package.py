@@ -1,7 +1,7 @@
 """The Debian package in an arm64 system under emulation: installed, at work, purged.
 
-`make test-hardware` runs this; it takes some ten minutes. It wants root, mmdebstrap and
-qemu-user-static with binfmt_misc: foreign programs then run by themselves.
+`make test-hardware` runs this; it takes about ten minutes. It needs root, mmdebstrap and
+qemu-user-static with binfmt_misc, which runs arm64 programs under emulation.
 """
 
 import os
@@ -32,12 +32,12 @@ def run(*command, timeout_s=900, **more):
 
 
 def inside(root, *command):
-    """The command line that runs another one in a root file system, with a /proc of its own."""
+    """The command line that runs `command` in a root file system with its own /proc."""
     return ["unshare", "--mount", "sh", "-c", ENTER, str(root), *command]
 
 
 def emulation(*tools):
-    """Skip the test unless arm64 programs run here, and these tools are there."""
+    """Skip the test unless arm64 programs run here and these tools are installed."""
     missing = [tool for tool in (*tools, "qemu-aarch64-static") if shutil.which(tool) is None]
     if os.geteuid() != 0 or missing:
         pytest.skip(f"wants root, and: apt install mmdebstrap qemu-user-static binfmt-support "
@@ -86,21 +86,21 @@ def test_it_is_small_and_the_files_are_whole(root):
 
 
 def test_it_measures_itself_and_signs_what_it_found(root):
-    """With no settings and no run: what a board tells as soon as the package is there."""
+    """A board can be measured as soon as the package is installed, without settings or a run."""
     told = "/var/lib/stillhouse/measured.json"
     command = f"edge-agent measure --threads 1 --steps 2 --json {told}"
     run(*inside(root, "su", "-s", "/bin/sh", "stillhouse", "-c", command))
     measured = measurement.verify((root / told[1:]).read_bytes(), where=told)
     assert measured.platform.machine == "aarch64"
     assert measured.artifact.model.name == "resnet8"
-    assert measured.artifact.step_flops > 32 * 2.9 * 19.24e6  # forward and both gradients
+    assert measured.artifact.step_flops > 32 * 2.9 * 19.24e6  # forward pass and both gradients
     assert all(layer.seconds > 0 for layer in measured.layers if layer.flops)
 
 
 def test_a_round_of_fedgkt_with_an_arm64_device_is_the_simulated_one(
     root, processes, digits, any_broker
 ):
-    """Two agents of this machine and one of the package, with the numbers that PyTorch has."""
+    """Two agents of this machine and one from the package get the numbers of PyTorch."""
     fleet = Fleet(processes, digits, any_broker.url, rounds=2)
     toml = fleet.folder / "run.toml"
     toml.write_text(toml.read_text().replace("deadline_s = 1000.0", "deadline_s = 600.0"))

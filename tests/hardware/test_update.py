@@ -1,7 +1,7 @@
 """Updates in a Debian 12 of this machine's architecture, booted with its own systemd.
 
-It wants root, mmdebstrap and cgroup v2, and takes some ten minutes. The system runs in namespaces,
-with the host's network; a power cut is a SIGKILL of all that is in it.
+It needs root, mmdebstrap and cgroup v2, and takes about ten minutes. The system runs in namespaces,
+with the host's network; a power cut is a SIGKILL of all its processes.
 """
 
 import json
@@ -35,7 +35,7 @@ update_minutes = {minutes}
 url = "{url}"
 """
 ARCH = {"x86_64": "amd64", "aarch64": "arm64"}[os.uname().machine]
-# What systemd expects of a container: https://systemd.io/CONTAINER_INTERFACE
+# The container interface that systemd expects: https://systemd.io/CONTAINER_INTERFACE
 BOOT = """
 set -e
 echo $$ > "$2/cgroup.procs"
@@ -77,7 +77,7 @@ class Device:
             )  # fmt: skip
 
     def cut_power(self) -> None:
-        """Everything ends at once."""
+        """Kill all processes of the device at once."""
         if self.power is None:
             return
         self.power.kill()
@@ -89,7 +89,7 @@ class Device:
             Path(folder).rmdir()
 
     def do(self, *command: str) -> str:
-        """What a command says that is run on the device."""
+        """The output of a command that is run on the device."""
         first = (self.group / "init.scope/cgroup.procs").read_text().split()[0]
         spaces = ("--mount", "--uts", "--ipc", "--pid", "--cgroup")
         return run("nsenter", "--target", first, *spaces, *command)
@@ -98,7 +98,7 @@ class Device:
         wait_for(what, condition, self.logs, timeout_s)
 
     def logs(self) -> str:
-        """What the units of the package have written, since the first boot."""
+        """The log of the package's units since the first boot."""
         units = [f"--unit={name}" for name in deb.UNITS]
         command = ("journalctl", "--directory=/var/log/journal", "--output=cat", *units)
         return run(*inside(self.root, *command))
@@ -120,7 +120,7 @@ def wait_for(what, condition, logs, timeout_s=60.0):
 
 
 def derived(package: Path, version: str, out: Path, breaks: str = "") -> Path:
-    """The same package with a later version, and with a file of it that does not work."""
+    """The same package with a later version, and with one broken file if `breaks` names one."""
     tree = out / "tree"
     run("dpkg-deb", "--raw-extract", str(package), str(tree))
     old = run("dpkg-deb", "--field", str(package), "Version").strip()
@@ -140,7 +140,7 @@ def derived(package: Path, version: str, out: Path, breaks: str = "") -> Path:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """The package, later ones that work, and two that do not: the agent, a script."""
+    """The package, later ones that work, and two with a broken agent or a broken script."""
     out = tmp_path_factory.mktemp("dist")
     first = deb.build(ARCH, "3.11", out)
     return {
@@ -174,7 +174,7 @@ def key(tmp_path_factory):
 
 @pytest.fixture
 def device(tmp_path, empty_root, packages, key, digits):
-    """A device that is on, with the first package, and a broker for it."""
+    """A running device with the first package, and a broker for it."""
     root = tmp_path / "root"
     run("cp", "-a", str(empty_root), str(root))
     shutil.copy(digits / "device-0.npz", root / "srv/images.npz")
@@ -196,7 +196,7 @@ def device(tmp_path, empty_root, packages, key, digits):
 
 
 def stage(device: Device, package: Path, key, content: Path | None = None) -> None:
-    """What the agent does when it has pulled a package; `content` is another file in its place."""
+    """Stage a package as the agent does after its pull; `content` replaces the package file."""
     owner = (device.root / "var/lib/stillhouse").stat()
     device.staged.mkdir(exist_ok=True)
     os.chown(device.staged, owner.st_uid, owner.st_gid)
@@ -218,7 +218,7 @@ def test_a_package_is_installed_and_stays_when_its_agent_is_well(device, package
     assert run(*inside(device.root, "dpkg", "--verify", deb.NAME)) == ""
     healthy = json.loads((device.staged / "healthy").read_text())
     assert healthy["version"] == "0.2.0+py311"
-    # The way back is a package like the first one.
+    # The package for the rollback is like the first one.
     old = device.cache / "old.deb"
     for package in (old, packages["0.1"]):
         run("dpkg-deb", "--raw-extract", str(package), str(device.root / "root" / package.name))
@@ -276,7 +276,7 @@ def test_a_power_cut_is_no_more_than_a_pause(device, packages, key, moment):
         return state.exists() and json.loads(state.read_text())["step"] == step
 
     if moment == "dpkg":
-        # dpkg unpacks all files beside the old ones, then gives them their names.
+        # dpkg unpacks all new files beside the old ones, then renames them.
         unpacked = device.root / "opt/stillhouse/bin/edge-agent.dpkg-new"
         device.wait_for("dpkg at work", unpacked.exists)
     else:
@@ -294,8 +294,8 @@ def test_a_power_cut_is_no_more_than_a_pause(device, packages, key, moment):
 def test_a_device_is_updated_by_the_orchestrator_in_the_middle_of_a_run(
     device, packages, key, digits, processes
 ):
-    """All of it: told over the broker, pulled, staged, installed, born again with the new one."""
-    anew = f"{__version__}+py311.1"  # no newer than the orchestrator
+    """The whole update: told over the broker, pulled, staged, installed; then a new birth."""
+    anew = f"{__version__}+py311.1"  # not newer than the orchestrator
     signed = processes.folder / packages["anew"].name
     shutil.copy(packages["anew"], signed)
     release.beside(signed).write_bytes(release.dump(release.sign(key, releasing.describe(signed))))

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _quiet(one_thread):
-    """For every test of this folder."""
+    """Limits every test in this folder to one thread."""

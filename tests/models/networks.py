@@ -1,8 +1,8 @@
-"""Small networks of many kinds, with what is dropped of each written out by hand.
+"""Small networks of many kinds, with their groups of units and masks written out by hand.
 
-`groups` are the groups of units that a network must have; `masks`, given for each group 1 for the
-units that stay and 0 for the others, the factors that multiply the outputs of some of its modules:
-what a network computes without the units left out.
+`groups` are the groups of units that a network must have. `masks` takes for each group a vector
+that is 1 for units that stay and 0 for the others. It returns the factors by which the outputs of
+some modules are multiplied, so that the network computes as without the units left out.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ class MobileNet(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """DenseNet's block (arXiv 1608.06993): each layer reads all that came before it."""
+    """DenseNet's block (arXiv 1608.06993): each layer reads the outputs of all earlier layers."""
 
     groups = MappingProxyType({"stem": 8, "a": 4, "b": 6, "transition": 10})
 
@@ -79,7 +79,7 @@ class DenseNet(nn.Module):
 
     def masks(self, kept):
         seen = {"norms.0": kept["stem"], "norms.1": torch.cat([kept["stem"], kept["a"]])}
-        return dict(kept) | seen  # batch norms shift what is masked before them
+        return dict(kept) | seen  # batch norms shift values that were masked before them
 
 
 class PreActivation(nn.Module):
@@ -148,7 +148,7 @@ class Perceptron(nn.Sequential):
 
 
 class Decoder(nn.Module):
-    """Down and up again (arXiv 1505.04597), with instance norm and a squeeze-and-excitation."""
+    """Down- and upsampling (arXiv 1505.04597), with instance norm and squeeze-and-excitation."""
 
     groups = MappingProxyType({"a": 6, "b": 8, "squeeze": 4, "grow": 5, "last": 7})
 
@@ -202,7 +202,7 @@ class Raw(nn.Module):
 
 
 class Normed(nn.Module):
-    """ConvNeXt's block (arXiv 2201.03545): layer norm mixes the trunk, the wide layer is free."""
+    """ConvNeXt's block (arXiv 2201.03545): layer norm mixes the trunk, but not the wide layer."""
 
     groups = MappingProxyType({"up": 32})
 
@@ -224,7 +224,7 @@ class Normed(nn.Module):
 
 
 class Auxiliary(nn.Module):
-    """A second head that reads the first layer in training only, past a dropout."""
+    """A second head that reads the first layer through a dropout, only in training."""
 
     groups = MappingProxyType({"stem": 8, "wide": 12})
 
@@ -244,7 +244,7 @@ class Auxiliary(nn.Module):
 
 
 def _resnet(model, kept=None):
-    """Groups and masks of the registered ResNets; a stage's first block makes its trunk."""
+    """The groups of a registered ResNet, or its masks; a stage's first block makes its trunk."""
     groups, masks = {}, {}
     if not isinstance(model, ServerResNet):
         groups["extractor.0"] = 16
@@ -288,7 +288,7 @@ class Case(NamedTuple):
 
 
 def make(name):
-    """A network in float64; no bias and no batch norm is left as it was initialised."""
+    """A network in float64; all biases and batch norms differ from their initial values."""
     torch.manual_seed(0)
     if name in OWN:
         model, shape = OWN[name](), (3, 8, 8)

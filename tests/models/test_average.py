@@ -16,7 +16,7 @@ SHAPE = (1, 4, 4)
 
 @functools.cache
 def network():
-    """4 filters, each read at 2 x 2 places by 5 units, 3 logits."""
+    """A network of 4 filters, each read at 2 x 2 places by 5 units, and 3 logits."""
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3)
     )
@@ -24,7 +24,7 @@ def network():
 
 
 def owners(name, index):
-    """The units that a coordinate belongs to, by hand."""
+    """The units to which a coordinate belongs, written out by hand."""
     if name.startswith(("0.", "1.")):
         return [("0", index[0])]
     if name == "3.weight":
@@ -42,7 +42,7 @@ def draw_updates(rng, layout, devices, keep_rates):
 
 
 def reference(state, updates, absent):
-    """By a loop over coordinates and devices."""
+    """The average, by a loop over coordinates and devices."""
     result = {}
     total = sum(samples for _, _, samples in updates)
     for name, before in state.items():
@@ -132,8 +132,8 @@ def test_absent_units_slow_the_paper_and_not_the_holders():
     [
         ([10, 10, 100], 10.0, [10, 10, 100]),
         ([10, 10, 101], 10.0, [10, 10, 100]),
-        ([3, 5, 7, 9], 1.5, [3, 5, 7, 7]),  # the lower median, 5, and 7.5 rounded down
-        ([10**12], 1.0, [10**12]),  # alone, it is the median
+        ([3, 5, 7, 9], 1.5, [3, 5, 7, 7]),  # the lower median is 5; 7.5 is rounded down
+        ([10**12], 1.0, [10**12]),  # a single device is the median
     ],
 )
 def test_nobody_counts_more_than_max_weight_times_the_median(samples, max_weight, expected):

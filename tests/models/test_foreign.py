@@ -1,4 +1,4 @@
-"""Networks of a user's own: found by name, made by the seed, apart from ours."""
+"""A user's own networks: found by name, made from the seed, and kept apart from ours."""
 
 import os
 import subprocess
@@ -248,7 +248,7 @@ def test_a_users_packages_may_be_called_as_ours(folder, name):
 
 
 def ours() -> dict[str, object]:
-    """Our modules as an import finds them."""
+    """Our modules, as an import finds them."""
     return {
         key: module for key, module in sys.modules.items()
         if key.split(".")[0] in ("models", "tools", "wire", "orchestrator")
@@ -300,7 +300,7 @@ def run(folder: Path, code: str) -> "subprocess.CompletedProcess[str]":
 
 
 def install(folder: Path, name: str, entry_points: str = "", top_level: str = "") -> Path:
-    """A distribution in a site-packages of its own."""
+    """Install a distribution in a separate site-packages folder."""
     site = folder / "lib/site-packages"
     info = site / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
@@ -336,7 +336,7 @@ def test_entry_points_are_names_and_a_clash_is_said(folder, monkeypatch, caplog)
 def test_a_network_that_cannot_be_made_is_named_with_its_entry_point(
     folder, monkeypatch, point, text
 ):
-    name = folder.name  # another one in each test: what is found stays
+    name = folder.name  # differs in each test, because modules stay imported
     site = install(folder, name, f"[{foreign.NETWORKS.group}]\n{name} = {point}\n")
     write(site, broken__nets=NET.replace("width=4", "depth"))
     monkeypatch.syspath_prepend(str(site))

@@ -11,8 +11,8 @@ from tools.export import export
 from wire.errors import StillhouseError
 
 STEM = 464
-# Parameters and MFLOPs: DESIGN, section 2; resnet19 and resnet10 by the same rule 9n + 2, less the
-# stem. A whole network adds the stem's 0.885 MFLOPs; a cut changes no network.
+# Parameters and MFLOPs: DESIGN, section 2; resnet19 and resnet10 by the same rule 9n + 2, without
+# the stem. A whole network adds the stem's 0.885 MFLOPs; a cut changes no network.
 TABLE = {
     "resnet8": (10_586, 19.24),
     "resnet8-block1": (10_586, 19.24),
@@ -182,6 +182,6 @@ def test_what_does_not_fit_stays_as_it_is():
     assert torch.equal(
         other.state_dict()["stages.2.conv2.weight"], whole["rest.stages.2.conv2.weight"]
     )
-    small = models.build("resnet4", classes=10)  # its blocks are no bottlenecks
+    small = models.build("resnet4", classes=10)  # its blocks are not bottlenecks
     assert models.inherit(small, whole) == len(small.extractor.state_dict())
     assert models.inherit(models.build("allconv", classes=10), whole) == 0

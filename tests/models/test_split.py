@@ -1,4 +1,4 @@
-"""A network cut behind one of its modules computes what it did, and what is no chain is refused."""
+"""A network that is cut after a module computes the same; one that is not a chain is refused."""
 
 import copy
 
@@ -16,7 +16,7 @@ SHAPE, CLASSES = (3, 12, 16), 4
 
 
 class Numbers(nn.Module):
-    """Sizes of the image, a branch on training and an in-place operator stand around the cut."""
+    """Around the cut are sizes of the image, a branch on training, and an in-place operator."""
 
     def __init__(self, drop=0.3):
         super().__init__()
@@ -40,7 +40,7 @@ class Numbers(nn.Module):
 
 
 class InPlace(nn.Sequential):
-    """The layers behind the norm write into its output."""
+    """The layers after the norm write into its output."""
 
     def __init__(self):
         super().__init__(
@@ -50,7 +50,7 @@ class InPlace(nn.Sequential):
 
 
 class Skip(nn.Module):
-    """Its blocks can be cut between, not within; its head reads the image, or it has two paths."""
+    """It can be cut around its skip connection, not within; most kinds of `how` break the chain."""
 
     def __init__(self, how=""):
         super().__init__()
@@ -109,9 +109,9 @@ def test_both_parts_together_are_the_network(kind, path):
         assert torch.allclose(logits, expected, atol=1e-5)
         assert torch.allclose(features, taken["h"], atol=1e-5)
     own, origins = parts.state_dict(), parts.origins()
-    idle = {"idle.weight", "idle.bias", "weight"}  # nothing calls them
+    idle = {"idle.weight", "idle.bias", "weight"}  # unused parameters
     assert {origins[key] for key in own} | idle == set(whole.state_dict()) | idle
-    for key, tensor in own.items():  # what batch norm kept, too
+    for key, tensor in own.items():  # including batch norm's statistics
         assert torch.allclose(tensor.float(), whole.state_dict()[origins[key]].float(), atol=1e-5)
     grown = copy.deepcopy(parts).train()
     grown(x).sum().backward()

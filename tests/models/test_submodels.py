@@ -1,6 +1,6 @@
-"""A sub-model computes and learns what the network does with the units left out masked.
+"""A sub-model computes and learns the same as the network in which the dropped units are masked.
 
-What a masked network is, `networks` writes out by hand for each.
+`networks` has the masks of each network, written out by hand.
 """
 
 import copy
@@ -28,7 +28,7 @@ def load(model, state):
 
 
 def mask(model, factors):
-    """A copy that multiplies the outputs of some modules."""
+    """A copy of the model that multiplies the outputs of some modules by factors."""
     masked = copy.deepcopy(model)
     parts = dict(masked.named_modules())
     for path, factor in factors.items():
@@ -67,7 +67,7 @@ def test_sub_model_is_the_network_with_units_masked(name, keep_rate):
         logits = masked.eval()(x)
         np.testing.assert_allclose(narrow.eval()(x), logits, rtol=1e-10, atol=1e-10)
         assert not torch.allclose(model.eval()(x), logits)
-    # And in training: the gradients, and the statistics that batch norms gather.
+    # In training, the gradients and the statistics of batch norms are the same too.
     dense = gradients(narrow.train(), x)
     for key, gradient in submodel.cut(gradients(masked.train(), x), layout, units).items():
         np.testing.assert_allclose(dense[key], gradient, rtol=1e-8, atol=1e-10, err_msg=key)
@@ -108,7 +108,7 @@ def test_layers_of_a_narrow_network_say_how_wide_they_are(name):
         if isinstance(new, (nn.Conv2d, nn.GroupNorm)):
             wide, thin = (getattr(p, "out_channels", 0) or p.num_channels for p in (old, new))
             groups = [getattr(p, "groups", 0) or p.num_groups for p in (old, new)]
-            # As many channels in a group as before.
+            # A group has as many channels as before.
             assert groups == [1, 1] or wide // groups[0] == thin // groups[1], path
     assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in model.parameters())
 
@@ -207,7 +207,7 @@ def test_what_cannot_be_followed_stays_whole(mixture):
 
 
 class Fixed(nn.Module):
-    """Its forward holds a number that should be a width."""
+    """Its forward contains a fixed number in place of a width."""
 
     def __init__(self, fault):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Index sets: a fixed number of units, drawn fairly, under a name of its own; cut and paste."""
+"""Index sets: a fixed number of units, drawn fairly, named by a digest; cut and paste by them."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_rolling_window_gives_every_unit_as_many_turns(first):
 
 def test_digest_names_the_set_and_nothing_else():
     units = {"a": np.array([0, 2]), "b": np.array([1])}
-    # Pinned: a device's error feedback and its results carry it from version to version.
+    # Pinned: error feedback and results carry this digest from one version to the next.
     assert digest(units) == "60b542c6baf8e8b29b7042a670c5ede78fa44de36bc041168dbb5110dfc2901e"
     assert digest(dict(reversed(units.items()))) == digest(units)
     for other in ({"a": [0, 2]}, {"a": [0], "b": [1, 2]}, {"a": [0, 2], "c": [1]}):

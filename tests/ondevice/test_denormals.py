@@ -56,5 +56,5 @@ assert (small * np.float32(1)).any(), "payloads keep numbers under 1.2e-38"
 
 def test_a_training_step_leaves_the_numbers_of_its_thread_alone(tmp_path):
     artifact = compiled(tmp_path / "a")
-    # ONNX Runtime sets it with the first session of a process.
+    # In a new process, because ONNX Runtime sets the mode with a process's first session.
     subprocess.run([sys.executable, "-c", TRAIN, str(artifact.folder)], check=True)

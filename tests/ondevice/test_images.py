@@ -1,4 +1,4 @@
-"""What a device's owner gets from `ondevice.images`: images read right, or told what is wrong."""
+"""`ondevice.images` reads a device's images correctly, or tells its owner what is wrong."""
 
 import sys
 
@@ -210,7 +210,7 @@ def test_folder_serves_only_grey_and_colour_models(folder):
         load(folder, input_shape=(4, 32, 32))
 
 
-# Labels as the run numbers its classes
+# Labels in the run's numbering of classes
 
 NFC, NFD = "Schl\u00fcssel", "Schlu\u0308ssel"
 

@@ -1,4 +1,4 @@
-"""Memory is told as the kernel tells it, and what work has freed goes back to the system."""
+"""Memory is reported as the kernel counts it, and freed memory is returned to the system."""
 
 import platform
 import subprocess
@@ -45,7 +45,7 @@ def test_what_a_thread_of_work_has_freed_is_given_back():
 @pytest.mark.parametrize(
     ("board", "model", "kibibytes"),
     [
-        # Neither kernel tells the group's peak: one has no memory controller, one is 5.15.
+        # Neither kernel reports the group's peak: one has no memory controller, one is 5.15.
         ("pi4", "Raspberry Pi 4 Model B Rev 1.4", (3344040, 128044, 139660, 113506, 0)),
         (
             "orin-nano",
@@ -57,7 +57,7 @@ def test_what_a_thread_of_work_has_freed_is_given_back():
     ],
 )
 def test_boards_tell_their_name_and_memory(board, model, kibibytes):
-    """Available; resident now and at its peak; by share; the group's peak."""
+    """In KiB: available; resident now and at its peak; proportional; the group's peak."""
     root = TREES / board
     assert meter.model(root) == model
     told = (

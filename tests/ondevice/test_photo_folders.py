@@ -1,4 +1,4 @@
-"""What of a folder or an archive is read, and what is left out and counted."""
+"""Which files of a folder or an archive are read, and which are left out and counted."""
 
 import contextlib
 import os
@@ -98,7 +98,7 @@ def test_folders_of_another_form_are_refused_with_the_remedy(tmp_path, files, me
 
 @contextlib.contextmanager
 def as_somebody():
-    """Without root's rights to read everything, if we have them."""
+    """Drops root's right to read everything, if we have it."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)

@@ -1,4 +1,4 @@
-"""What becomes of the photos that people have: used as they look, or left out and named."""
+"""People's photos are used as they look, or left out and named."""
 
 import os
 import struct
@@ -28,7 +28,7 @@ def plain(colour=RED, size=(32, 32)):
 
 
 def folder(path, files=(), **classes):
-    """A folder with `classes` of so many plain pictures, and further files."""
+    """Make a folder with a number of plain pictures for each of `classes`, and further files."""
     for name, number in classes.items():
         (path / name).mkdir(parents=True)
         for i in range(number):
@@ -40,7 +40,7 @@ def folder(path, files=(), **classes):
 
 
 def pixels(file, channels=3):
-    """A picture's pixels, and what was done to it; the server's reader must agree."""
+    """A picture's pixels, and its conversions; checks that the server's reader agrees."""
     done = Counter()
     found = picture.decode(file, (32, 32), channels, done)
     seen = read_path(file.parents[1], size=(32, 32), channels=channels)
@@ -207,7 +207,7 @@ def chunk(kind, body):
 
 
 def bomb(side):
-    """A PNG that declares side x side pixels, and has none."""
+    """A PNG that declares side x side pixels, but has none."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -264,7 +264,7 @@ def test_what_a_picture_declares_costs_no_memory(tmp_path):
         peaks.append(peak)
         for file in root.glob("a/*[a-z].png"):
             file.unlink()
-    assert peaks[0] - peaks[1] < 30_000  # of 1024 bytes; 13,000 x 13,000 pixels take 660,000
+    assert peaks[0] - peaks[1] < 30_000  # KiB; 13,000 x 13,000 pixels take 660,000
 
 
 def test_more_bad_pictures_than_the_share_are_an_error(tmp_path):
@@ -325,4 +325,4 @@ def test_large_photos_are_read_one_at_a_time(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, str(root), str(number)],
                               capture_output=True, text=True, check=True)  # fmt: skip
         peaks.append(int(done.stdout))
-    assert peaks[0] - peaks[1] < 20_000  # of 1024 bytes; each holds 36,000 when decoded whole
+    assert peaks[0] - peaks[1] < 20_000  # KiB; each picture takes 36,000 when decoded at full size

@@ -1,4 +1,4 @@
-"""What is on photos: by an exported file, or by the network that the device trained last."""
+"""Photos are classified by an exported file, or by the network that the device trained last."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of a red, a green and a blue photo, and of what is none."""
+    """A folder with a red, a green and a blue photo, and with files that are not photos."""
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -173,7 +173,7 @@ def test_a_name_that_is_no_utf_8_is_no_fault(model, photos, capsys):
 
 
 class Recorder:
-    """A network that keeps what it is asked."""
+    """A network that records its inputs."""
 
     classes, batch = ("a", "b"), 2
 
@@ -288,7 +288,7 @@ def artifact(tmp_path_factory):
 
 @pytest.fixture
 def device(tmp_path, artifact):
-    """A device that has trained: its agent.toml, and the weights."""
+    """A device that has trained: its agent.toml, and its weights."""
     state = tmp_path / "state"
     (state / "artifacts").mkdir(parents=True)
     (state / "artifacts" / artifact.digest).symlink_to(artifact.folder)
@@ -313,7 +313,7 @@ def device(tmp_path, artifact):
 
 def test_a_device_asks_the_network_that_it_trained_last(device, photos, capsys):
     settings, weights = device
-    for number in range(4):  # with three more that is over one batch of 4
+    for number in range(4):  # with the other three, more than one batch of 4
         Image.new("RGB", (40, 30), (60 * number, 90, 40)).save(photos / f"z{number}.png")
     assert main.main(["predict", "--config", str(settings), str(photos), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

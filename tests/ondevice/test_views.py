@@ -36,7 +36,7 @@ def test_last_batch_is_filled_from_the_head_of_the_permutation(n, batch, count):
 
 
 def test_a_seed_gives_the_same_bytes_for_ever():
-    """Golden: a changed stream would make resumed rounds differ between agent versions."""
+    """Golden bytes: if the stream changed, resumed rounds would differ between agent versions."""
     images = make(10)
     got = list(views.epoch(images, batch=4, seed=7, augment=True))
     assert [i.tolist() for i, _ in got] == [[3, 0, 8, 4], [1, 9, 5, 7], [2, 6, 3, 0]]
@@ -50,7 +50,7 @@ def test_other_seeds_give_other_orders_and_crops():
 
 
 def test_augmentation_is_the_dense_definition():
-    """Zero-padded, cropped at (row, column), flipped where the last third of the draw is odd."""
+    """Zero-padded, cropped at (row, column), flipped if a number in the last third is odd."""
     images = make(16, shape=(8, 6, 3))
     raw = np.random.Philox(key=3).random_raw(48)
     got = views.look(images.x, views.drawn(raw))
@@ -69,7 +69,7 @@ def test_augmentation_is_the_dense_definition():
 
 def test_crops_and_flips_are_spread_evenly():
     marks = np.zeros((1, 9, 9, 1), np.uint8)
-    marks[0, 4, 3] = 255  # off the middle: its place in the crop tells offset and flip
+    marks[0, 4, 3] = 255  # off centre: its place in the crop reveals offset and flip
     images = ImageSet(marks.repeat(6480, 0), np.zeros(6480, np.int64), "digest")
     (_, pixels) = next(views.epoch(images, batch=6480, seed=0, augment=True))
     where = np.argwhere(pixels[..., 0])

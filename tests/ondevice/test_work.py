@@ -1,4 +1,4 @@
-"""Work on the device, held against PyTorch doing the same: order by order, sample by sample."""
+"""Work on the device gives the same as in PyTorch: order by order, sample by sample."""
 
 import threading
 from dataclasses import replace
@@ -70,7 +70,7 @@ def read(desk, ref):
 
 
 def in_pytorch(artifact, images, teacher, alpha, *, augment, parts=1):
-    """The same epochs with torch.optim; the state dict."""
+    """The state dict after the same epochs with torch.optim."""
     weights = {n: a for n, a in load_file(artifact.weights).items() if not n.startswith("optim.")}
     model = distill.load(models.build("resnet8", classes=5), weights).train()
     step = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -94,7 +94,7 @@ def in_pytorch(artifact, images, teacher, alpha, *, augment, parts=1):
 
 
 def assert_same(artifact, state, model):
-    """Each tensor moved from its start as in PyTorch, within 5 % (a ReLU that flips moves 1 %)."""
+    """Each tensor moved as in PyTorch, within 5 % (a single ReLU that flips makes 1 %)."""
     start = load_file(artifact.weights)
     for name, array in state.items():
         wanted = model.state_dict()[name].numpy()
@@ -116,7 +116,7 @@ def test_an_order_with_a_teacher_trains_as_pytorch_does_with_logits_matched_by_s
     (state,) = read(desk, outcome.blobs["state"])
     right = in_pytorch(artifact, desk.images, teacher, 1.5, augment=augment)
     assert_same(artifact, state, right)
-    # The teacher matters: logits of other samples lead elsewhere.
+    # The teacher matters: logits of other samples give another result.
     wrong = in_pytorch(artifact, desk.images, np.roll(teacher, 1, axis=0), 1.5, augment=augment)
     with pytest.raises(AssertionError):
         assert_same(artifact, state, wrong)
@@ -164,13 +164,13 @@ def test_an_order_in_micro_batches_trains_as_pytorch_does_and_counts_every_run(
     right = in_pytorch(halved, desk.images, teacher, 1.5, augment=True, parts=2)
     assert_same(halved, state, right)
     whole = in_pytorch(halved, desk.images, teacher, 1.5, augment=True)
-    with pytest.raises(AssertionError):  # batch norm sees other batches
+    with pytest.raises(AssertionError):  # batch norm sees different batches
         assert_same(halved, state, whole)
     assert outcome.metrics["steps"] == 3
     runs = outcome.metrics["train_flops"] / halved.manifest.graphs["train"].flops
     assert runs == 6
     unsplit = perform(order(artifact, **changes, augment=True), artifact, KeptFile(), desk).metrics
-    # The same products on half the samples twice; only the smallest do not depend on samples.
+    # Twice the same products on half the samples; only the smallest do not depend on samples.
     assert outcome.metrics["train_flops"] == pytest.approx(unsplit["train_flops"], rel=0.01)
     assert 0 <= outcome.metrics["train_accuracy"] <= 1
 
@@ -217,7 +217,7 @@ def test_an_update_is_the_difference_to_the_given_state(artifact, desk):
 
 
 def test_what_is_owed_by_another_sub_model_is_left_alone(artifact, desk, tmp_path, caplog):
-    """Its memory may put a device into another tier; what it owed had other shapes."""
+    """If its memory puts a device into another tier, what it owes has other shapes."""
     start = {n: a for n, a in load_file(artifact.weights).items() if not n.startswith("optim.")}
     given = desk.blobs.put(tensors.pack([(n, a, "float32") for n, a in start.items()], seed=0))
     spec = "eden|b=1|mse/float16"
@@ -277,7 +277,7 @@ def test_feature_maps_are_clipped_and_covered_by_noise_that_nobody_can_draw_agai
     noisy = [cover(maps, replace(work, clip=5.0, noise=2.0)) for _ in range(2)]
     assert not np.array_equal(*noisy)
     assert noisy[0].min() == 0
-    # Half of a normal distribution of deviation 2 * 5, over almost nothing.
+    # Half of a normal distribution with deviation 2 * 5; the maps themselves are almost zero.
     assert np.sqrt(np.square(noisy[0][0]).mean() * 2) == pytest.approx(10.0, rel=0.05)
     with pytest.raises(ValueError, match="a clip over 0 where there is noise"):
         replace(work, noise=1.0)
@@ -292,7 +292,7 @@ def named(tmp_path_factory):
 
 
 def test_labels_go_by_the_names_in_the_artifact(named, desk):
-    """Two devices with the same images, one of which numbers its classes in another order."""
+    """Two devices have the same images, but one numbers its classes in another order."""
     y = np.array([1, 4, 0])[np.arange(SAMPLES) % 3]
     here = ImageSet(desk.images.x, y, desk.images.digest, tuple("abcde"))
     there = replace(here, y=np.arange(SAMPLES) % 3, names=("b", "e", "a"))

@@ -1,4 +1,4 @@
-"""Attacks and accidents: each refused with its reason, and nothing else is."""
+"""Each attack or accident is refused with its reason, and everything else is admitted."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The brokers that the orchestrator runs, real ones, with real clients in real processes."""
+"""The real brokers that the orchestrator runs, with real clients in real processes."""
 
 import contextlib
 import itertools
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 class Client:
-    """A paho client whose every step is awaited."""
+    """A paho client that waits for the end of every operation."""
 
     def __init__(self, url, name, *, user=None, password=None, clean=True, will=None, tls=None):
         self.messages: queue.Queue[tuple[str, bytes]] = queue.Queue()
@@ -106,7 +106,7 @@ client.loop_forever()
 
 @contextlib.contextmanager
 def device_process(url: str, *, keepalive: int = 60) -> Iterator["subprocess.Popen[str]"]:
-    """The device `a` in its own process, subscribed to its orders, which it never acknowledges."""
+    """The device `a` in its own process: subscribes to its orders, but never acknowledges any."""
     port = str(urlsplit(url).port)
     command = [sys.executable, "-c", DEVICE, port, "a", f"{topics.ROOT}/{FLEET}/a", str(keepalive)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -265,7 +265,7 @@ def test_a_device_that_comes_back_early_takes_over_its_session(kind, tmp_path, c
         assert first.gone.wait(WAIT_S)
         server.publish("a", "order", b"train")
         assert second.get() == ("a/order", b"train")
-        # Mosquitto keeps the first will to itself here, amqtt sends it; nobody sends the second.
+        # Mosquitto does not send the first will here, amqtt does; neither sends the second.
         second.publish("b", "death", b"marker")
         deaths = list(iter(server.get, ("b/death", b"marker")))
         assert deaths == ([("a/death", b"session 1")] if kind == "embedded" else [])

@@ -1,4 +1,4 @@
-"""A run begun before goes on after: what checkpoints hold, byte for byte."""
+"""The bytes of checkpoints are fixed, so that a run of an older version can continue."""
 
 import json
 

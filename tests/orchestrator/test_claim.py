@@ -1,4 +1,4 @@
-"""One run at a time has a fleet: the second is told by name, and the first goes on."""
+"""A fleet serves one run at a time: a second one is told the first one's name, and ends."""
 
 import pytest
 
@@ -12,7 +12,7 @@ FIRST, SECOND = Hello("100", "first.0a"), Hello("200", "second.0b")
 
 
 def holding(hello: Hello) -> Claim:
-    """A claim that is held, of a run that was alone when it came."""
+    """The held claim of a run that was alone when it came."""
     made = Claim("home", hello.run, hello.boot)
     assert made.connected(0.0) == (Say(CHANNEL, Hello(hello.boot)),)
     assert not made.held
@@ -80,7 +80,7 @@ def test_of_two_that_have_it_after_an_outage_the_later_one_ends(order):
     both = holding(FIRST), holding(SECOND)
     hellos = FIRST, SECOND
     ended = []
-    for number in order:  # each hears that the other has it, and asks whether it is there
+    for number in order:  # each hears of the other's claim, and asks whether that run is there
         other = 1 - number
         (question,) = both[number].heard(hellos[other])
         assert question == Say(CHANNEL, Hello(hellos[number].boot))

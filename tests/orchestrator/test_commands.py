@@ -1,4 +1,4 @@
-"""What every command owes to those who call it: help, a version, JSON, and what to install."""
+"""What every command offers its users: help, a version, JSON, and what to install."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def run(*arguments):
 
 
 def parameters():
-    """Every option and argument of the commands of both programs, with its help."""
+    """Every option and argument of both programs' commands, with its help."""
     group = typer.main.get_command(main.app)
     shards = typer.Typer(add_completion=False)
     shards.command()(datasets.shards)
@@ -106,7 +106,7 @@ def test_a_shell_can_learn_the_agents_commands(typed, told, capsys):
 
 
 def test_without_its_extra_a_command_says_what_to_install(tmp_path):
-    """With the base install's modules alone, as a device has them."""
+    """Only the modules of the base install are there, as on a device."""
     hide = (
         "import importlib.util, runpy, sys\n"
         "known = importlib.util.find_spec\n"
@@ -125,11 +125,11 @@ def test_without_its_extra_a_command_says_what_to_install(tmp_path):
         (line,) = done.stderr.splitlines()
         assert line.endswith("in a checkout pip install '.[orchestrator]'")
         assert "torch" in line
-        assert ("typer" in line) == (module != "tools.export")  # which compiles without
+        assert ("typer" in line) == (module != "tools.export")  # which needs no typer
 
 
 def test_workers_of_measurements_need_none_of_the_extra():
-    """PyTorch beside an agent wants torch alone, that of onnxruntime-training not even that."""
+    """PyTorch's worker beside an agent needs only torch; onnxruntime-training's not even that."""
     refused = [*extras.MODULES, "edge_agent", "models"]
     code = f"import sys; sys.modules |= dict.fromkeys({refused!r}); import tools.worker"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""What a run's configuration promises, and what it refuses."""
+"""A run's configuration: what is accepted, and what is refused."""
 
 import re
 from functools import partial

@@ -1,4 +1,4 @@
-"""A payload is decoded once where memory allows, and counts the same where it does not."""
+"""A payload is decoded once if memory allows; otherwise twice, with the same result."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ class Sized:
 
 
 class Counting:
-    """A strategy that says what it was asked, in order."""
+    """A strategy that records its calls, in order."""
 
     def __init__(self):
         self.log = []
@@ -86,7 +86,7 @@ def test_what_does_not_count_makes_room_for_what_does(strategy, monkeypatch):
 
 def test_a_refused_or_replaced_result_leaves_nothing_behind(strategy):
     kept = Contributions(strategy)
-    other = replace(RESULTS[0], data_digest="ef" * 32)  # of an attempt that was given up
+    other = replace(RESULTS[0], data_digest="ef" * 32)  # from an attempt that was given up
     kept.admit("state", ORDERS["a"], other)
     kept.admit("state", ORDERS["b"], RESULTS[1])
     with pytest.raises(AdmissionError):
@@ -95,4 +95,4 @@ def test_a_refused_or_replaced_result_leaves_nothing_behind(strategy):
     assert log == ["admit a", "add a", "admit b", "add b", "admit c", "add c"]
     kept.admit("state", ORDERS["a"], RESULTS[0])
     aggregated(strategy, kept)
-    assert aggregated(strategy, kept)[0] == "admit a"  # a round's are let go with it
+    assert aggregated(strategy, kept)[0] == "admit a"  # contributions are dropped with their round

@@ -1,4 +1,4 @@
-"""What a user gets from `python -m orchestrator.datasets`: honest, repeatable shards."""
+"""`python -m orchestrator.datasets` makes honest, repeatable shards."""
 
 import hashlib
 import io
@@ -52,7 +52,7 @@ def test_a_seed_gives_one_split(split, per_device):
 
 
 def test_splits_are_golden():
-    """A later numpy or Stillhouse must deal the same samples out for the same seed."""
+    """A later numpy or Stillhouse must deal out the same samples for the same seed."""
     y = np.arange(40) % 4
     plain = partition(y, 2, seed=5)
     skewed = partition(y, 2, split="dirichlet", seed=5, min_samples=1)
@@ -73,7 +73,7 @@ def test_alpha_sets_the_skew(per_device):
     y = np.arange(20_000) % 10
 
     def skew(alpha):
-        """Mean over devices of the share of the commonest class: 0.1 is even, 1 is one class."""
+        """The commonest class's share, mean over devices: 0.1 is even, 1 is one class."""
         parts = partition(y, 20, split="dirichlet", alpha=alpha, per_device=per_device)
         counts = by_class(parts, y)
         return (counts.max(axis=1) / counts.sum(axis=1)).mean()
@@ -82,7 +82,7 @@ def test_alpha_sets_the_skew(per_device):
 
 
 def test_dirichlet_shares_have_the_variance_of_the_distribution():
-    """Of Dir(alpha 1_K): Var p = (K - 1) / (K^2 (K alpha + 1)), here over 10 x 5 x 200 shares."""
+    """Dir(alpha 1_K) has Var p = (K - 1) / (K^2 (K alpha + 1)); here over 10 x 5 x 200 shares."""
     alpha, devices = 0.5, 5
     shares = []
     for seed in range(200):
@@ -144,7 +144,7 @@ def plain_npz(path, n=60, side=6, **more):
 
 
 def idx(path, array):
-    """The file format of MNIST: magic 0, 0, type 8 (uint8), dimensions; sizes; bytes."""
+    """An array in MNIST's file format: magic 0, 0, type 8 (uint8), dimensions; sizes; bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = struct.pack(f">{array.ndim}i", *array.shape)
     path.write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
@@ -360,7 +360,7 @@ def test_same_arguments_write_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("number", [10, 200])
 def test_class_names_are_drawn_as_they_stand(tmp_path, number):
-    """No formula, no second line, no missing glyph: a warning is an error here."""
+    """Names are neither formulas nor several lines; a missing glyph would warn, an error here."""
     odd = ["$5 bill", "a$b$c", "$\\frac", "new\nline", "emoji \N{GRINNING FACE}", "\u65e5\u672c",
            "_unknown_", "\x1b[31m", "W" * 90, "caf\u00e9"]  # fmt: skip
     names = tuple((odd * 20)[:number])

@@ -1,4 +1,4 @@
-"""What is exported: as good as PyTorch, whatever form the pixels have, and it says what it is."""
+"""An exported file gives PyTorch's results for every form of pixels, and describes itself."""
 
 import errno
 import json
@@ -46,7 +46,7 @@ FORMS = ("float32", "uint8")
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Handwritten digits, 2 devices of 32 images, 40 held out."""
+    """A folder of handwritten digits: 2 devices with 32 images each, 40 images held out."""
     folder = tmp_path_factory.mktemp("few")
     datasets.build("digits", folder, devices=2, per_device=32, heldout_samples=40)
     return folder
@@ -54,7 +54,7 @@ def few(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory, few):
-    """The same, with names of classes."""
+    """The same folder, with names of classes."""
     folder = tmp_path_factory.mktemp("named")
     for file in few.glob("*.npz"):
         with np.load(file) as arrays:
@@ -64,7 +64,7 @@ def named(tmp_path_factory, few):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, few, named):
-    """The folder of one run of each strategy, each of one round."""
+    """The folders of runs of one round, one for each strategy."""
     device = DeviceConfig(
         model="resnet8", classes=NAMES, batch=16, lr=0.02, mean=(0.3, 0.2, 0.1), std=(0.4, 0.3, 0.5)
     )
@@ -100,7 +100,7 @@ def runs(tmp_path_factory, few, named):
 
 @pytest.fixture(scope="module")
 def exported(runs):
-    """Both forms of the global network of a run of fedavg."""
+    """Both forms of the global network of a fedavg run."""
     return {
         form: export.export_run(runs / "avg", runs / f"{form}.onnx", form=form) for form in FORMS
     }
@@ -108,7 +108,7 @@ def exported(runs):
 
 @pytest.fixture(scope="module")
 def held(few):
-    """Pixels and labels."""
+    """Pixels and labels of the held-out images."""
     with np.load(few / "heldout.npz") as arrays:
         return arrays["x"], arrays["y"]
 
@@ -119,7 +119,7 @@ def pixels(held):
 
 
 def planes(pixels):
-    """float32 (N, C, H, W) from 0 to 1."""
+    """The pixels as float32 (N, C, H, W) from 0 to 1."""
     return pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255
 
 
@@ -129,7 +129,7 @@ def ask(path, image):
 
 
 def in_pytorch(folder, pixels):
-    """Logits of a run's global network, of images normalized as agents do it."""
+    """Logits of a run's global network in PyTorch, for images normalized as agents do it."""
     config = export.read_config(folder)
     _, state = last_checkpoint(folder)
     device = config.device
@@ -196,7 +196,7 @@ def test_what_is_no_pixels_is_refused_though_one_image_of_many_is_so(exported, p
 
 @pytest.mark.parametrize("scale", [1, 255])
 def test_pixels_that_interpolation_made_are_taken_as_they_are(exported, pixels, scale):
-    """It overshoots: bicubic and Lanczos leave the range by less than a fifth."""
+    """Bicubic and Lanczos interpolation overshoot the range by less than a fifth."""
     image = planes(pixels[:3]) * 1.38 - 0.19
     answers = ask(exported["float32"].path, image * np.float32(scale))
     np.testing.assert_allclose(answers, ask(exported["float32"].path, image), atol=1e-3)
@@ -218,7 +218,7 @@ def test_another_layout_or_type_is_refused(exported, form, image):
 
 
 def test_the_file_says_what_it_is(runs, tmp_path):
-    """The keys are a promise to those who read them: docs/in-use.md."""
+    """The keys are a promise to other programs: docs/in-use.md."""
     done = export.export_run(runs / "gkt", tmp_path / "m.onnx", "device-1", form="uint8")
     session = onnxruntime.InferenceSession(done.path)
     about = session.get_modelmeta().custom_metadata_map
@@ -248,7 +248,7 @@ def test_the_file_says_what_it_is(runs, tmp_path):
 
 
 def test_names_and_normalization_are_those_that_devices_train_by(runs, tmp_path):
-    """They stand in the artifact's manifest; what run.json says may be less."""
+    """They come from the artifact's manifest; run.json may hold less."""
     config = export.read_config(runs / "avg")
     trained = replace(config.device, classes=NAMES, mean=(0.5,) * 3, std=(0.25,) * 3)
     trained = replace(config, device=trained)
@@ -272,7 +272,7 @@ def test_the_accuracy_of_another_round_is_not_told(runs, tmp_path):
 
 
 def test_any_onnxruntime_that_is_allowed_runs_the_file(exported):
-    """1.20 knows opset 21 and IR 10; no operator is an extension of some runtime."""
+    """1.20 supports opset 21 and IR 10; no operator is a runtime's extension."""
     for done in exported.values():
         proto = onnx.load(done.path)
         assert proto.ir_version <= 9
@@ -289,7 +289,7 @@ def test_the_file_tells_nothing_of_the_machine_that_wrote_it(exported):
 
 
 class Undecided(nn.Module):
-    """Python decides by values, which is in no graph."""
+    """A network whose Python code branches on values, which no graph can hold."""
 
     def forward(self, x):
         return x.flatten(1)[:, :10] if x.sum() > 0 else x.flatten(1)[:, 10:20]

@@ -1,4 +1,4 @@
-"""What devices report of themselves is kept where it is theirs, shown, and drawn."""
+"""Devices' reports about themselves are stored if they are really theirs, shown, and drawn."""
 
 import json
 
@@ -34,7 +34,7 @@ def signed(key, where="name", value="pi-3", **more):
 def test_a_measurement_is_kept_as_it_was_signed_and_once(runs, key):
     path = devices.take(runs, "home", "pi-3", signed(key))
     assert path.read_bytes() == signed(key)
-    assert devices.take(runs, "home", "pi-3", signed(key)) == path  # the broker gave it twice
+    assert devices.take(runs, "home", "pi-3", signed(key)) == path  # the broker delivered it twice
     (device,) = devices.known(runs, "home")
     assert device.measured == measurement.verify(signed(key), where="x")
     assert sorted(each.name for each in path.parent.iterdir()) == ["keys.json", path.name]
@@ -70,7 +70,7 @@ def test_a_device_cannot_hand_in_what_another_measured(runs, key):
 
 def test_a_talkative_device_fills_no_disk(runs, key):
     for minute in range(devices.KEEP + 3):
-        # The last is what came last, whatever the device's clock says.
+        # The last report is the one that came last, whatever the device's clock says.
         at = f"2026-11-22T05:{devices.KEEP + 2 - minute:02}:00Z"
         devices.take(runs, "home", "pi-3", signed(key, measured_at=at))
     devices.take(runs, "home", "pi", signed(key, value="pi"))

@@ -1,4 +1,4 @@
-"""Server training: the loss of the paper, repeatable, on all devices' samples."""
+"""Server training has the paper's loss, is repeatable, and uses all devices' samples."""
 
 import shutil
 import sysconfig
@@ -108,7 +108,7 @@ def test_training_goes_on_after_a_checkpoint_as_if_it_had_not_stopped(optimizer)
     other.load_state_dict(whole.state_dict())
     other.to(memory_format=torch.channels_last)
     again = distill.make_optimizer(other, config)
-    # As files keep them: in C order, whatever the order in memory was.
+    # As in files: in C order, whatever the order in memory was.
     kept = {name: np.array(array, order="C") for name, array in distill.slots(step).items()}
     distill.resume(again, kept)
     samples = Samples([*map(Source, shards)], torch.device("cpu"))

@@ -43,7 +43,7 @@ SETTINGS = {
         {"optimizer": Sgd(0.0, nesterov=False), "proximal": True, "task": "classify"},
     ),
 }
-# What the two may differ by: a ReLU that flips by rounding moves a gradient by a percent.
+# Tolerance between the two: a ReLU that flips by rounding changes a gradient by a percent.
 LOOSE = {"rel": 0.03, "abs": 1e-6}
 
 
@@ -82,7 +82,7 @@ def order(**changes):
 
 @pytest.fixture
 def engines(artifacts, images, blobs):
-    """Both engines for one of the settings."""
+    """Both engines, for one of the settings."""
 
     def made(name):
         config, _ = SETTINGS[name]
@@ -102,7 +102,7 @@ def do(engine, chosen, images, blobs, kept_file=None):
 
 
 def read(blobs, ref):
-    """The tensors of all of a payload's records, joined."""
+    """The tensors of a payload, with all its records joined."""
     with blobs.path(ref.digest).open("rb") as file:
         records = [tensors.unpack(f, where="t") for f in frames.read(file, max_bytes=1 << 30)]
     if len(records) == 1:
@@ -111,7 +111,7 @@ def read(blobs, ref):
 
 
 def assert_close(these, those, start=None, share=0.05):
-    """All tensors together moved from their start as the others did, within a share of the way."""
+    """All tensors together moved from `start` like the others, within a share of the distance."""
     assert these.keys() == those.keys()
     begun = start or {}
     apart = [np.linalg.norm(array - those[name]) for name, array in these.items()]
@@ -120,7 +120,7 @@ def assert_close(these, those, start=None, share=0.05):
 
 
 def assert_same(done, blobs, start, share=0.05):
-    """Payloads, metrics and what is kept: the same names, and nearly the same values."""
+    """Payloads, metrics and kept states have the same names, and nearly the same values."""
     onnx, other = done["onnx"], done["torch"]
     assert [*onnx.blobs] == [*other.blobs]
     for what, ref in onnx.blobs.items():
@@ -151,7 +151,7 @@ def test_an_order_with_weights_trains_the_same(engines, images, blobs, name):
 def test_own_weights_and_optimizer_go_on_under_a_teacher_the_same(
     engines, images, blobs, tmp_path, name
 ):
-    """The second order brings part of the weights, which lie over those that the first left."""
+    """The second order brings some of the weights, which replace those that the first left."""
     part = {n: a for n, a in distill.weights(network(seed=2)).items() if n.startswith("extractor")}
     ref = blobs.put(tensors.pack(tensors.weights(part, "float32"), seed=0))
     logits = np.random.default_rng(3).standard_normal((SAMPLES, CLASSES)).astype(np.float32) * 4
@@ -192,7 +192,7 @@ def test_error_feedback_sends_later_what_was_left_out_the_same(engines, images, 
         owed = do(engine, first, images, blobs)
         kept.write(tmp_path / key, owed.kept_state)
         done = do(engine, second, images, blobs, tmp_path / key)
-        # Rounding falls either way; what was sent and what is owed are the two updates together.
+        # Rounding may differ, but what was sent plus what is owed is the sum of both updates.
         sent = [read(blobs, outcome.blobs["update"]) for outcome in (owed, done)]
         sums[key] = {n: sent[0][n] + sent[1][n] + a for n, a in done.kept_state.items()}
         plain = do(engine, second, images, blobs)
@@ -227,7 +227,7 @@ def test_logits_alone_are_the_same(engines, images, blobs, name):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_stack_of_devices_trains_as_each_does_alone(images, blobs, name):
-    """Devices have fewer samples than others, and only some have a teacher or a past."""
+    """Devices differ in their number of samples, and only some have a teacher or kept state."""
     config, _ = SETTINGS[name]
     engine = TorchEngine(network(), config, CPU)
     logits = np.random.default_rng(3).standard_normal((SAMPLES, CLASSES)).astype(np.float32)

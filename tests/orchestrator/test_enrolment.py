@@ -1,4 +1,4 @@
-"""What `enroll` writes: a URL that the device can use, or a word on what is missing."""
+"""`enroll` writes a URL that the device can use, or says what is missing."""
 
 import json
 import socket
@@ -12,7 +12,7 @@ from orchestrator.fleet import enrolment
 from tests.conftest import Disk
 from wire.errors import RunError, SettingsError, StalledError, StillhouseError
 
-EVERYWHERE = "0.0.0.0"  # noqa: S104 - it is not bound
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - never bound
 LOOPBACK = "listens on 127.0.0.1, for this machine only"
 
 

@@ -1,4 +1,4 @@
-"""Federated Dropout on the server: units are drawn no more often than they differ."""
+"""Federated Dropout on the server: units are drawn only as often as they change."""
 
 import contextlib
 from dataclasses import replace
@@ -31,7 +31,7 @@ def config(tmp_path, digits):
 
 @pytest.fixture
 def drawn_for(monkeypatch):
-    """The devices that units were drawn for so far."""
+    """The devices for which units have been drawn so far."""
     drawn = []
     choose = submodel.choose
 
@@ -48,7 +48,7 @@ def test_units_that_devices_share_are_drawn_once(config, digits, drawn_for, unit
     config = replace(config, submodel=SubmodelConfig(keep_rate=0.5, units=units))
     with contextlib.closing(Store(config)) as store:
         strategy, births = made(config, store, digits)
-        drawn_for.clear()  # a new strategy tries the layout with some units
+        drawn_for.clear()  # a new strategy tries the layout with a draw
         orders = strategy.orders(strategy.begin(), 1, 1, births)
     assert len(births) > 1
     assert len(drawn_for) == (1 if shared else len(births))

@@ -1,4 +1,4 @@
-"""FedGKT's rules: what is asked for, what is refused, what a mixed fleet may be."""
+"""FedGKT's rules: what its orders ask for, what it refuses, and which fleets may be mixed."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def made(config, digits, request):
 
 
 def result(strategy, order, birth, *, change=None, what="features", records=None):
-    """A device's answer, by default a proper one."""
+    """A device's answer, by default a correct one."""
     n, blobs = birth.samples * len(order.views), {}
     state = dict(strategy.task.initial_of(birth.device))
     if change:
@@ -161,7 +161,7 @@ def test_feature_maps_are_asked_for_again_where_the_samples_are_others(made, con
         assert ("features" in order.returns) == (device == name)
         assert (order.teacher is None) == (device == name)
         assert order.augment is False
-    # No two rounds show the same view, and training shows that of the teacher.
+    # Each round has another view, and training uses the view of the teacher's logits.
     views = [strategy.orders(state, n, n, births)[name].view for n in (2, 3, 4)]
     assert len(set(views)) == 3
     assert min(views) > 1
@@ -211,7 +211,7 @@ def test_nobody_moves_a_shared_extractor_by_claiming_many_samples(made, config):
     answers[0] = result(strategy, orders[liar], many, change=far)
     after, _ = Contributions(strategy).aggregate(state, 1, orders, answers)
     moved = after.shared_extractor["0.weight"] - state.shared_extractor["0.weight"]
-    assert np.allclose(moved, 8 / 3, atol=1e-5)  # as one of three, not as ten of twelve
+    assert np.allclose(moved, 8 / 3, atol=1e-5)  # it counts as one of three, not as ten of twelve
 
 
 def test_teacher_logits_that_the_codec_cannot_hold_are_cut(made, caplog):

@@ -1,4 +1,4 @@
-"""The orchestrator's edge: what arrives is read once, and what cannot be read goes no further."""
+"""The orchestrator's edge: messages are decoded once, and undecodable ones are dropped there."""
 
 import time
 from pathlib import Path
@@ -23,7 +23,7 @@ def counted():
 
 @pytest.fixture
 def link(counted):
-    """A link to a broker that nobody runs; it is never started."""
+    """A link that is never started, to a broker that does not exist."""
     report = SimpleNamespace(
         received=lambda device, count: counted.append((device, count)),
         sent=lambda device, count: counted.append((device, -count)),

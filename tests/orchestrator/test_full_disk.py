@@ -1,4 +1,4 @@
-"""A full disk while results come in: they come again, and the round waits for them."""
+"""The disk is full while results come in: they are pulled again, and the round waits for them."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Results on their way in: one budget for all, that nobody can hold alone."""
+"""Incoming results share one budget, which no device can hold for itself."""
 
 import errno
 import hashlib
@@ -29,7 +29,7 @@ def failing(fault: Exception):
 
 
 def pulled(intake: Intake, device: str, until_s: float, live: frozenset[str]) -> float | None:
-    """When all chunks of `device` are here, if it alone answers, and does so at once."""
+    """The time when all chunks of `device` have come, if only it answers, and does so at once."""
     for quarter in range(int(4 * until_s)):
         for asked, want in list(intake.wants(quarter / 4, live)):
             if asked == device:
@@ -48,7 +48,7 @@ def test_silent_devices_hold_the_budget_no_longer_than_an_answer_may_take(tmp_pa
     for name in names:
         intake.begin(result(name, name.encode() * 4000))
     intake.begin(result("honest", DATA))
-    turns = -(-8 * silent // budget)  # in which silent devices are asked for the first time
+    turns = -(-8 * silent // budget)  # until all silent devices were asked once
     done = pulled(intake, "honest", 600.0, frozenset({*names, "honest"}))
     assert done is not None
     assert done < 15.5 * turns + 60
@@ -80,7 +80,7 @@ def test_what_is_here_or_had_begun_to_come_as_the_round_closes_is_named(tmp_path
 def test_a_blob_that_is_damaged_once_the_disk_has_room_is_its_devices_fault_alone(
     tmp_path, monkeypatch
 ):
-    """All its chunks come twice, and both times their digest is another than was announced."""
+    """All its chunks come twice, and both times they do not match the announced digest."""
     store = BlobStore(tmp_path, CHUNK)
     intake = Intake(store, 8)
     ref = BlobRef("ab" * 32, CHUNK, CHUNK)

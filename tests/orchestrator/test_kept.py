@@ -1,4 +1,4 @@
-"""What simulated devices keep: files that runs begun before have left are read and written on."""
+"""Kept state of simulated devices: files of runs from earlier versions can still be used."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def test_own_weights_have_the_names_that_they_always_had(tmp_path):
     ids=["own", "owed"],
 )
 def test_an_order_done_again_begins_as_before(tmp_path, order, folder, next_, files):
-    """What an order began with stays beside what came of it, and nothing else."""
+    """Only two files are kept: the one that an order began with, and the one that it left."""
     here = Kept(tmp_path)
     first, second = ({"w": np.full(2, n, np.float32)} for n in range(2))
     for earlier in (1, 2):

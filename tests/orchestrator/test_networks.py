@@ -1,4 +1,4 @@
-"""A run's networks are tried before anything begins, and stay those that it was begun with."""
+"""A run's networks are tried before anything begins, and may not change during the run."""
 
 import json
 from dataclasses import replace
@@ -120,7 +120,7 @@ def test_every_strategy_trains_a_users_network_and_exports_it(run, digits, strat
     out = config.folder / "model.onnx"
     done = export.export_run(config.folder, out, small=strategy == "local")
     assert done.difference < 1e-3
-    assert whole["config"]["device"]["model"] == "nets.py:Small"  # without this machine's folders
+    assert whole["config"]["device"]["model"] == "nets.py:Small"  # without local folders
     if strategy == "fedgkt":
         assert done.card.model == "nets:large on the extractor of nets:Small@stem"
         small = export.export_run(config.folder, out, "device-1", small=True)
@@ -206,7 +206,7 @@ def test_a_network_that_cannot_run_is_told_before_a_folder_is_made(run, digits, 
 
 
 def placed(config, value):
-    """A setting as `load` makes it of what run.toml says."""
+    """A setting as `load` makes it from run.toml's value."""
     if isinstance(value, tuple):
         return tuple(replace(other, model=placed(config, other.model)) for other in value)
     is_name = isinstance(value, str) and ":" in value

@@ -1,4 +1,4 @@
-"""What a result leads to: journal before receipt, the first word stands, no order is lost."""
+"""A result is journalled before its receipt, its first verdict stands, and no order is lost."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def offer(result: Result, device: str | None = None) -> Offer:
 
 
 def collecting(*devices: str) -> OpenRound:
-    """Round 1 is open, and each device has its order."""
+    """A round 1 that is open, in which each device has its order."""
     now = OpenRound(replace(FRESH, live=dict.fromkeys(devices, Session(1)), ready_at_s=0.0))
     now, (begin,) = open_round.follow(now, rounds.ticked(now.state, RULES, 0.0))
     assert begin == Begin(1, {}, frozenset(devices))
@@ -131,7 +131,7 @@ def test_a_result_counts_if_it_was_accepted_in_the_round_that_is_open():
 
 
 def test_the_deadline_counts_from_when_the_orders_are_given():
-    """Making them takes a while: sub-models are cut, and blobs written."""
+    """Making the orders takes a while: sub-models are cut, and blobs written."""
     now = collecting("a", "b")
     now, _ = open_round.begun(now, now.attempt, RULES, 250.0)
     assert now.state.deadline_s == 350.0
@@ -144,7 +144,7 @@ def test_a_device_that_comes_back_is_sent_the_order_that_it_has():
 
 
 def late() -> OpenRound:
-    """Round 1 is in the model, and c has its order still."""
+    """Round 1 has been aggregated, and c still has its order of that round."""
     now, _ = accept(collecting("a", "b", "c"), "a", "b")
     now, effects = open_round.follow(now, rounds.ticked(now.state, RULES, 1000.0))
     assert effects == (Aggregate(now.attempt, (result("a"), result("b"))),)

@@ -1,4 +1,4 @@
-"""Server training by several ranks: two real processes over loopback do what one does."""
+"""Server training by two ranks, real processes over loopback, gives the same as by one."""
 
 import json
 import multiprocessing
@@ -30,16 +30,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # 61 samples: batches of 13, which ranks divide unequally, and a last one of 9.
 NORMALIZED = ServerConfig(model="resnet10", epochs=1, batch=13, lr=0.01, torch_device="cpu")
-STILL = replace(NORMALIZED, batch=12, lr=1e-9)  # parts of one size, weights that stay
+STILL = replace(NORMALIZED, batch=12, lr=1e-9)  # parts of equal size; weights hardly move
 PLAIN = replace(NORMALIZED, model="caldas_cnn", epochs=2, optimizer="sgd")
 SHAPE, CLASSES, TIMEOUT_S = (16, 8, 8), 3, 300.0
-# One process imports all this; ranks are its forks.
+# One process imports everything; the ranks are its forks.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([__name__, "torch._dynamo"])
 
 
 def write_shards(folder: Path) -> None:
-    """Mapped as they are in a run: 40 samples, and 21 under a plain and a mirrored view."""
+    """Write mapped shards as in a run: 40 samples, and 21 in a plain and a mirrored view."""
     for n, rows in enumerate((40, 2 * 21)):
         rng = np.random.default_rng(n)
         labels = rng.integers(0, CLASSES, rows)
@@ -52,7 +52,7 @@ def write_shards(folder: Path) -> None:
 
 
 def read_samples(folder: Path) -> Samples:
-    """One shard mapped, one with newer logits in memory and an age."""
+    """The samples of one mapped shard, and of one with newer logits in memory and an age."""
     first, second = (open_shard(folder / f"shard-{n}") for n in range(2))
     second = replace(second, logits=np.array(second.logits) / 2)
     fill = np.linspace(-1, 1, SHAPE[0], dtype=np.float32)
@@ -106,7 +106,7 @@ def scenario_blind(folder: Path) -> None:
 
 
 def rank(scenario: str, folder: Path, timeout_s: float, environment: dict[str, str]) -> None:
-    """One process, as torchrun would start it."""
+    """Run one rank in this process, as torchrun would start it."""
     os.environ.update(environment)
     with (folder / f"log-{environment['RANK']}").open("wb") as log:
         os.dup2(log.fileno(), 1)
@@ -147,7 +147,7 @@ class Pair:
         self.folder, self.ranks = folder, []
 
     def start(self, scenario: str, *, timeout_s: float = TIMEOUT_S, agent: bool = True) -> None:
-        """With the store where torchrun's agent keeps it, or at rank 0."""
+        """Start both ranks; the store is held by an agent, as with torchrun, or by rank 0."""
         write_shards(self.folder)
         common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         if agent:
@@ -166,7 +166,7 @@ class Pair:
         return (self.folder / f"log-{number}").read_text()
 
     def ended(self) -> list[int | None]:
-        """Exit codes."""
+        """The exit codes of both ranks, after their end."""
         for each in self.ranks:
             each.join(TIMEOUT_S)
         return [each.exitcode for each in self.ranks]
@@ -202,7 +202,7 @@ def test_two_ranks_learn_what_one_does_and_hold_the_same(pair, tmp_path):
     for n, span in enumerate(samples.spans):
         expected = distill.teach(model, samples, span, NORMALIZED, view=7)
         np.testing.assert_allclose(kept[f"z_s/{n}"], expected, atol=1e-5)
-    # The first layer's means are linear in its batches: those of two halves are those of a whole.
+    # The first layer's means are linear in its batches: the mean of two halves is the whole's.
     key = "stages.0.bn1.running_mean"
     still, expected = load_file(tmp_path / "still.safetensors"), learn(tmp_path, STILL)[0]
     np.testing.assert_allclose(still[key], expected[key], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Who may take part in a run, and what is believed of a device."""
+"""Which devices may take part in a run, and what is accepted from them."""
 
 import hashlib
 from dataclasses import replace
@@ -69,7 +69,7 @@ def test_a_device_that_is_enrolled_while_the_run_goes_on_may_take_part(make, tol
     there = make("pi")
     enrolment.enroll(tmp_path, "fleet", "late")
     assert there.born("late", birth("late"), 0.0) == birth("late")
-    enrolment.path(tmp_path, "fleet").write_text("{")  # damaged: nobody else, and no end of the run
+    enrolment.path(tmp_path, "fleet").write_text("{")  # damaged: no new devices
     assert there.born("spy", birth("spy"), 0.0) is None
     assert there.born("late", birth("late"), 0.0) == birth("late")
     assert [device for device, _ in reasons(told)] == ["spy"]
@@ -114,7 +114,7 @@ def made(device, *names, session=1):
 
 @pytest.fixture
 def run(tmp_path, told):
-    """A roster of a run with `classes` in run.toml, whose folder is there."""
+    """Rosters of a run with `classes` in run.toml, whose folder exists."""
 
     def build(of):
         config = RunConfig(
@@ -130,7 +130,7 @@ def test_a_device_may_lack_classes_and_have_none_that_the_run_does_not_know(run,
     there = run(NAMES)
     assert there.born("a", made("a", "pin", "bolt"), 0.0)
     assert there.born("numbers", birth("numbers"), 0.0)
-    for _ in range(2):  # it comes back; the log says it once
+    for _ in range(2):  # the device comes back, but the log says it once
         assert there.born("b", made("b", "Pin", "bolt"), 0.0) is None
     reason = (
         "device 'b': a class is not known: 'Pin' ('pin' differs in capitals only); expected names "
@@ -159,7 +159,7 @@ def test_where_classes_are_a_number_the_first_devices_names_decide(run, told, tm
     assert "classes = ['bolt', 'nut', 'pin'] in run.toml" in capital
     assert "('nut', 'bolt', 'pin') are not in the order of the run's" in order
     there.opened()
-    again = run(3)  # a restarted orchestrator, to whom another comes first
+    again = run(3)  # a restarted orchestrator, which meets another device first
     assert again.born("b", made("b", "bolt", "nut", "Pin"), 0.0) is None
     assert again.born("a", made("a", *NAMES), 0.0)
     assert classes.read(tmp_path / "run").by == "a"
@@ -188,7 +188,7 @@ def test_names_too_many_for_a_birth_are_compared_by_digest(run, told):
         born = replace(birth(device), classes=said, classes_digest=its)
         assert (there.born(device, born, 0.0) is None) == (device == "c")
     assert "as a has them" in reasons(told)[0][1]
-    listed = run(many)  # who looks them over by itself, before it trains
+    listed = run(many)  # the device checks the names itself, before it trains
     assert listed.born("c", replace(birth("c"), classes_digest=digest(many[::-1])), 0.0)
 
 

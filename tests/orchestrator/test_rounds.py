@@ -1,4 +1,4 @@
-"""The orchestrator's rules: no silent device holds a round, no result counts twice."""
+"""The orchestrator's rules: no silent device delays a round for ever, no result counts twice."""
 
 from dataclasses import replace
 
@@ -115,7 +115,7 @@ def test_a_round_that_is_closed_and_a_silent_one_do_not_count_as_failed():
     state, _ = failing(collecting("a", "b"), RULES, 20.0)
     state, _ = rounds.ticked(state, RULES, 40.0)
     state, _ = rounds.failed(state, RULES, "a", 50.0)
-    state, actions = rounds.ticked(state, RULES, 140.0)  # b said nothing at all
+    state, actions = rounds.ticked(state, RULES, 140.0)  # b never answered
     assert (state.attempt, state.fruitless, actions) == (2, 0, ())
     state, _ = rounds.ticked(state, RULES, 160.0)
     for device in "ab":
@@ -189,7 +189,7 @@ def test_a_device_with_an_empty_card_is_in_a_newer_life_and_gets_its_order_again
     state, _ = rounds.born(collecting("a", "b"), RULES, "a", Session(900, "ab"), 20.0)
     state, actions = rounds.born(state, RULES, "a", Session(1, "cd"), 30.0)
     assert actions == (Remind("a"),)
-    assert rounds.died(state, "a", Session(900, "ab")) == (state, ())  # the former life's will
+    assert rounds.died(state, "a", Session(900, "ab")) == (state, ())  # the old life's will
     assert rounds.died(state, "a", Session(1, "ef")) == (state, ())
     state, _ = rounds.born(state, RULES, "a", Session(7, "cd"), 40.0)
     assert rounds.born(state, RULES, "a", Session(6, "cd"), 41.0) == (state, ())  # late
@@ -233,7 +233,7 @@ def test_whatever_happens_rounds_go_up_by_one_and_close_only_with_results(events
             state.phase is not Phase.COLLECTING
             or device not in state.cohort - state.returned - state.failed
         ):
-            continue  # the coordinator asks the store first
+            continue  # the coordinator never passes such events on
         if kind == "aggregated" and state.phase is not Phase.AGGREGATING:
             continue
         state, actions = {
@@ -269,7 +269,7 @@ def test_a_late_device_keeps_its_order_and_counts_in_the_round_after():
     assert state.carried == {"c": 1}
     state, actions = rounds.aggregated(state, ASYNC, 3.0)
     assert actions == (Open(2, frozenset("abc")),)
-    # It is reminded of what it has when it is born anew, and its answer closes the round.
+    # At its new birth it is reminded of its order, and its answer closes the round.
     state, actions = rounds.born(state, ASYNC, "c", Session(2), 4.0)
     assert actions == (Remind("c"),)
     state, _ = rounds.returned(state, ASYNC, "c", 5.0)
@@ -310,14 +310,14 @@ def test_a_device_that_is_gone_with_an_earlier_order_is_not_waited_for():
     state, _ = rounds.died(state, "c", Session(1))
     for device in "ab":
         state, _ = rounds.returned(state, rules, device, 20.0)
-    state, actions = rounds.ticked(state, rules, 110.0)  # the first time it may come back
+    state, actions = rounds.ticked(state, rules, 110.0)  # the first time, it may still come back
     assert actions == (Close(1, frozenset("ab")),)
     state, _ = rounds.aggregated(state, rules, 111.0)
     for device in "ab":
         state, actions = rounds.returned(state, rules, device, 112.0)
     assert actions == (Close(2, frozenset("ab")),)
     assert state.carried == {"c": 2}
-    # And where all others fail, the run gives up.
+    # And if all others fail, the run gives up.
     state, actions = rounds.aggregated(state, rules, 113.0)
     for now in (120.0, 140.0, 160.0):
         assert actions == (Open(3, state.cohort),)
@@ -338,7 +338,7 @@ def test_a_failed_order_is_not_carried():
 
 
 def test_an_order_that_was_carried_is_not_waited_for_when_its_device_lost_it():
-    """Between two rounds nobody sends it again: the device is free for an order of the next one."""
+    """Between two rounds the order is not sent again; the device is free for the next round's."""
     state = replace(
         RoundState(rounds=9, seed=0, round=1),
         live={name: Session(5, "ab") for name in "abc"},

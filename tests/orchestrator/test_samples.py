@@ -1,4 +1,4 @@
-"""Samples of all devices: drawn as they were sent, whatever codec and order."""
+"""Samples of all devices are drawn exactly as they were sent, whatever the codec and the order."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ SHAPE, CLASSES = (4, 32, 32), 5
 
 
 def sent(tmp_path, name: str, n: int, spec: str, shape=SHAPE) -> tuple[Shard, dict]:
-    """A device's shard, and all its samples as the codec leaves them."""
+    """A device's shard, and all its samples as the codec decodes them."""
     rng = np.random.default_rng(len(name) + n)
     record = {
         "features": np.maximum(rng.standard_normal((n, *shape)), 0).astype(np.float32),
@@ -24,7 +24,7 @@ def sent(tmp_path, name: str, n: int, spec: str, shape=SHAPE) -> tuple[Shard, di
     }
     specs = {"features": spec, "logits": "float32", "labels": "raw"}
     packed = []
-    for at in range(0, n, 3):  # a record for each batch of the device's
+    for at in range(0, n, 3):  # the device sends a record for each batch
         named = [(key, array[at : at + 3], specs[key]) for key, array in record.items()]
         packed.append(tensors.pack(named, seed=at))
     path = tmp_path / name
@@ -66,7 +66,7 @@ def test_batches_are_what_the_devices_sent(tmp_path, spec, shape, quantized):
 
 
 def test_a_crop_of_feature_maps_is_the_feature_map_of_the_crop():
-    """But for the border of image and crop, one pixel wide, where the device's padding was."""
+    """The borders of image and crop, one pixel wide, may differ because the device pads there."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(1, 256, (9, 16, 16, 3), np.uint8)
     net = models.build("resnet8", classes=3, input_shape=(3, 16, 16)).eval()
@@ -102,5 +102,5 @@ def test_a_crop_of_feature_maps_is_the_feature_map_of_the_crop():
     plain = samples.draw(np.array([2, 5]))
     assert np.array_equal(plain.features, rows[[2, 1]])
     assert plain.weights.tolist() == [1.0, 0.5]
-    # Samples whose feature maps are of one view stay as they are, whatever the look.
+    # Samples with feature maps of only one view stay as they are, whatever the look.
     assert np.array_equal(samples.draw(np.arange(4), looks.of(np.arange(4))).features, rows[:4])

@@ -1,4 +1,4 @@
-"""Simulated runs: what agents would have done, from the same seeds, with the same bytes."""
+"""Simulated runs do what agents would do, from the same seeds, with the same bytes."""
 
 import contextlib
 import json
@@ -78,11 +78,12 @@ def weights_of(config):
 
 
 def assert_close(these, those, start, share):
-    """All moved as the others did within a share of the way, and each tensor within 0.6 of its own.
+    """All tensors moved like the others within a share of the distance, and each within 0.6 of its.
 
-    A ReLU that flips by rounding moves a filter's gradient by a percent, Adam's by more. A filter
-    in front of a batch norm moves little, so it was 0.1 of its way apart with PyTorch's AVX-512 and
-    AVX2 kernels, and 0.41 with those that need neither. What is not trained at all is 1 apart.
+    A ReLU that flips by rounding changes a filter's gradient by a percent, with Adam by more. A
+    filter before a batch norm moves little: it was off by 0.1 of its distance with PyTorch's
+    AVX-512 and AVX2 kernels, and by 0.41 with kernels that need neither. If a tensor is not trained
+    at all, it is off by 1.
     """
     apart = {name: np.linalg.norm(array - those[name]) for name, array in these.items()}
     moved = {name: np.linalg.norm(those[name] - start[name]) for name in these}
@@ -110,7 +111,7 @@ def test_what_is_counted_are_the_payloads_that_codecs_made(config, digits):
     report = simulate.run(replace(config, rounds=1), digits)
     values = sum(a.size for a in distill.weights(prepare.fresh(config)).values())
     for device in report.entries[0]["devices"].values():
-        # Half the units of two layers on either side: a quarter of the weights, at 8 and 4 bits.
+        # Half the units on both sides of a layer leave a quarter of its weights, at 8 and 4 bits.
         assert 0.25 < device["bytes_down"] / values < 0.30
         assert 0.12 < device["bytes_up"] / values < 0.16
         assert device["train_flops"] > 0
@@ -128,9 +129,9 @@ def test_what_is_counted_are_the_payloads_that_codecs_made(config, digits):
 def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
     config, digits, tmp_path, settings
 ):
-    """The same strategy, its orders done by `ondevice.work` in place of PyTorch.
+    """The same strategy, with orders done by `ondevice.work` in place of PyTorch.
 
-    Codecs that are lossless: a stochastic rounding that falls the other way is another update.
+    Its codecs are lossless, because a stochastic rounding may fall the other way.
     """
     exact = replace(config.device, state="float32", update="float32", **settings)
     config = replace(config, device=exact)
@@ -171,7 +172,7 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory):
-    """Handwritten digits, 3 devices of 32 images, 40 held out."""
+    """A folder of handwritten digits: 3 devices with 32 images each, 40 images held out."""
     folder = tmp_path_factory.mktemp("few")
     datasets.build("digits", folder, devices=3, per_device=32, heldout_samples=40)
     return folder
@@ -207,7 +208,7 @@ def gkt(config, few):
 def test_fedgkt_with_agents_arrives_where_its_simulation_does(
     gkt, few, tmp_path, settings, transfer
 ):
-    """Devices keep weights and optimizer of their own; a teacher is there from round 2 on."""
+    """Devices keep their own weights and optimizer; from round 2 on they have a teacher."""
     gkt = replace(gkt, device=replace(gkt.device, **settings), transfer=TransferConfig(**transfer))
     expected = simulate.run(gkt, few).entries
     real = replace(gkt, runs=tmp_path / "real")
@@ -250,7 +251,7 @@ def test_fedgkt_with_agents_arrives_where_its_simulation_does(
 
 
 def test_feature_maps_travel_only_when_they_are_others(gkt, few):
-    """Bytes of the payloads by round, weights aside; the server learns from what it has."""
+    """The payloads' bytes in each round, without weights; the server reuses the maps it has."""
     gkt = replace(gkt, cohort=CohortConfig(min_devices=3), rounds=4)
     gkt = replace(gkt, device=replace(gkt.device, features="relu|q=2|zstd"))
 
@@ -266,7 +267,7 @@ def test_feature_maps_travel_only_when_they_are_others(gkt, few):
     packed = len(tensors.pack(tensors.weights(own, "float32"), seed=0))
     every = up()
     assert max(every) < 1.2 * min(every)
-    frozen = up(freeze_after=2)  # own extractors: what was sent last is what they would send
+    frozen = up(freeze_after=2)  # own extractors: maps sent again would be the same
     assert frozen[:2] == every[:2]
     assert max(frozen[2:]) < 0.1 * every[2]
     shared = up(extractor="shared", freeze_after=1, views=True)
@@ -335,7 +336,7 @@ def test_devices_go_on_with_the_mean_of_their_extractors(gkt, few):
         own = [before.under(f"device/{name}")[f"extractor.{key}"] for name in images]
         sizes = [len(held.y) for held in images.values()]
         np.testing.assert_allclose(array, np.average(own, axis=0, weights=sizes), atol=1e-6)
-        for name in images:  # frozen: they hold it still
+        for name in images:  # frozen: devices still hold it
             assert np.array_equal(state.under(f"device/{name}")[f"extractor.{key}"], array)
             assert np.array_equal(state.under(f"extractor/{name}")[key], array)
 
@@ -369,13 +370,13 @@ def test_devices_with_one_model_go_on_with_the_mean_of_their_networks(gkt, few, 
 
 @pytest.mark.parametrize("student_views", [True, False])
 def test_students_see_the_images_that_their_teacher_saw(gkt, few, monkeypatch, student_views):
-    """The server crops feature maps for itself in both cases."""
+    """The server crops feature maps itself in both cases."""
     transfer = TransferConfig(
         extractor="shared", freeze_after=1, views=True, student_views=student_views
     )
     gkt = replace(gkt, cohort=CohortConfig(min_devices=3), rounds=3, transfer=transfer)
     simulate.run(gkt, few)
-    monkeypatch.setattr(Store, "_claim_devices", lambda *_: None)  # it is a simulation's
+    monkeypatch.setattr(Store, "_claim_devices", lambda *_: None)  # the run is a simulation's
     with contextlib.closing(Store(gkt)) as store:
         orders = store.last_attempt(closed=True).orders
     taught = read_checkpoint(gkt.folder, 2).notes["teachers"]
@@ -389,7 +390,7 @@ def test_students_see_the_images_that_their_teacher_saw(gkt, few, monkeypatch, s
 
 
 def test_a_late_extractor_does_not_move_what_is_frozen(gkt, few):
-    """It was trained before the others' was frozen, and comes a round after."""
+    """It was trained before the other devices' extractor was frozen, and comes a round later."""
     transfer = TransferConfig(extractor="shared", network="shared", freeze_after=1)
     gkt = replace(gkt, cohort=CohortConfig(min_devices=3, carry_rounds=1), rounds=2)
     gkt = replace(gkt, transfer=transfer)
@@ -402,7 +403,7 @@ def test_a_late_extractor_does_not_move_what_is_frozen(gkt, few):
 
 
 def outputs(gkt, small, name, folder):
-    """Logits of held-out images by the export of a device's network, and by PyTorch."""
+    """Logits of held-out images, from a device's exported network and from PyTorch."""
     out = export.export_run(gkt.folder, gkt.runs / "small.onnx", name, small=True).path
     with np.load(folder / "heldout.npz") as held:
         pixels = held["x"].transpose(0, 3, 1, 2).astype(np.float32) / 255
@@ -446,7 +447,7 @@ def test_error_feedback_sends_later_what_the_codec_left_out():
         packed, owed = encode_update(replace(order, seed=number), update, owed)
         sent = sent + tensors.unpack(frames.decode(packed), where="update")["w"]
     assert np.allclose(sent + owed["w"], wanted, atol=1e-3)
-    # What is owed stays that of a few rounds; what is lost without feedback grows with all.
+    # What is owed stays that of a few rounds; without feedback, the loss grows with every round.
     assert np.square(owed["w"]).sum() < 3 * 64 * 64
 
 
@@ -488,7 +489,7 @@ def test_what_cannot_be_simulated_is_refused(config, digits, tmp_path):
 
 
 def test_what_training_made_before_it_diverged_is_not_kept(config, digits):
-    """A device goes on with its last good weights, as an agent does."""
+    """A device continues with its last good weights, as an agent does."""
     chosen = replace(config, strategy="local", submodel=SubmodelConfig())
     with pytest.raises(RunError, match="NaN or infinity"):
         simulate.run(replace(chosen, device=replace(chosen.device, lr=1e30)), digits)
@@ -607,7 +608,7 @@ def test_a_pretrained_run_is_where_both_halves_begin(gkt, few):
     assert np.linalg.norm(after - start) < 0.5 * np.linalg.norm(anew - start)
     with pytest.raises(RunError, match="pretrained: the run began with"):
         simulate.run(replace(taught, pretrained=None), few)
-    assert simulate.run(replace(taught, pretrained=Path("gone")), few).entries  # it has its own
+    assert simulate.run(replace(taught, pretrained=Path("gone")), few).entries  # has a copy
     with pytest.raises(RunError, match="has no global model; name a run of fedavg"):
         simulate.run(replace(gkt, name="second", pretrained=taught.folder), few)
     alien = replace(whole, name="alien", device=replace(DEVICE, model="allconv"))
@@ -616,7 +617,7 @@ def test_a_pretrained_run_is_where_both_halves_begin(gkt, few):
 
 
 def test_a_stack_holds_devices_of_one_learning_rate(config, digits, tmp_path):
-    """A late device trains at the rate of the round that it was asked in."""
+    """A late device trains at the learning rate of the round in which it got its order."""
     device = replace(DEVICE, schedule="cosine")
     config = replace(config, strategy="local", device=device, submodel=SubmodelConfig(), rounds=3)
     config = replace(config, cohort=CohortConfig(min_devices=3, carry_rounds=1))
@@ -636,7 +637,7 @@ def test_rounds_are_evaluated_when_it_is_their_turn(gkt, few, strategy):
     server = replace(gkt.server, eval_every=2, schedule="plateau")
     report = simulate.run(replace(gkt, strategy=strategy, server=server), few)
     told = ["device_accuracy" in entry for entry in report.entries]
-    assert told == [False, True, True]  # and after the last
+    assert told == [False, True, True]  # every second round, and after the last
     if strategy == "fedgkt":
         _, state = last_checkpoint(gkt.folder)
         assert state.notes["schedule"]["last_epoch"] == 2
@@ -688,7 +689,7 @@ def test_a_run_goes_on_with_other_settings_of_speed_alone(gkt, few):
 
 
 def relabelled(digits, folder, changes):
-    """The digits with other names on some devices, numbered as sorted sub-folders would be."""
+    """The digits, with other names on some devices, numbered in the order of the names."""
     folder.mkdir()
     for file in digits.glob("*.npz"):
         with np.load(file) as arrays:
@@ -724,7 +725,7 @@ def test_a_device_with_another_name_is_left_out_and_spoils_nothing(
 
 
 def test_devices_that_lack_classes_learn_those_they_have(config, digits, tmp_path):
-    """The run lists its classes in another order than folders are sorted, one more at the end."""
+    """The run lists its classes in another order than sorted folders, and has one more class."""
     lacking = {f"device-{n}": dict.fromkeys(map(str, range(3 * n, 3 * n + 4))) for n in range(3)}
     shards = relabelled(digits, tmp_path / "shards", lacking)
     names = ("9", "7", "5", "3", "1", "0", "2", "4", "6", "8", "ten")

@@ -1,4 +1,4 @@
-"""A start that fails leaves nothing of its own behind, and takes nothing of an earlier one."""
+"""A start that fails leaves no files of its own, and removes none of an earlier start."""
 
 import contextlib
 import shutil
@@ -46,7 +46,7 @@ def config(tmp_path, digits):
 
 
 class ReadyError(StillhouseError):
-    """All is there for the first round."""
+    """Raised in place of the first round, when everything is ready for it."""
 
 
 FAULTS = {
@@ -88,13 +88,13 @@ def artifact(tmp_path_factory, digits):
 
 @pytest.fixture
 def compiled_before(artifact, monkeypatch):
-    """In place of a compilation, which takes seconds, a copy of what was compiled before."""
+    """Replaces a compilation, which takes seconds, by a copy of an earlier one."""
     monkeypatch.setattr(artifacts, "export", lambda *_, out, **__: shutil.copytree(artifact, out))
 
 
 @pytest.fixture
 def scratch(tmp_path_factory, monkeypatch):
-    """Where temporary folders are made."""
+    """The folder in which temporary folders are made."""
     folder = tmp_path_factory.mktemp("scratch")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
@@ -130,7 +130,7 @@ def test_what_was_compiled_is_moved_into_the_runs_folder_and_not_compiled_again(
 
     monkeypatch.setattr(start, "create", fails)
     with contextlib.closing(Store(config)) as store:
-        store.begin(1, {})  # what a failed start made stays with a run that has begun
+        store.begin(1, {})  # once a run has begun, a failed start removes nothing
     with pytest.raises(ReadyError):
         start.run(config)
     made = open_artifact(config.folder / "artifact")
@@ -179,7 +179,7 @@ def test_a_broker_that_was_started_goes_with_the_start_that_failed(
 
 
 class Room(threading.Event):
-    """In place of the wait for a signal: there is room when it is waited for."""
+    """Replaces the wait for a signal: the disk has room as soon as it is waited for."""
 
     def __init__(self, disk: Disk) -> None:
         super().__init__()

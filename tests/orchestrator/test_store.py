@@ -1,4 +1,4 @@
-"""A run's folder: it goes on where it stood, and is nobody else's."""
+"""A run continues from its folder where it stopped, and only one process uses the folder."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def opened():
-    """Open stores that are closed with the test."""
+    """Opens stores that are closed when the test ends."""
     with contextlib.ExitStack() as stack:
 
         def make(config):
@@ -141,7 +141,7 @@ def test_tensors_of_any_memory_layout_come_back_as_they_were(config, opened):
 def test_a_crash_between_checkpoint_and_journal_repeats_the_round(config, opened):
     store = opened(config)
     store.begin(1, {"a": order(1)})
-    half = config.folder / "checkpoints" / "0001"  # written, but the journal never heard of it
+    half = config.folder / "checkpoints" / "0001"  # written, but not in the journal
     half.mkdir(parents=True)
     (half / "state.json").write_text("{}")
     store.close()
@@ -218,7 +218,7 @@ def test_a_damaged_journal_goes_on_after_the_last_checkpoint(config, opened, dam
     assert [entry["round"] for entry in again.closed_rounds()] == [1, 2]
     assert again.checkpoint().tensors["w"] == 2
     assert (again.last_attempt().round, again.last_attempt().closed) == (2, True)
-    assert again.next_sequence() > attempt.sequence + 1000  # what devices have is older
+    assert again.next_sequence() > attempt.sequence + 1000  # devices' orders are older
     assert "Lost is what devices had sent in round 3" in caplog.text
     again.close()
     assert opened(config).run_id == run
@@ -244,7 +244,7 @@ def test_a_run_is_discarded_before_its_first_round_and_never_after(config):
     assert not config.folder.exists()
     store = Store(config)
     store.begin(1, {"pi": order(1)})
-    for path in config.folder.glob("journal.db*"):  # its own process finds it damaged
+    for path in config.folder.glob("journal.db*"):  # the store that is open finds it damaged
         path.write_bytes(b"no journal\n" * 1000)
     assert not store.discard()
     assert (config.folder / "run.json").exists()

@@ -1,4 +1,4 @@
-"""Strategies by name: ours, and those of a user, which are refused before anything begins."""
+"""Strategies by name: ours, and a user's own; a faulty one is refused before anything begins."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ MOMENTUM = Path(__file__).parents[1] / "extensions/momentum.py"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A user's folder with a strategy, and the current one."""
+    """A user's folder with a strategy, as the current folder."""
     shutil.copy(MOMENTUM, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -39,7 +39,7 @@ def run_toml(folder, strategy="momentum.py:FedAvgM", more=""):
 
 
 def changed(folder, *pairs):
-    """The user's strategy, edited."""
+    """Edit the user's strategy: replace each pair's first text by its second."""
     text = MOMENTUM.read_text()
     for before, after in pairs:
         assert before in text
@@ -105,7 +105,7 @@ def test_a_strategy_that_is_none_is_named_with_its_entry_point_before_a_broker_s
     folder, monkeypatch, edit, text
 ):
     changed(folder, edit)
-    name = folder.name  # another one in each test: what is imported stays
+    name = folder.name  # differs in each test, because modules stay imported
     site = install(folder, name, f"[stillhouse.strategies]\n{name} = {name}:FedAvgM\n")
     shutil.move(folder / "momentum.py", site / f"{name}.py")
     monkeypatch.syspath_prepend(str(site))

@@ -1,4 +1,4 @@
-"""Who is told of a release, and when: canaries first, each device once an hour of its session."""
+"""Who is told of a release, and when: canaries first, each device once an hour in a session."""
 
 import hashlib
 
@@ -58,7 +58,7 @@ def test_a_tick_with_nothing_to_do_looks_at_no_device_and_no_version(monkeypatch
     state, tell = told(state, 0.0)
     assert tell == {"a": "0.2.0"}
     assert updates.ticked(state, 0.5)[0] is state
-    assert updates.ticked(state, 1.0)[0] is not state  # the canary is looked at
+    assert updates.ticked(state, 1.0)[0] is not state  # the canary is watched
 
 
 @pytest.mark.parametrize("package", [None, NEW, Build("0.3.0", "arm64", "3.11"),
@@ -83,14 +83,14 @@ def test_others_are_told_when_every_canary_has_been_well_for_long_enough():
 def test_a_canary_that_is_rolled_back_or_away_holds_the_others():
     state = Rollout((update("0.2.0"),), frozenset({"a"}), settle_s=600.0)
     state = updates.born(state, "pi", birth("pi", OLD), 0.0)
-    waits, tell = told(state, 1e6)  # not there at all
+    waits, tell = told(state, 1e6)  # it is offline
     assert (tell, waits.held_by) == ({}, "a")
     state = updates.born(state, "a", birth("a", NEW, 2), 0.0)
     back = updates.born(state, "a", birth("a", OLD, 3), 300.0)
     assert "pi" not in told(back, 1e6)[1]
     away = updates.died(state, "a", 2)
     assert told(away, 1e6)[1] == {}
-    there = updates.died(state, "a", 1)  # the will of the session before
+    there = updates.died(state, "a", 1)  # the will of the previous session
     there, tell = told(there, 1e6)
     assert (tell, there.held_by) == ({"pi": "0.2.0"}, "")
 
@@ -131,7 +131,7 @@ def test_devices_are_not_updated_past_the_orchestrator(tmp_path, deb):
     sign(deb, key, f"{__version__}.1+py311")
     with pytest.raises(ReleaseError, match="update the orchestrator first"):
         updates.read(ReleaseConfig(signing.public(key), (deb,)), BlobStore(tmp_path, 1024))
-    sign(deb, key, f"{__version__}+py311.1")  # the same, built anew
+    sign(deb, key, f"{__version__}+py311.1")  # the same version, built again
     assert updates.read(ReleaseConfig(signing.public(key), (deb,)), BlobStore(tmp_path, 1024))
 
 
@@ -140,7 +140,7 @@ def test_a_canary_that_may_not_take_part_is_refused_before_a_run_begins(tmp_path
     with pytest.raises(SettingsError, match=r"canary: 'pj' .* orchestrator enroll pj"):
         updates.read(config, blobs, enrolled=frozenset({"pi"}))
     assert updates.read(config, blobs, enrolled=frozenset({"pi", "pj"})).canary == {"pi", "pj"}
-    assert updates.read(config, blobs).canary  # any may take part
+    assert updates.read(config, blobs).canary  # any device may be a canary
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_what_is_no_package_of_the_agent_is_not_signed(tmp_path, capsys):
 
 
 def test_a_folder_that_takes_no_signature_is_one_line(tmp_path, capsys):
-    """The signature's name is taken by a folder: that is refused to root as well."""
+    """A folder has the signature's name, so that even root cannot write the file."""
     deb = debs.unreleased(tmp_path)
     release.beside(deb).mkdir()
     assert releasing.main([str(deb), "--key", str(tmp_path / "key.pem")]) == 2

@@ -1,4 +1,4 @@
-"""What a person sees fits the terminal, says who is awaited, and how long it takes yet."""
+"""The view fits the terminal, and says which devices are awaited and how long it will take."""
 
 import io
 import logging
@@ -45,7 +45,7 @@ def entry(number, seconds=20.0, names=NAMES):
 
 
 def busy(report, rounds=17):
-    """Forty devices in the middle of a round: one has failed, one is away, the rest train."""
+    """Forty devices in the middle of a round: one has failed, one is offline, the others train."""
     report.entries.extend(entry(number) for number in range(1, rounds + 1))
     live = dict.fromkeys(NAMES[:-1], 1)
     state = RoundState(100, 0, rounds + 1, Phase.COLLECTING, live=live, cohort=frozenset(NAMES))
@@ -60,7 +60,7 @@ def busy(report, rounds=17):
 
 
 def lines(snapshot, width, height):
-    """What a terminal of this size shows."""
+    """The lines that a terminal of this size shows."""
     out = io.StringIO()
     Console(file=out, width=width, height=height).print(view.live(snapshot, width, height))
     return out.getvalue().splitlines()
@@ -158,7 +158,7 @@ def test_who_is_awaited_is_logged_and_shown(report, caplog):
 
 
 def test_a_file_gets_lines_and_no_view(report, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal's codes, says this
+    monkeypatch.setenv("FORCE_COLOR", "1")  # asks for a terminal's codes
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", logging.WARNING)

@@ -1,4 +1,4 @@
-"""The worker: a device answers for its payload, and for nothing that is ours."""
+"""The worker blames a device for faults of its payload, but not for ours."""
 
 import errno
 import queue
@@ -16,7 +16,7 @@ RESULT = Result("pi", "run", 3, 1, 10)
 
 
 def looked_over(fault: Exception):
-    """What comes of a result over which the strategy raises this."""
+    """The outcome of a result for which the strategy raises this fault."""
 
     def admit(*_):
         raise fault

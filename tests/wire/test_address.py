@@ -1,4 +1,4 @@
-"""A broker's URL: read once, refused with a remedy, and never a secret in a message."""
+"""A broker's URL is parsed once or refused with a remedy, and no message contains a secret."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_a_url_is_read_once_into_scheme_host_and_port(url, expected):
     made = BrokerAddress(url)
     assert (made.scheme, made.host, made.port) == expected
     assert made.secure == (expected.scheme == "mqtts")
-    assert address.parse(made.url) == expected  # its one form is read back as the same
+    assert address.parse(made.url) == expected  # the normalized URL parses to the same address
 
 
 @pytest.mark.parametrize(

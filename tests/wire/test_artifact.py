@@ -1,4 +1,4 @@
-"""An artifact is what its manifest says, byte for byte, or it is refused."""
+"""An artifact matches its manifest, byte for byte, or it is refused."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def tensor(name, shape, dtype="float32", role="batch"):
 
 
 def costs(*rows):
-    """The two tables of a graph with one node in each (name, phase, flops)."""
+    """The two tables of a graph with one node for each row (name, phase, flops)."""
     keys = ("name", "phase", "flops")
     sizes = {"bytes": 100, "activation_bytes": 0, "nodes": 1}
     return {
@@ -134,7 +134,7 @@ def test_folder_without_manifest_is_refused(tmp_path):
 
 
 def change(path, value):
-    """The manifest with one place changed; a value of ... removes it."""
+    """The manifest with the value at a path changed; the value ... removes the key."""
     mapping = content()
     place = mapping
     for key in path[:-1]:

@@ -1,4 +1,4 @@
-"""Blobs: pulled in any order, resumed after anything, believed only by their digest."""
+"""Blobs are pulled in any order, resumed after any fault, and accepted only by their digest."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -34,7 +34,7 @@ def answers(store: BlobStore, want: Want):
 
 
 def pull(sender: BlobStore, fetch: Fetch, *, stop_after=10**9) -> int:
-    """Serve until done; returns how many chunks went over."""
+    """Serve chunks until the fetch is done; return how many were sent."""
     sent, now = 0, 0.0
     while not fetch.done and sent < stop_after:
         now += 1
@@ -195,14 +195,14 @@ def test_a_failed_write_leaves_nothing(sender):
 
 
 class LimitedBroker:
-    """Drops what is larger than it takes, as Mosquitto's `message_size_limit` does, in silence."""
+    """A broker that silently drops large messages, as with Mosquitto's `message_size_limit`."""
 
     def __init__(self, sender: BlobStore, limit: int) -> None:
         self.sender, self.limit = sender, limit
         self.sender_is_there = True
 
     def turns(self, fetch: Fetch, times: Iterable[float], *, cut: bool = False) -> None:
-        """Questions and answers; `cut`: the connection ends each time, and all is asked anew."""
+        """Pass requests and answers; with `cut`, the connection ends after each turn."""
         for now in times:
             self.turn(fetch, now)
             if cut:
@@ -220,7 +220,7 @@ def test_chunks_that_a_broker_drops_are_told_with_their_size_and_the_remedy(send
     fetch = Fetch(BlobStore(tmp_path / "receiver"), ref, retry_s=10, settings="agent.toml of pi")
     broker = LimitedBroker(sender, limit=5000)
     with pytest.raises(TransferError, match="chunks of 8,192 bytes do not come") as caught:
-        broker.turns(fetch, [11.0 * turn for turn in range(12)])  # so many times `retry_s` at most
+        broker.turns(fetch, [11.0 * turn for turn in range(12)])  # longer than `retry_s` each
     assert "smaller chunk_bytes in agent.toml of pi (1024, say)" in str(caught.value)
     assert "max_packet_size, message_size_limit" in str(caught.value)
     smaller = replace(ref, chunk_bytes=4096)
@@ -236,13 +236,13 @@ def test_a_sender_that_is_away_for_long_is_waited_for(sender, receiver):
     broker.sender_is_there = False
     broker.turns(fetch, [11.0 * turn for turn in range(1000)])
     broker.sender_is_there = True
-    fetch.forget_asked()  # it says that it is back
+    fetch.forget_asked()  # the sender has reconnected
     broker.turns(fetch, range(11_000, 11_010))
     assert fetch.done
 
 
 def test_a_broker_that_ends_the_connection_at_each_large_message_is_told_as_well(sender, receiver):
-    """As Mosquitto's `max_packet_size` does: all that was asked is asked anew each time."""
+    """So does Mosquitto's `max_packet_size`; all chunks are then requested again each time."""
     ref = replace(sender.put(DATA), chunk_bytes=8192)
     fetch = Fetch(receiver, ref, retry_s=1000)
     broker = LimitedBroker(sender, limit=5000)

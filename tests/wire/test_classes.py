@@ -1,4 +1,4 @@
-"""Names of classes: the same whoever spells them, and told apart in a message."""
+"""Names of classes are the same however they are encoded, and messages tell similar ones apart."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""EDEN: its formulas, its published errors, and no bias for values that one rotation biases."""
+"""EDEN: its formulas, its published errors, and no bias where a single rotation is biased."""
 
 import math
 
@@ -13,7 +13,7 @@ from wire.codecs.lloyd_max import levels, nearest
 from wire.codecs.transforms import hadamard
 
 NORMAL = np.random.default_rng(5).standard_normal(1 << 17).astype(np.float32)
-# E(z - c)^2 of the best 2^b levels for N(0, 1): Max 1960, table 1, and its continuation.
+# E(z - c)^2 with the best 2^b levels for N(0, 1): Max 1960, table 1, and its continuation.
 DISTORTION = {
     1: 0.36338, 2: 0.11748, 3: 0.034548, 4: 0.0095010,
     5: 0.0025047, 6: 0.00064424, 7: 0.00016348, 8: 0.000041185,
@@ -29,7 +29,7 @@ def test_levels_are_those_of_lloyd_and_max(bits):
     weight = np.exp(-np.square(z) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     cell = np.searchsorted(edges[1:-1], z)
     assert (np.square(z - c[cell]) * weight).sum() == pytest.approx(DISTORTION[bits], rel=5e-4)
-    if bits <= 4:  # a level is the mean of its cell
+    if bits <= 4:  # each level is the mean of its cell
         means = np.bincount(cell, z * weight) / np.bincount(cell, weight)
         np.testing.assert_allclose(c, means, atol=1e-4)
 
@@ -48,7 +48,7 @@ def test_the_nearest_level_is_the_nearest(bits):
 
 
 def rotated(values, seed, *, times):
-    """(x padded, the dense R with y = R x), of a tail."""
+    """A tail's padded x, and the dense matrix R with y = R x."""
     width = max(64, 1 << (len(values) - 1).bit_length())
     signs = Draws(seed, 1).signs(1, times * width).reshape(times, width)
     matrix = np.eye(width)
@@ -61,7 +61,7 @@ def rotated(values, seed, *, times):
 @pytest.mark.parametrize("mse", [False, True])
 @pytest.mark.parametrize("n", [40, 500, 1000])
 def test_a_block_is_its_dense_reference(bits, mse, n):
-    """Level by level, with the matrix of the rotation, and the scale that the paper gives."""
+    """Compared level by level, with the rotation's matrix and the paper's scale."""
     codec = Eden(bits, mse)
     x, matrix = rotated(NORMAL[:n], 3, times=3 if n <= 512 else 1 if mse else 2)
     y = matrix @ x
@@ -81,7 +81,7 @@ def test_a_block_is_its_dense_reference(bits, mse, n):
     assert np.frombuffer(body[:4], "<f4")[0] == pytest.approx(scale, rel=1e-3)
     decoded = found.decode(body, n, seed=3, name="x")
     missed = decoded - (matrix.T @ (scale * c))[:n]
-    assert np.square(missed).sum() < 1e-4 * np.square(x).sum()  # a level or two on the border
+    assert np.square(missed).sum() < 1e-4 * np.square(x).sum()  # one or two values on a border
 
 
 def test_one_bit_is_drive():
@@ -105,7 +105,8 @@ def test_one_bit_is_drive():
         ("eden|b=1|mse", 0.363), ("eden|b=2|mse", 0.1175), ("eden|b=3|mse", 0.0345),
         ("eden|b=4|mse", 0.0095),
         *((f"eden|b={b}|mse", DISTORTION[b]) for b in (5, 6, 7, 8)),
-        # cos^2 = 1 - d: half of the coordinates at one bit; half at one and half at two; and so on.
+        # cos^2 = 1 - d: at 0.5 bits half of the coordinates have one bit; at 1.5 bits half have one
+        # and half have two; and so on.
         ("eden|b=0.5", math.pi - 1), ("eden|b=0.5|mse", 1 - 1 / math.pi),
         ("eden|b=0.1", 5 * math.pi - 1), ("eden|b=0.1|mse", 1 - 0.2 / math.pi),
         ("eden|b=1.5|mse", (0.36338 + 0.11748) / 2), ("eden|b=2.25", 1 / (1 - 0.096747) - 1),
@@ -113,7 +114,7 @@ def test_one_bit_is_drive():
 )  # fmt: skip
 @pytest.mark.parametrize("values", ["normal", "log-normal"])
 def test_the_error_is_the_papers_limit(spec, limit, values):
-    """Of any values, to within 3 %: that is what the rotation is for."""
+    """The error is within 3 % for any values, thanks to the rotation."""
     given = NORMAL if values == "normal" else np.sign(NORMAL) * np.exp(np.roll(NORMAL, 1))
     found, bits = error(spec, given)
     assert found == pytest.approx(limit, rel=0.03)
@@ -122,7 +123,7 @@ def test_the_error_is_the_papers_limit(spec, limit, values):
 
 @pytest.mark.parametrize("other", ["hadamard|q=2", "kashin|q=2"])
 def test_two_bits_leave_a_quarter_of_the_error_of_uniform_levels_or_less(other):
-    """Kashin's has 2.37 bits a value for its two bits a coefficient, and is given them."""
+    """Kashin's codec takes 2.37 bits a value for its two bits a coefficient, more than EDEN."""
     ours, bits = error("eden|b=2", NORMAL)
     theirs, more = error(other, NORMAL)
     assert ours < theirs / 4
@@ -146,13 +147,13 @@ def test_the_mean_of_many_draws_is_the_value(spec, kind):
 @pytest.mark.parametrize("spec", ["eden|b=0.5", "drive", "eden|b=2.5"])
 def test_the_mean_of_many_whole_blocks_is_the_value(spec):
     block = np.zeros(4096, np.float32)
-    block[:3] = 4, 2, 1  # what one rotation is worst at
+    block[:3] = 4, 2, 1  # the worst case of a single rotation
     block[100:140] = NORMAL[:40]
     assert_unbiased(draws_of_blocks(spec, block, 1000), block)
 
 
 def test_one_rotation_would_be_biased(monkeypatch):
-    """Of (2, 1, 0, ...) it gives (2.5, 0, ...), whatever the seed."""
+    """For (2, 1, 0, ...) a single rotation gives (2.5, 0, ...), whatever the seed."""
     monkeypatch.setattr(
         Eden, "_signs", lambda _self, rows, width, draws: [draws.signs(rows, width)]
     )
@@ -168,7 +169,7 @@ def test_a_single_value_is_exact_for_its_length_is_kept(spec, value):
 
 
 def test_a_block_of_which_no_kept_coordinate_tells_anything_is_zero_and_not_infinite():
-    """(1, 1, 0, ...) turns to zeros at half of its coordinates; three are kept of 64."""
+    """The rotation of (1, 1, 0, ...) is zero at half of its 64 coordinates; three are kept."""
     draws = draws_of_rows("eden|b=0.05", np.float32([1, 1]), 4000)
     assert (draws == 0).all(axis=1).any()
     assert np.abs(draws).max() < 1e3

@@ -1,10 +1,10 @@
-"""Golden bytes: what a codec's bytes mean, for ever, under any numpy and on any processor.
+"""Golden bytes: the meaning of a codec's bytes is fixed, for any numpy and any processor.
 
-Exact in both directions are float32, float16 and identity: nothing is summed. `relu` decodes
-exactly; its scale is a sum. hadamard, kashin and eden rotate by a matrix product, which processors
-sum in different orders: scales and decoded values agree within TOLERANCE, and levels agree unless a
-coefficient lies on the border of two. None does here: noise of 1e-5 of the largest coefficient
-changes no level.
+float32, float16 and identity are exact in both directions, because they sum nothing. `relu` decodes
+exactly, but its scale is a sum. hadamard, kashin and eden rotate with a matrix product, which
+processors sum in different orders: scales and decoded values agree within TOLERANCE, and levels
+agree unless a coefficient lies on the border of two. None does here: noise of 1e-5 of the largest
+coefficient changes no level.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from wire import codecs, seeds
 
 RAMP = np.linspace(-1, 1, 20, dtype=np.float32)
 EXACT = ("float32", "float16", "identity")
-TOLERANCE = 1e-6  # of the largest; 4.4e-7 between OpenBLAS's Haswell, SkylakeX and Nehalem products
+TOLERANCE = 1e-6  # of the largest; OpenBLAS's Haswell, SkylakeX and Nehalem differ by 4.4e-7
 
 GOLDEN = {
     "float32": "000080bf790d65bff31a4abf6c282fbfe53514bfbd86f2beafa1bcbea2bc86be28af21be369457bd"
@@ -40,7 +40,7 @@ GOLDEN = {
     "relu|q=3": "7034103eb7cb4d01a28db50f00",
 }
 
-# Of 5,000 values in whole blocks and a tail, made of the bytes of `drawn_body`: some of them.
+# Places at which values decoded from `drawn_body` are checked: 5,000 in whole blocks and a tail.
 PLACES = [0, 1, 1023, 3480, 3481, 4095, 4096, 4999]
 DECODED = {
     "identity|q=8": [
@@ -93,7 +93,7 @@ DECODED = {
 
 
 def head_bytes(spec):
-    """The scale of a block, or its minimum and step."""
+    """The bytes of a block's scale, or of its minimum and step."""
     return 4 if spec.startswith(("eden", "drive", "relu")) else 8
 
 
@@ -125,7 +125,7 @@ def test_bytes_decode_to_golden_values(spec):
 
 
 def drawn_body(spec, n):
-    """Random levels of `n` values, evenly from -1 to 1 or with a scale of 0.5, in every block."""
+    """A body of random levels for `n` values; each block spans -1 to 1, or has a scale of 0.5."""
     codec = codecs.parse(spec)
     noise = seeds.raw(1, 0, codec.size(n) // 8 + 1).astype("<u8").tobytes()
     fields = [0.5] if head_bytes(spec) == 4 else [-1, 2 / (2**codec.coder.bits - 1)]
@@ -139,7 +139,7 @@ def drawn_body(spec, n):
 
 
 def test_golden_bytes_of_zstd_decode():
-    """Another version of Zstandard may pack other bytes; these must unpack for ever."""
+    """Other versions of Zstandard may compress to other bytes, but must always decompress these."""
     packed = bytes.fromhex(
         "28b52ffd2020010100000080bf8180003c000d1b283643515e6c798693a1aebcc9d7e4f2ffffffffff"
     )
@@ -149,7 +149,7 @@ def test_golden_bytes_of_zstd_decode():
 
 
 def test_zeros_of_either_sign_encode_alike():
-    """Which of 0.0 and -0.0 is the smaller hangs on the processor."""
+    """Which of 0.0 and -0.0 counts as smaller depends on the processor."""
     signed = np.array([0.0, -0.0] * 8, np.float32)
     for zeros in (signed, -signed, np.abs(signed)):
         body = codecs.parse("identity|q=8").encode(zeros, seed=0, name="x")

@@ -1,4 +1,4 @@
-"""Feature maps: zeros stay zeros, clipping pays, and Zstandard gains where zeros dominate."""
+"""Feature maps: zeros stay zero, clipping lowers the error, and Zstandard helps with many zeros."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from wire.errors import CodecError
 
 
 def feature_map(seed=0, samples=4):
-    """Smooth maps behind a ReLU, 16 channels of 32 x 32, half of it zeros: (samples * 16384,)."""
+    """Smooth maps after a ReLU, 16 channels of 32 x 32, half of them zeros: (samples * 16384,)."""
     noise = np.random.default_rng(seed).standard_normal((samples * 16, 40, 40))
     smooth = sum(noise[:, i : i + 32, j : j + 32] for i in range(0, 8, 2) for j in range(0, 8, 2))
     return np.maximum(smooth / 4, 0).astype(np.float32).reshape(-1)
@@ -42,7 +42,7 @@ def test_zeros_stay_exact_and_nothing_turns_negative(bits):
 @pytest.mark.parametrize("bits", [1, 1.5, *range(2, 9)])
 @pytest.mark.parametrize("n", [1024, 100])
 def test_a_block_is_the_best_of_its_four_clip_levels(bits, n):
-    """By trying them all in float64, each with the scale that fits its levels best."""
+    """The test tries all in float64, each with the scale that fits its levels best."""
     values = feature_map(round(2 * bits))[:n].astype(np.float64)
     highest, errors = top(bits), []
     for fraction in (1, 0.9, 0.75, 0.6):

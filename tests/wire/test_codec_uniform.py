@@ -1,4 +1,4 @@
-"""The pipeline of Caldas et al.: every stage against its dense definition, and without bias."""
+"""The pipeline of Caldas et al.: every stage equals its dense definition, and has no bias."""
 
 import math
 
@@ -27,7 +27,7 @@ def sylvester(n):
 
 
 def slow_signs(seed, n, part=0):
-    """Bit by bit from the stream's words."""
+    """The signs, bit by bit from the stream's words."""
     words = seeds.raw(seed, 4 * part + 1, -(-n // 64))
     return np.array([1 - 2 * (int(words[i // 64]) >> i % 64 & 1) for i in range(n)])
 
@@ -99,7 +99,7 @@ def peaks(transform, n, rows=64):
 def test_kashin_is_flatter_than_hadamard_and_padding_the_end_would_not_be(monkeypatch):
     plain = peaks(Hadamard(), 4096)
     assert peaks(Kashin(), 3481) < 0.9 * plain
-    # The gain grows with redundancy, as in the tail of a tensor: half of the frame is spare.
+    # The gain grows with redundancy, as in a tensor's tail, where half of the frame is redundant.
     assert Kashin().width(2048) == 4096
     assert peaks(Kashin(), 2048) < 0.72 * plain
     monkeypatch.setattr(Draws, "subset", lambda _self, n, _width: np.arange(n))
@@ -156,12 +156,12 @@ def test_packing_is_the_little_endian_number_of_eight_levels(bits, n):
     ],
 )  # fmt: skip
 def test_a_block_is_its_slow_reference(spec, transform, rate):
-    """Coefficient by coefficient, in float64, from a body taken apart by hand."""
+    """Compared coefficient by coefficient, in float64, with a body that is decoded by hand."""
     seed, n, bits = 21, 100, int(spec[-1])
     values = normal(n, seed=1)
     codec = codecs.parse(spec)
     body = codec.encode(values, seed=seed, name="x")
-    width = transform.width(n)  # a tail: part 1 of the random numbers
+    width = transform.width(n)  # a tail, which uses part 1 of the random numbers
     y = transform.forward(values[None], Draws(seed, 1))[0].astype(np.float64)
     kept = max(1, round(rate * width))
     places = Draws(seed, 1).strata(1, width, kept)[0] if rate < 1 else np.arange(width)
@@ -206,13 +206,13 @@ def test_the_error_of_a_value_is_below_one_step_and_its_variance_a_quarter(bits)
     draws = draws_of_blocks(f"identity|q={bits}", values, 200)
     step = np.ptp(values) / (2**bits - 1)
     assert np.abs(draws - values).max() <= step * 1.0001
-    # The fractions of uniform values are uniform: their mean variance is step^2 / 6.
+    # Fractions of uniform values are uniform, so the mean variance of rounding is step^2 / 6.
     assert np.square(draws - values).mean() == pytest.approx(step**2 / 6, rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_the_highest_value_rounds_up_to_the_highest_level_and_not_over_it(bits, monkeypatch):
-    """A float32 step may be a little too small, so that the maximum lies over the top level."""
+    """A float32 step may be a little too small, so that the maximum lies above the top level."""
     almost = np.float32(65535.5 / 65536)
     monkeypatch.setattr(Draws, "uniform", lambda _self, rows, n: np.full((rows, n), almost))
     for span in np.random.default_rng(0).uniform(0.1, 9, 300).astype(np.float32):
@@ -237,9 +237,9 @@ def test_rotation_lowers_the_error_of_a_spiky_vector():
 
 @pytest.mark.parametrize(("bits", "pays"), [(1, True), (2, True), (3, False), (4, False)])
 def test_kashin_pays_for_its_bits_up_to_two(bits, pays):
-    """A third less error at q bits a coefficient; but 18 % more coefficients have their price.
+    """Kashin has a third less error at q bits a coefficient, but 18 % more coefficients.
 
-    Against blocks of which some have q bits and some q + 1, so many that both take the same bytes.
+    It is compared with blocks at q and q + 1 bits, mixed so that both take the same bytes.
     """
     values = normal(1 << 18)
     plain, few = error(f"hadamard|q={bits}", values)

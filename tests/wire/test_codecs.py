@@ -1,4 +1,4 @@
-"""What all codecs promise: exact bytes, declared sizes, finite values, and CodecError otherwise."""
+"""All codecs promise exact bytes, declared sizes and finite values, or raise CodecError."""
 
 import tracemalloc
 
@@ -27,14 +27,14 @@ RAMP = np.linspace(-1, 1, 20, dtype=np.float32)
 
 
 def coded(spec, values, seed=0):
-    """What arrives of `values`."""
+    """The values after encoding and decoding."""
     codec = codecs.parse(spec)
     body = codec.encode(values, seed=seed, name="x")
     return codec.decode(body, len(values), seed=seed, name="x")
 
 
 def valid(spec, values):
-    """Values that a codec takes: none below zero for a feature map."""
+    """The values in a form that the codec takes: none below zero for feature maps."""
     return np.abs(values) if spec.startswith("relu") else values
 
 
@@ -70,7 +70,7 @@ def test_any_vector_round_trips_in_the_declared_size(values, spec, seed):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 63, 1024, 1025, 3481, 3482, 4096, 4099, 140_001])
 def test_zeros_and_denormals_of_any_length_stay_what_they_are(spec, n):
-    """Zeros exactly; the smallest float32 numbers to within one of their own kind."""
+    """Zeros stay exact; denormals change by at most a small multiple of 1e-42 sqrt(n)."""
     np.testing.assert_array_equal(coded(spec, np.zeros(n, np.float32)), np.zeros(n, np.float32))
     tiny = np.random.default_rng(n).integers(-99, 99, n).astype(np.float32) * np.float32(1e-44)
     tiny = valid(spec, tiny)
@@ -113,7 +113,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_block_is_the_same_whatever_stands_in_front_of_it(spec, monkeypatch):
-    """How many blocks are worked on at a time is no part of the format."""
+    """The format does not depend on how many blocks are encoded at a time."""
     values = valid(spec, np.random.default_rng(1).standard_normal(30_000).astype(np.float32))
     codec = codecs.parse(spec)
     body = codec.encode(values, seed=5, name="x")
@@ -122,7 +122,7 @@ def test_a_block_is_the_same_whatever_stands_in_front_of_it(spec, monkeypatch):
     again = codec.decode(body, len(values), seed=5, name="x")
     np.testing.assert_allclose(again, decoded, rtol=1e-4, atol=1e-4)
     fresh = coded(spec, values, seed=5)
-    # The matrix products of other shapes may round a value on the border of two levels elsewhere.
+    # Matrix products of other shapes may round a value on a border to the other level.
     assert np.square(fresh - decoded).sum() <= 1e-3 * np.square(decoded).sum()
 
 
@@ -244,7 +244,7 @@ def test_a_body_of_another_length_is_refused():
 @pytest.mark.parametrize("spec", [s for s in SPECS if not s.endswith("zstd")])
 @pytest.mark.parametrize("filler", [b"\xff\xff\xff\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\x7f\x7f"])
 def test_a_hostile_scale_is_refused_or_harmless(spec, filler):
-    """NaN, infinity, and the largest float32 everywhere."""
+    """The whole body is filled with NaN, infinity, or the largest float32."""
     codec = codecs.parse(spec)
     body = (filler * codec.size(5000))[: codec.size(5000)]
     try:

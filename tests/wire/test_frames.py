@@ -1,4 +1,4 @@
-"""The byte format is pinned, and a frame that lies about itself is refused."""
+"""The byte format is pinned, and a frame with false lengths or digests is refused."""
 
 import hashlib
 import io
@@ -12,7 +12,7 @@ from wire import frames
 from wire.errors import FrameError, WireError
 from wire.frames import Kind
 
-# Format version 1. If this changes, devices in the field can no longer be read.
+# Format version 1. If this changes, frames of devices in the field can no longer be read.
 GOLDEN = bytes.fromhex(
     "53544c480107120000000300000000000000"  # magic, version, CHUNK, 18 header bytes, 3 body bytes
     "82a6646967657374a26162a5696e64657803"  # {"digest": "ab", "index": 3}

@@ -1,4 +1,4 @@
-"""The connection: nothing that is published is torn, and who disturbs it is named."""
+"""The connection: published messages stay whole, and the cause of a disturbance is named."""
 
 import queue
 import shutil
@@ -47,7 +47,7 @@ def test_large_messages_of_another_thread_arrive_whole_and_in_order(link):
 
 
 def test_only_the_threads_of_the_connection_write_to_it(link, monkeypatch):
-    """Two threads that write would tear each other's messages wherever one is sent in part."""
+    """If two threads wrote, a message that is sent in parts could be torn by another."""
     writers = set()
     write = paho.Client.loop_write
 
@@ -63,7 +63,7 @@ def test_only_the_threads_of_the_connection_write_to_it(link, monkeypatch):
 
 
 def cut(backoff: Backoff, now_s: float, *, stood_s: float = 1.0, large: int = 0) -> str:
-    """The broker accepts us, and ends the connection after so long; the cause that is told."""
+    """The cause that is given when the broker ends a connection after `stood_s`."""
     backoff.connected(now_s)
     if large:
         backoff.published(large, now_s + stood_s)
@@ -77,7 +77,7 @@ def test_the_back_off_begins_anew_only_when_a_connection_has_stood():
         ceilings.append(backoff.ceiling_s())
         cut(backoff, 100.0 * number)
     assert ceilings[:4] == [0.5, 1.0, 2.0, 4.0]
-    assert ceilings[-1] == BACKOFF_CAP_S < STEADY_S  # two rivals never count as steady
+    assert ceilings[-1] == BACKOFF_CAP_S < STEADY_S  # so two rivals never count as steady
     cut(backoff, 0.0, stood_s=STEADY_S)
     assert backoff.ceiling_s() == 0.5
 
@@ -96,7 +96,7 @@ def test_ends_that_each_follow_a_large_message_are_told_to_be_because_of_it():
     assert "sent a message of about 135,000 bytes" in told[-1]
     assert "chunk_bytes" in told[-1]
     assert "max_packet_size" in told[-1]
-    assert cut(backoff, 9.0, large=LARGE_BYTES - 1) == ""  # neither is sure any more
+    assert cut(backoff, 9.0, large=LARGE_BYTES - 1) == ""  # neither cause is certain any more
 
 
 def test_a_broker_that_comes_and_goes_and_a_network_that_breaks_are_no_rivals():
@@ -127,7 +127,7 @@ def test_two_clients_of_one_name_are_told_so_by_each_broker(any_broker):
 
 
 def lost(url: str, **files: object) -> str:
-    """The first reason that no connection comes about."""
+    """The first reason why the connection fails."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     link = Link(BrokerAddress(url, **files), "pi", subscriptions=[], emit=events.put)
     link.start()

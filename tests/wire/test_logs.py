@@ -1,4 +1,4 @@
-"""A log's record is one clean line, whatever it tells."""
+"""A log record is one clean line, whatever its text."""
 
 import io
 import logging
@@ -27,7 +27,7 @@ def test_a_text_from_elsewhere_is_one_printable_line(text, line):
 @pytest.fixture
 def stream(monkeypatch):
     root = logging.getLogger()
-    logging.captureWarnings(capture=False)  # another test's
+    logging.captureWarnings(capture=False)  # another test may have left it on
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", logging.WARNING)
     out = io.StringIO()

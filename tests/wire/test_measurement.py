@@ -1,4 +1,4 @@
-"""A measurement is believed as its device signed it, and in the form that tables can hold."""
+"""A measurement is accepted only as its device signed it, and only if tables can show it."""
 
 import base64
 import json
@@ -60,7 +60,7 @@ def test_what_a_device_signed_is_read_back_whatever_its_layout(key):
 
 
 def test_anyone_can_check_a_file_without_our_code(key):
-    """As docs/measure.md says."""
+    """The check is the one in docs/measure.md."""
     report = json.loads(measurement.sign(key, REPORT).to_bytes())
     signature = base64.b64decode(report.pop("signature"))
     owner = base64.b64decode(report["device"].removeprefix("ed25519:"))

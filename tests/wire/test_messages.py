@@ -1,4 +1,4 @@
-"""Messages and settings: read back as they were, refused by name when they are not."""
+"""Messages and settings are read back as they were written, or refused by name."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_what_a_newer_agent_says_beyond_our_knowledge_is_passed_over():
 
 
 def test_nothing_that_has_its_default_is_sent_and_no_default_ever_changes():
-    """What is left out means the reader's default, also in journals of an older version."""
+    """A field that is left out has the reader's default, also in journals of an older version."""
     least = {
         Birth: BIRTH,
         Death: Death("pi", 5),

@@ -1,4 +1,4 @@
-"""What a device takes: its own kind of package, newer than its own, as its operator signed it."""
+"""A device takes only its own kind of package, newer than its own, signed by its operator."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""A settings file holds what was chosen, whatever its value, and keeps its comments."""
+"""A settings file holds the chosen values, whatever they are, and keeps its comments."""
 
 import tomllib
 from collections.abc import Mapping

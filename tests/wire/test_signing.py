@@ -1,4 +1,4 @@
-"""What is signed is trusted as it was signed, for what it was signed, and by whom alone."""
+"""A signature holds only for the exact content, purpose and key with which it was made."""
 
 import stat
 

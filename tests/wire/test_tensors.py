@@ -1,5 +1,4 @@
-"""Tensors in frames: each by its codec, in the bytes that it says, and no more than the receiver
-wants."""
+"""Tensors in frames: each has its codec and declared size, and the receiver limits their number."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""What a mean over many draws may miss by when there is no bias."""
+"""Tests of unbiasedness: how far the mean of many draws may be off if there is no bias."""
 
 import math
 
@@ -11,14 +11,14 @@ ONCE_IN = 1e6  # a test of unbiased numbers fails for one seed of a million
 
 
 def assert_unbiased(draws, values):
-    """The mean of `draws` (R, n) is `values` (n,), as far as R draws can tell.
+    """Check that the mean of `draws` (R, n) is `values` (n,), as far as R draws can tell.
 
-    For each value by a z-test at a level of 1e-6 / n; and for all together, since a bias that is
-    small everywhere shows in the sum of z^2, of mean n and, for uncorrelated values, variance 2 n.
+    Each value has a z-test at a level of 1e-6 / n. A bias that is small everywhere shows in the sum
+    of z^2, which has mean n and, for uncorrelated values, variance 2 n.
     """
     count, n = draws.shape
     mean, spread = draws.mean(axis=0), draws.std(axis=0)
-    # A value next to a level moves less than once in all draws: no error below one such move.
+    # A value next to a level may never move in all draws, so allow an error of one such move.
     spread = np.maximum(spread, np.ptp(draws) / math.sqrt(count))
     z = (mean - values) / (spread / math.sqrt(count))
     assert np.abs(z).max() < quantile(1 / (2 * n * ONCE_IN)), np.abs(z).argmax()
@@ -35,9 +35,9 @@ def quantile(tail):
 
 
 def draws_of_rows(spec, values, count):
-    """A tail many times over, as rows of one part, which have their own random numbers each.
+    """Decoded draws (count, n) of a tail that is repeated as rows; each row has its random numbers.
 
-    In twenty parts of a seed each, for there are numbers that a part draws once. (count, n).
+    There are twenty seeds, because some random numbers are drawn once for all rows.
     """
     coder, n = codecs.parse(spec).coder, len(values)
     blocks = np.tile(values, (count // 20, 1))
@@ -50,7 +50,7 @@ def draws_of_rows(spec, values, count):
 
 
 def draws_of_blocks(spec, block, count):
-    """A whole block many times over in one tensor: each has its own random numbers. (count, n)."""
+    """Decoded draws (count, n) of a block repeated in one tensor; each has its random numbers."""
     codec = codecs.parse(spec)
     values = np.tile(block, count)
     body = codec.encode(values, seed=11, name="x")
