@@ -36,7 +36,6 @@ def prepare(folder: Path, threads: int, name: str = "") -> worker.Prepared:
     """
     if threads:
         torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
     artifact = open_artifact(folder)
     manifest = artifact.manifest
     net = _network(manifest, load_file(artifact.weights), name)
@@ -114,6 +113,7 @@ def _optimizer(manifest: Manifest, parameters: list[nn.Parameter]) -> torch.opti
 def main(arguments: Sequence[str]) -> int:
     """Answer on the pipe until it ends; returns the exit code."""
     folder, threads, *name = arguments
+    torch.set_flush_denormal(True)  # in this process, which does nothing else
     return worker.serve(lambda: prepare(Path(folder), int(threads), *name))
 
 
