@@ -34,8 +34,12 @@ edge-agent() {{
 }}
 python() {{ "{python}" "$@"; }}
 orchestrator() {{
-    case "$1" in init) set -- "$@" --set broker.port={port} --set rounds={rounds} \
-        --set server.model=resnet10 --set cohort.wait_s=0;; esac
+    if [ "$1" = init ]; then
+        for setting in broker.port={port} rounds={rounds} server.model=resnet10 cohort.wait_s=0; do
+            # What README sets, it means.
+            case "$*" in *" ${{setting%%=*}}="*) ;; *) set -- "$@" --set "$setting";; esac
+        done
+    fi
     "{python}" -m orchestrator.main "$@"
 }}
 set -e
