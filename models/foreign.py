@@ -285,10 +285,10 @@ def _resolved(name: str, place: str, attribute: str, folders: list[Path], kind: 
 def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:
     """The sets of argument names to try on a factory, one after the other.
 
-    There are several if it has **kwargs, for what it passes them to may refuse one.
+    There are several if it takes **kwargs, because the function that it hands them to may refuse one.
 
     Raises:
-        StillhouseError: it needs an argument that is none of ours.
+        StillhouseError: it needs an argument that we do not offer (`classes`, `input_shape`).
     """
     try:
         parameters = inspect.signature(factory).parameters.values()
