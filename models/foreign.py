@@ -285,7 +285,7 @@ def _resolved(name: str, place: str, attribute: str, folders: list[Path], kind: 
 def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:
     """The sets of argument names to try on a factory, one after the other.
 
-    There are several if it takes **kwargs, because the function that it hands them to may refuse one.
+    There are several if it takes **kwargs: the function that it hands them to may refuse one.
 
     Raises:
         StillhouseError: it needs an argument that we do not offer (`classes`, `input_shape`).
