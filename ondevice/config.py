@@ -1,7 +1,7 @@
 """The agent's configuration: `agent.toml` as a frozen dataclass, and a template of the file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class AgentConfig:
     data: Path
     state: Path
     broker: BrokerAddress
+    _: KW_ONLY
     image: tuple[int, int, int] = (3, 32, 32)
     bad_share: float = BAD_SHARE
     threads: int = 0

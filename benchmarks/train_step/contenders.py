@@ -73,7 +73,7 @@ def agent(folder: Path, threads: int) -> Prepared:
     address = BrokerAddress("mqtt://localhost")  # never connected to: `run` is not called
     device = Agent(
         AgentConfig("device-0", "fleet", folder / "images.npz", folder / f"agent-{threads}",
-                    address, chosen.input, threads)
+                    address, image=chosen.input, threads=threads)
     )  # fmt: skip
     teacher = None
     if chosen.task == "distill":
