@@ -50,7 +50,7 @@ import models
 from benchmarks import command
 from orchestrator import datasets
 from orchestrator.config import ServerConfig
-from orchestrator.training import distill, shards
+from orchestrator.training import distill, optimizers, shards
 from orchestrator.training.samples import Samples, Source
 from wire import codecs, tensors
 
@@ -196,7 +196,7 @@ def _contenders(
 
 
 def _ours(name: str, config: ServerConfig, samples: Samples, model: nn.Module) -> Contender:
-    step = distill.make_optimizer(model, config)
+    step = optimizers.make_optimizer(model, config)
     whole = range(len(samples))
 
     def train() -> int:

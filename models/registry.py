@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models import foreign, split, submodel
 from models.allconv import AllCNN
 from models.caldas import CaldasCNN
+from models.fastcnn import FastCNN
 from models.resnet import DeviceResNet, ResNet, ServerResNet
 from wire.errors import StillhouseError
 from wire.names import parse, title
@@ -54,6 +55,12 @@ def _whole(n: int) -> _Entry:
     return _Entry(lambda classes, shape: ResNet(classes, n, shape[0]), (3, 32, 32))
 
 
+def _fast(width: int, depth: int) -> _Entry:
+    return _Entry(
+        lambda classes, shape: FastCNN(classes, shape[0], width=width, depth=depth), (16, 32, 32)
+    )
+
+
 def _caldas(classes: int, shape: Shape) -> nn.Module:
     return CaldasCNN(classes, shape, hidden=512 if classes <= 10 else 2048)
 
@@ -72,6 +79,10 @@ _MODELS = {
     "resnet20": _whole(2),
     "resnet56": _whole(6),
     "resnet110": _whole(12),
+    "fastcnn6-32": _fast(32, 2),
+    "fastcnn6-64": _fast(64, 2),
+    "fastcnn9-64": _fast(64, 3),
+    "fastcnn9-128": _fast(128, 3),
     "caldas_cnn": _Entry(_caldas, (1, 28, 28)),
     "allconv": _Entry(AllCNN, (3, 32, 32)),
 }

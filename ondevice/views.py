@@ -64,11 +64,19 @@ def looks(view: int, n: int) -> Looks:
     return Looks(middle, middle, np.full(n, view == MIRRORED))
 
 
-def drawn(raw: NDArray[np.uint64]) -> Looks:
-    """Looks from random integers (3 N,): row offsets, then column offsets, then flips."""
+def drawn(raw: NDArray[np.uint64], shift: int = PAD) -> Looks:
+    """Looks from random integers (3 N,): row offsets, then column offsets, then flips.
+
+    Args:
+        raw: the integers.
+        shift: most pixels that a crop is moved by, up to `PAD`.
+    """
     rows, columns, flips = raw.reshape(3, -1)
-    places = np.uint64(2 * PAD + 1)
-    offsets = (rows % places).astype(np.int64), (columns % places).astype(np.int64)
+    places, first = np.uint64(2 * shift + 1), PAD - shift
+    offsets = (
+        (rows % places).astype(np.int64) + first,
+        (columns % places).astype(np.int64) + first,
+    )
     return Looks(*offsets, (flips & np.uint64(1)).astype(bool))
 
 

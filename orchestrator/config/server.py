@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ondevice.views import PAD
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -10,12 +12,22 @@ class ServerConfig:
 
     Attributes:
         model: name of a network that takes the devices' feature maps; see `models.registry`.
-        epochs, batch, lr, optimizer, weight_decay: of server training in each round.
-        schedule: of the learning rate. "constant"; "cosine", from lr to 0 over all rounds and their
-            epochs; "plateau", divided by ten whenever held-out accuracy has not risen for more than
-            `patience` evaluations (as in the reference code).
+        epochs: passes over all samples in each round. A list has a number for each round, and the
+            last holds for all later ones: [0, 16, 0] trains in round 2 only.
+        batch, lr, weight_decay: of server training.
+        optimizer: "sgd" with Nesterov momentum, "adam", or "muon" for convolutions that batch norm
+            follows (`training.optimizers`).
+        schedule: of the learning rate. "constant"; "cosine", from lr to 0 over all rounds, epoch by
+            epoch; "linear", from lr to 0 over all rounds, step by step; "plateau", divided by ten
+            whenever held-out accuracy has not risen for more than `patience` evaluations (as in the
+            reference code).
         patience: see "plateau".
         alpha, temperature: of the distillation term.
+        label_smoothing: share of a label's probability that goes to all classes alike.
+        averaging: whether training follows slow averages of the weights (`SlowWeights`).
+        flips: of cropped feature maps. "random": each epoch draws which samples are mirrored;
+            "alternating": each sample is mirrored in every second epoch.
+        shift: most pixels that feature maps are moved by when they are cropped.
         torch_device: "auto" takes CUDA if it is available.
         precision: of convolutions and matrix products; "auto" is bfloat16 on CUDA, else float32.
         compile: run the large model through torch.compile; needs a C++ compiler, on CUDA Triton.
@@ -25,15 +37,19 @@ class ServerConfig:
     """
 
     model: str = "resnet19"
-    epochs: int = 5
+    epochs: int | tuple[int, ...] = 5
     batch: int = 64
     lr: float = 1e-3
-    optimizer: Literal["sgd", "adam"] = "adam"
+    optimizer: Literal["sgd", "adam", "muon"] = "adam"
     weight_decay: float = 5e-4
-    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "plateau"] = "constant"
     patience: int = 5
     alpha: float = 1.0
     temperature: float = 3.0
+    label_smoothing: float = 0.0
+    averaging: bool = False
+    flips: Literal["random", "alternating"] = "random"
+    shift: int = 4
     torch_device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
@@ -41,10 +57,27 @@ class ServerConfig:
     eval_every: int = 1
 
     def __post_init__(self) -> None:
-        least = {"eval_batch": 0, "eval_every": 1, "patience": 0, "epochs": 1, "batch": 2}
+        least = {"eval_batch": 0, "eval_every": 1, "patience": 0, "batch": 2, "shift": 0}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
+        epochs = (self.epochs,) if isinstance(self.epochs, int) else self.epochs
+        if not epochs or min(epochs) < 0 or not any(epochs):
+            raise ValueError(
+                f"epochs: expected a number of 1 or more, or one for each round and not all 0, got "
+                f"{self.epochs}"
+            )
+        if self.shift > PAD or not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"shift {self.shift}, label_smoothing {self.label_smoothing}: expected at most "
+                f"{PAD}, and 0 or more and below 1"
+            )
         for name in ("lr", "temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected over 0, got {getattr(self, name)}")
+
+    def epochs_in(self, round_: int) -> int:
+        """How many passes the server makes in a round, from 1."""
+        if isinstance(self.epochs, int):
+            return self.epochs
+        return self.epochs[min(round_, len(self.epochs)) - 1]

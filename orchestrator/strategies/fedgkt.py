@@ -36,7 +36,7 @@ from orchestrator.strategies.gkt.state import GktState, HeldShard, Teacher
 from orchestrator.strategies.payloads import admit_device_weights, nbytes
 from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, Weights
 from orchestrator.strategies.task import Task
-from orchestrator.training import distill, ranks
+from orchestrator.training import distill, optimizers, ranks
 from orchestrator.training.samples import Samples
 from wire import codecs, tensors
 from wire.errors import AdmissionError
@@ -71,7 +71,7 @@ class ServerTraining(NamedTuple):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: distill.Schedule
+    schedule: optimizers.Schedule
     loss: float
 
 
@@ -211,7 +211,7 @@ class FedGKT:
         after = replace(
             state,
             server=distill.weights(trained.model),
-            optimizer=distill.slots(trained.optimizer),
+            optimizer=optimizers.slots(trained.optimizer),
             teachers=teachers,
         )
         scores = self.evaluate(after, trained.model, samples) if self.task.evaluated(round_) else {}
@@ -264,9 +264,11 @@ class FedGKT:
         task, config = self.task, self.task.config.server
         model = distill.load(self._large_model(), state.server).to(task.torch_device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = distill.make_optimizer(model, config)
-        distill.resume(optimizer, state.optimizer)
-        schedule = distill.Schedule(config, optimizer, round_, task.config.rounds, state.schedule)
+        optimizer = optimizers.make_optimizer(model, config)
+        optimizers.resume(optimizer, state.optimizer)
+        schedule = optimizers.Schedule(
+            config, optimizer, round_, task.config.rounds, state.schedule
+        )
         loss = ranks.train(
             model,
             optimizer,
@@ -274,7 +276,7 @@ class FedGKT:
             config,
             seed=(task.config.seed << 20) + round_,
             progress=lambda done, total: task.progress("distill", done, total),
-            rate=schedule.rate,
+            course=schedule.course,
         )
         return ServerTraining(model, optimizer, schedule, loss)
 

@@ -6,21 +6,24 @@ together. If a shard has feature maps of both the plain and the mirrored view, e
 flips them differently. The logits that go back to devices are computed in evaluation mode.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ondevice import views
-from orchestrator.config import ServerConfig, cosine
+from orchestrator.config import ServerConfig
 from orchestrator.training import loss
+from orchestrator.training.optimizers import PULL_EVERY, Course, SlowWeights
 from orchestrator.training.samples import Samples
 from wire import seeds
 from wire.errors import RunError
+
+log = logging.getLogger("orchestrator")
 
 Progress = Callable[[int, int], None]
 LOOKS = 1 << 32  # first of the seed's streams that draw looks; lower ones shuffle the samples
@@ -58,91 +61,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-def make_optimizer(model: nn.Module, config: ServerConfig) -> torch.optim.Optimizer:
-    """The optimizer that the configuration names."""
-    if config.optimizer == "adam":
-        return torch.optim.Adam(
-            model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
-        )
-    return torch.optim.SGD(
-        model.parameters(),
-        config.lr,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-class Schedule:
-    """The learning rate of the server's epochs, from round to round.
-
-    Args:
-        config: names the schedule.
-        optimizer: follows it.
-        round_: of this training, from 1.
-        rounds: of the run.
-        noted: what `after` returned in the round before; None in the first.
-    """
-
-    def __init__(
-        self,
-        config: ServerConfig,
-        optimizer: torch.optim.Optimizer,
-        round_: int,
-        rounds: int,
-        noted: Mapping[str, Any] | None,
-    ) -> None:
-        self._config, self._round, self._rounds = config, round_, rounds
-        self._plateau = ReduceLROnPlateau(optimizer, "max", patience=config.patience)
-        if noted:
-            self._plateau.load_state_dict(dict(noted))
-
-    def rate(self, epoch: int) -> float:
-        """The learning rate of an epoch of this round, from 0."""
-        config = self._config
-        if config.schedule == "plateau":
-            return float(self._plateau.get_last_lr()[0])
-        if config.schedule == "constant":
-            return config.lr
-        done = ((self._round - 1) * config.epochs + epoch) / (self._rounds * config.epochs)
-        return cosine(config.lr, done)
-
-    def after(self, accuracy: float | None) -> dict[str, Any] | None:
-        """What the next round's `noted` is, given this round's held-out accuracy."""
-        if self._config.schedule != "plateau":
-            return None
-        if accuracy is not None:
-            self._plateau.step(accuracy)
-        return self._plateau.state_dict()
-
-
-def slots(optimizer: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
-    """The optimizer's tensors, named PARAMETER-NUMBER/NAME."""
-    return {
-        f"{number}/{name}": value.detach().cpu().numpy()
-        for number, slot in optimizer.state_dict()["state"].items()
-        for name, value in slot.items()
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def resume(optimizer: torch.optim.Optimizer, tensors: Mapping[str, NDArray[np.float32]]) -> None:
-    """Put the tensors of `slots` back into an optimizer; without any it starts fresh."""
-    if not tensors:
-        return
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for path, array in tensors.items():
-        number, name = path.split("/")
-        state.setdefault(int(number), {})[name] = torch.from_numpy(np.array(array))
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    # Fused optimizers walk through memory: each slot needs the memory layout of its parameter.
-    for parameter, slot in optimizer.state.items():
-        for name, value in slot.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                slot[name] = torch.empty_like(parameter).copy_(value)
-
-
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -151,19 +69,20 @@ def train(
     *,
     seed: int,
     progress: Progress,
-    rate: Callable[[int], float] | None = None,
+    course: Course | None = None,
     group: Ranks = ALONE,
 ) -> float:
-    """Train `model` for `config.epochs` passes over the samples; returns the last pass's mean loss.
+    """Train `model` for a round's passes over the samples; returns the last pass's mean loss.
 
     Args:
         model: W_s.
         optimizer: of `model`.
         samples: of all devices.
-        config: batch, epochs, precision and the loss.
+        config: batch, precision, views and the loss.
         seed: of the order of samples, and of their looks.
         progress: called after each step.
-        rate: maps an epoch, from 0, to its learning rate; None leaves the rate as it is.
+        course: number of passes, one or more, and their learning rates; None: those of a first
+            round at `config.lr`.
         group: the ranks that train together; each calls this function with all samples.
 
     Raises:
@@ -174,21 +93,23 @@ def train(
     added up on the device that computes it, so that no step waits for a GPU.
     """
     device = next(model.parameters()).device
+    course = course or Course("constant", config.lr, config.epochs_in(1))
     trained = samples.trained
     batches, mean = -(-len(trained) // config.batch), 0.0
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     joint = group.wrap(model)
     whole = torch.compile(joint, dynamic=False) if config.compile else joint
-    for epoch in range(config.epochs):
-        for parameters in optimizer.param_groups if rate else ():
-            parameters["lr"] = rate(epoch)  # type: ignore[misc]
+    slow = SlowWeights(model) if config.averaging else None
+    for epoch in range(course.epochs):
         order = trained[seeds.raw(seed, epoch, len(trained)).argsort(kind="stable")]
-        looks = views.drawn(seeds.raw(seed, LOOKS + epoch, 3 * len(samples)))
+        looks = _looks(config, seed, epoch, len(samples))
         total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
         for i in range(batches):
             chosen = order[i * config.batch : (i + 1) * config.batch]
             if len(chosen) < 2 * group.size:
                 continue
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = course.rate(epoch, i / batches)
             part = group.part(chosen)
             drawn = samples.draw(part, looks.of(part))
             with autocast(config, device):
@@ -196,9 +117,10 @@ def train(
             value = loss.mean(
                 out.float(),
                 drawn.labels,
-                drawn.logits,
+                drawn.logits if config.alpha else None,
                 alpha=config.alpha,
                 temperature=config.temperature,
+                smoothing=config.label_smoothing,
                 weights=drawn.weights,
                 total=None if group.size == 1 else samples.weight(chosen),
             )
@@ -206,17 +128,31 @@ def train(
             # DDP averages gradients, but the batch's gradient is the sum of the ranks' gradients.
             (value * group.size).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            step = epoch * batches + i + 1
+            if slow and step % PULL_EVERY == 0:
+                slow.pull(course.done(step / batches))
             total += value.detach() * len(chosen)
             seen += len(chosen)
-            progress(epoch * batches + i + 1, config.epochs * batches)
+            progress(step, course.epochs * batches)
         mean = group.sum(float(total)) / max(seen, 1)
         if not np.isfinite(mean):
             raise RunError(
                 f"server training diverged in epoch {epoch + 1} (loss {mean}); lower server.lr and "
                 "start again: the run goes on after its last closed round"
             )
+    if slow:
+        slow.settle()
     group.settle(model)
     return mean
+
+
+def _looks(config: ServerConfig, seed: int, epoch: int, count: int) -> views.Looks:
+    """How each sample is cropped and mirrored in an epoch."""
+    looks = views.drawn(seeds.raw(seed, LOOKS + epoch, 3 * count), config.shift)
+    if config.flips == "alternating":
+        first = views.drawn(seeds.raw(seed, LOOKS, 3 * count)).flips
+        looks = looks._replace(flips=first ^ (epoch % 2 == 1))
+    return looks
 
 
 def autocast(config: ServerConfig, device: torch.device) -> torch.autocast:
@@ -224,7 +160,21 @@ def autocast(config: ServerConfig, device: torch.device) -> torch.autocast:
     chosen = config.precision
     if chosen == "auto":
         chosen = "bfloat16" if device.type == "cuda" else "float32"
+    if chosen == "bfloat16" and device.type == "cpu" and not computes_bfloat16():
+        chosen = "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=chosen == "bfloat16")
+
+
+@cache
+def computes_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself; others emulate it, slower than float32.
+
+    Says so once if it does not.
+    """
+    if any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name):
+        return True
+    log.warning("this processor does not compute in bfloat16; server.precision is float32 instead")
+    return False
 
 
 def teach(

@@ -18,6 +18,7 @@ def each(
     *,
     alpha: float | torch.Tensor,
     temperature: float,
+    smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Each sample's loss, (..., B).
 
@@ -27,8 +28,12 @@ def each(
         teacher: z_t, (..., B, C); None leaves the distillation term out.
         alpha: weight of the distillation term; a tensor has one for each sample.
         temperature: T.
+        smoothing: share of a label's probability that goes to all classes alike (Szegedy et al.
+            2016, section 7).
     """
-    hard = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+    hard = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=smoothing
+    )
     hard = hard.view(labels.shape)
     if teacher is None:
         return hard
@@ -44,10 +49,11 @@ def each(
 def mean(
     logits: torch.Tensor,
     labels: torch.Tensor,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | None,
     *,
     alpha: float,
     temperature: float,
+    smoothing: float = 0.0,
     weights: torch.Tensor | None = None,
     total: float | None = None,
 ) -> torch.Tensor:
@@ -56,14 +62,17 @@ def mean(
     Args:
         logits: z, (B, C).
         labels: y, (B,) int64.
-        teacher: z_t, (B, C).
+        teacher: z_t, (B, C); None leaves the distillation term out.
         alpha: weight of the distillation term.
         temperature: T.
+        smoothing: of labels; see `each`.
         weights: of the samples in the mean, (B,); None: all alike.
         total: sum of the weights in the whole batch, if these samples are a part of it. The result
             is then their share of the batch's mean, and all shares add up to the mean.
     """
-    losses = each(logits, labels, teacher, alpha=alpha, temperature=temperature)
+    losses = each(
+        logits, labels, teacher, alpha=alpha, temperature=temperature, smoothing=smoothing
+    )
     if weights is None:
         return losses.mean()
     return (weights * losses).sum() / (weights.sum() if total is None else total)

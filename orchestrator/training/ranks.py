@@ -23,7 +23,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +39,9 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 from ondevice import views
 from orchestrator.config import ServerConfig
-from orchestrator.training import distill
+from orchestrator.training import distill, optimizers
 from orchestrator.training.distill import Progress, Ranks
+from orchestrator.training.optimizers import Course
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard
 from wire import records
@@ -67,7 +68,7 @@ def train(
     *,
     seed: int,
     progress: Progress,
-    rate: Callable[[int], float] | None = None,
+    course: Course,
 ) -> float:
     """`distill.train` with all ranks; called on rank 0.
 
@@ -77,7 +78,7 @@ def train(
     """
     if _here is None:
         return distill.train(
-            model, optimizer, samples, config, seed=seed, progress=progress, rate=rate
+            model, optimizer, samples, config, seed=seed, progress=progress, course=course
         )
     if config.batch < 2 * _here.size:
         raise RunError(
@@ -89,14 +90,11 @@ def train(
         "what": "train",
         "config": records.plain(config),
         "seed": seed,
-        "rates": [
-            rate(epoch) if rate else optimizer.param_groups[0]["lr"]
-            for epoch in range(config.epochs)
-        ],
+        "course": records.plain(course),
         "sources": [each for each, _ in described],
     }
     arrays = {name: array for _, unmapped in described for name, array in unmapped.items()}
-    arrays |= with_prefix("slot", distill.slots(optimizer))
+    arrays |= with_prefix("slot", optimizers.slots(optimizer))
     with _here.together():
         _here.post(job, arrays)
         return distill.train(
@@ -106,7 +104,7 @@ def train(
             config,
             seed=seed,
             progress=progress,
-            rate=rate,
+            course=course,
             group=_here,
         )
 
@@ -321,8 +319,8 @@ class Group(Ranks):
         shape, classes = first.features.shape[1:], first.logits.shape[1]
         model = models.build(config.model, classes=classes, input_shape=shape).to(self._device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = distill.make_optimizer(model, config)
-        distill.resume(optimizer, strip_prefix("slot", tensors))
+        optimizer = optimizers.make_optimizer(model, config)
+        optimizers.resume(optimizer, strip_prefix("slot", tensors))
         distill.train(
             model,
             optimizer,
@@ -330,7 +328,7 @@ class Group(Ranks):
             config,
             seed=job["seed"],
             progress=lambda *_: None,
-            rate=job["rates"].__getitem__,
+            course=records.build(Course, job["course"], where="job", error=RunError),
             group=self,
         )
         return model, samples

@@ -11,7 +11,7 @@ import torch
 
 import models
 from orchestrator.config import ServerConfig
-from orchestrator.training import distill
+from orchestrator.training import distill, optimizers
 from orchestrator.training import loss as losses
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard
@@ -40,7 +40,7 @@ def test_the_loss_is_the_papers():
 def train(shards, seed=0, config=CONFIG):
     torch.manual_seed(0)
     model = models.build("resnet10", classes=3, input_shape=(16, 8, 8))
-    step = distill.make_optimizer(model, config)
+    step = optimizers.make_optimizer(model, config)
     samples = Samples([*map(Source, shards)], torch.device("cpu"))
     loss = distill.train(model, step, samples, config, seed=seed, progress=lambda *_: None)
     return model, step, loss
@@ -107,10 +107,10 @@ def test_training_goes_on_after_a_checkpoint_as_if_it_had_not_stopped(optimizer)
     other = models.build("resnet10", classes=3, input_shape=(16, 8, 8))
     other.load_state_dict(whole.state_dict())
     other.to(memory_format=torch.channels_last)
-    again = distill.make_optimizer(other, config)
+    again = optimizers.make_optimizer(other, config)
     # As in files: in C order, whatever the order in memory was.
-    kept = {name: np.array(array, order="C") for name, array in distill.slots(step).items()}
-    distill.resume(again, kept)
+    kept = {name: np.array(array, order="C") for name, array in optimizers.slots(step).items()}
+    optimizers.resume(again, kept)
     samples = Samples([*map(Source, shards)], torch.device("cpu"))
     for model, own in ((whole, step), (other, again)):
         distill.train(model, own, samples, config, seed=1, progress=lambda *_: None)
@@ -120,8 +120,8 @@ def test_training_goes_on_after_a_checkpoint_as_if_it_had_not_stopped(optimizer)
 
 def test_the_optimizer_survives_a_checkpoint():
     model, step, _ = train([shard(24, 0)])
-    fresh = distill.make_optimizer(model, CONFIG)
-    distill.resume(fresh, distill.slots(step))
+    fresh = optimizers.make_optimizer(model, CONFIG)
+    optimizers.resume(fresh, optimizers.slots(step))
     before, after = step.state_dict()["state"], fresh.state_dict()["state"]
     assert before.keys() == after.keys()
     for number, slots in before.items():

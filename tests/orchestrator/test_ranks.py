@@ -20,7 +20,8 @@ import models
 from orchestrator.config import ServerConfig, load
 from orchestrator.run_folder.store import last_checkpoint
 from orchestrator.simulation import simulate
-from orchestrator.training import distill, ranks
+from orchestrator.training import distill, optimizers, ranks
+from orchestrator.training.optimizers import Course
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard, open_shard
 from tests.conftest import free_port
@@ -63,10 +64,10 @@ def learn(folder: Path, config: ServerConfig) -> tuple[dict[str, np.ndarray], li
     """Weights after two rounds of training, teacher logits, and the losses of both rounds."""
     torch.manual_seed(0)
     model = models.build(config.model, classes=CLASSES, input_shape=SHAPE)
-    step, samples = distill.make_optimizer(model, config), read_samples(folder)
+    step, samples = optimizers.make_optimizer(model, config), read_samples(folder)
     losses = [
         ranks.train(model, step, samples, config, seed=seed, progress=lambda *_: None,
-                    rate=lambda epoch: config.lr / (1 + epoch))
+                    course=Course("cosine", config.lr, config.epochs_in(1), 0, 4))
         for seed in range(2)
     ]  # fmt: skip
     kept = distill.weights(model)
@@ -97,7 +98,7 @@ def scenario_forever(folder: Path) -> None:
 def forever(folder: Path, progress: distill.Progress) -> None:
     config = replace(PLAIN, epochs=10**6)
     model = models.build(config.model, classes=CLASSES, input_shape=SHAPE)
-    step = distill.make_optimizer(model, config)
+    step = optimizers.make_optimizer(model, config)
     ranks.train(model, step, read_samples(folder), config, seed=0, progress=progress)
 
 

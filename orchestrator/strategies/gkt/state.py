@@ -97,8 +97,8 @@ class GktState:
 
     Attributes:
         server: W_s, the large model.
-        optimizer: its optimizer's tensors (`distill.slots`).
-        schedule: state of its learning-rate schedule, from PyTorch (`distill.Schedule.after`).
+        optimizer: its optimizer's tensors (`optimizers.slots`).
+        schedule: state of its learning-rate schedule, from PyTorch (`optimizers.Schedule.after`).
         devices: the last network that each device returned, by device.
         extractors: the extractor that made each device's feature maps in `held`, by device.
         shared_extractor: the extractor that all devices continue from; empty if each has its own.
