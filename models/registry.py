@@ -41,10 +41,11 @@ class _Entry:
     shape: Shape
 
 
-def _device(depth: int, cut: int = 0) -> _Entry:
-    return _Entry(
-        lambda classes, shape: DeviceResNet(classes, shape[0], depth=depth, cut=cut), (3, 32, 32)
-    )
+def _device(depth: int, *, cut: int = 0, opponent: bool = False) -> _Entry:
+    def make(classes: int, shape: Shape) -> nn.Module:
+        return DeviceResNet(classes, shape[0], depth=depth, cut=cut, opponent=opponent)
+
+    return _Entry(make, (3, 32, 32))
 
 
 def _server(n: int) -> _Entry:
@@ -69,6 +70,7 @@ _MODELS = {
     "resnet8": _device(8),
     "resnet8-block1": _device(8, cut=1),
     "resnet8-block2": _device(8, cut=2),
+    "resnet8-opponent": _device(8, opponent=True),
     "resnet4": _device(4),
     "resnet6": _device(6),
     "resnet10": _server(1),

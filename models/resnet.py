@@ -11,6 +11,10 @@ A whole ResNet-(9n+2) is the stem and the server half in one module. A block is 
 (which carries the stride), conv1x1 to four times the planes, each followed by batch norm; the
 shortcut is a 1x1 projection where the shape changes. The devices ResNet-4 and ResNet-6 have basic
 blocks instead, two conv3x3 each, and send the same H as ResNet-8.
+
+The learnt stem has a fixed substitute, `opponent_filters`, for devices that freeze it from the
+start. Its filters come in pairs w, -w, and w is even or odd from left to right. So the H of a
+mirrored image is H mirrored, with the channels of each odd pair swapped.
 """
 
 from collections.abc import Iterator
@@ -21,6 +25,15 @@ from torch.nn import functional as F
 
 EXPANSION = 4
 STEM_PLANES = 16
+# Of each filter: the colour axis, the waves down and across, and the variance of its output.
+OPPONENT = (
+    (0, 0, 0, 21.0), (1, 0, 0, 1.74), (0, 1, 0, 1.41), (0, 0, 1, 1.14),
+    (2, 0, 0, 0.38), (0, 1, 1, 0.28), (0, 2, 0, 0.22), (0, 0, 2, 0.21),
+)  # fmt: skip
+GREY = (
+    (0, 0, 0, 7.0), (0, 1, 0, 0.47), (0, 0, 1, 0.38), (0, 1, 1, 0.09),
+    (0, 2, 0, 0.08), (0, 0, 2, 0.07), (0, 1, 2, 0.02), (0, 2, 1, 0.02),
+)  # fmt: skip
 
 
 class Bottleneck(nn.Module):
@@ -76,9 +89,18 @@ class DeviceResNet(nn.Module):
         depth: 4 or 6, with one or two basic blocks, or 8, with two bottleneck blocks.
         cut: how many blocks belong to the extractor beside the stem. At depth 8, H then has 64
             channels. The same seed gives the same weights at each cut.
+        opponent: whether the stem begins as `opponent_filters` instead of at random.
     """
 
-    def __init__(self, classes: int, channels: int = 3, *, depth: int = 8, cut: int = 0) -> None:
+    def __init__(
+        self,
+        classes: int,
+        channels: int = 3,
+        *,
+        depth: int = 8,
+        cut: int = 0,
+        opponent: bool = False,
+    ) -> None:
         super().__init__()
         stem, width = _stem(channels), EXPANSION * 16 if depth == 8 else STEM_PLANES
         blocks: list[nn.Module] = (
@@ -90,6 +112,9 @@ class DeviceResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks[cut:])
         self.fc = nn.Linear(width, classes)
         _initialise(self)
+        if opponent:
+            half = opponent_filters(channels)[: STEM_PLANES // 2]
+            self.extractor[0].weight.data = torch.cat([half, -half])
 
     def extract(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Feature map H (N, 16 or 64, H, W) and logits (N, classes) of x (N, channels, H, W)."""
@@ -153,6 +178,30 @@ class ResNet(nn.Module):
         """Logits (N, classes) of images x (N, channels, H, W)."""
         logits: Tensor = self.rest(self.extractor(x))
         return logits
+
+
+def opponent_filters(channels: int) -> Tensor:
+    """Filters (8, channels, 3, 3) that whiten natural images: opponent colours times cosines.
+
+    The principal components of 3x3 patches of natural colour images are, nearly exactly, products
+    of a colour axis (brightness, red-blue, green-magenta; Ruderman, Cronin, Chiao 1998) and a
+    discrete cosine. These are eight with the largest variances of normalized pixels; each is
+    divided by its output's standard deviation. With one channel there is one colour axis.
+    """
+    waves = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0], [1.0, -2.0, 1.0]])
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    if channels == 3:
+        colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+        rows = OPPONENT
+    else:
+        colours, rows = torch.ones(1, channels), GREY
+    colours = colours / colours.norm(dim=1, keepdim=True)
+    return torch.stack(
+        [
+            torch.einsum("c,y,x->cyx", colours[colour], waves[down], waves[across]) / variance**0.5
+            for colour, down, across, variance in rows
+        ]
+    )
 
 
 def _stem(channels: int) -> nn.Sequential:

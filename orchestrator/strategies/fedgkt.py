@@ -67,12 +67,12 @@ class Answer:
 
 
 class ServerTraining(NamedTuple):
-    """The large model after a round's training."""
+    """The large model after a round's training; `loss` is None in a round without any."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: optimizers.Schedule
-    loss: float
+    loss: float | None
 
 
 class FedGKT:
@@ -91,6 +91,9 @@ class FedGKT:
             for name in task.config.device.models
         }
         self.shape = extractors.feature_shape(task.config, networks)
+        self.mirrors = {
+            name: self._mirror(name, weights) for name, (_, weights) in networks.items()
+        }
 
     @staticmethod
     def check(config: RunConfig) -> None:
@@ -162,7 +165,7 @@ class FedGKT:
                 alpha=device.alpha if teacher else 0.0,
                 # Teachers show the view of the round before, not of this round's maps.
                 view=teacher.view if teacher else self._view(round_ - 1),
-                views=self._views(round_),
+                views=self._views(name, round_),
                 clip=device.clip,
                 noise=device.noise,
                 returns=returns,
@@ -181,6 +184,7 @@ class FedGKT:
                 rows,
                 view=order.views[0],
                 both_views=len(order.views) > 1,
+                mirror=self.mirrors[self.task.config.device.model_of(result.device)],
             )
             received.decoded(self.task, held, self.shape)
             return Answer(weights, held, None)
@@ -217,7 +221,8 @@ class FedGKT:
         scores = self.evaluate(after, trained.model, samples) if self.task.evaluated(round_) else {}
         after = replace(after, schedule=trained.schedule.after(scores.get("server_accuracy")))
         received.forget(self.task, after)
-        return after, {"server_loss": trained.loss, **scores}
+        loss = {} if trained.loss is None else {"server_loss": trained.loss}
+        return after, {**loss, **scores}
 
     def take_in(
         self, state: GktState, results: Sequence[Result], contributions: Iterable[Answer]
@@ -269,15 +274,17 @@ class FedGKT:
         schedule = optimizers.Schedule(
             config, optimizer, round_, task.config.rounds, state.schedule
         )
-        loss = ranks.train(
-            model,
-            optimizer,
-            samples,
-            config,
-            seed=(task.config.seed << 20) + round_,
-            progress=lambda done, total: task.progress("distill", done, total),
-            course=schedule.course,
-        )
+        loss = None
+        if schedule.course.epochs:
+            loss = ranks.train(
+                model,
+                optimizer,
+                samples,
+                config,
+                seed=(task.config.seed << 20) + round_,
+                progress=lambda done, total: task.progress("distill", done, total),
+                course=schedule.course,
+            )
         return ServerTraining(model, optimizer, schedule, loss)
 
     def teach(
@@ -290,7 +297,7 @@ class FedGKT:
         for name, span in zip(sorted(state.held), samples.spans, strict=True):
             held = state.held[name]
             # Maps of a single view show that view, whatever view is asked for.
-            view = self._view(round_) if held.both_views else held.view
+            view = self._view(round_) if held.cropped else held.view
             logits = ranks.teach(model, samples, span, self.task.config.server, view)
             blob = self.task.blobs.put(self._packed(logits))
             teachers[name] = Teacher(blob, held.data_digest, view)
@@ -314,11 +321,19 @@ class FedGKT:
         sizes = [result.samples for result in results]
         return average.mean(networks, average.counted(sizes, self.task.config.cohort.max_weight))
 
-    def _views(self, round_: int) -> tuple[int, ...]:
-        """The views that a round's feature maps and logits show."""
+    def _mirror(self, model: str, weights: Weights) -> tuple[int, ...] | None:
+        """`extractors.mirror` of an extractor that the server crops, and that is never trained."""
+        transfer = self.task.config.transfer
+        if not (transfer.views and transfer.frozen(1)):
+            return None
+        return extractors.mirror(self.task.config, model, extractors.of_network(weights))
+
+    def _views(self, device: str, round_: int) -> tuple[int, ...]:
+        """The views that a device's feature maps and logits of a round show."""
         transfer = self.task.config.transfer
         if transfer.views and transfer.frozen(round_):
-            return PLAIN, MIRRORED
+            mirror = self.mirrors[self.task.config.device.model_of(device)]
+            return (PLAIN, MIRRORED) if mirror is None else (PLAIN,)
         return (self._view(round_),)
 
     def _view(self, round_: int) -> int:
@@ -336,7 +351,7 @@ class FedGKT:
         held, transfer = state.held.get(name), self.task.config.transfer
         if held is None or held.data_digest != birth.data_digest:
             return True
-        views = self._views(round_)
+        views = self._views(name, round_)
         if held.both_views != (len(views) > 1) or held.view != views[0]:
             return True
         if transfer.frozen(round_):

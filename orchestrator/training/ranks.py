@@ -339,7 +339,7 @@ def _described(name: str, source: Source) -> tuple[dict[str, Any], dict[str, Arr
     columns = source.shard.columns
     mapped = {n: array for n, array in columns.items() if isinstance(array, np.memmap)}
     arrays = {f"{name}/{n}": array for n, array in columns.items() if n not in mapped}
-    for part in ("fill", "left_out"):
+    for part in ("fill", "mirror", "left_out"):
         if getattr(source, part) is not None:
             arrays[f"{name}/{part}"] = getattr(source, part)
     files = {n: [str(array.filename), list(array.shape)] for n, array in mapped.items()}
@@ -353,7 +353,7 @@ def _source(name: str, described: Mapping[str, Any], arrays: Mapping[str, Array]
         RunError: a file cannot be read here, or has another shape than on rank 0.
     """
     columns = strip_prefix(name, arrays)
-    fill, left_out = columns.pop("fill", None), columns.pop("left_out", None)
+    more = {part: columns.pop(part, None) for part in ("fill", "mirror", "left_out")}
     for column, (path, shape) in described["files"].items():
         try:
             columns[column] = np.load(path, mmap_mode="r")
@@ -364,7 +364,7 @@ def _source(name: str, described: Mapping[str, Any], arrays: Mapping[str, Array]
                 f"{path}: expected an array of shape {tuple(shape)}, as rank 0 has it, got "
                 f"{columns[column].shape}; let every rank see the run's folder"
             )
-    return Source(Shard(**columns), described["weight"], fill, left_out)
+    return Source(Shard(**columns), described["weight"], **more)
 
 
 def _device(config: ServerConfig) -> torch.device:

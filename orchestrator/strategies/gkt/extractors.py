@@ -112,3 +112,25 @@ def fill(task: Task, name: str, weights: Weights) -> NDArray[np.float32]:
     maps = build(task, name, weights)(x.to(task.torch_device))
     middle: NDArray[np.float32] = maps[0, :, maps.shape[2] // 2, maps.shape[3] // 2].cpu().numpy()
     return middle
+
+
+@torch.inference_mode()
+def mirror(config: RunConfig, model: str, weights: Weights) -> tuple[int, ...] | None:
+    """The order of channels in which a map, mirrored, is the map of the mirrored image.
+
+    It exists if for each filter there is one that is its mirror image, as for `opponent_filters`.
+    The server then makes the maps of mirrored images itself. None if it does not exist.
+
+    Args:
+        config: of the run.
+        model: a device network.
+        weights: of its extractor.
+    """
+    device = config.device
+    network = models.build(model, classes=device.class_count, input_shape=device.input)
+    extractor = distill.load(network.get_submodule("extractor"), weights).eval()
+    x = torch.randn(1, *device.input, generator=torch.Generator().manual_seed(0))
+    of_mirrored, mirrored = extractor(x.flip(3))[0], extractor(x)[0].flip(2)
+    distances = torch.cdist(of_mirrored.flatten(1), mirrored.flatten(1))
+    close = distances.amin(dim=1) <= 1e-4 * of_mirrored.flatten(1).norm(dim=1).clamp(min=1)
+    return tuple(distances.argmin(dim=1).tolist()) if bool(close.all()) else None

@@ -76,11 +76,12 @@ def samples(
 def _source(task: Task, state: GktState, name: str, round_: int, shard: Shard) -> Source:
     """A device's rows, with their weight in the loss and the samples left out of training."""
     held = state.held[name]
-    fill = extractors.fill(task, name, state.extractors[name]) if held.both_views else None
+    fill = extractors.fill(task, name, state.extractors[name]) if held.cropped else None
+    mirror = None if held.mirror is None else np.array(held.mirror)
     count = len(shard) // (2 if held.both_views else 1)
     left_out = held_out(held.data_digest, count, task.config.device.holdout)
     weight = max(task.config.transfer.age_decay ** (round_ - held.round), LEAST)
-    return Source(shard, weight, fill, left_out)
+    return Source(shard, weight, fill, mirror, left_out)
 
 
 def forget(task: Task, state: GktState) -> None:

@@ -23,6 +23,8 @@ class HeldShard:
         view: the view that the first row of each sample shows.
         both_views: whether it has plain and mirrored maps, so that the server can crop. Maps of a
             single view show that view, whatever view is asked for.
+        mirror: the order of channels in which a plain map, mirrored, is the map of the mirrored
+            image (`extractors.mirror`), if the server crops plain maps alone; else None.
         logits: blob of newer logits of these rows; None: those beside the feature maps.
         moved: how far the device's extractor has moved since it made these feature maps
             (`extractors.moved`); None without `transfer.resend`.
@@ -36,6 +38,12 @@ class HeldShard:
     both_views: bool
     logits: BlobRef | None = None
     moved: float | None = None
+    mirror: tuple[int, ...] | None = None
+
+    @property
+    def cropped(self) -> bool:
+        """Whether the server crops and mirrors these maps."""
+        return self.both_views or self.mirror is not None
 
     def pack(self) -> dict[str, Any]:
         """As JSON."""
@@ -48,7 +56,8 @@ class HeldShard:
             "view": self.view,
             "cropped": self.both_views,
         }
-        return noted if self.moved is None else {**noted, "moved": self.moved}
+        more = {"moved": self.moved, "mirror": self.mirror}
+        return noted | {name: value for name, value in more.items() if value is not None}
 
     @classmethod
     def unpack(cls, noted: Mapping[str, Any]) -> "HeldShard":
@@ -63,6 +72,7 @@ class HeldShard:
             noted["cropped"],
             logits and BlobRef(**logits),
             noted.get("moved"),
+            tuple(noted["mirror"]) if "mirror" in noted else None,
         )
 
 
