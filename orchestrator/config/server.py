@@ -33,6 +33,8 @@ class ServerConfig:
         compile: run the large model through torch.compile; needs a C++ compiler, on CUDA Triton.
         eval_batch: images per evaluation pass; 0: 16 on a CPU (as many as its cache holds), 1024 on
             a GPU.
+        eval_views: whether held-out images are also evaluated by mean logits over several views
+            ("server_accuracy_averaged").
         eval_every: how many rounds from one evaluation to the next; the last round has one too.
     """
 
@@ -54,6 +56,7 @@ class ServerConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     eval_batch: int = 0
+    eval_views: bool = False
     eval_every: int = 1
 
     def __post_init__(self) -> None:
