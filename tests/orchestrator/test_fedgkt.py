@@ -167,6 +167,33 @@ def test_feature_maps_are_asked_for_again_where_the_samples_are_others(made, con
     assert min(views) > 1
 
 
+def test_maps_of_a_frozen_stem_of_mirror_images_travel_once_and_plain(made, config):
+    config = replace(
+        config,
+        device=replace(config.device, model="resnet8-opponent"),
+        server=replace(config.server, model="fastcnn6-32", epochs=(0, 1, 0), optimizer="muon",
+                       averaging=True, eval_views=True, lr=0.1, schedule="linear"),
+        transfer=TransferConfig(freeze_after=0, extractor="shared", views=True),
+    )  # fmt: skip
+    strategy, births, _ = made(config)
+    state = strategy.begin()
+    entries = []
+    for round_ in (1, 2, 3):
+        orders = strategy.orders(state, round_, round_, births)
+        assert all(order.views == (0,) for order in orders.values())
+        what = "features" if round_ == 1 else "logits"
+        assert all(what in order.returns for order in orders.values())
+        answers = [result(strategy, orders[n], births[n], what=what) for n in births]
+        state, entry = Contributions(strategy).aggregate(state, round_, orders, answers)
+        entries.append(entry)
+    assert ["server_loss" in entry for entry in entries] == [False, True, False]
+    assert entries[1]["server_accuracy"] == entries[2]["server_accuracy"]
+    assert 0 <= entries[2]["server_accuracy_averaged"] <= 1
+    again = strategy.restore(state.pack())
+    mirror = strategy.mirrors["resnet8-opponent"]
+    assert [held.mirror for held in again.held.values()] == [mirror] * len(births)
+
+
 def test_neither_logits_nor_teacher_travel_where_nobody_learns_from_them(made, config):
     config = replace(
         config,

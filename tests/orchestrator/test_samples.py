@@ -7,6 +7,9 @@ import torch
 import models
 from ondevice import views
 from ondevice.views import PAD
+from orchestrator.config import DeviceConfig, RunConfig
+from orchestrator.strategies.gkt import extractors
+from orchestrator.training import distill
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard, shelve
 from wire import frames, tensors
@@ -104,3 +107,33 @@ def test_a_crop_of_feature_maps_is_the_feature_map_of_the_crop():
     assert plain.weights.tolist() == [1.0, 0.5]
     # Samples with feature maps of only one view stay as they are, whatever the look.
     assert np.array_equal(samples.draw(np.arange(4), looks.of(np.arange(4))).features, rows[:4])
+
+
+def test_the_map_of_a_mirrored_image_is_made_of_the_plain_map():
+    """A stem of filters that come with their mirror images: one row a sample is enough."""
+    rng = np.random.default_rng(1)
+    x = torch.from_numpy(rng.standard_normal((6, 3, 16, 16)).astype(np.float32))
+    torch.manual_seed(0)
+    net = models.build("resnet8-opponent", classes=3, input_shape=(3, 16, 16)).eval()
+    config = RunConfig("run", device=DeviceConfig(classes=3, input=(3, 16, 16)))
+    learnt = models.build("resnet8", classes=3, input_shape=(3, 16, 16))
+    of = {name: distill.weights(each.extractor) for name, each in (("a", net), ("b", learnt))}
+    mirror = extractors.mirror(config, "resnet8-opponent", of["a"])
+    assert sorted(mirror) == list(range(16))
+    assert mirror != tuple(range(16))
+    assert extractors.mirror(config, "resnet8", of["b"]) is None
+    with torch.no_grad():
+        rows, mirrored = net.extractor(x).numpy(), net.extractor(x.flip(3)).numpy()
+    shard = Shard(rows, np.zeros((6, 3), np.float32), np.arange(6) % 3)
+    source = Source(shard, fill=rows[0, :, 0, 0], mirror=np.array(mirror))
+    assert len(source) == 6
+    samples, middle = Samples([source], torch.device("cpu")), np.full(6, PAD)
+    flips = np.array([True, False, True, True, False, False])
+    drawn = samples.draw(np.arange(6), views.Looks(middle, middle, flips)).features.numpy()
+    np.testing.assert_allclose(drawn[flips], mirrored[flips], atol=1e-5)
+    np.testing.assert_array_equal(drawn[~flips], rows[~flips])
+    # A crop of a mirrored image is the mirror image of a crop: two pixels further left, and back.
+    looks = views.Looks(middle + 1, middle + 2, flips)
+    moved = samples.draw(np.arange(6), looks).features.numpy()
+    np.testing.assert_array_equal(moved[1, :, :-1, :-2], rows[1, :, 1:, 2:])
+    np.testing.assert_allclose(moved[0, :, :-1, 2:], mirrored[0, :, 1:, :-2], atol=1e-5)
