@@ -52,7 +52,8 @@ def check(config: RunConfig) -> None:
         cls = _find(config.strategy)
     except StillhouseError as fault:
         raise SettingsError(f"strategy: {fault}") from fault
-    strategy_settings(config, cls.settings)
+    if config.strategy in _OURS:  # `Checked.check` reads those of a user's strategy
+        strategy_settings(config, cls.settings)
     try:
         cls.check(config)
     except (ValueError, RunError) as fault:
