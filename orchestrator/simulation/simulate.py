@@ -8,6 +8,9 @@ real ones. Only the network is missing, and PyTorch trains instead of ONNX Runti
 Only payload bytes are counted: no MQTT, and no artifact, which travels once. A round has neither
 quorum nor deadline, but a share of the devices may be late. A late device answers in the next round
 if `cohort.carry_rounds` allows it, else not at all. The same command resumes a stopped run.
+
+A user's networks are compiled before the first round, as `start` does, and then not used: what can
+be simulated can also run on devices.
 """
 
 import logging
@@ -21,6 +24,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+import models
 from models import submodel
 from ondevice.images import ImageSet
 from ondevice.order import begin, keeps_weights
@@ -68,7 +72,8 @@ def run(
 
     Raises:
         RunError: images are missing, tiers go by memory, or `late` is not in 0 <= late < 1.
-        StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
+        StillhouseError: what is wrong and what to do; the run's folder keeps what was reached. If
+            no round was opened, what this start made is removed.
     """
     if any(tier.memory_mb for tier in config.submodel.tiers):
         raise RunError(
@@ -89,6 +94,8 @@ def run(
     with prepare.opened(config, heldout, what) as store:
         networks.claim(store.folder, sources)
         config = classes.settle(config, settled)
+        if store.last_attempt() is None:
+            _compile_on_trial(config)
         report = Report(config, store, sources)
 
         def tell() -> None:
@@ -106,6 +113,26 @@ def run(
         with stopping.instead(lambda: said(report, "the open round is done again")):
             simulation.run(report, changed)
     return report
+
+
+def _compile_on_trial(config: RunConfig) -> None:
+    """Compile the networks that devices train, unless all are ours, which can be compiled.
+
+    Raises:
+        ExportError: a network cannot be compiled.
+    """
+    if config.device.batch > 1 and not any(map(models.sources, config.device.models)):
+        return
+    try:
+        from orchestrator.launch.artifacts import compiled
+    except ModuleNotFoundError as fault:
+        log.warning(
+            "%s is not installed: whether the networks can be compiled for devices is not checked",
+            fault.name,
+        )
+        return
+    with compiled(config):
+        pass
 
 
 def hold_threads(number: int) -> None:
