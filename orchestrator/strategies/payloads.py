@@ -1,5 +1,6 @@
 """Reading, checking and evaluating a device's payloads, for several strategies."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,6 +13,18 @@ from orchestrator.strategies.task import Task
 from orchestrator.training import distill
 from wire import tensors
 from wire.messages import Order, Result
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A contribution of one payload: its tensors, checked and decoded."""
+
+    tensors: Weights
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory, in bytes."""
+        return nbytes(self.tensors)
 
 
 def read_payload(task: Task, order: Order, result: Result, name: str) -> dict[str, NDArray[Any]]:

@@ -103,13 +103,8 @@ class Task:
 
         Weights may have twice their size in float32 and 1 MiB; the rest, `max_upload_bytes`.
         """
-        weights = 8 * self.values + (1 << 20)
-        return {
-            "state": weights,
-            "update": weights,
-            "features": self.config.max_upload_bytes,
-            "logits": self.config.max_upload_bytes,
-        }
+        weights, maps = 8 * self.values + (1 << 20), self.config.max_upload_bytes
+        return {"state": weights, "update": weights, "features": maps, "logits": maps}
 
     def order(
         self, name: str, round_: int, sequence: int, recipe: Recipe | None = None, **fields: Any
