@@ -180,12 +180,10 @@ class _Simulation:
         carried = self._carried(last) if last else {}
         for number in range(len(store.closed_rounds()) + 1, config.rounds + 1):
             began = time.monotonic()
-            live = {name: 1 for name in self._births if name not in carried}
-            most = config.cohort.max_devices
+            free, most = self._births.keys() - carried.keys(), config.cohort.max_devices
             if most and len(carried) >= most:
-                live = {}
-            room = most and most - len(carried)
-            chosen = rounds.choose(live, room, config.seed, number)
+                free = set()
+            chosen = rounds.choose(free, most and most - len(carried), config.seed, number)
             births = {name: self._births[name] for name in sorted(chosen)}
             orders = self._strategy.orders(state, number, store.next_sequence(), births)
             report.opened()

@@ -27,21 +27,15 @@ def feature_shape(
 
     Args:
         config: of the run.
-        networks: (shape of the feature maps, weights) of each device model, by name; the shape is
-            None if the model has no extractor.
+        networks: (shape of the feature maps, weights) of each device model, by name;
+            `launch.networks` has refused models without an extractor.
 
     Raises:
-        RunError: a device model has no extractor, two models' feature maps differ in shape, a
-            shared extractor is asked for and the extractors differ, or `transfer.views` is set and
-            feature maps do not have the image's height and width.
+        RunError: two models' feature maps differ in shape, a shared extractor is asked for and the
+            extractors differ, or `transfer.views` is set and feature maps do not have the image's
+            height and width.
     """
     shapes_of = {written(name): shape for name, (shape, _) in networks.items()}
-    for name, shape in shapes_of.items():
-        if shape is None:
-            raise RunError(
-                f"model {name!r} has no feature extractor, which fedgkt needs; name the module "
-                'that it is cut behind (split = "layer.path"), or use resnet8, or strategy fedavg'
-            )
     if len(set(shapes_of.values())) > 1:
         raise RunError(
             f"feature maps of the device models differ: {shapes_of}; the large model takes one "
