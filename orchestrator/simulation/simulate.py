@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ class _Simulation:
         tell: Callable[[], None],
     ) -> None:
         self._config, self._store, self._strategy, self._tell = config, store, strategy, tell
-        self._contributions = Contributions(strategy)
+        self._contributions = Contributions(strategy, store.patience.attempt)
         self._images, self._stack, self._late = images, stack, late
         self._births = {name: devices.birth(name, held) for name, held in images.items()}
         self._kept = Kept(store.folder)
@@ -282,17 +283,22 @@ class _Simulation:
             try:
                 files = self._kept.of(name, order)
                 starts[name] = begin(order, engine.model, self._images[name], blobs, files)
+            except StorageError:  # a fault of our disk, not the device's
+                raise
             except StillhouseError as fault:
                 yield self._result(name, order, fault=str(fault))
         ended = engine.train(list(starts.values())) if starts else ()
         for (name, start), trained in zip(starts.items(), ended, strict=True):
             try:
                 outcome = finish(start, trained, engine, blobs)
+            except StorageError:
+                raise
             except StillhouseError as fault:  # training diverged
                 yield self._result(name, start.order, fault=str(fault))
                 continue
-            if outcome.kept_state is not None:
-                self._kept.put(name, start.order, outcome.kept_state)
+            if (kept := outcome.kept_state) is not None:
+                keep = partial(self._kept.put, name, start.order, kept)
+                self._store.patience.attempt(keep)
             yield self._result(name, start.order, blobs=outcome.blobs, metrics=outcome.metrics)
 
     def _result(self, name: str, order: Order, **outcome: Any) -> Result:

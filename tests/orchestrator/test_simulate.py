@@ -42,11 +42,12 @@ from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoin
 from orchestrator.simulation import devices, simulate
 from orchestrator.strategies import create
 from orchestrator.strategies.gkt.state import GktState
+from orchestrator.strategies.local import Local
 from orchestrator.training import distill
 from tests.conftest import ROOT
 from wire import frames, records, tensors
 from wire.artifact import open_artifact
-from wire.errors import DataError, RunError
+from wire.errors import DataError, RunError, StalledError, StorageError
 from wire.messages import BlobRef, Order, Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -494,6 +495,37 @@ def test_what_training_made_before_it_diverged_is_not_kept(config, digits):
     with pytest.raises(RunError, match="NaN or infinity"):
         simulate.run(replace(chosen, device=replace(chosen.device, lr=1e30)), digits)
     assert not (config.folder / "own").exists()
+
+
+@pytest.mark.parametrize("function", ["begin", "finish"])
+def test_a_disk_that_fails_ends_the_run_and_is_not_the_devices_fault(
+    config, digits, monkeypatch, function
+):
+    def fails(*_):
+        raise StorageError("runs: read-only")
+
+    monkeypatch.setattr(simulate, function, fails)
+    with pytest.raises(StorageError, match="runs: read-only"):
+        simulate.run(config, digits)
+
+
+@pytest.mark.parametrize(("cls", "name"), [(simulate.Kept, "put"), (Local, "admit")])
+def test_while_the_disk_is_full_a_devices_work_waits_for_room(
+    config, digits, monkeypatch, cls, name
+):
+    tried, function = [], getattr(cls, name)
+
+    def full_at_first(*arguments):
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise StalledError("full")
+        return function(*arguments)
+
+    monkeypatch.setattr(cls, name, full_at_first)
+    monkeypatch.setattr("wire.storage.RETRY_S", 0.0)
+    report = simulate.run(replace(config, strategy="local", submodel=SubmodelConfig()), digits)
+    assert len(report.entries) == 2
+    assert len(tried) == 1 + 2 * 2
 
 
 def test_a_run_goes_on_only_with_the_devices_it_was_begun_with(config, digits, tmp_path):
