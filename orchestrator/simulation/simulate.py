@@ -253,13 +253,15 @@ class _Simulation:
     def _perform(self, orders: Mapping[str, Order], report: Report) -> Iterator[Result]:
         """The cohort's results.
 
-        Devices with the same artifact, learning rate and count of optimizer steps share stacks.
+        Devices share stacks if their orders differ in nothing that a stack has only one of.
         """
         task, groups = self._strategy.task, defaultdict(list)
         for name, order in orders.items():
-            # A carried order may have another learning rate than this round's orders.
-            groups[order.artifact.digest, self._steps(name, order), order.lr].append(name)
-        for (digest, _, _), names in groups.items():
+            # A carried order may have another learning rate than this round's orders, and a user's
+            # strategy may give each device other settings.
+            shared = order.lr, order.mu, order.temperature, order.epochs
+            groups[order.artifact.digest, self._steps(name, order), shared].append(name)
+        for (digest, *_), names in groups.items():
             size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)
             for at in range(0, len(names), size):
                 together = {name: orders[name] for name in names[at : at + size]}
@@ -287,7 +289,8 @@ class _Simulation:
                 raise
             except StillhouseError as fault:
                 yield self._result(name, order, fault=str(fault))
-        ended = engine.train(list(starts.values())) if starts else ()
+        trains = any(start.steps for start in starts.values())
+        ended = engine.train([*starts.values()]) if trains else [None] * len(starts)
         for (name, start), trained in zip(starts.items(), ended, strict=True):
             try:
                 outcome = finish(start, trained, engine, blobs)

@@ -41,6 +41,7 @@ from orchestrator.rules import rounds
 from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.simulation import devices, simulate
 from orchestrator.strategies import create
+from orchestrator.strategies.fedavg import FedAvg
 from orchestrator.strategies.gkt.state import GktState
 from orchestrator.strategies.local import Local
 from orchestrator.training import distill
@@ -662,6 +663,35 @@ def test_a_stack_holds_devices_of_one_learning_rate(config, digits, tmp_path):
     stacked = replace(config, runs=tmp_path / "stacked")
     simulate.run(stacked, digits, late=0.4, stack=3)
     assert_close(weights_of(stacked), weights_of(config), start, 0.01)
+
+
+def test_a_stack_holds_devices_whose_strategy_orders_the_same_of_them(
+    config, digits, tmp_path, monkeypatch
+):
+    def orders(*arguments):
+        made = ordered(*arguments)
+        return {name: replace(made[name], mu=9.0 * n) for n, name in enumerate(sorted(made))}
+
+    ordered = FedAvg.orders
+    monkeypatch.setattr(FedAvg, "orders", orders)
+    config = replace(config, strategy="fedavg", device=DEVICE, submodel=SubmodelConfig())
+    start = start_of(config)
+    simulate.run(config, digits, stack=1)
+    stacked = replace(config, runs=tmp_path / "stacked")
+    simulate.run(stacked, digits, stack=2)
+    assert_close(weights_of(stacked), weights_of(config), start, 0.01)
+
+
+def test_an_order_may_ask_for_no_training(config, digits, monkeypatch):
+    def orders(*arguments):
+        made = ordered(*arguments)
+        return {name: replace(made[name], epochs=n) for n, name in enumerate(sorted(made))}
+
+    ordered = FedAvg.orders
+    monkeypatch.setattr(FedAvg, "orders", orders)
+    config = replace(config, strategy="fedavg", device=DEVICE, submodel=SubmodelConfig(), rounds=1)
+    (entry,) = simulate.run(config, digits, stack=2).entries
+    assert ["train_loss" in entry["devices"][name] for name in entry["cohort"]] == [False, True]
 
 
 @pytest.mark.parametrize("strategy", ["fedgkt", "local"])
