@@ -12,7 +12,6 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
-import models
 from models import Units, submodel
 from models.units import all_places
 from orchestrator.config import Recipe, RunConfig
@@ -41,8 +40,7 @@ class FedDropout:
     def __init__(self, task: Task) -> None:
         self.task = task
         device = task.config.device
-        model = models.build(device.network, classes=device.class_count, input_shape=device.input)
-        self._layout = submodel.layout(model, device.input)
+        self._layout = submodel.layout(task.build(device.network), device.input)
         self._rates = {v.artifact.digest: recipe.keep_rate for recipe, v in task.variants.items()}
         self._norm = admit.norm(task.initial)
         self._submodel = functools.lru_cache(_REMEMBERED)(self._drawn)

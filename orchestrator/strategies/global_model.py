@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-import models
 from models import Average, Layout, Units, average
 from orchestrator.config import RunConfig, unused
 from orchestrator.strategies.payloads import Decoded
@@ -168,13 +167,11 @@ def aggregate(
 
 def _scores(task: Task, weights: Weights) -> Metrics:
     """The model's accuracy on held-out images."""
-    device, heldout = task.config.device, task.heldout
-    model = models.build(device.network, classes=device.class_count, input_shape=device.input)
-    distill.load(model, weights).to(task.torch_device)
-    logits = distill.predict(model, heldout.x, task.config.server)
+    model = distill.load(task.build(task.config.device.network), weights).to(task.torch_device)
+    logits = distill.predict(model, task.heldout.x, task.config.server)
     if not np.isfinite(logits).all():
         log.warning(
             "the global model's logits are not finite: training diverged; lower device.lr, or "
             "send vectors as float16 or float32"
         )
-    return {"server_accuracy": distill.accuracy(logits, heldout.y)}
+    return {"server_accuracy": distill.accuracy(logits, task.heldout.y)}

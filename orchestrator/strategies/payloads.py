@@ -6,7 +6,6 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import nn
 
-import models
 from orchestrator.rules import admit
 from orchestrator.strategies.strategy import Weights
 from orchestrator.strategies.task import Task
@@ -68,10 +67,7 @@ def nbytes(weights: Weights) -> int:
 
 def device_network(task: Task, name: str, weights: Weights) -> nn.Module:
     """A device's network with these weights, on `Task.torch_device`."""
-    device = task.config.device
-    model = models.build(
-        device.model_of(name), classes=device.class_count, input_shape=device.input
-    )
+    model = task.build(task.config.device.model_of(name))
     return distill.load(model, weights).to(task.torch_device)
 
 

@@ -8,7 +8,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+import models
 from orchestrator.config import Recipe, RunConfig
 from wire import records
 from wire.blobs import BlobStore
@@ -86,6 +88,11 @@ class Task:
     def initial_of_model(self, model: str) -> Mapping[str, NDArray[Any]]:
         """Parameters and buffers of one of the device models before round 1."""
         return self.others.get(model, self.initial)
+
+    def build(self, model: str) -> nn.Module:
+        """A new network of one of the device models."""
+        device = self.config.device
+        return models.build(model, classes=device.class_count, input_shape=device.input)
 
     def settings(self, cls: type[T]) -> T:
         """The strategy's own settings; see `strategy_settings`."""

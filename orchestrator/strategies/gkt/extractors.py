@@ -81,9 +81,7 @@ def in_network(extractor: Weights) -> dict[str, Array]:
 def build(task: Task, name: str, weights: Weights) -> nn.Module:
     """A device's extractor in evaluation mode; with `device.clip`, its feature maps are clipped."""
     device = task.config.device
-    model = models.build(
-        device.model_of(name), classes=device.class_count, input_shape=device.input
-    )
+    model = task.build(device.model_of(name))
     extractor = distill.load(model.get_submodule("extractor"), weights)
     extractor = extractor.to(task.torch_device).eval()
     return nn.Sequential(extractor, models.Clip(device.clip)) if device.clip else extractor
