@@ -18,6 +18,7 @@ from ondevice import kept
 from ondevice.kept import KeptFile, Tensors
 from ondevice.order import keeps_weights
 from orchestrator.simulation.stack import SLOTS, STEPS
+from wire import storage
 from wire.messages import Order
 
 # In files of own weights tensors are named `weights/...`, and `optimizer/...` by PyTorch's slots.
@@ -49,7 +50,8 @@ class Kept:
             folder, number = self.folder / "own" / device, order.round
             before = self._before(device, order)
             tensors = {_filed(name): array for name, array in tensors.items()}
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage.at(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         kept.write(folder / _file(number), tensors)
         kept.keep_only([*folder.iterdir()], [_file(number), _file(before)])
 

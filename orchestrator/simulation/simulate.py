@@ -8,6 +8,9 @@ real ones. Only the network is missing, and PyTorch trains instead of ONNX Runti
 Only payload bytes are counted: no MQTT, and no artifact, which travels once. A round has neither
 quorum nor deadline, but a share of the devices may be late. A late device answers in the next round
 if `cohort.carry_rounds` allows it, else not at all. The same command resumes a stopped run.
+
+A user's networks are compiled before the first round, as `start` does, and then not used: what can
+be simulated can also run on devices.
 """
 
 import logging
@@ -15,12 +18,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+import models
 from models import submodel
 from ondevice.images import ImageSet
 from ondevice.order import begin, keeps_weights
@@ -68,7 +73,8 @@ def run(
 
     Raises:
         RunError: images are missing, tiers go by memory, or `late` is not in 0 <= late < 1.
-        StillhouseError: what is wrong and what to do; the run's folder keeps what was reached.
+        StillhouseError: what is wrong and what to do; the run's folder keeps what was reached. If
+            no round was opened, what this start made is removed.
     """
     if any(tier.memory_mb for tier in config.submodel.tiers):
         raise RunError(
@@ -89,6 +95,8 @@ def run(
     with prepare.opened(config, heldout, what) as store:
         networks.claim(store.folder, sources)
         config = classes.settle(config, settled)
+        if store.last_attempt() is None:
+            _compile_on_trial(config)
         report = Report(config, store, sources)
 
         def tell() -> None:
@@ -106,6 +114,26 @@ def run(
         with stopping.instead(lambda: said(report, "the open round is done again")):
             simulation.run(report, changed)
     return report
+
+
+def _compile_on_trial(config: RunConfig) -> None:
+    """Compile the networks that devices train, unless all are ours, which can be compiled.
+
+    Raises:
+        ExportError: a network cannot be compiled.
+    """
+    if config.device.batch > 1 and not any(map(models.sources, config.device.models)):
+        return
+    try:
+        from orchestrator.launch.artifacts import compiled
+    except ModuleNotFoundError as fault:
+        log.warning(
+            "%s is not installed: whether the networks can be compiled for devices is not checked",
+            fault.name,
+        )
+        return
+    with compiled(config):
+        pass
 
 
 def hold_threads(number: int) -> None:
@@ -131,7 +159,7 @@ class _Simulation:
         tell: Callable[[], None],
     ) -> None:
         self._config, self._store, self._strategy, self._tell = config, store, strategy, tell
-        self._contributions = Contributions(strategy)
+        self._contributions = Contributions(strategy, store.patience.attempt)
         self._images, self._stack, self._late = images, stack, late
         self._births = {name: devices.birth(name, held) for name, held in images.items()}
         self._kept = Kept(store.folder)
@@ -153,12 +181,10 @@ class _Simulation:
         carried = self._carried(last) if last else {}
         for number in range(len(store.closed_rounds()) + 1, config.rounds + 1):
             began = time.monotonic()
-            live = {name: 1 for name in self._births if name not in carried}
-            most = config.cohort.max_devices
+            free, most = self._births.keys() - carried.keys(), config.cohort.max_devices
             if most and len(carried) >= most:
-                live = {}
-            room = most and most - len(carried)
-            chosen = rounds.choose(live, room, config.seed, number)
+                free = set()
+            chosen = rounds.choose(free, most and most - len(carried), config.seed, number)
             births = {name: self._births[name] for name in sorted(chosen)}
             orders = self._strategy.orders(state, number, store.next_sequence(), births)
             report.opened()
@@ -227,13 +253,15 @@ class _Simulation:
     def _perform(self, orders: Mapping[str, Order], report: Report) -> Iterator[Result]:
         """The cohort's results.
 
-        Devices with the same artifact, learning rate and count of optimizer steps share stacks.
+        Devices share stacks if their orders differ in nothing that a stack has only one of.
         """
         task, groups = self._strategy.task, defaultdict(list)
         for name, order in orders.items():
-            # A carried order may have another learning rate than this round's orders.
-            groups[order.artifact.digest, self._steps(name, order), order.lr].append(name)
-        for (digest, _, _), names in groups.items():
+            # A carried order may have another learning rate than this round's orders, and a user's
+            # strategy may give each device other settings.
+            shared = order.lr, order.mu, order.temperature, order.epochs
+            groups[order.artifact.digest, self._steps(name, order), shared].append(name)
+        for (digest, *_), names in groups.items():
             size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)
             for at in range(0, len(names), size):
                 together = {name: orders[name] for name in names[at : at + size]}
@@ -257,17 +285,23 @@ class _Simulation:
             try:
                 files = self._kept.of(name, order)
                 starts[name] = begin(order, engine.model, self._images[name], blobs, files)
+            except StorageError:  # a fault of our disk, not the device's
+                raise
             except StillhouseError as fault:
                 yield self._result(name, order, fault=str(fault))
-        ended = engine.train(list(starts.values())) if starts else ()
+        trains = any(start.steps for start in starts.values())
+        ended = engine.train([*starts.values()]) if trains else [None] * len(starts)
         for (name, start), trained in zip(starts.items(), ended, strict=True):
             try:
                 outcome = finish(start, trained, engine, blobs)
+            except StorageError:
+                raise
             except StillhouseError as fault:  # training diverged
                 yield self._result(name, start.order, fault=str(fault))
                 continue
-            if outcome.kept_state is not None:
-                self._kept.put(name, start.order, outcome.kept_state)
+            if (kept := outcome.kept_state) is not None:
+                keep = partial(self._kept.put, name, start.order, kept)
+                self._store.patience.attempt(keep)
             yield self._result(name, start.order, blobs=outcome.blobs, metrics=outcome.metrics)
 
     def _result(self, name: str, order: Order, **outcome: Any) -> Result:

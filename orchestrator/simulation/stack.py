@@ -12,7 +12,7 @@ same order as an agent with the same data and seed.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,6 @@ from torch import nn
 from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import SplitModel
 from ondevice import views
 from ondevice.engine import Extracted, Trained
 from ondevice.images import Preprocess
@@ -56,6 +55,8 @@ class TorchEngine:
     def __init__(self, network: nn.Module, config: DeviceConfig, device: torch.device) -> None:
         self._network, self._config, self._device = network, config, device
         self._preprocess = Preprocess(config.mean, config.std)
+        # Counted once, and forgotten with the engine.
+        self._flops = functools.cache(functools.partial(_flops, network, config))
         weights = distill.weights(network)
         state = {**weights, **_initial(network, config)}
         self.model = Model(
@@ -70,7 +71,7 @@ class TorchEngine:
     def train(self, starts: Sequence[Start]) -> list[Trained]:
         """Train all devices together; see `Engine.train`."""
         order, config, device = starts[0].order, self._config, self._device
-        stack = _Stack(self._network, self.model.sent, starts, device)
+        stack = _Stack(self._network, starts, device)
         anchor = [p.detach().clone() for p in stack.parameters]
         optimizer = _optimizer(stack.parameters, config, order.lr)
         _resume(optimizer, stack, starts, device)
@@ -101,7 +102,7 @@ class TorchEngine:
                     tallies[k] += told
                 if number + 1 == starts[k].steps:
                     done[k] = stack.weights(k) | _kept_by(optimizer, stack, k)
-        flops = _flops(self._network, config, train=True)
+        flops = self._flops(train=True)
         return [
             Trained(done[k], loss=float(lost), correct=float(right), flops=flops)
             for k, (lost, right) in enumerate(tallies)
@@ -113,20 +114,22 @@ class TorchEngine:
     ) -> Iterator[Extracted]:
         """Compute many batches at once, yield them one by one; see `Engine.extract`."""
         size = self._config.batch
-        network = copy.deepcopy(self._network)
+        network: Any = copy.deepcopy(self._network)
         distill.load(network, {name: state[name] for name in self.model.sent})
-        run = _outputs(network.eval().to(self._device), maps=maps)
-        flops = _flops(self._network, self._config, train=False)
+        network.eval().to(self._device)
+        flops = self._flops(train=False)
         at_once = (AT_ONCE[self._device.type] // size or 1) * size
         for view in start.order.views:
             for _, pixels, valid in views.batches(start.images, at_once, view):
                 x = np.empty((valid, *self._config.input), np.float32)
                 self._preprocess(pixels[:valid], out=x)
                 shown = torch.from_numpy(x).to(self._device)
-                features, logits = run(shown.contiguous(memory_format=torch.channels_last))
+                shown = shown.contiguous(memory_format=torch.channels_last)
+                outputs = network.extract(shown) if maps else (network(shown),)
+                *features, logits = (output.cpu().numpy() for output in outputs)
                 for at in range(0, valid, size):
                     chosen = slice(at, at + size)
-                    part = None if features is None else np.ascontiguousarray(features[chosen])
+                    part = np.ascontiguousarray(features[0][chosen]) if maps else None
                     yield Extracted(part, logits[chosen], flops)
 
     def _batches(self, start: Start, *, taught: bool) -> Iterator["_Batch"]:
@@ -160,18 +163,18 @@ class _Stack:
     def __init__(
         self,
         network: nn.Module,
-        names: Sequence[str],
         starts: Sequence[Start],
         device: torch.device,
     ) -> None:
         self._network = copy.deepcopy(network).to(device).train()
         trained = {name for name, p in network.named_parameters() if p.requires_grad}
-        ordered = [name for name in network.state_dict() if name in set(names)]
+        sent = set(starts[0].model.sent)
         self._parts = {
             name: _stacked([start.state[name] for start in starts], device).requires_grad_(
                 name in trained
             )
-            for name in ordered
+            for name in network.state_dict()
+            if name in sent
         }
         self.trained = {name: part for name, part in self._parts.items() if name in trained}
         self.parameters = list(self.trained.values())
@@ -200,22 +203,6 @@ def _stacked(arrays: Sequence[NDArray[Any]], device: torch.device) -> torch.Tens
 def _numpy(tensor: torch.Tensor) -> NDArray[Any]:
     copied: NDArray[Any] = tensor.detach().cpu().numpy().copy()
     return copied
-
-
-def _outputs(
-    network: nn.Module, *, maps: bool
-) -> Callable[[torch.Tensor], tuple[NDArray[np.float32] | None, NDArray[np.float32]]]:
-    """A function that maps a batch to feature maps (None without `maps`) and logits."""
-    if not maps:
-        return lambda x: (None, network(x).cpu().numpy())
-    assert isinstance(network, SplitModel)  # noqa: S101 - the strategy saw its feature maps
-    split: SplitModel = network
-
-    def run(x: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        features, logits = split.extract(x)
-        return features.cpu().numpy(), logits.cpu().numpy()
-
-    return run
 
 
 def _initial(network: nn.Module, config: DeviceConfig) -> dict[str, NDArray[np.float32]]:
@@ -279,7 +266,6 @@ def _kept_by(optimizer: torch.optim.Optimizer, stack: _Stack, k: int) -> dict[st
     return found
 
 
-@functools.cache
 def _flops(network: nn.Module, config: DeviceConfig, *, train: bool) -> int:
     """FLOPs of one batch of one device: a training step (forward and backward) or an evaluation."""
     one = copy.deepcopy(network).cpu().train(train)

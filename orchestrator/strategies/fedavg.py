@@ -10,30 +10,16 @@ Karimireddy et al. 2019).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-from models import Average
 from orchestrator.config import RunConfig, unused
 from orchestrator.rules import admit
 from orchestrator.strategies import global_model
-from orchestrator.strategies.global_model import GlobalModel
-from orchestrator.strategies.payloads import nbytes, read_payload, shapes
-from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, Weights
+from orchestrator.strategies.global_model import GlobalModel, Update
+from orchestrator.strategies.payloads import read_payload, shapes
+from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings
 from orchestrator.strategies.task import Task
 from wire.messages import Birth, Order, Result
-
-
-@dataclass(frozen=True)
-class FedAvgUpdate:
-    """One device's update: decode(encode(w_k - w))."""
-
-    tensors: Weights
-
-    @property
-    def nbytes(self) -> int:
-        """Size in memory, in bytes."""
-        return nbytes(self.tensors)
 
 
 class FedAvg:
@@ -48,13 +34,8 @@ class FedAvg:
     @staticmethod
     def check(config: RunConfig) -> None:
         """Accept only one whole model for all devices, and no feature maps."""
-        unused.need_heldout(config)
-        unused.refuse_holdout(config)
+        global_model.check(config)
         unused.refuse_submodel(config)
-        unused.refuse_transfer(config)
-        unused.refuse_own_networks(config)
-        unused.refuse_late_results(config)
-        unused.refuse_split(config)
 
     def begin(self) -> GlobalModel:
         """The initial weights."""
@@ -74,25 +55,18 @@ class FedAvg:
             for name in cohort
         }
 
-    def admit(self, state: GlobalModel, order: Order, result: Result) -> FedAvgUpdate:
+    def admit(self, state: GlobalModel, order: Order, result: Result) -> Update:
         """The update, checked: names and shapes as in w, finite values, a norm within limits."""
         update = read_payload(self.task, order, result, "update")
         admit.weights(update, shapes(state.weights), self._norm)
-        return FedAvgUpdate(update)
+        return Update(update)
 
     def aggregate(
         self,
         state: GlobalModel,
         round_: int,
         results: Sequence[Result],
-        contributions: Iterable[FedAvgUpdate],
+        contributions: Iterable[Update],
     ) -> tuple[GlobalModel, Metrics]:
-        """Add the updates one by one, so that only one is in memory at a time."""
-        samples = global_model.counted(self.task, results)  # n_k
-        average = Average(state.weights, None, samples_total=sum(samples))
-        for k, (n_k, update) in enumerate(zip(samples, contributions, strict=True), 1):
-            average.add(update.tensors, None, n_k)  # w += (n_k / n) * update
-            self.task.progress("aggregate", k, len(results))
-        after = global_model.after(self.task, state, average.total(), results)
-        devices = {result.device: {"keep_rate": 1.0} for result in results}
-        return after, {**global_model.scores(self.task, after, round_), "devices": devices}
+        """The equation in the module's docstring, and what came of it."""
+        return global_model.aggregate(self.task, state, round_, results, contributions)

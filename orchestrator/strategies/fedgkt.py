@@ -40,7 +40,7 @@ from orchestrator.training import distill, optimizers, ranks
 from orchestrator.training.samples import Samples
 from wire import codecs, tensors
 from wire.errors import AdmissionError
-from wire.messages import Birth, BlobRef, Order, Result
+from wire.messages import Birth, Order, Result
 from wire.names import title
 
 log = logging.getLogger("orchestrator")
@@ -160,7 +160,8 @@ class FedGKT:
                 Recipe(device.model_of(name), frozen=transfer.frozen(round_)),
                 state=shared_weights.get(device.model_of(name)),
                 own=True,
-                teacher=self._with_chunk_size(teacher.logits) if teacher else None,
+                # Today's chunk size may differ from that when the logits were stored.
+                teacher=teacher and replace(teacher.logits, chunk_bytes=task.config.chunk_bytes),
                 data_digest=birth.data_digest,
                 alpha=device.alpha if teacher else 0.0,
                 # Teachers show the view of the round before, not of this round's maps.
@@ -181,6 +182,7 @@ class FedGKT:
                 order.round,
                 result.data_digest,
                 result.blobs["features"],
+                None,
                 rows,
                 view=order.views[0],
                 both_views=len(order.views) > 1,
@@ -257,11 +259,10 @@ class FedGKT:
         state = state.with_heads(heads)
         if not transfer.resend:
             return state
-        moved = {
-            name: extractors.moved(self.task, name, state.extractors[name], state.extractor(name))
-            for name in state.held
-        }
-        held = {name: replace(each, moved=moved[name]) for name, each in state.held.items()}
+        held = {}
+        for name, shard in state.held.items():
+            before, now = state.extractors[name], state.extractor(name)
+            held[name] = replace(shard, moved=extractors.moved(self.task, name, before, now))
         return replace(state, held=held)
 
     def train(self, state: GktState, round_: int, samples: Samples) -> ServerTraining:
@@ -377,7 +378,3 @@ class FedGKT:
         return models.build(
             config.server.model, classes=config.device.class_count, input_shape=self.shape
         )
-
-    def _with_chunk_size(self, ref: BlobRef) -> BlobRef:
-        """The reference with today's chunk size, which may have changed since it was stored."""
-        return replace(ref, chunk_bytes=self.task.config.chunk_bytes)

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-import models
-from models import average
+from models import Average, Layout, Units, average
+from orchestrator.config import RunConfig, unused
+from orchestrator.strategies.payloads import Decoded
 from orchestrator.strategies.strategy import Checkpoint, Metrics, Weights
 from orchestrator.strategies.task import Task
 from orchestrator.training import distill
@@ -45,6 +46,29 @@ class GlobalModel:
     def unpack(cls, checkpoint: Checkpoint) -> "GlobalModel":
         """The state from a checkpoint."""
         return cls(checkpoint.under("global"), checkpoint.notes.get("owed", {}))
+
+
+@dataclass(frozen=True)
+class Update(Decoded):
+    """One device's update: decode(encode(w_k - w)) of its sub-model.
+
+    Attributes:
+        units: the units that the sub-model has; None: all of them.
+        keep_rate: p, 0 < p <= 1.
+    """
+
+    units: Units | None = None
+    keep_rate: float = 1.0
+
+
+def check(config: RunConfig) -> None:
+    """Accept only one model for all devices, and no feature maps."""
+    unused.need_heldout(config)
+    unused.refuse_holdout(config)
+    unused.refuse_transfer(config)
+    unused.refuse_own_networks(config)
+    unused.refuse_late_results(config)
+    unused.refuse_split(config)
 
 
 def send(task: Task, weights: Weights, round_: int, submodel: str = "") -> BlobRef:
@@ -99,42 +123,55 @@ def order(
     )
 
 
-def counted(task: Task, results: Sequence[Result]) -> list[int]:
-    """n_k, the samples that each result counts for; see `models.average.counted`."""
-    return average.counted([result.samples for result in results], task.config.cohort.max_weight)
+def aggregate(
+    task: Task,
+    before: GlobalModel,
+    round_: int,
+    results: Sequence[Result],
+    updates: Iterable[Update],
+    *,
+    layout: Layout | None = None,
+) -> tuple[GlobalModel, Metrics]:
+    """The state after a round, and its metrics.
 
-
-def after(
-    task: Task, before: GlobalModel, weights: Weights, results: Iterable[Result]
-) -> GlobalModel:
-    """The state after a round: `weights`, and the orders whose codec errors are owed.
+    Updates are added one by one, so that only one is in memory at a time.
 
     Args:
         task: of the run.
         before: the state before the round.
-        weights: the averaged ones; negative running variances are set to 0 in place.
+        round_: from 1.
         results: of the round.
+        updates: of the results, in their order.
+        layout: of the whole model; None if no sub-models are trained.
     """
+    config = task.config
+    samples = average.counted([result.samples for result in results], config.cohort.max_weight)
+    total = Average(
+        before.weights, layout, samples_total=sum(samples), absent=config.submodel.absent
+    )
+    devices = {}
+    for result, n_k, update in zip(results, samples, updates, strict=True):
+        total.add(update.tensors, update.units, n_k)  # w += (n_k / n) * update
+        devices[result.device] = {"keep_rate": update.keep_rate}
+        task.progress("aggregate", len(devices), len(results))
+    weights = total.total()
     for name, array in weights.items():
         if name.endswith("running_var"):  # rounding by a lossy codec can take it below 0
             np.maximum(array, 0, out=array)
     owed: dict[str, int] = {}
-    if task.config.device.feedback:
+    if config.device.feedback:
         owed = {**before.owed, **{result.device: result.sequence for result in results}}
-    return GlobalModel(weights, owed)
+    scores = _scores(task, weights) if task.evaluated(round_) else {}
+    return GlobalModel(weights, owed), {**scores, "devices": devices}
 
 
-def scores(task: Task, state: GlobalModel, round_: int) -> Metrics:
-    """The model's accuracy on held-out images; empty in a round without evaluation."""
-    if not task.evaluated(round_):
-        return {}
-    device, heldout = task.config.device, task.heldout
-    model = models.build(device.network, classes=device.class_count, input_shape=device.input)
-    distill.load(model, state.weights).to(task.torch_device)
-    logits = distill.predict(model, heldout.x, task.config.server)
+def _scores(task: Task, weights: Weights) -> Metrics:
+    """The model's accuracy on held-out images."""
+    model = distill.load(task.build(task.config.device.network), weights).to(task.torch_device)
+    logits = distill.predict(model, task.heldout.x, task.config.server)
     if not np.isfinite(logits).all():
         log.warning(
             "the global model's logits are not finite: training diverged; lower device.lr, or "
             "send vectors as float16 or float32"
         )
-    return {"server_accuracy": distill.accuracy(logits, heldout.y)}
+    return {"server_accuracy": distill.accuracy(logits, task.heldout.y)}

@@ -12,14 +12,13 @@ import numpy as np
 
 from orchestrator.config import RunConfig, unused
 from orchestrator.strategies.payloads import (
+    Decoded,
     admit_device_weights,
     device_network,
     heldout_accuracy,
-    nbytes,
 )
-from orchestrator.strategies.strategy import Array, Checkpoint, Metrics, NoSettings, Weights
+from orchestrator.strategies.strategy import Checkpoint, Metrics, NoSettings, Weights, joined
 from orchestrator.strategies.task import Task
-from wire import tensors
 from wire.messages import Birth, Order, Result
 
 
@@ -31,27 +30,7 @@ class LocalState:
 
     def pack(self) -> Checkpoint:
         """Tensors `device/<name>/...`."""
-        packed: dict[str, Array] = {}
-        for name, weights in self.devices.items():
-            packed |= tensors.with_prefix(f"device/{name}", weights)
-        return Checkpoint(packed)
-
-    @classmethod
-    def unpack(cls, checkpoint: Checkpoint) -> "LocalState":
-        """The state from a checkpoint."""
-        return cls(checkpoint.by_device("device"))
-
-
-@dataclass(frozen=True)
-class Network:
-    """The network that one device returned."""
-
-    weights: Weights
-
-    @property
-    def nbytes(self) -> int:
-        """Size in memory, in bytes."""
-        return nbytes(self.weights)
+        return Checkpoint(joined({"device": joined(self.devices)}))
 
 
 class Local:
@@ -77,7 +56,7 @@ class Local:
 
     def restore(self, checkpoint: Checkpoint) -> LocalState:
         """The networks of a checkpoint."""
-        return LocalState.unpack(checkpoint)
+        return LocalState(checkpoint.by_device("device"))
 
     def orders(
         self, state: LocalState, round_: int, sequence: int, cohort: Mapping[str, Birth]
@@ -87,24 +66,24 @@ class Local:
         returns = {"state": "float32"}
         return {name: self.task.order(name, round_, sequence, returns=returns) for name in cohort}
 
-    def admit(self, state: LocalState, order: Order, result: Result) -> Network:
+    def admit(self, state: LocalState, order: Order, result: Result) -> Decoded:
         """The device's network, checked; see `admit_device_weights`."""
         del state
-        return Network(admit_device_weights(self.task, order, result))
+        return Decoded(admit_device_weights(self.task, order, result))
 
     def aggregate(
         self,
         state: LocalState,
         round_: int,
         results: Sequence[Result],
-        contributions: Iterable[Network],
+        contributions: Iterable[Decoded],
     ) -> tuple[LocalState, Metrics]:
         """Keep each device's network, and evaluate it."""
         networks, accuracies = {}, {}
         for result, network in zip(results, contributions, strict=True):
-            networks[result.device] = network.weights
+            networks[result.device] = network.tensors
             if self.task.evaluated(round_):
-                built = device_network(self.task, result.device, network.weights)
+                built = device_network(self.task, result.device, network.tensors)
                 accuracies[result.device] = heldout_accuracy(self.task, built)
             self.task.progress("evaluate", len(networks), len(results))
         scores: Metrics = {"devices": {n: {"device_accuracy": a} for n, a in accuracies.items()}}

@@ -1,17 +1,29 @@
 """Reading, checking and evaluating a device's payloads, for several strategies."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 from torch import nn
 
-import models
 from orchestrator.rules import admit
 from orchestrator.strategies.strategy import Weights
 from orchestrator.strategies.task import Task
 from orchestrator.training import distill
 from wire import tensors
 from wire.messages import Order, Result
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A contribution of one payload: its tensors, checked and decoded."""
+
+    tensors: Weights
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory, in bytes."""
+        return nbytes(self.tensors)
 
 
 def read_payload(task: Task, order: Order, result: Result, name: str) -> dict[str, NDArray[Any]]:
@@ -55,10 +67,7 @@ def nbytes(weights: Weights) -> int:
 
 def device_network(task: Task, name: str, weights: Weights) -> nn.Module:
     """A device's network with these weights, on `Task.torch_device`."""
-    device = task.config.device
-    model = models.build(
-        device.model_of(name), classes=device.class_count, input_shape=device.input
-    )
+    model = task.build(task.config.device.model_of(name))
     return distill.load(model, weights).to(task.torch_device)
 
 

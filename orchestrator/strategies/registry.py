@@ -7,7 +7,6 @@ package.module:Class                 beside run.toml, in the current folder, or 
 """
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -21,6 +20,7 @@ from orchestrator.strategies.fedgkt import FedGKT
 from orchestrator.strategies.local import Local
 from orchestrator.strategies.strategy import Strategy
 from orchestrator.strategies.task import Task, strategy_settings
+from wire import records
 from wire.errors import RunError, SettingsError, StillhouseError
 
 STRATEGIES = Kind("stillhouse.strategies", "Class")
@@ -30,15 +30,7 @@ _OURS: dict[str, type[Strategy]] = {
     "feddropout": FedDropout,
     "local": Local,
 }
-# The functions that a class must have, and their arguments.
-_FUNCTIONS = {
-    "check": ("config",),
-    "begin": (),
-    "restore": ("checkpoint",),
-    "orders": ("state", "round_", "sequence", "cohort"),
-    "admit": ("state", "order", "result"),
-    "aggregate": ("state", "round_", "results", "contributions"),
-}
+_FUNCTIONS = ("check", "begin", "restore", "orders", "admit", "aggregate")
 
 
 def check(config: RunConfig) -> None:
@@ -52,7 +44,8 @@ def check(config: RunConfig) -> None:
         cls = _find(config.strategy)
     except StillhouseError as fault:
         raise SettingsError(f"strategy: {fault}") from fault
-    strategy_settings(config, cls.settings)
+    if config.strategy in _OURS:  # `Checked.check` reads those of a user's strategy
+        strategy_settings(config, cls.settings)
     try:
         cls.check(config)
     except (ValueError, RunError) as fault:
@@ -81,8 +74,8 @@ def _find(name: str) -> type[Strategy]:
     found = foreign.locate(name, STRATEGIES)
     if found is None:
         known = [*_OURS, *foreign.entry_points(STRATEGIES)]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; or {STRATEGIES.forms}"
+        near = records.nearest(name, known)
+        hint = f"; did you mean {near!r}?" if near else f"; or {STRATEGIES.forms}"
         raise StillhouseError(f"expected one of {', '.join(map(repr, known))}, got {name!r}{hint}")
     _inspect(found)
     return checked(found)
@@ -101,7 +94,9 @@ def _inspect(found: Found) -> None:
             f"{getattr(cls, 'settings', None)!r}; without settings of its own it is NoSettings"
         )
     _accepts(name, cls, ("task",))
-    for function, arguments in _FUNCTIONS.items():
+    for function in _FUNCTIONS:
+        asked = inspect.signature(getattr(Strategy, function)).parameters
+        arguments = tuple(argument for argument in asked if argument != "self")
         defined = getattr(cls, function, None)
         if not callable(defined):
             raise StillhouseError(f"{name}: has no function {function}({', '.join(arguments)})")

@@ -57,6 +57,15 @@ class Checkpoint:
         return found
 
 
+def joined(groups: Mapping[str, Weights]) -> dict[str, Array]:
+    """The tensors of all groups, each named `GROUP/NAME`."""
+    return {
+        f"{group}/{name}": array
+        for group, weights in groups.items()
+        for name, array in weights.items()
+    }
+
+
 class LearntState(Protocol):
     """Everything that a strategy has learnt, as a frozen dataclass of its own."""
 

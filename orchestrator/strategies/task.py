@@ -8,7 +8,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
+import models
 from orchestrator.config import Recipe, RunConfig
 from wire import records
 from wire.blobs import BlobStore
@@ -87,6 +89,11 @@ class Task:
         """Parameters and buffers of one of the device models before round 1."""
         return self.others.get(model, self.initial)
 
+    def build(self, model: str) -> nn.Module:
+        """A new network of one of the device models."""
+        device = self.config.device
+        return models.build(model, classes=device.class_count, input_shape=device.input)
+
     def settings(self, cls: type[T]) -> T:
         """The strategy's own settings; see `strategy_settings`."""
         return strategy_settings(self.config, cls)
@@ -103,13 +110,8 @@ class Task:
 
         Weights may have twice their size in float32 and 1 MiB; the rest, `max_upload_bytes`.
         """
-        weights = 8 * self.values + (1 << 20)
-        return {
-            "state": weights,
-            "update": weights,
-            "features": self.config.max_upload_bytes,
-            "logits": self.config.max_upload_bytes,
-        }
+        weights, maps = 8 * self.values + (1 << 20), self.config.max_upload_bytes
+        return {"state": weights, "update": weights, "features": maps, "logits": maps}
 
     def order(
         self, name: str, round_: int, sequence: int, recipe: Recipe | None = None, **fields: Any

@@ -10,7 +10,7 @@ from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import Resumption
 from orchestrator.strategies.gkt.state import GktState, HeldShard, Teacher
 from orchestrator.strategies.global_model import GlobalModel
-from orchestrator.strategies.local import LocalState
+from orchestrator.strategies.local import Local, LocalState
 from wire.messages import BlobRef
 
 JOURNAL = Resumption("run.1", 3, "agents", {}, [])
@@ -91,10 +91,8 @@ GKT = GktState(
     shared_extractor={"0.weight": array(6)},
     shared_heads={"nets/small.py:make": {"fc.weight": array(7)}},
     held={
-        "a": HeldShard(
-            3, "cd", ref("aa"), 64, view=0, both_views=True, logits=ref("bb"), moved=0.25
-        ),
-        "b": HeldShard(1, "ef", ref("dd"), 32, view=5, both_views=False),
+        "a": HeldShard(3, "cd", ref("aa"), ref("bb"), 64, view=0, both_views=True, moved=0.25),
+        "b": HeldShard(1, "ef", ref("dd"), None, 32, view=5, both_views=False),
     },
     teachers={"a": Teacher(ref("cc"), "cd", 7)},
 )
@@ -119,7 +117,7 @@ GKT = GktState(
             {"device/a/fc.weight": array(1), "device/b/fc.weight": array(2)},
             "{}",
             LocalState({"a": {"fc.weight": array(1)}, "b": {"fc.weight": array(2)}}),
-            LocalState.unpack,
+            Local(None).restore,
         ),
         (
             GKT_TENSORS,

@@ -1,6 +1,8 @@
 """One order, two engines: an agent's ONNX Runtime and a simulation's PyTorch do the same."""
 
+import gc
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -99,6 +101,15 @@ def do(engine, chosen, images, blobs, kept_file=None):
     start = begin(chosen, engine.model, images, blobs, KeptFile(kept_file))
     trained = engine.train([start])[0] if chosen.epochs else None
     return finish(start, trained, engine, blobs)
+
+
+def test_a_simulations_network_is_forgotten_with_its_engine(images, blobs):
+    engine = TorchEngine(network(), SETTINGS["sgd"][0], CPU)
+    whose = weakref.ref(engine._network)
+    assert do(engine, order(), images, blobs).metrics["train_flops"]
+    del engine
+    gc.collect()
+    assert whose() is None
 
 
 def read(blobs, ref):

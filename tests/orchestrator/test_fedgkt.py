@@ -18,7 +18,7 @@ from orchestrator.config import (
 )
 from orchestrator.deploy.export import export_run
 from orchestrator.display.report import Report
-from orchestrator.launch import prepare
+from orchestrator.launch import networks, prepare
 from orchestrator.loop.contributions import Contributions
 from orchestrator.run_folder.store import Store, last_checkpoint
 from orchestrator.simulation import devices, simulate
@@ -282,5 +282,5 @@ def test_what_a_fleet_cannot_be_is_refused(made, config):
     mixed = replace(
         config, name="b", device=replace(config.device, others=(Other("allconv", "x"),))
     )
-    with pytest.raises(RunError, match="model 'allconv' has no feature extractor"):
-        made(mixed)
+    with pytest.raises(RunError, match="allconv has no feature extractor"):
+        networks.check(mixed)

@@ -1,6 +1,7 @@
 """A run's networks are tried before anything begins, and may not change during the run."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,11 @@ class Small(nn.Module):
 class Other(Small):
     def __init__(self, classes):
         super().__init__(classes, width=4)
+
+class Dropping(Small):
+    def __init__(self, classes):
+        super().__init__(classes)
+        self.fc = nn.Sequential(nn.Dropout(0.5), self.fc)
 
 def large(classes, input_shape):
     return nn.Sequential(block(input_shape[0], 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -190,6 +196,9 @@ for go_on in (
          r"shape \(6, 32, 32\), in module 'stem.0' \(Conv2d\)")),
         ({"transfer": TransferConfig(views=True, freeze_after=1), "device": {"split": "body"}},
          "transfer.views: feature maps of 16 x 16 are not crops of images"),
+        ({"device": {"model": "nets.py:Dropping"}}, "nets:Dropping@stem: .*set p=0"),
+        ({"device": {"model": "resnet8", "split": "", "batch": 1}, "server": {"model": "resnet10"}},
+         "resnet8: .*batch norm; with a batch of 1"),
     ],
 )  # fmt: skip
 def test_a_network_that_cannot_run_is_told_before_a_folder_is_made(run, digits, changes, reason):
@@ -203,6 +212,19 @@ def test_a_network_that_cannot_run_is_told_before_a_folder_is_made(run, digits, 
         with pytest.raises(StillhouseError, match=reason):
             begin()
     assert not config.runs.exists()
+
+
+def test_a_simulation_that_has_begun_goes_on_without_compiling_again(run, digits, monkeypatch):
+    config = run("local")
+    simulate.run(replace(config, rounds=1), digits)
+    monkeypatch.setattr(artifacts, "compiled", None)
+    assert len(simulate.run(config, digits).entries) == 2
+
+
+def test_a_simulation_without_onnx_says_that_nothing_was_compiled(run, digits, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "orchestrator.launch.artifacts", None)
+    simulate.run(replace(run("local"), rounds=1), digits)
+    assert "whether the networks can be compiled for devices is not checked" in caplog.text
 
 
 def placed(config, value):

@@ -40,7 +40,9 @@ def test_muon_keeps_the_length_of_filters_and_moves_all_that_is_trained():
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
         if parameter.ndim == 4:  # a row has length 1 on average, give or take two updates
-            assert float(parameter.detach().norm()) == pytest.approx(len(parameter) ** 0.5, rel=0.15)
+            assert float(parameter.detach().norm()) == pytest.approx(
+                len(parameter) ** 0.5, rel=0.15
+            )
 
 
 def test_beside_filters_muon_is_adam():

@@ -41,12 +41,14 @@ from orchestrator.rules import rounds
 from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.simulation import devices, simulate
 from orchestrator.strategies import create
+from orchestrator.strategies.fedavg import FedAvg
 from orchestrator.strategies.gkt.state import GktState
+from orchestrator.strategies.local import Local
 from orchestrator.training import distill
 from tests.conftest import ROOT
 from wire import frames, records, tensors
 from wire.artifact import open_artifact
-from wire.errors import DataError, RunError
+from wire.errors import DataError, RunError, StalledError, StorageError
 from wire.messages import BlobRef, Order, Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -496,6 +498,37 @@ def test_what_training_made_before_it_diverged_is_not_kept(config, digits):
     assert not (config.folder / "own").exists()
 
 
+@pytest.mark.parametrize("function", ["begin", "finish"])
+def test_a_disk_that_fails_ends_the_run_and_is_not_the_devices_fault(
+    config, digits, monkeypatch, function
+):
+    def fails(*_):
+        raise StorageError("runs: read-only")
+
+    monkeypatch.setattr(simulate, function, fails)
+    with pytest.raises(StorageError, match="runs: read-only"):
+        simulate.run(config, digits)
+
+
+@pytest.mark.parametrize(("cls", "name"), [(simulate.Kept, "put"), (Local, "admit")])
+def test_while_the_disk_is_full_a_devices_work_waits_for_room(
+    config, digits, monkeypatch, cls, name
+):
+    tried, function = [], getattr(cls, name)
+
+    def full_at_first(*arguments):
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise StalledError("full")
+        return function(*arguments)
+
+    monkeypatch.setattr(cls, name, full_at_first)
+    monkeypatch.setattr("wire.storage.RETRY_S", 0.0)
+    report = simulate.run(replace(config, strategy="local", submodel=SubmodelConfig()), digits)
+    assert len(report.entries) == 2
+    assert len(tried) == 1 + 2 * 2
+
+
 def test_a_run_goes_on_only_with_the_devices_it_was_begun_with(config, digits, tmp_path):
     first = replace(config, rounds=1)
     simulate.run(first, digits)
@@ -630,6 +663,35 @@ def test_a_stack_holds_devices_of_one_learning_rate(config, digits, tmp_path):
     stacked = replace(config, runs=tmp_path / "stacked")
     simulate.run(stacked, digits, late=0.4, stack=3)
     assert_close(weights_of(stacked), weights_of(config), start, 0.01)
+
+
+def test_a_stack_holds_devices_whose_strategy_orders_the_same_of_them(
+    config, digits, tmp_path, monkeypatch
+):
+    def orders(*arguments):
+        made = ordered(*arguments)
+        return {name: replace(made[name], mu=9.0 * n) for n, name in enumerate(sorted(made))}
+
+    ordered = FedAvg.orders
+    monkeypatch.setattr(FedAvg, "orders", orders)
+    config = replace(config, strategy="fedavg", device=DEVICE, submodel=SubmodelConfig())
+    start = start_of(config)
+    simulate.run(config, digits, stack=1)
+    stacked = replace(config, runs=tmp_path / "stacked")
+    simulate.run(stacked, digits, stack=2)
+    assert_close(weights_of(stacked), weights_of(config), start, 0.01)
+
+
+def test_an_order_may_ask_for_no_training(config, digits, monkeypatch):
+    def orders(*arguments):
+        made = ordered(*arguments)
+        return {name: replace(made[name], epochs=n) for n, name in enumerate(sorted(made))}
+
+    ordered = FedAvg.orders
+    monkeypatch.setattr(FedAvg, "orders", orders)
+    config = replace(config, strategy="fedavg", device=DEVICE, submodel=SubmodelConfig(), rounds=1)
+    (entry,) = simulate.run(config, digits, stack=2).entries
+    assert ["train_loss" in entry["devices"][name] for name in entry["cohort"]] == [False, True]
 
 
 @pytest.mark.parametrize("strategy", ["fedgkt", "local"])

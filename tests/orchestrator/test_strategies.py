@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def changed(folder, *pairs):
         assert before in text
         text = text.replace(before, after)
     (folder / "momentum.py").write_text(text)
+
+
+def simulated(path, digits):
+    """Simulate a run of two rounds; the second goes on from a checkpoint."""
+    config = load(path, strategies.check)
+    for rounds in (1, 2):
+        simulate.run(replace(config, rounds=rounds), digits)
 
 
 def test_a_users_strategy_has_settings_of_its_own(folder):
@@ -204,6 +212,42 @@ def test_our_strategies_pass_the_inspection_of_a_users():
             ("return Momentum(w, v), metrics", "return w, metrics"),
             r"aggregate: expected it to return a state with a function pack\(\), got dict",
         ),
+        (
+            ("self.beta < 1", "self.beta < self.most"),
+            r"settings fails at .*momentum.py:\d+: AttributeError: .*no attribute 'most'",
+        ),
+        (
+            ("beta: float = 0.9", "beta: 'Beta' = 0.9"),
+            r"settings fails with NameError: name 'Beta' is not defined",
+        ),
+        (
+            ('"global", self.weights', '"global", self.w'),
+            r"pack fails at .*momentum.py:\d+: AttributeError: .*no attribute 'w'",
+        ),
+        (
+            ("return Checkpoint(packed |", "Checkpoint(packed |"),
+            "pack: expected it to return a Checkpoint, got NoneType",
+        ),
+        (
+            ('("velocity", self.velocity))', '("velocity", self.velocity), {"w": np.int64(1)})'),
+            "pack fails with TypeError: Object of type int64 is not JSON serializable",
+        ),
+        (
+            ('("velocity", self.velocity)', '("velocity", {"v": None})'),
+            "pack: expected arrays of numbers, got object in 'velocity/v'",
+        ),
+        (
+            ('checkpoint.under("velocity")', 'checkpoint.tensors["velocity"]'),
+            r"restore fails at .*momentum.py:\d+: KeyError: 'velocity'",
+        ),
+        (
+            ('{"devices": {}}', '{"devices": {}, "w": np.float32(1)}'),
+            "aggregate fails with TypeError: Object of type float32 is not JSON serializable",
+        ),
+        (
+            ('{"devices": {}}', '{"devices": {"device-0": 0.5}}'),
+            r"aggregate: expected it to return a dict of metrics for each device in \['devices'\]",
+        ),
     ],
 )
 def test_a_strategy_that_fails_is_told_by_one_line_of_its_file(folder, digits, edit, text):
@@ -212,7 +256,7 @@ def test_a_strategy_that_fails_is_told_by_one_line_of_its_file(folder, digits, e
     shutil.copy(MOMENTUM.with_name("nets.py"), folder)
     (folder / "held.npz").symlink_to(digits / "heldout.npz")
     with pytest.raises(StillhouseError, match=rf"strategy: momentum.py:FedAvgM: {text}") as caught:
-        simulate.run(load(path, strategies.check), digits)
+        simulated(path, digits)
     assert len(str(caught.value).splitlines()) == 1
     assert caught.type in (RunError, SettingsError)
 

@@ -27,21 +27,15 @@ def feature_shape(
 
     Args:
         config: of the run.
-        networks: (shape of the feature maps, weights) of each device model, by name; the shape is
-            None if the model has no extractor.
+        networks: (shape of the feature maps, weights) of each device model, by name;
+            `launch.networks` has refused models without an extractor.
 
     Raises:
-        RunError: a device model has no extractor, two models' feature maps differ in shape, a
-            shared extractor is asked for and the extractors differ, or `transfer.views` is set and
-            feature maps do not have the image's height and width.
+        RunError: two models' feature maps differ in shape, a shared extractor is asked for and the
+            extractors differ, or `transfer.views` is set and feature maps do not have the image's
+            height and width.
     """
     shapes_of = {written(name): shape for name, (shape, _) in networks.items()}
-    for name, shape in shapes_of.items():
-        if shape is None:
-            raise RunError(
-                f"model {name!r} has no feature extractor, which fedgkt needs; name the module "
-                'that it is cut behind (split = "layer.path"), or use resnet8, or strategy fedavg'
-            )
     if len(set(shapes_of.values())) > 1:
         raise RunError(
             f"feature maps of the device models differ: {shapes_of}; the large model takes one "
@@ -87,9 +81,7 @@ def in_network(extractor: Weights) -> dict[str, Array]:
 def build(task: Task, name: str, weights: Weights) -> nn.Module:
     """A device's extractor in evaluation mode; with `device.clip`, its feature maps are clipped."""
     device = task.config.device
-    model = models.build(
-        device.model_of(name), classes=device.class_count, input_shape=device.input
-    )
+    model = task.build(device.model_of(name))
     extractor = distill.load(model.get_submodule("extractor"), weights)
     extractor = extractor.to(task.torch_device).eval()
     return nn.Sequential(extractor, models.Clip(device.clip)) if device.clip else extractor

@@ -1,42 +1,72 @@
 """FedGKT's state: what is learnt, what the server holds from each device, and its checkpoint."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 from orchestrator.strategies.gkt.extractors import in_network, of_network
-from orchestrator.strategies.strategy import Checkpoint, Weights
-from wire import records, tensors
+from orchestrator.strategies.strategy import Checkpoint, Weights, joined
+from wire import records
+from wire.errors import RunError
 from wire.messages import BlobRef
 from wire.names import written
 
 
 @dataclass(frozen=True)
-class HeldShard:
+class Noted:
+    """A record in a checkpoint's notes. Fields at their defaults are left out.
+
+    Attributes:
+        KEYS: the key in the notes of each field that has another one.
+    """
+
+    KEYS: ClassVar[Mapping[str, str]] = {}
+
+    def pack(self) -> dict[str, Any]:
+        """As JSON."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {
+            self.KEYS.get(name, name): value
+            for name, value in records.plain(self).items()
+            if value != defaults[name]
+        }
+
+    @classmethod
+    def unpack(cls, noted: Mapping[str, Any]) -> Self:
+        """What was packed."""
+        names = {key: name for name, key in cls.KEYS.items()}
+        values = {names.get(key, key): value for key, value in noted.items()}
+        return records.build(cls, values, where="checkpoint", error=RunError, strict=False)
+
+
+@dataclass(frozen=True)
+class HeldShard(Noted):
     """The payloads of one device that the server trains on, and how they were made.
 
     Attributes:
         round: of the order that the device last answered.
         data_digest: of the device's samples.
         features: blob of feature maps, logits and labels.
+        logits: blob of newer logits of these rows; None: those beside the feature maps.
         rows: how many rows it has: one a sample, or two if it has plain and mirrored maps.
         view: the view that the first row of each sample shows.
         both_views: whether it has plain and mirrored maps, so that the server can crop. Maps of a
             single view show that view, whatever view is asked for.
         mirror: the order of channels in which a plain map, mirrored, is the map of the mirrored
             image (`extractors.mirror`), if the server crops plain maps alone; else None.
-        logits: blob of newer logits of these rows; None: those beside the feature maps.
         moved: how far the device's extractor has moved since it made these feature maps
             (`extractors.moved`); None without `transfer.resend`.
     """
 
+    KEYS: ClassVar = {"features": "ref", "rows": "samples", "both_views": "cropped"}
+
     round: int
     data_digest: str
     features: BlobRef
+    logits: BlobRef | None
     rows: int
     view: int
     both_views: bool
-    logits: BlobRef | None = None
     moved: float | None = None
     mirror: tuple[int, ...] | None = None
 
@@ -45,39 +75,9 @@ class HeldShard:
         """Whether the server crops and mirrors these maps."""
         return self.both_views or self.mirror is not None
 
-    def pack(self) -> dict[str, Any]:
-        """As JSON."""
-        noted = {
-            "round": self.round,
-            "data_digest": self.data_digest,
-            "ref": records.plain(self.features),
-            "logits": records.plain(self.logits),
-            "samples": self.rows,
-            "view": self.view,
-            "cropped": self.both_views,
-        }
-        more = {"moved": self.moved, "mirror": self.mirror}
-        return noted | {name: value for name, value in more.items() if value is not None}
-
-    @classmethod
-    def unpack(cls, noted: Mapping[str, Any]) -> "HeldShard":
-        """What was packed."""
-        logits = noted["logits"]
-        return cls(
-            noted["round"],
-            noted["data_digest"],
-            BlobRef(**noted["ref"]),
-            noted["samples"],
-            noted["view"],
-            noted["cropped"],
-            logits and BlobRef(**logits),
-            noted.get("moved"),
-            tuple(noted["mirror"]) if "mirror" in noted else None,
-        )
-
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(Noted):
     """The large model's logits z_s of one device's samples.
 
     Attributes:
@@ -86,19 +86,11 @@ class Teacher:
         view: the view of the samples that the large model saw.
     """
 
+    KEYS: ClassVar = {"logits": "ref"}
+
     logits: BlobRef
     data_digest: str
     view: int
-
-    def pack(self) -> dict[str, Any]:
-        """As JSON."""
-        ref = records.plain(self.logits)
-        return {"ref": ref, "data_digest": self.data_digest, "view": self.view}
-
-    @classmethod
-    def unpack(cls, noted: Mapping[str, Any]) -> "Teacher":
-        """What was packed."""
-        return cls(BlobRef(**noted["ref"]), noted["data_digest"], noted["view"])
 
 
 @dataclass(frozen=True)
@@ -153,14 +145,14 @@ class GktState:
         `shared/...` (the extractor) and `network/<model>/...` (a shared W_c). Notes are "shards"
         (`held`), "teachers", "schedule" and "blobs".
         """
-        packed = tensors.with_prefix("server", self.server)
-        packed |= tensors.with_prefix("optimizer", self.optimizer)
-        packed |= tensors.with_prefix("shared", self.shared_extractor)
-        groups = {"device": self.devices, "extractor": self.extractors}
-        groups["network"] = self.shared_heads
-        for prefix, group in groups.items():
-            for name, weights in group.items():
-                packed |= tensors.with_prefix(f"{prefix}/{name}", weights)
+        packed = {
+            "server": self.server,
+            "optimizer": self.optimizer,
+            "shared": self.shared_extractor,
+            "device": joined(self.devices),
+            "extractor": joined(self.extractors),
+            "network": joined(self.shared_heads),
+        }
         refs = [ref for held in self.held.values() for ref in (held.features, held.logits)]
         refs += [teacher.logits for teacher in self.teachers.values()]
         notes = {
@@ -169,7 +161,7 @@ class GktState:
             "schedule": self.schedule,
             "blobs": sorted({ref.digest for ref in refs if ref}),
         }
-        return Checkpoint(packed, notes)
+        return Checkpoint(joined(packed), notes)
 
     @classmethod
     def unpack(cls, checkpoint: Checkpoint, models: Iterable[str]) -> "GktState":
