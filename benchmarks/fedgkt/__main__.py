@@ -5,12 +5,14 @@
 Devices train ResNet-8 and send feature maps; the server trains the rest of a large network on them.
 Devices are simulated (`orchestrator.simulation`). Every payload is encoded and decoded by the
 codecs of the wire, and its real bytes are counted. `settings.py` lists the runs. All are compared
-with the run "two-way", which is always done too.
+with the run "two-way", which is always done too; settings of the group "full" with "best".
 
     --preset paper   16 devices with all images, 200 rounds, resnet55, 20 epochs of server training
                      a round (10 with --split dirichlet)
     --preset cpu     10 devices with 250 images each, 10 rounds, resnet10, 4 epochs in bfloat16, 3
                      epochs of the devices in batches of 16; 2,000 images to evaluate on
+
+    --preset full    16 devices with all images, 30 rounds; with --settings full
 
 An option on the command line wins over the preset's. A finished run is not done again, and a
 stopped run goes on. A folder takes one set of options; with `--schedule constant` rounds may be

@@ -13,7 +13,7 @@ from rich.table import Table
 import models
 from benchmarks import runs
 from benchmarks.fedgkt import settings
-from benchmarks.fedgkt.settings import BASE, GROUPS, ORDER, Plan, Setting
+from benchmarks.fedgkt.settings import GROUPS, ORDER, Plan, Setting
 from benchmarks.runs import Record
 from orchestrator.config import RunConfig
 from wire import tensors
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SERVER, DEVICE = "server_accuracy", "device_accuracy"
+AVERAGED = "server_accuracy_averaged"  # by mean logits over several views of an image
 MARKS = {3072: ("--", "3,072 bytes, the raw image"), 1024: (":", "1,024 bytes")}
 
 
@@ -62,7 +63,10 @@ def keep(config: RunConfig, setting: Setting, plan: Plan) -> None:
         "features": config.device.features,
         "devices": config.cohort.min_devices,
         "refused": sum(len(entry["cohort"]) for entry in rounds) - len(joined),
-        **{key: {e["round"]: e[key] for e in rounds if key in e} for key in (SERVER, DEVICE)},
+        **{
+            key: {e["round"]: e[key] for e in rounds if key in e}
+            for key in (SERVER, AVERAGED, DEVICE)
+        },
         **{
             way: {e["round"]: sum(d.get(way, 0) for d in e["devices"].values()) for e in rounds}
             for way in ("bytes_up", "bytes_down")
@@ -113,21 +117,23 @@ def table(data: str, records: Sequence[Record]) -> Table:
     "server": accuracy of the large network, or of averaged weights, after the last round.
     "devices": mean accuracy of the devices' own networks after the last round.
     Both are means of the seeds (lowest-highest).
-    "to two-way": points of accuracy above the base run with the same seed: mean (lowest, highest).
+    "to two-way": points of accuracy above the base run with the same seed, mean (lowest, highest);
+    the base run is `settings.base`.
     "up": megabytes (10^6 bytes) that a device sends in a round.
     "sent": megabytes of the whole run, up and down.
     """
+    rows = runs.by_setting(records, ORDER)
+    base = settings.base(rows)
     shown = Table(title=f"{data}: {max(r['rounds'] for r in records)} rounds", box=None)
-    for name in ("setting", "seeds", "server", f"to {BASE.name}", "devices", f"to {BASE.name}",
+    for name in ("setting", "seeds", "server", f"to {base}", "devices", f"to {base}",
                  "up", "sent", "s a round"):  # fmt: skip
         shown.add_column(name, justify="left" if name == "setting" else "right")
-    rows = runs.by_setting(records, ORDER)
     for name, mine in rows.items():
         row = [name, str(len(mine))]
         for key in (SERVER, DEVICE):
             there = all(record[key] for record in mine)
             ended = [100 * runs.last(record, key) for record in mine] if there else []
-            row += [_spread(ended), runs.gaps(mine, rows.get(BASE.name, []), key) if there else ""]
+            row += [_spread(ended), runs.gaps(mine, rows.get(base, []), key) if there else ""]
         up = statistics.fmean(
             sum(r["bytes_up"].values()) / r["rounds"] / r["devices"] for r in mine
         )
@@ -156,14 +162,15 @@ def _draw_rounds(
     """Accuracy over rounds of a group's settings and of the base run: server and devices."""
     from matplotlib.figure import Figure
 
-    drawn = {name: mine for name, mine in shown.items() if name in {BASE.name, *chosen}}
+    base = settings.base(shown)
+    drawn = {name: mine for name, mine in shown.items() if name in {base, *chosen}}
     if len(drawn) < 2:
         return
     figure = Figure(figsize=(13, 5), layout="constrained")
     for axes, key, whose in zip(
         figure.subplots(1, 2), (SERVER, DEVICE), ("the server's", "the devices' own"), strict=True
     ):
-        runs.draw(axes, drawn, key, base=BASE.name)
+        runs.draw(axes, drawn, key, base=base)
         axes.set_xlabel("round")
         axes.set_ylabel("accuracy on the test set, %")
         axes.set_title(f"{title}, {whose} network")
@@ -211,10 +218,11 @@ def _draw_sent(
 
     if len(chosen) < 2:
         return
-    also = {name: shown[name] for name in (BASE.name, "fedavg large") if name in shown}
+    base = settings.base(shown)
+    also = {name: shown[name] for name in (base, "fedavg large") if name in shown}
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    runs.draw(axes, chosen | also, SERVER, base=BASE.name, across=megabytes)
+    runs.draw(axes, chosen | also, SERVER, base=base, across=megabytes)
     _log(axes)
     axes.set_xlabel("megabytes sent, up and down, all devices")
     axes.set_ylabel("accuracy on the test set, %")

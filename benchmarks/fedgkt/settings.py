@@ -13,9 +13,11 @@ setting changes a few keys of `run.toml`. Settings are grouped by what they exam
     late        devices that miss a round's end
     pretrained  both halves begin with a whole network that was trained on all images, as those of
                 the reference partly did
+    full        our best setting, at the paper's size: a fixed extractor whose maps travel once, and
+                a fast large network that trains in the first round; compared with "best"
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -116,7 +118,13 @@ def presets(split: str) -> dict[str, dict[str, Any]]:
         "batch": 16,
         "eval_every": 2,
     }
-    return {"paper": paper, "cpu": paper | cpu}
+    full = {
+        "rounds": 30,
+        "server_model": "fastcnn6-64",
+        "server_epochs": 16,
+        "precision": "bfloat16",
+    }
+    return {"paper": paper, "cpu": paper | cpu, "full": paper | full}
 
 
 PRESETS = tuple(presets("iid"))
@@ -162,6 +170,27 @@ def _frugal(
 ) -> Setting:
     device, server = {"features": features, "alpha": device_alpha}, {"alpha": alpha}
     return Setting(name, {"device": device, "server": server, "transfer": FRUGAL | transfer})
+
+
+# All server training is in the first round, since no later round has other feature maps.
+BEST = Setting(
+    "best",
+    {
+        "device": {"model": "resnet8-opponent", "features": FEATURES},
+        "transfer": {"extractor": "shared", "network": "shared", "freeze_after": 0, "views": True},
+        "server": {
+            "epochs": (16, 0), "batch": 1000, "optimizer": "muon", "lr": 0.17, "schedule": "linear",
+            "alpha": 0.0, "label_smoothing": 0.2, "averaging": True, "flips": "alternating",
+            "shift": 2, "eval_views": True,
+        },
+    },
+)  # fmt: skip
+RESNET55 = {"model": "resnet55", "epochs": (40, 0), "batch": 250}
+
+
+def _best(name: str, devices: int = 0, **change: Mapping[str, object]) -> Setting:
+    tables = {key: {**table, **change.get(key, {})} for key, table in BEST.change.items()}
+    return Setting(name, tables, devices)
 
 
 def _uplink(name: str, **transfer: object) -> Setting:
@@ -242,6 +271,15 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         ),
     ),
     "pretrained": (Setting("from centralized", start="centralized"),),
+    "full": (
+        BEST,
+        _best("best, q=3", device={"features": "relu|q=3|zstd"}),
+        _best("best, q=2", device={"features": "relu|q=2|zstd"}),
+        _best("best, resnet55", server=RESNET55),
+        _best("best, none", device={"alpha": 0.0}),
+        _best("best, plain students", transfer={"student_views": False}),
+        *(_best(f"best, {n} devices", devices=n) for n in (8, 64)),
+    ),
 }
 ORDER = tuple(dict.fromkeys([BASE.name, *(s.name for group in GROUPS.values() for s in group)]))
 
@@ -261,6 +299,12 @@ def _resolve(setting: Setting, devices: int) -> Setting:
     return BASE if replace(setting, name=BASE.name, devices=own) == BASE else setting
 
 
+def base(names: Iterable[str]) -> str:
+    """The setting that others are compared with: "best" among settings of group full."""
+    full = {setting.name for setting in GROUPS["full"]}
+    return BEST.name if full.issuperset(names) else BASE.name
+
+
 def find(names: str, devices: int) -> list[Setting]:
     """The settings of groups or names, separated by `;`, the base run first.
 
@@ -272,7 +316,7 @@ def find(names: str, devices: int) -> list[Setting]:
         SettingsError: no group or setting has the name; the message lists all names.
     """
     every = {setting.name: (setting,) for group in GROUPS.values() for setting in group} | GROUPS
-    found = {BASE.name: BASE}
+    found: dict[str, Setting] = {}
     for name in map(str.strip, names.split(";")):
         if name not in every:
             known = "; ".join([*GROUPS, *(n for n in every if n not in GROUPS)])
@@ -282,7 +326,8 @@ def find(names: str, devices: int) -> list[Setting]:
             if own.start:  # the setting to begin with comes first
                 found |= {each.name: each for each in every[own.start]}
             found[own.name] = own
-    return list(found.values())
+    first = every[base(found)][0]
+    return list(({first.name: first} | found).values())
 
 
 def run_config(setting: Setting, plan: Plan, *, seed: int, rounds: int, folder: Path) -> RunConfig:
