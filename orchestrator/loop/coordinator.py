@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import monotonic
 
 from orchestrator.config import RunConfig
@@ -20,23 +20,23 @@ from orchestrator.loop.fleet_link import FleetLink, Heard
 from orchestrator.loop.full_disk import FullDisk
 from orchestrator.loop.intake import Intake
 from orchestrator.loop.stop import Stop, Stopped
-from orchestrator.loop.worker import Admitted, Aggregated, Failed, Outcome, Worker
+from orchestrator.loop.worker import Aggregated, Checked, Failed, Outcome, Worker
 from orchestrator.rules import open_round, rounds
-from orchestrator.rules.effects import Aggregate, Begin, Effect, End, Note, Pull, Send, Show, Warn
+from orchestrator.rules.effects import Effect, Note, Pull, Send, Show, Warn
 from orchestrator.rules.open_round import Offer
-from orchestrator.rules.rounds import Phase, RoundState, Session
+from orchestrator.rules.rounds import Aggregate, Finish, GiveUp, Open, Phase, RoundState, Session
 from orchestrator.run_folder.store import Store, referred
 from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
 from wire import storage
 from wire.address import BrokerAddress
-from wire.errors import AdmissionError, RunError, StillhouseError, StorageError
+from wire.errors import AdmissionError, RunError, StillhouseError, TransferError
 from wire.link import Arrived, Connected, LinkEvent, Lost
-from wire.messages import Birth, Chunk, Death, Gone, Measured, Order, Result, Telemetry, Want
+from wire.messages import Birth, Chunk, Death, Gone, Measured, Result, Telemetry, Want
 
 log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
-HELD_OPEN_S = 1.0  # longer than a tick: the deadline cannot close the round before the next one
+HELD_OPEN_S = 1.0  # longer than a tick: the deadline cannot end the round before the next one
 
 Event = LinkEvent | Outcome | Stopped
 
@@ -76,17 +76,17 @@ class Coordinator:
         )
         self._worker = Worker(strategy, store.patience, self._events.put)
         self._intake = Intake(store.blobs, config.transfer_chunks, config.retry_s)
-        self._disk = FullDisk(store.patience)
+        self._disk = FullDisk(store.patience, store.folder)
         self._stop = Stop(report, store.patience, self._events.put, again)
         checkpoint = store.checkpoint()
         self._learnt = strategy.restore(checkpoint) if checkpoint else strategy.begin()
         last, closed = store.last_attempt(), len(store.closed_rounds())
-        fresh = RoundState(rounds=config.rounds, seed=config.seed)
+        fresh = RoundState(rounds=config.rounds, seed=config.seed, retries=store.retries())
         self._round = open_round.restored(last, closed, fresh, self._rules, monotonic())
         if self._round.collecting:
             done = len(self._round.attempt.verdicts)
             log.info("going on with round %d, %d results are here", self._round.state.round, done)
-        self._late: frozenset[str] = frozenset()  # blobs of results undecided when the round closed
+        self._late: frozenset[str] = frozenset()  # blobs of results undecided when the round ended
         self._began = monotonic()
         self._ticked_s = -math.inf
         self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
@@ -96,8 +96,8 @@ class Coordinator:
 
         Raises:
             LinkError: the broker refuses us, and trying again is useless.
-            RunError: another run has the fleet, or every device failed `rounds.ATTEMPTS` times in
-                a row.
+            RunError: another run has the fleet, or every device failed `rounds.FRUITLESS` times
+                in a row.
             StillhouseError: the strategy failed.
             Interrupted: `stop` was called.
         """
@@ -134,8 +134,8 @@ class Coordinator:
             case Arrived() | Connected() | Lost():
                 if heard := self._link.read(event):
                     self._received(heard)
-            case Admitted(result, fault):
-                self._intake.looked_over(result.device)
+            case Checked(result, fault):
+                self._intake.checked(result.device)
                 self._apply(
                     open_round.decided(self._round, result, fault, self._rules, monotonic())
                 )
@@ -211,18 +211,16 @@ class Coordinator:
             self._disk.over()
 
     def _pull(self, device: str, work: Callable[[], None]) -> None:
-        """Do some work on a device's blobs; if it cannot be done, the device's result is refused.
+        """Do some work on a device's blobs; if the device sends wrong ones, its result is refused.
 
         A full disk puts the work off, and a failing disk ends the run.
         """
         try:
             self._disk.takes(work)
-        except StorageError:
-            raise
-        except (StillhouseError, OSError) as fault:
+        except TransferError as fault:
             self._lose(device, fault)
 
-    def _lose(self, device: str, fault: Exception) -> None:
+    def _lose(self, device: str, fault: StillhouseError) -> None:
         self._intake.drop(device)
         self._apply(open_round.lost(self._round, device, fault, self._rules, monotonic()))
 
@@ -232,12 +230,12 @@ class Coordinator:
 
     def _tick(self, now_s: float) -> None:
         self._ticked_s = now_s
-        self._round = open_round.delayed(self._round, self._disk.delay(now_s))
+        until_s = self._round.state.deadline_s + self._disk.delay(now_s)
         for result in self._intake.complete():
-            order = self._round.attempt.orders[result.device]
-            self._worker.look_over(self._learnt, order, result)
+            self._worker.check(self._learnt, self._round.attempt.orders[result.device], result)
         if self._intake.checking:  # not for ever: a device gets one verdict a round
-            self._round = open_round.held_open(self._round, now_s + HELD_OPEN_S)
+            until_s = max(until_s, now_s + HELD_OPEN_S)
+        self._round = open_round.held_open(self._round, until_s)
         self._disk.takes(lambda: self._ask(now_s))
         self._roster.ticked(now_s)
         self._follow(rounds.ticked(self._round.state, self._rules, now_s))
@@ -283,21 +281,23 @@ class Coordinator:
                 log.warning("%s: result refused: %s", device, fault)
             case Pull(result):
                 self._pull(result.device, lambda: self._intake.begin(result))
-            case Begin(number, carried, devices):
-                self._begin(number, carried, devices)
-            case Aggregate(attempt, results):
-                log.info("round %d: aggregating %d results", attempt.round, len(results))
+            case Open(number, cohort):
+                self._open(number, cohort)
+            case Aggregate(number):
+                results = self._round.accepted
+                log.info("round %d: aggregating %d results", number, len(results))
                 self._late = self._intake.clear()
-                self._worker.aggregate(self._learnt, attempt, results)
-            case End(reason) if reason:
-                raise RunError(reason)
-            case End():
+                self._worker.aggregate(self._learnt, self._round.attempt, results)
+            case GiveUp():
+                raise RunError(self._round.hopeless)
+            case Finish():
                 log.info("run %s is finished", self.config.name)
 
-    def _begin(self, number: int, carried: Mapping[str, Order], devices: frozenset[str]) -> None:
+    def _open(self, number: int, cohort: frozenset[str]) -> None:
         """Write a round's orders into the journal, then send them to the devices."""
         self.store.patience.attempt(self._roster.opened)
-        births = {device: self._roster.births[device] for device in sorted(devices)}
+        carried = self._round.carried
+        births = {device: self._roster.births[device] for device in sorted(cohort - carried.keys())}
         sequence = self.store.next_sequence()
         orders = self.strategy.orders(self._learnt, number, sequence, births)
         attempt = self.store.begin(number, {**carried, **orders})

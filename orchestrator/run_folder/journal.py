@@ -143,6 +143,12 @@ class Journal:
 
         return self._do(read)
 
+    def retries(self) -> int:
+        """How many attempts at the open round ended before the last one."""
+        closed = "SELECT COALESCE(MAX(sequence), 0) FROM attempts WHERE closed = 1"
+        read = f"SELECT COUNT(*) FROM attempts WHERE sequence > ({closed})"  # noqa: S608 - ours
+        return max(int(self._do(lambda db: db.execute(read).fetchone())[0]) - 1, 0)
+
     def next_sequence(self) -> int:
         """The sequence number that `begin` will use next."""
         read = "SELECT COALESCE(MAX(sequence), 0) FROM attempts"
