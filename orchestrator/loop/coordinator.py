@@ -80,9 +80,9 @@ class Coordinator:
         self._stop = Stop(report, store.patience, self._events.put, again)
         checkpoint = store.checkpoint()
         self._learnt = strategy.restore(checkpoint) if checkpoint else strategy.begin()
-        last, closed = store.last_attempt(), len(store.closed_rounds())
         fresh = RoundState(rounds=config.rounds, seed=config.seed, retries=store.retries())
-        self._round = open_round.restored(last, closed, fresh, self._rules, monotonic())
+        last = store.last_attempt()
+        self._round = open_round.restored(last, fresh, self._rules, monotonic())
         if self._round.collecting:
             done = len(self._round.attempt.verdicts)
             log.info("going on with round %d, %d results are here", self._round.state.round, done)

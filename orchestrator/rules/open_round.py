@@ -93,13 +93,13 @@ class Offer(NamedTuple):
 Transition = tuple[OpenRound, tuple[Effect, ...]]
 
 
-def restored(last: Attempt | None, closed: int, fresh: RoundState, rules: CohortConfig,
-             now_s: float) -> OpenRound:  # fmt: skip
+def restored(
+    last: Attempt | None, fresh: RoundState, rules: CohortConfig, now_s: float
+) -> OpenRound:
     """The round as an earlier orchestrator left it; an open round's deadline starts again.
 
     Args:
         last: the last attempt in the journal.
-        closed: how many rounds are closed.
         fresh: the state that a run begins with.
         rules: of cohorts.
         now_s: the time.
@@ -113,8 +113,8 @@ def restored(last: Attempt | None, closed: int, fresh: RoundState, rules: Cohort
             for name, age in ages.items()
             if name not in last.verdicts and age < rules.carry_rounds
         }
-        phase = Phase.FINISHED if closed >= fresh.rounds else Phase.FORMING
-        state = replace(fresh, round=closed, phase=phase, ages=ages)
+        phase = Phase.FINISHED if last.round >= fresh.rounds else Phase.FORMING
+        state = replace(fresh, round=last.round, phase=phase, ages=ages)
         orders = {name: last.orders[name] for name in ages}
         return OpenRound(state, replace(last, orders=orders, verdicts={}))
     state = replace(

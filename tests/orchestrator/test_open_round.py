@@ -210,12 +210,12 @@ def test_the_last_round_ends_the_run():
     assert (after.state.phase, effects) == (Phase.FINISHED, (Finish(),))
 
 
-def restored(last: Attempt | None, closed: int) -> OpenRound:
-    return open_round.restored(last, closed, FRESH, RULES, 500.0)
+def restored(last: Attempt | None) -> OpenRound:
+    return open_round.restored(last, FRESH, RULES, 500.0)
 
 
 def test_a_run_that_never_opened_a_round_begins_with_the_first():
-    assert restored(None, 0) == OpenRound(FRESH)
+    assert restored(None) == OpenRound(FRESH)
 
 
 def test_a_restart_goes_on_with_the_round_that_is_open_its_verdicts_and_its_carried_orders():
@@ -224,7 +224,7 @@ def test_a_restart_goes_on_with_the_round_that_is_open_its_verdicts_and_its_carr
         "a": Verdict("a", accepted=True, reason="", result=result("a", 2)),
         "b": Verdict("b", accepted=False, reason="no", result=result("b", 2)),
     }
-    now = restored(Attempt(2, 2, orders, told), 1)
+    now = restored(Attempt(2, 2, orders, told))
     state = now.state
     assert (state.round, state.phase, state.deadline_s) == (2, Phase.COLLECTING, 600.0)
     assert (state.cohort, state.returned, state.failed) == (frozenset("abc"), {"a"}, {"b"})
@@ -236,27 +236,27 @@ def test_a_restart_goes_on_with_the_round_that_is_open_its_verdicts_and_its_carr
 
 def test_a_restart_between_two_rounds_keeps_the_orders_that_are_carried():
     done = {"a": Verdict("a", accepted=True, reason="", result=result("a"))}
-    now = restored(Attempt(1, 1, {"a": order(1), "c": order(1)}, done, closed=True), 1)
+    now = restored(Attempt(1, 1, {"a": order(1), "c": order(1)}, done, closed=True))
     assert (now.state.round, now.state.phase) == (1, Phase.FORMING)
     assert (now.state.ages, now.carried) == ({"c": 1}, {"c": order(1)})
     assert now.attempt.verdicts == {}, "Ctrl-C tells of no results of the next round"
     too_old = Attempt(2, 2, {"c": order(1)}, {}, closed=True)
-    assert restored(too_old, 2).carried == {}
+    assert restored(too_old).carried == {}
 
 
 def test_a_restart_counts_how_many_attempts_an_order_has_outlived():
     """Nobody returned in two attempts at round 2, sequences 2 and 3; the third is open."""
     rules = replace(RULES, carry_rounds=3)
     orders = {"a": order(4, 2), "c": order(1)}
-    now = open_round.restored(Attempt(4, 2, orders, {}), 1, FRESH, rules, 500.0)
+    now = open_round.restored(Attempt(4, 2, orders, {}), FRESH, rules, 500.0)
     assert now.state.ages == {"c": 3}
     done = Attempt(4, 2, orders, {}, closed=True)
-    now = open_round.restored(done, 2, FRESH, rules, 500.0)
+    now = open_round.restored(done, FRESH, rules, 500.0)
     assert now.state.ages == {"a": 1}, "c has had its three rounds"
 
 
 def test_a_restart_of_a_run_whose_rounds_are_done_has_nothing_to_do():
-    assert restored(Attempt(3, 3, {}, {}, closed=True), 3).state.phase is Phase.FINISHED
+    assert restored(Attempt(3, 3, {}, {}, closed=True)).state.phase is Phase.FINISHED
 
 
 def test_a_result_that_is_being_looked_over_at_the_deadline_counts():
