@@ -16,19 +16,19 @@ state in memory, listens on loopback only, and has the limits listed in `embedde
 """
 
 import errno
-import ipaddress
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args
 
 from orchestrator.broker.access import ORCHESTRATOR, access_list, hashed, matches, passwords
 from orchestrator.broker.mosquitto import SBIN, configuration, find
-from wire import storage, topics
+from wire import address, storage, topics
 from wire.errors import BrokerError
 
 __all__ = ["Broker", "Kind", "check", "find", "let_in", "start"]
@@ -43,16 +43,14 @@ _CONNACK = b"\x20"
 _PID = "broker.pid"
 
 
+@dataclass
 class Broker:
     """A running broker, made by `start`. Leaving its context stops it."""
 
-    def __init__(
-        self, kind: Kind, url: str, folder: Path, child: "subprocess.Popen[bytes]"
-    ) -> None:
-        self.kind: Kind = kind
-        self.url = url
-        self.folder = folder
-        self._child = child
+    kind: Kind
+    url: str
+    folder: Path
+    _child: "subprocess.Popen[bytes]"
 
     @property
     def pid(self) -> int:
@@ -118,7 +116,8 @@ def start(
             storage.write(folder / name, text.encode(), 0o600)
         command += ["mosquitto", str(binary)]
     else:
-        command += ["embedded", host, str(port), fleet, *(["--users"] if users is not None else [])]
+        passwd = "" if users is None else str(folder / "passwd")
+        command += ["embedded", host, str(port), fleet, passwd]
     (folder / _PID).unlink(missing_ok=True)  # left by an earlier broker
     log = folder / "broker.log"
     if log.exists():
@@ -165,7 +164,7 @@ def check(kind: str, host: str, fleet: str, users: Mapping[str, str] | None = No
                 topics.check_name(user, "broker user")
     except ValueError as error:
         raise BrokerError(str(error)) from None
-    if kind == "embedded" and not _loopback(host):
+    if kind == "embedded" and not address.is_local(host):
         raise BrokerError(
             f"the embedded broker is for demonstrations on one computer and listens on "
             f"loopback only, not on {host!r}: use kind 'mosquitto', or host '127.0.0.1'"
@@ -197,13 +196,6 @@ def let_in(folder: Path, users: Mapping[str, str]) -> None:
     }
     with storage.at(path):
         _write(path, stored)
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _claim(host: str, port: int) -> int:

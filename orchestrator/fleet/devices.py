@@ -30,6 +30,7 @@ log = logging.getLogger("orchestrator")
 
 KEEP = 32
 KEYS = "keys.json"
+_REMEDY = "mend or remove it"
 _MEASURED = re.compile(r"(.+)-\d{8}T\d{12}Z\.json")
 
 
@@ -76,7 +77,7 @@ def take(runs: Path, name: str, device: str, data: bytes) -> Path:
         )
     folder = runs / f"measured-{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    keys = _read(folder / KEYS) if (folder / KEYS).exists() else {}
+    keys = enrolment.read_table(folder / KEYS, _REMEDY)
     if keys.get(device, report.device) != report.device:
         raise SignatureError(
             f"{device}: expected a measurement signed by {keys[device]}, as its first one was, got "
@@ -122,7 +123,7 @@ def _last(paths: Sequence[Path]) -> Measurement | None:
 
 
 def _birth(path: Path) -> tuple[Birth, float]:
-    content = _read(path)
+    content = enrolment.read_table(path, _REMEDY)
     at = content.pop("at", None)
     if type(at) is not float:
         raise RunError(f"{path}: expected the time of a birth, got {at!r:.40}; remove the file")
@@ -136,16 +137,6 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         if match := _MEASURED.fullmatch(path.name):
             files.setdefault(match[1], []).append(path)
     return files
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as fault:
-        raise RunError(f"{path}: not JSON: {fault}; mend or remove it") from fault
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: expected a table, got {type(content).__name__}; mend or remove it")
-    return content
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from orchestrator.broker import access, let_in
 from orchestrator.config import BrokerConfig
@@ -145,6 +146,23 @@ def broker_folder(runs: Path, fleet: str) -> Path:
     return runs / f"broker-{fleet}"
 
 
+def read_table(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON table in a file of a fleet; empty if there is no file.
+
+    Raises:
+        RunError: the file is damaged; the message ends with the remedy.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as fault:
+        raise RunError(f"{file}: not JSON: {fault}; {remedy}") from fault
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: expected a table, got {type(content).__name__}; {remedy}")
+    return content
+
+
 def _add(runs: Path, fleet: str, user: str, secret: str = "") -> dict[str, str]:
     """Add a user, and the orchestrator; returns all passwords, which our broker then knows.
 
@@ -175,19 +193,8 @@ def _alone(runs: Path) -> Iterator[None]:
 
 
 def _read(file: Path) -> dict[str, str]:
-    try:
-        known = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as fault:
-        raise RunError(
-            f"{file}: not JSON: {fault}; restore it, or enroll the fleet anew"
-        ) from fault
-    if not isinstance(known, dict):
-        raise RunError(
-            f"{file}: expected names and passwords; restore it, or enroll the fleet anew"
-        )
-    return {str(name): str(password) for name, password in known.items()}
+    known = read_table(file, "restore it, or enroll the fleet anew")
+    return {name: str(password) for name, password in known.items()}
 
 
 def _write(path: Path, known: dict[str, str]) -> None:

@@ -114,7 +114,8 @@ class Coordinator:
                     with contextlib.suppress(queue.Empty):
                         self._handle(self._events.get(timeout=TICK_S))
                     now_s = monotonic()
-                    if self._link.ticked(now_s) and self._due(now_s):
+                    due = self._events.empty() or now_s - self._ticked_s >= TICK_S
+                    if self._link.ticked(now_s) and due:
                         self._tick(now_s)
                     changed()
             finally:
@@ -223,10 +224,6 @@ class Coordinator:
     def _lose(self, device: str, fault: StillhouseError) -> None:
         self._intake.drop(device)
         self._apply(open_round.lost(self._round, device, fault, self._rules, monotonic()))
-
-    def _due(self, now_s: float) -> bool:
-        """Whether to tick: if no event waits, or `TICK_S` after the last tick."""
-        return self._events.empty() or now_s - self._ticked_s >= TICK_S
 
     def _tick(self, now_s: float) -> None:
         self._ticked_s = now_s

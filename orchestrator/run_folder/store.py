@@ -74,7 +74,7 @@ class Store(Journal):
         self.folder = config.folder
         self.patience = Patience(stopped=stopping.asked.wait)
         self._kept: frozenset[str] = frozenset()
-        self._config = json.loads(json.dumps(records.plain(config)))
+        self._config = records.plain(config)
         self._config["broker"]["password"] = ""  # others may read the run's folder
         with storage.at(self.folder):
             self.made = not self.folder.exists()
@@ -207,8 +207,7 @@ class Store(Journal):
                 "with, remove it: it is written anew"
             ) from fault
         before = records.build(RunConfig, table, where=str(path), error=RunError)
-        plain: dict[str, Any] = json.loads(json.dumps(records.plain(before)))
-        return plain
+        return dict(records.plain(before))
 
     def _check(self, before: Mapping[str, Any] | None) -> None:
         """Refuse to resume a run with changed settings that decide its results."""
