@@ -16,10 +16,11 @@ from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
 from orchestrator.fleet.roster import Roster
 from orchestrator.fleet.updates import Rollout
+from orchestrator.loop import stop
 from orchestrator.loop.fleet_link import FleetLink, Heard
 from orchestrator.loop.full_disk import FullDisk
 from orchestrator.loop.intake import Intake
-from orchestrator.loop.stop import Stop, Stopped
+from orchestrator.loop.stop import Stopped
 from orchestrator.loop.worker import Aggregated, Checked, Failed, Outcome, Worker
 from orchestrator.rules import open_round, rounds
 from orchestrator.rules.effects import Effect, Note, Pull, Send, Show, Warn
@@ -27,7 +28,7 @@ from orchestrator.rules.open_round import Offer
 from orchestrator.rules.rounds import Aggregate, Finish, GiveUp, Open, Phase, RoundState, Session
 from orchestrator.run_folder.store import Store, referred
 from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
-from wire import storage
+from wire import stopping, storage
 from wire.address import BrokerAddress
 from wire.errors import AdmissionError, RunError, StillhouseError, TransferError
 from wire.link import Arrived, Connected, LinkEvent, Lost
@@ -77,7 +78,7 @@ class Coordinator:
         self._worker = Worker(strategy, store.patience, self._events.put)
         self._intake = Intake(store.blobs, config.transfer_chunks, config.retry_s)
         self._disk = FullDisk(store.patience, store.folder)
-        self._stop = Stop(report, store.patience, self._events.put, again)
+        self._again = again
         checkpoint = store.checkpoint()
         self._learnt = strategy.restore(checkpoint) if checkpoint else strategy.begin()
         fresh = RoundState(rounds=config.rounds, seed=config.seed, retries=store.retries())
@@ -99,18 +100,18 @@ class Coordinator:
             RunError: another run has the fleet, or every device failed `rounds.FRUITLESS` times
                 in a row.
             StillhouseError: the strategy failed.
-            Interrupted: `stop` was called.
+            Interrupted: a person or the system asked for the end.
         """
         if self.finished():
             return
-        with self._stop.heard(lambda: self._round):
+        with stop.heard(self._answer, self._events.put):
             self._link.start()
             try:
                 if self._round.collecting:
                     self._follow(rounds.ticked(self._round.state, self._rules, monotonic()))
                 while not self.finished():
                     if self._round.state.phase is not Phase.AGGREGATING:
-                        self._stop.check()
+                        stop.check()
                     with contextlib.suppress(queue.Empty):
                         self._handle(self._events.get(timeout=TICK_S))
                     now_s = monotonic()
@@ -120,11 +121,11 @@ class Coordinator:
                     changed()
             finally:
                 self._link.close()
-                self._worker.end(wait=not self._stop.asked)
+                self._worker.end(wait=not stopping.asked.is_set())
 
-    def stop(self) -> None:
-        """End `run` soon with `Interrupted`; a running aggregation is finished and kept first."""
-        self._stop.ask()
+    def _answer(self) -> str:
+        waiting = self.store.patience.waiting
+        return stop.answer(self._round, self.report, self._again, waiting=waiting)
 
     def finished(self) -> bool:
         """Whether all rounds are done."""
@@ -145,7 +146,7 @@ class Coordinator:
             case Aggregated(state, metrics):
                 self._close(state, metrics)
             case Failed(fault):
-                self._stop.check(fault)
+                stop.check(fault)
                 with storage.at(self.store.folder):
                     raise fault
             case Stopped():
@@ -316,5 +317,5 @@ class Coordinator:
         self.report.kept(entry)
         self._learnt = learnt
         log.info("%s", self.report.last_round())
-        self._stop.check()
+        stop.check()
         self._apply(open_round.aggregated(self._round, self._rules, monotonic()))
