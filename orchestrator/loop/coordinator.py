@@ -177,14 +177,15 @@ class Coordinator:
                 pass
 
     def _born(self, device: str, message: Birth) -> None:
+        session, state = Session(message.session, message.state_id), self._round.state
+        if rounds.overtaken(state, device, session):
+            return
         before = self._roster.births.get(device)
         if birth := self._roster.born(device, message, monotonic()):
             self.report.born(device, birth)
             if before and before.state_id != birth.state_id:
                 self._intake.drop(device)  # the result that it offered is gone
             self._intake.resume(device)
-            session = Session(birth.session, birth.state_id)
-            state = self._round.state
             self._follow(rounds.born(state, self._rules, device, session, monotonic()))
         elif message.device == device:
             self._turn_away(device, self._roster.refused[device])
@@ -234,16 +235,20 @@ class Coordinator:
         if self._intake.checking:  # not for ever: a device gets one verdict a round
             until_s = max(until_s, now_s + HELD_OPEN_S)
         self._round = open_round.held_open(self._round, until_s)
-        self._disk.takes(lambda: self._ask(now_s))
+        lost: list[tuple[str, TransferError]] = []
+        self._disk.takes(lambda: self._ask(now_s, lost))
+        for device, fault in lost:
+            self._lose(device, fault)
         self._roster.ticked(now_s)
         self._follow(rounds.ticked(self._round.state, self._rules, now_s))
 
-    def _ask(self, now_s: float) -> None:
+    def _ask(self, now_s: float, lost: list[tuple[str, TransferError]]) -> None:
+        """Ask devices for chunks; adds to `lost` those whose result cannot be pulled."""
         for device, want in self._intake.wants(now_s, frozenset(self._round.state.live)):
             if isinstance(want, Want):
                 self._link.send(device, "down", want)
             else:
-                self._lose(device, want)
+                lost.append((device, want))
 
     def _follow(self, transition: rounds.Transition) -> None:
         """Apply a transition of `rounds`, which knows devices by name only."""

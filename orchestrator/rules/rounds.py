@@ -128,15 +128,20 @@ Action = Open | Remind | Aggregate | GiveUp | Finish
 Transition = tuple[RoundState, tuple[Action, ...]]
 
 
+def overtaken(state: RoundState, device: str, session: Session) -> bool:
+    """Whether a birth comes after that of a newer session of the same state folder."""
+    known = state.live.get(device, session)
+    return known.state_id == session.state_id and session.number < known.number
+
+
 def born(
     state: RoundState, rules: CohortConfig, device: str, session: Session, now_s: float
 ) -> Transition:
-    """Event: a device is there. The late birth of a session older than the known one is ignored.
+    """Event: a device is there. A birth that another has overtaken is ignored.
 
     A device with another state folder than before (after a new card, say) has lost its order.
     """
-    known = state.live.get(device)
-    if known and known.state_id == session.state_id and session.number < known.number:
+    if overtaken(state, device, session):
         return state, ()
     new_life = state.state_ids.get(device, session.state_id) != session.state_id
     state = replace(
