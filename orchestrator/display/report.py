@@ -244,7 +244,7 @@ class Report:
             return (
                 f"waiting for devices: {len(state.live)} of at least {rules.min_devices} here{here}"
             ) + (f"; enrolled and not here: {names_of(missing)}" if missing else "")
-        if state.attempt and not state.returned:
+        if state.retries and not state.returned:
             return f"no device returned a result; trying again in {PAUSE_S:g} s"
         if rules.wait_s:
             return f"{len(state.live)} devices are here; waiting {rules.wait_s:g} s for more"
