@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.config.ranges import expect
 from wire import signing
 from wire.errors import SignatureError
 
@@ -33,5 +34,5 @@ class ReleaseConfig:
                 signing.check_public(self.key)
             except SignatureError as fault:
                 raise ValueError(f"release.key: {fault}") from fault
-        if not 0 <= self.settle_minutes < math.inf:
-            raise ValueError(f"settle_minutes: expected 0 or more, got {self.settle_minutes}")
+        minutes = self.settle_minutes
+        expect("settle_minutes", minutes, 0 <= minutes < math.inf, "0 or more")
