@@ -18,6 +18,7 @@ from ondevice import config as agent_config
 from orchestrator import config, main, strategies
 from orchestrator.datasets import __main__ as datasets
 from tests.conftest import ROOT
+from tests.models.test_foreign import install
 from tools.export import __main__ as export
 from wire import extras
 from wire.errors import DataError, StillhouseError
@@ -197,6 +198,36 @@ def test_init_writes_nothing_where_a_value_is_wrong(tmp_path):
     with pytest.raises(StillhouseError, match=together):
         run("init", str(tmp_path / "new"), "--set", "strategy=fedavg")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            ["device.model=resnet9"],
+            "--set: device.model: no model is named 'resnet9'; did you mean",
+        ),
+        (["device.model=resnt8@stem"], "device.model: .* did you mean 'resnet8'"),
+        (["server.model=resnet56x"], "--set: server.model: no model is named"),
+        (['device.others=[{ model = "nosuch", devices = "a*" }]'], "device.others: no model is"),
+    ],
+)
+def test_init_refuses_a_network_that_there_cannot_be(tmp_path, changes, reason):
+    with pytest.raises(StillhouseError, match=reason):
+        run("init", str(tmp_path / "new"), *(f"--set={change}" for change in changes))
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_takes_every_name_of_a_network_that_there_may_be(tmp_path, monkeypatch):
+    """Files that are not written yet, modules, entry points, and a model that nothing uses."""
+    site = install(tmp_path, "theirs", "[stillhouse.models]\nmy-net = theirs.nets:Net\n")
+    monkeypatch.syspath_prepend(str(site))
+    for number, model in enumerate(["later.py:Net", "theirs.nets:Net", "my-net", "my-net@stem"]):
+        assert (
+            run("init", str(tmp_path / str(number)), f"--set=device.model={model}").exit_code == 0
+        )
+    unused = ("--preset", "fedavg", "--set", "server.model=nosuch")
+    assert run("init", str(tmp_path / "unused"), *unused).exit_code == 0
 
 
 def test_init_finds_a_strategy_of_ones_own_beside_run_toml_with_its_settings(tmp_path, monkeypatch):

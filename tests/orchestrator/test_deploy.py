@@ -351,6 +351,13 @@ def test_an_option_that_the_strategy_has_no_use_for_is_refused(runs, tmp_path, o
         export.export_run(runs / "avg", tmp_path / "m.onnx", **chosen)
 
 
+def test_a_damaged_run_is_named(tmp_path):
+    for content in ("[]", "3", "no"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(RunError, match=r"holds no run: run\.json cannot be read"):
+            export.export_run(tmp_path, tmp_path / "m.onnx")
+
+
 def test_the_command_says_what_it_wrote(runs, tmp_path):
     arguments = ["export", str(runs / "gkt"), "--out", str(tmp_path / "m.onnx")]
     first = CliRunner().invoke(app, [*arguments, "--input", "uint8"])

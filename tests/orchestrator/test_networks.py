@@ -124,7 +124,7 @@ def test_every_strategy_trains_a_users_network_and_exports_it(run, digits, strat
     if strategy == "fedgkt":
         assert done.card.model == "nets:large on the extractor of nets:Small@stem"
         small = export.export_run(config.folder, out, "device-1", small=True)
-        assert (small.device, small.card.model) == ("device-1", "nets:Other@stem.2")
+        assert (small.card.device, small.card.model) == ("device-1", "nets:Other@stem.2")
     else:
         assert done.card.model == f"nets:Small{'@stem' if split else ''}"
 
