@@ -15,7 +15,7 @@ import typer.testing
 import wire
 from edge_agent import main as agent
 from ondevice import config as agent_config
-from orchestrator import config, main, strategies
+from orchestrator import config, demo, main, strategies
 from orchestrator.datasets import __main__ as datasets
 from tests.conftest import ROOT
 from tests.models.test_foreign import install
@@ -228,6 +228,33 @@ def test_init_takes_every_name_of_a_network_that_there_may_be(tmp_path, monkeypa
         )
     unused = ("--preset", "fedavg", "--set", "server.model=nosuch")
     assert run("init", str(tmp_path / "unused"), *unused).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--name", "a b", "demo: run name 'a b': use 1 to 64 letters"),
+        ("--name", "x" * 43, "demo: name: expected up to 48 characters, got x*-alone"),
+        ("--seed", "-1", "demo: seed: expected 0 to 1048575, got -1"),
+        ("--rounds", "2000000", "demo: rounds: expected 1 to 1048575"),
+        ("--batch", "0", "demo: device: batch: expected 1 or more"),
+        ("--broker", "nosuch", "demo: broker: kind: expected one of"),
+    ],
+)
+def test_a_demo_that_cannot_be_is_told_by_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, option, value, reason
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StillhouseError, match=reason):
+        run("demo", option, value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_takes_a_name_by_which_neither_of_its_runs_is_there(tmp_path):
+    assert demo.free_name(tmp_path, "demo") == "demo"
+    for folder, free in (("demo", "demo-2"), ("demo-2-alone", "demo-3"), ("demo-4", "demo-3")):
+        (tmp_path / folder).mkdir()
+        assert demo.free_name(tmp_path, "demo") == free
 
 
 def test_init_finds_a_strategy_of_ones_own_beside_run_toml_with_its_settings(tmp_path, monkeypatch):
