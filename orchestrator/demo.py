@@ -111,11 +111,8 @@ def _pixels(shard: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a shard's pixels on the 0..1 scale, per channel."""
     with np.load(shard) as arrays:
         pixels = arrays["x"].astype(np.float32) / 255
-    mean, std = pixels.mean(axis=(0, 1, 2)), pixels.std(axis=(0, 1, 2))
-    return (
-        tuple(round(float(m), 4) for m in mean),
-        tuple(round(max(float(s), 1e-3), 4) for s in std),
-    )
+    mean, std = (part(pixels, axis=(0, 1, 2)).astype(float) for part in (np.mean, np.std))
+    return tuple(mean.round(4).tolist()), tuple(std.clip(1e-3).round(4).tolist())
 
 
 @contextlib.contextmanager

@@ -35,8 +35,6 @@ from wire.names import title, written
 
 Form = Literal["float32", "uint8"]
 
-LAYOUTS: dict[Form, Literal["NCHW", "NHWC"]] = {"float32": "NCHW", "uint8": "NHWC"}
-
 
 @dataclass(frozen=True)
 class Deployed:
@@ -132,7 +130,7 @@ def export_run(
     about = ModelCard(
         classes=classes,
         input=form,
-        layout=LAYOUTS[form],
+        layout="NHWC" if form == "uint8" else "NCHW",
         channels=config.device.input[0],
         size=config.device.input[1:],
         scale=255.0 if form == "uint8" else 1.0,

@@ -142,8 +142,9 @@ def _hold(store: Store, config: RunConfig, heldout: HeldOut) -> None:
 def absent(config: RunConfig) -> list[Path]:
     """What a start makes beside the run's folder, as far as it is not there yet."""
     runs, fleet = config.runs, config.fleet
-    lock, listed = claim.lock_file(runs, fleet), enrolment.path(runs, fleet)
-    return [path for path in (runs, lock, listed, broker_folder(config)) if not path.exists()]
+    files = claim.lock_file(runs, fleet), enrolment.path(runs, fleet)
+    made = runs, *files, enrolment.broker_folder(runs, fleet)
+    return [path for path in made if not path.exists()]
 
 
 def remove(made: Sequence[Path], runs: Path) -> None:
@@ -163,11 +164,6 @@ def _undo(made: Sequence[Path], config: RunConfig) -> None:
     fleet = enrolment.path(config.runs, config.fleet)
     used = fleet.exists() and not enrolment.is_empty(fleet)
     remove([path for path in made if path != fleet or not used], config.runs)
-
-
-def broker_folder(config: RunConfig) -> Path:
-    """The folder in which our own broker keeps its files."""
-    return enrolment.broker_folder(config.runs, config.fleet)
 
 
 def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:

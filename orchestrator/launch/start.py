@@ -11,7 +11,7 @@ from orchestrator.display.report import Report
 from orchestrator.fleet import classes, enrolment, updates
 from orchestrator.launch import networks
 from orchestrator.launch.artifacts import compiled, prepare_variants
-from orchestrator.launch.prepare import broker_folder, check, opened, read_heldout, task
+from orchestrator.launch.prepare import check, opened, read_heldout, task
 from orchestrator.loop.coordinator import Coordinator
 from orchestrator.strategies import create
 from wire import stopping, storage
@@ -102,7 +102,7 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
         yield chosen.address()
         return
     users = enrolment.users(config.runs, config.fleet) if config.admission == "enrolled" else None
-    folder = broker_folder(config)
+    folder = enrolment.broker_folder(config.runs, config.fleet)
     try:
         with storage.at(folder):
             ours = broker.start(

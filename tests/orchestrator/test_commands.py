@@ -146,6 +146,13 @@ def test_commands_are_told_by_one_line_that_a_folder_is_none(tmp_path):
         run("init", str(file))
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3"])
+def test_a_damaged_status_is_told_by_one_line(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(StillhouseError, match=r"status\.json is damaged"):
+        run("status", str(tmp_path))
+
+
 @pytest.mark.parametrize("module", ["orchestrator.main", "edge_agent.main"])
 def test_a_command_runs_in_a_folder_that_is_gone(tmp_path, module):
     there = tmp_path / "there"

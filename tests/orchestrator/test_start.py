@@ -16,7 +16,7 @@ from models import registry
 from orchestrator import broker
 from orchestrator.config import BrokerConfig, DeviceConfig, RunConfig, ServerConfig, changes
 from orchestrator.fleet import claim, enrolment
-from orchestrator.launch import artifacts, prepare, start
+from orchestrator.launch import artifacts, start
 from orchestrator.run_folder.store import Store
 from orchestrator.simulation import simulate
 from tests.conftest import Disk
@@ -168,7 +168,7 @@ def test_a_broker_that_was_started_goes_with_the_start_that_failed(
     before = everything(tmp_path).keys()
 
     def fails(*_: object) -> None:
-        assert prepare.broker_folder(config).is_dir()
+        assert enrolment.broker_folder(config.runs, config.fleet).is_dir()
         assert (config.folder / "artifact").is_dir()
         raise ReadyError
 
