@@ -166,6 +166,10 @@ class DeviceConfig:
         expect("batch", self.batch, self.batch >= 1, "1 or more")
         expect("epochs", self.epochs, self.epochs >= 1, "1 or more")
         expect("lr", self.lr, self.lr > 0, "over 0")
+        expect("std", self.std, min(self.std, default=1) > 0, "numbers over 0")
+        if self.optimizer == "sgd":
+            expect("momentum", self.momentum, 0 <= self.momentum < 1, "0 to below 1")
+        expect("weight_decay", self.weight_decay, 0 <= self.weight_decay < 1, "0 to below 1")
 
 
 def default_pixels(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:

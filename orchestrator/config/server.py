@@ -48,4 +48,5 @@ class ServerConfig:
             value = getattr(self, name)
             expect(name, value, value >= number, f"{number} or more")
         expect("lr", self.lr, self.lr > 0, "over 0")
+        expect("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
         expect("temperature", self.temperature, self.temperature > 0, "over 0")

@@ -62,7 +62,8 @@ def run(
         if address is None:
             address = patiently(lambda: stack.enter_context(serve(config)))
         report = Report(config, store, sources, enrolled)
-        strategy = create(config.strategy, task(config, store, variants, heldout, report))
+        given = patiently(lambda: task(config, store, variants, heldout, report))
+        strategy = create(config.strategy, given)
         coordinator = Coordinator(
             config,
             store,
