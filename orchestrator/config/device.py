@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from orchestrator.config.ranges import expect
+from orchestrator.config.ranges import codec, expect
 from wire import classes, codecs, names, tensors
 from wire.messages import check_noise
 
@@ -145,14 +145,14 @@ class DeviceConfig:
         mean, std, _ = default_pixels(self.input[0])
         object.__setattr__(self, "mean", self.mean or mean)
         object.__setattr__(self, "std", self.std or std)
-        codecs.parse(self.features)
-        tensors.policy(self.state)
+        codec("features", self.features, codecs.parse)
+        codec("state", self.state, tensors.policy)
         expect("mu", self.mu, 0 <= self.mu < math.inf, "0 (no proximal term) or more")
-        sent = tensors.policy(self.update)
-        for codec in (sent.matrices, sent.vectors) if self.feedback else ():
-            if not (codec.spec.startswith("float") or "mse" in codec.spec.split("|")):
+        sent = codec("update", self.update, tensors.policy)
+        for used in (sent.matrices, sent.vectors) if self.feedback else ():
+            if not (used.spec.startswith("float") or "mse" in used.spec.split("|")):
                 raise ValueError(
-                    f"feedback: {codec.spec} may leave out more than it was given, and what is "
+                    f"feedback: {used.spec} may leave out more than it was given, and what is "
                     "owed then grows without bound; use a codec of least error, eden|b=1|mse"
                 )
         if not len(self.mean) == len(self.std) == self.input[0]:

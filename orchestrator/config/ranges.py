@@ -1,4 +1,11 @@
-"""Refusal of a setting that is out of its range."""
+"""Refusal of a setting that is out of its range, or names no codec."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from wire.errors import CodecError
+
+T = TypeVar("T")
 
 
 def expect(name: str, value: object, fits: bool, expected: str) -> None:
@@ -9,3 +16,15 @@ def expect(name: str, value: object, fits: bool, expected: str) -> None:
     """
     if not fits:
         raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def codec(name: str, spec: str, parse: Callable[[str], T]) -> T:
+    """What a setting's codec spec stands for.
+
+    Raises:
+        ValueError: there is no such codec; the message names the setting.
+    """
+    try:
+        return parse(spec)
+    except CodecError as fault:
+        raise ValueError(f"{name}: {fault}") from fault

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.config.ranges import expect
+from orchestrator.config.ranges import codec, expect
 from wire import codecs
 
 
@@ -43,7 +43,7 @@ class TransferConfig:
     logits: str = "float16"
 
     def __post_init__(self) -> None:
-        if codecs.parse(self.logits).coder.lowest >= 0:
+        if codec("logits", self.logits, codecs.parse).coder.lowest >= 0:
             raise ValueError(
                 f"logits: {self.logits} takes no negative values; use float16, identity|q=8, ..."
             )

@@ -241,6 +241,18 @@ def test_a_value_out_of_range_is_named_alone(cls, name, value, text):
         cls(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("table", "key", "spec"),
+    [("device", "features", "relu|q=99"), ("device", "update", "float17"),
+     ("device", "state", "a/b/c"), ("transfer", "logits", "float17")],
+)  # fmt: skip
+def test_a_codec_that_there_is_not_is_refused_with_the_file_and_the_key(tmp_path, table, key, spec):
+    path = tmp_path / "run.toml"
+    path.write_text(f'name = "run"\n[{table}]\n{key} = "{spec}"\n')
+    with pytest.raises(SettingsError, match=f"^{path}: {table}: {key}: "):
+        load(path)
+
+
 @pytest.mark.parametrize("line", ['heldout = ""', 'runs = ""', "retry_s = inf"])
 def test_an_empty_folder_and_an_infinite_number_are_refused_with_the_file(tmp_path, line):
     path = tmp_path / "run.toml"
