@@ -75,8 +75,7 @@ class Deployed:
     def plain(self) -> dict[str, object]:
         """As --json prints it."""
         about = {"path": self.path, "replaced": self.replaced, "difference": self.difference}
-        table: dict[str, object] = records.plain(about) | records.plain(self.card)
-        return table
+        return {**records.plain(about), **records.plain(self.card)}
 
 
 def read_config(folder: Path) -> RunConfig:
