@@ -1,6 +1,5 @@
 """Who takes part in a round, and when it ends."""
 
-import math
 from dataclasses import dataclass
 
 from orchestrator.config.ranges import expect
@@ -33,7 +32,7 @@ class CohortConfig:
 
     def __post_init__(self) -> None:
         expect("carry_rounds", self.carry_rounds, self.carry_rounds >= 0, "0 or more")
-        expect("max_weight", self.max_weight, 1 <= self.max_weight < math.inf, "1 or more")
+        expect("max_weight", self.max_weight, self.max_weight >= 1, "1 or more")
         if self.min_devices < 1 or (self.max_devices and self.max_devices < self.min_devices):
             raise ValueError(
                 f"min_devices {self.min_devices}, max_devices {self.max_devices}: expected "

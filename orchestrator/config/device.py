@@ -147,7 +147,7 @@ class DeviceConfig:
         object.__setattr__(self, "std", self.std or std)
         codec("features", self.features, codecs.parse)
         codec("state", self.state, tensors.policy)
-        expect("mu", self.mu, 0 <= self.mu < math.inf, "0 (no proximal term) or more")
+        expect("mu", self.mu, self.mu >= 0, "0 (no proximal term) or more")
         sent = codec("update", self.update, tensors.policy)
         for used in (sent.matrices, sent.vectors) if self.feedback else ():
             if not (used.spec.startswith("float") or "mse" in used.spec.split("|")):

@@ -1,6 +1,5 @@
 """Updates of the agent's package: which ones devices are told of, and in which order."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,5 +33,4 @@ class ReleaseConfig:
                 signing.check_public(self.key)
             except SignatureError as fault:
                 raise ValueError(f"release.key: {fault}") from fault
-        minutes = self.settle_minutes
-        expect("settle_minutes", minutes, 0 <= minutes < math.inf, "0 or more")
+        expect("settle_minutes", self.settle_minutes, self.settle_minutes >= 0, "0 or more")

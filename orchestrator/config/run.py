@@ -1,6 +1,5 @@
 """The configuration of a whole run."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,7 +80,7 @@ class RunConfig:
         expect("transfer_chunks", self.transfer_chunks, self.transfer_chunks >= 2, "2 or more")
         most = 1 << 19
         expect("chunk_bytes", self.chunk_bytes, 1024 <= self.chunk_bytes <= most, f"1024 to {most}")
-        expect("retry_s", self.retry_s, 0 < self.retry_s < math.inf, "over 0")
+        expect("retry_s", self.retry_s, self.retry_s > 0, "over 0")
         expect("heldout_limit", self.heldout_limit, self.heldout_limit >= 0, "0 (all) or more")
 
     @property
