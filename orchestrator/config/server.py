@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.config.ranges import expect
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -43,8 +45,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         least = {"eval_batch": 0, "eval_every": 1, "patience": 0, "epochs": 1, "batch": 2}
         for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
-        for name in ("lr", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected over 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            expect(name, value, value >= number, f"{number} or more")
+        expect("lr", self.lr, self.lr > 0, "over 0")
+        expect("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        expect("temperature", self.temperature, self.temperature > 0, "over 0")

@@ -8,7 +8,6 @@ the open round has taken.
 import contextlib
 import logging
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -66,7 +65,6 @@ class Report:
         self._awaited = ""
         self._logged = "", -math.inf
         self._opened_at: float | None = None
-        self._lock = threading.Lock()
         self._written = 0.0
         self.entries = store.closed_rounds()
 
@@ -124,8 +122,7 @@ class Report:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Note how far the worker thread is with its work."""
-        with self._lock:
-            self._work = (what, done, total)
+        self._work = (what, done, total)
 
     def closed(
         self, attempt: Attempt, metrics: Mapping[str, Any], seconds: float
@@ -170,9 +167,7 @@ class Report:
 
     def snapshot(self) -> dict[str, Any]:
         """The state of the run now, as JSON values."""
-        with self._lock:
-            work = self._work
-        state = self._state
+        work, state = self._work, self._state  # another thread may replace `_work`
         names = sorted(
             {*state.live, *state.cohort, *self._telemetry, *self._enrolled, *self._refused}
         )
