@@ -196,7 +196,7 @@ class Codec:
             CodecError: see `decode`.
         """
         n, block, coder = math.prod(shape), self.coder.block, self.coder
-        if not isinstance(coder, Quantizer) or math.prod(shape[1:]) % block:
+        if not n or not isinstance(coder, Quantizer) or math.prod(shape[1:]) % block:
             return None
         rows = self._rows(body, n, name).reshape(-1, coder.row_bytes(block))
         quantized = coder.levels(rows, block)
