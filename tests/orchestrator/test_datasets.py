@@ -127,6 +127,11 @@ def test_impossible_splits_are_refused(change, message):
         partition(LABELS, **change)
 
 
+def test_a_seed_out_of_range_is_refused_where_a_source_is_cut_by_it(tmp_path):
+    with pytest.raises(DataError, match="expected a seed from 0 to 4294967295, got -1"):
+        build("digits", tmp_path, devices=2, seed=-1)
+
+
 def test_stratified_cut_keeps_the_proportion_of_each_class():
     y = np.repeat([0, 1, 2], [100, 50, 10])
     rest, held = stratified(y, 0.2, seed=1)
