@@ -31,6 +31,7 @@ from torch.nn.parameter import is_lazy
 
 from models.imports import Scope, plain, seeded
 from models.submodel import run
+from wire import records
 from wire.errors import StillhouseError
 from wire.names import MARK
 
@@ -248,7 +249,8 @@ def _find(name: str, current: str, kind: Kind) -> Found:
 
 
 def _file(name: str, place: str, folders: list[Path], kind: Kind) -> Path:
-    tried = [(folder / Path(place).expanduser()).resolve() for folder in folders]
+    below = records.path(place, name, StillhouseError)
+    tried = [(folder / below).resolve() for folder in folders]
     for path in tried:
         if path.is_file():
             return path

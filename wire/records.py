@@ -67,13 +67,12 @@ def build(
         if field.name in mapping:
             place = f"{where}: {field.name}"
             try:
-                values[field.name] = _value(
-                    known[field.name], mapping[field.name], place, error, strict
-                )
+                value = mapping[field.name]
+                values[field.name] = _value(known[field.name], value, place, error, strict)
             except error:
                 if field.repr:
                     raise
-                got = type(mapping[field.name]).__name__  # a secret: no message shows its value
+                got = type(value).__name__  # a secret: no message shows its value
                 raise error(f"{place}: expected text in quotes, got {got}") from None
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"{where}: key {field.name!r} is missing")
@@ -192,12 +191,17 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         if argument.startswith("--") and "=" in argument:
             option, _, value = argument.partition("=")
         if value.startswith("~"):
-            value = str(_path(value, option or "command line", SettingsError))
+            value = str(path(value, option or "command line", SettingsError))
         result.append(f"{option}={value}" if option else value)
     return result
 
 
-def _path(text: str, where: str, error: type[StillhouseError]) -> Path:
+def path(text: str, where: str, error: type[StillhouseError]) -> Path:
+    """The path in a text from outside, with `~` expanded.
+
+    Raises:
+        error: it is empty, no file system takes it, or it begins with a user that is not there.
+    """
     if not text:
         raise error(f"{where}: expected a path, got an empty one; name one, or leave it out")
     longest = max(len(part.encode()) for part in text.split("/"))
@@ -236,11 +240,11 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
         if not all(isinstance(key, str) for key in value):
             raise error(f"{where}: expected text keys, got {list(value)!r:.80}")
         of = arguments[1]
-        return {k: _value(of, v, f"{where}.{k}", error, strict) for k, v in value.items()}
+        return {k: _value(of, v, f"{where}.{k:.80}", error, strict) for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where=where, error=error, strict=strict)  # type: ignore[arg-type]
     if hint is Path and isinstance(value, str):
-        return _path(value, where, error)
+        return path(value, where, error)
     if hint is float and type(value) is int and abs(value) <= 2 * _LARGEST:
         return float(value)
     if hint in (bool, int, float, str, bytes, types.NoneType) and type(value) is hint:

@@ -171,6 +171,15 @@ def test_an_update_with_an_unknown_key_is_not_followed():
         messages.decode(frames.encode(frames.Kind.UPDATE, header), sender="newer")
 
 
+def test_a_refusal_stays_short_whatever_a_key_is_named():
+    """It goes into the server's log, and a header may have a key of a megabyte."""
+    header = {"device": "pi", "run": "r", "sequence": 1, "round": 1, "samples": 1}
+    hostile = header | {"metrics": {"k" * 100_000: "no number"}}
+    with pytest.raises(WireError, match=r"metrics\.kkk") as fault:
+        messages.decode(frames.encode(frames.Kind.RESULT, hostile), sender="pi")
+    assert len(str(fault.value)) < 300
+
+
 @given(st.dictionaries(st.text(max_size=8), VALUES))
 def test_any_header_ends_in_a_message_or_a_wire_error(header):
     for kind in frames.Kind:
