@@ -33,10 +33,6 @@ class Coder(Protocol):
         """The text from which `parse` makes it."""
 
     @property
-    def lossless(self) -> bool:
-        """Whether decode(encode(x)) is x to the bit."""
-
-    @property
     def block(self) -> int:
         """How many values a whole block has; a tensor's last block, its tail, may have fewer."""
 
@@ -138,11 +134,6 @@ class Codec:
     def spec(self) -> str:
         """The text from which `parse` makes this codec."""
         return self.coder.spec + ("|zstd" if self.compressed else "")
-
-    @property
-    def lossless(self) -> bool:
-        """Whether decode(encode(x)) is x to the bit."""
-        return self.coder.lossless
 
     @property
     def fixed_size(self) -> bool:
