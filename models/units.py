@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wire import seeds
+from wire import records, seeds
 from wire.errors import StillhouseError
 
 Array = NDArray[Any]
@@ -111,8 +111,7 @@ def choose(
 def digest(units: Units) -> str:
     """SHA-256, in hexadecimal, of the index set's canonical JSON; equal sets have equal digests."""
     plain = {name: indices.tolist() for name, indices in units.items()}
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(records.canonical(plain)).hexdigest()
 
 
 def places(layout: Layout, units: Units, name: str) -> Places:

@@ -14,6 +14,7 @@ read nor written. A field with `repr=False` is a secret text, which no message r
 import dataclasses
 import datetime as dt
 import difflib
+import json
 import math
 import re
 import tomllib
@@ -177,6 +178,12 @@ def plain(record: object) -> Any:
     if isinstance(record, tuple | list):
         return [plain(value) for value in record]
     return str(record) if isinstance(record, Path) else record
+
+
+def canonical(record: object) -> bytes:
+    """The canonical JSON of `plain(record)`: sorted keys, no spaces, ASCII."""
+    text = json.dumps(plain(record), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode()
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:

@@ -42,7 +42,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from wire import records
+from wire import checks, records
 from wire.errors import ArtifactError
 from wire.manifest.tables import (
     MANIFEST,
@@ -61,20 +61,9 @@ from wire.manifest.tables import (
 from wire.manifest.training import Memory, ModelInfo, OptimizerSettings, Preprocess
 
 __all__ = [
-    "ANCHOR",
-    "MANIFEST",
-    "MAX_MANIFEST_BYTES",
-    "WEIGHTS",
-    "FileRef",
-    "Graph",
-    "Manifest",
-    "Memory",
-    "ModelInfo",
-    "OptimizerSettings",
-    "Preprocess",
-    "Role",
-    "TensorSpec",
-]
+    "ANCHOR", "MANIFEST", "MAX_MANIFEST_BYTES", "WEIGHTS", "FileRef", "Graph", "Manifest", "Memory",
+    "ModelInfo", "OptimizerSettings", "Preprocess", "Role", "TensorSpec",
+]  # fmt: skip
 
 FORMAT = 2
 WEIGHTS = "init.safetensors"
@@ -103,8 +92,7 @@ class Manifest:
     files: Mapping[str, FileRef]
 
     def __post_init__(self) -> None:
-        if not 1 <= self.batch <= 1 << 16:
-            raise ValueError(f"batch: expected 1 to {1 << 16}, got {self.batch}")
+        checks.within("batch", self.batch, 1, 1 << 16)
         if not 1 <= self.micro_batches <= MAX_MICRO_BATCHES or self.batch % self.micro_batches:
             raise ValueError(
                 f"micro_batches: expected a divisor of the batch of {self.batch}, at most "
@@ -252,8 +240,7 @@ class Manifest:
         if not self.model.class_names:  # manifests that know no names have no such key
             del content["model"]["class_names"]
         content["optimizer"] = {k: v for k, v in content["optimizer"].items() if v is not None}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return text.encode("ascii")
+        return records.canonical(content)
 
     @cached_property
     def digest(self) -> str:
