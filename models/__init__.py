@@ -13,27 +13,9 @@ from models.registry import (
     try_out,
 )
 from models.submodel import layout, narrow
-from models.units import Layout, Units, choose, cut, digest, kept_widths, paste, places
+from models.units import Units
 
 __all__ = [
-    "Average",
-    "Clip",
-    "Layout",
-    "SplitModel",
-    "Units",
-    "build",
-    "choose",
-    "cut",
-    "digest",
-    "freeze",
-    "inherit",
-    "input_shape",
-    "kept_widths",
-    "layout",
-    "names",
-    "narrow",
-    "paste",
-    "places",
-    "sources",
-    "try_out",
-]
+    "Average", "Clip", "SplitModel", "Units", "build", "freeze", "inherit", "input_shape", "layout",
+    "names", "narrow", "sources", "try_out",
+]  # fmt: skip

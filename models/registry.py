@@ -140,7 +140,7 @@ def sources(name: str) -> Mapping[str, str]:
     A file that the forward pass imports is listed once that has run.
     """
     foreign_network = _known(parse(name)[0])
-    return {} if foreign_network is None else foreign_network.sources
+    return {} if foreign_network is None else foreign_network.found.sources
 
 
 def try_out(model: nn.Module, name: str, *, classes: int, shape: tuple[int, ...]) -> Shape | None:

@@ -24,13 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # the one class of all batch and instance norms
 
 from models import channels
-from models.units import Layout, Units, all_places, choose, cut, digest, kept_widths, paste, places
+from models.units import Layout, all_places, choose, cut, digest, kept_widths, paste
 from wire.errors import StillhouseError
 
-__all__ = [
-    "Layout", "Units", "choose", "cut", "digest", "kept_widths", "layout", "narrow", "paste",
-    "places",
-]  # fmt: skip
+__all__ = ["Layout", "choose", "cut", "digest", "kept_widths", "layout", "narrow"]
 
 # What the forward pass of a user's module may raise when it does not take a batch.
 FORWARD_FAULTS = (

@@ -160,11 +160,17 @@ def _too_deep(where: str) -> str:
     return f"{where}: lists and tables are nested too deeply; expected at most {_DEEPEST} levels"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The known word nearest to `word`, whatever its capitals; "" if none is near."""
     spelled = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), spelled, n=1)
+    near = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=cutoff)
     return spelled[near[0]] if near else ""
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message that names the nearest known word; "" if none is near."""
+    near = nearest(word, known, cutoff)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def plain(record: object) -> Any:
@@ -233,10 +239,8 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
-            near = nearest(str(value), arguments)
-            hint_text = f"; did you mean {near!r}?" if near else ""
-            choices = ", ".join(map(repr, arguments))
-            raise error(f"{where}: expected one of {choices}, got {_shown(value)}{hint_text}")
+            choices, near = ", ".join(map(repr, arguments)), did_you_mean(str(value), arguments)
+            raise error(f"{where}: expected one of {choices}, got {_shown(value)}{near}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
