@@ -2,16 +2,7 @@
 
 from models.average import Average
 from models.clip import Clip
-from models.registry import (
-    SplitModel,
-    build,
-    freeze,
-    inherit,
-    input_shape,
-    names,
-    sources,
-    try_out,
-)
+from models.registry import SplitModel, build, freeze, inherit, input_shape, names, sources, try_out
 from models.submodel import layout, narrow
 from models.units import Units
 

@@ -60,10 +60,7 @@ def redacted(text: str) -> str:
     and does not look like a port.
     """
     text = re.sub(
-        rf"^(\s*[^:/?#@\s]*:/*)?.*{_AT}",
-        lambda m: f"{m[1] or ''}***@",
-        text,
-        flags=re.DOTALL,
+        rf"^(\s*[^:/?#@\s]*:/*)?.*{_AT}", lambda m: f"{m[1] or ''}***@", text, flags=re.DOTALL
     )
     if "***@" not in text:
         before = r"^(\s*(?:[^:/?#]*:/+)?(?:\[[^\[\]/]*\]|[^:/?#]*))"

@@ -34,12 +34,7 @@ _LARGEST = 1 << 63  # TOML's whole numbers are below this
 
 
 def build(
-    cls: type[T],
-    mapping: object,
-    *,
-    where: str,
-    error: type[StillhouseError],
-    strict: bool = True,
+    cls: type[T], mapping: object, *, where: str, error: type[StillhouseError], strict: bool = True
 ) -> T:
     """The `cls` that `mapping` describes.
 

@@ -127,11 +127,7 @@ def _pools(y: NDArray[np.int64], rng: np.random.RandomState) -> list[Indices]:
 
 
 def _proportions(
-    y: NDArray[np.int64],
-    devices: int,
-    alpha: float,
-    min_samples: int,
-    rng: np.random.RandomState,
+    y: NDArray[np.int64], devices: int, alpha: float, min_samples: int, rng: np.random.RandomState
 ) -> list[Indices]:
     pools = _pools(y, rng)
     sizes = np.array([len(pool) for pool in pools])

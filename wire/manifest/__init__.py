@@ -126,19 +126,15 @@ class Manifest:
         batch = self.micro_batch
         x = TensorSpec("x", (batch, *self.model.input), "float32", "batch")
         logits = TensorSpec("logits", (batch, self.model.classes), "float32", "result")
-        inputs = [
-            x,
-            TensorSpec("y", (batch,), "int64", "batch"),
-            TensorSpec("lr", (), "float32", "setting"),
-        ]
+        inputs = [x, TensorSpec("y", (batch,), "int64", "batch"), *_scalars("setting", "lr")]
         if self.task == "distill":
             inputs.append(replace(logits, name="teacher", role="batch"))
-            inputs += [TensorSpec(n, (), "float32", "setting") for n in ("alpha", "temperature")]
+            inputs += _scalars("setting", "alpha", "temperature")
         if any(spec.name.startswith(ANCHOR) for spec in self.state):
-            inputs.append(TensorSpec("mu", (), "float32", "setting"))
+            inputs += _scalars("setting", "mu")
         if self.micro_batches > 1:
-            inputs += [TensorSpec(n, (), "float32", "setting") for n in ("first", "last")]
-        metrics = [TensorSpec(n, (), "float32", "metric") for n in ("loss", "correct")]
+            inputs += _scalars("setting", "first", "last")
+        metrics = _scalars("metric", "loss", "correct")
         train = self.graphs["train"]
         stateless = [
             s for s in train.inputs if self.place_of(s) is None or s.name.startswith("next[")
@@ -250,3 +246,7 @@ class Manifest:
     def state_of(self, *roles: Role) -> tuple[TensorSpec, ...]:
         """The state tensors with one of these roles, in order."""
         return tuple(spec for spec in self.state if spec.role in roles)
+
+
+def _scalars(role: Role, *names: str) -> list[TensorSpec]:
+    return [TensorSpec(name, (), "float32", role) for name in names]

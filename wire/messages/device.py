@@ -22,10 +22,7 @@ class Platform:
     def __post_init__(self) -> None:
         checks.counts(cores=self.cores, memory_bytes=self.memory_bytes)
         checks.texts(
-            model=self.model,
-            machine=self.machine,
-            python=self.python,
-            onnxruntime=self.onnxruntime,
+            model=self.model, machine=self.machine, python=self.python, onnxruntime=self.onnxruntime
         )
 
 
