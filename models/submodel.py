@@ -193,14 +193,19 @@ def run(model: nn.Module, x: Tensor, *, fails: str, remedy: str = TAKES) -> Tens
         with torch.no_grad():
             logits = model(x)
     except FORWARD_FAULTS as fault:
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-        raise StillhouseError(f"{fails}, in {running[-1]}: {reason}; {remedy}") from fault
+        where, reason = running[-1], first_line(fault)
+        raise StillhouseError(f"{fails}, in {where}: {reason}; {remedy}") from fault
     finally:
         for handle in handles:
             handle.remove()
     if not isinstance(logits, Tensor):
         raise StillhouseError(f"{fails}: it returns a {type(logits).__name__}; {remedy}")
     return logits
+
+
+def first_line(fault: Exception) -> str:
+    """The first line of an exception's text, or its type if it has none."""
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
 
 
 def _select(tensor: Tensor, at: tuple[np.ndarray, ...]) -> Tensor:

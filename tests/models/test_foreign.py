@@ -177,6 +177,12 @@ def test_a_name_that_leads_nowhere_is_answered(folder, name, reason):
         (("class make(Net):\n    extractor = property(lambda self: self.conv)\n"
          "    def extract(self, x): return self.conv(x) * 2, self(x)"),
          r"expected extract\(x\) to return the output of `extractor`"),
+        (("class make(Net):\n    extractor = property(lambda self: self.conv)\n"
+         "    def extract(self, x): return self.conv(x), self(x), None"),
+         "the logits of forward.x., got ValueError: too many values to unpack"),
+        (("class make(Net):\n    extractor = property(lambda self: self.conv)\n"
+         "    def extract(self, x): return self.encoder(x)"),
+         "got AttributeError: 'make' object has no attribute 'encoder'"),
     ],
 )  # fmt: skip
 def test_a_network_that_does_not_fit_is_refused_when_it_is_tried(folder, text, reason):
