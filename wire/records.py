@@ -16,7 +16,6 @@ import datetime as dt
 import difflib
 import json
 import math
-import re
 import tomllib
 import types
 import typing
@@ -30,6 +29,7 @@ from wire.errors import SettingsError, StillhouseError
 T = TypeVar("T")
 MAX_NAME = 255  # bytes of a file's name, the limit of nearly every file system
 _DEEPEST = 32  # levels of nested lists and tables in a file
+_COMPARED = 256  # characters of a word that `nearest` reads; a hostile one may have a million
 _LARGEST = 1 << 63  # TOML's whole numbers are below this
 
 
@@ -158,7 +158,7 @@ def _too_deep(where: str) -> str:
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The known word nearest to `word`, whatever its capitals; "" if none is near."""
     spelled = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=cutoff)
+    near = difflib.get_close_matches(word[:_COMPARED].lower(), spelled, n=1, cutoff=cutoff)
     return spelled[near[0]] if near else ""
 
 
@@ -270,8 +270,15 @@ def _named(hint: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value for messages, without the part of a URL before an @, which may be a password."""
-    return re.sub(r"//.*(@|%40)", r"//***\1", repr(value), flags=re.DOTALL)[:60]
+    """A value for messages, without the part of a URL before an @, which may be a password.
+
+    This takes a time linear in the value's length: a regular expression that looks for both ends
+    takes hours for a megabyte of slashes, which a device may send.
+    """
+    text = repr(value)
+    before, slashes, rest = text.partition("//")
+    at = max(rest.rfind("@"), rest.rfind("%40"))
+    return (f"{before}//***{rest[at:]}" if slashes and at >= 0 else text)[:60]
 
 
 def _member(hint: Any, value: object) -> Any:

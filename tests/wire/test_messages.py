@@ -180,6 +180,17 @@ def test_a_refusal_stays_short_whatever_a_key_is_named():
     assert len(str(fault.value)) < 300
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("value", ["/" * 1_000_000, "//" + "a" * 900_000, "idle" * 250_000])
+@pytest.mark.parametrize("key", ["round", "phase"])
+def test_a_megabyte_in_one_key_is_refused_at_once(key, value):
+    """Its refusal once took hours, in which the server heard nobody."""
+    header = {"device": "pi", "run": "r", "round": 1, "phase": "idle", "done": 1, "total": 1,
+              "memory_bytes": 0, key: value}  # fmt: skip
+    with pytest.raises(WireError, match=f"{key}: expected"):
+        messages.decode(frames.encode(frames.Kind.TELEMETRY, header), sender="pi")
+
+
 @given(st.dictionaries(st.text(max_size=8), VALUES))
 def test_any_header_ends_in_a_message_or_a_wire_error(header):
     for kind in frames.Kind:
