@@ -240,8 +240,7 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise error(f"{where}: expected {len(arguments)} values, got {len(value)}")
-        of = arguments[0]
-        return tuple(_value(of, v, f"{where}[{i}]", error, strict) for i, v in enumerate(value))
+        return _items(arguments[0], value, where, error, strict)
     if origin is Mapping and isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise error(f"{where}: expected text keys, got {list(value)!r:.80}")
@@ -256,6 +255,14 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
     if hint in (bool, int, float, str, bytes, types.NoneType) and type(value) is hint:
         return value
     raise error(f"{where}: expected {_named(wanted)}, got {type(value).__name__} {_shown(value)}")
+
+
+def _items(
+    of: Any, items: Sequence[Any], where: str, error: type[StillhouseError], strict: bool
+) -> tuple[Any, ...]:
+    if set(map(type, items)) <= {of}:  # a message may hold a million numbers: not one by one
+        return tuple(items)
+    return tuple(_value(of, item, f"{where}[{i}]", error, strict) for i, item in enumerate(items))
 
 
 def _named(hint: Any) -> str:
