@@ -7,7 +7,7 @@ computing. The first signal does this:
     within `instead`                       a function is called, and the program ends when it can
     otherwise                              `Interrupted` is raised in the main thread
 
-Nothing is installed in a process that was not started as one of our programs.
+Nothing is installed in a process that was not started as one of our programs (`wire.early`).
 """
 
 import os
@@ -45,21 +45,6 @@ class Interrupted(BaseException):
 class _Instead(NamedTuple):
     say: Callable[[], str]
     stop: Callable[[], None] | None
-
-
-def early(package: str, script: str = "") -> None:
-    """Listen from here on if this process was started as a program of a package.
-
-    Call this first in the package's __init__.py.
-
-    Args:
-        package: as in `python -m PACKAGE...`.
-        script: the name of its command, if it has one.
-    """
-    command = sys.orig_argv
-    module = command[command.index("-m") + 1] if "-m" in command[:-1] else ""
-    if module.split(".")[0] == package or (script and sys.argv[0].rpartition("/")[2] == script):
-        listen()
 
 
 def listen() -> None:

@@ -92,6 +92,34 @@ def test_a_program_that_is_being_imported_ends_at_once(tmp_path):
         assert "Traceback" not in rest
 
 
+INTERRUPTING = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(name, path, target=None):
+        if name == "threading":  # `wire.stopping` needs it before it can listen
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+"""
+
+
+@pytest.mark.parametrize("module", ["orchestrator.main", "edge_agent.main", "tools.export"])
+def test_a_program_whose_first_modules_are_being_imported_ends_without_a_traceback(
+    module, tmp_path
+):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        capture_output=True,
+        check=False,
+        timeout=SOON_S,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_doctor_ends_with_130_and_no_traceback(tmp_path, times):
     doctor = ("edge_agent.main", "doctor", "--config", "agent.toml")
