@@ -30,6 +30,7 @@ asked = threading.Event()  # a first signal came
 _answered = threading.Event()
 _children: set["subprocess.Popen[bytes]"] = set()
 _instead: list["_Instead"] = []
+_interrupted: "Interrupted | None" = None  # what `_handle` has raised
 _raises = False
 _listening = False
 
@@ -77,7 +78,11 @@ def run(work: Callable[[], int | None]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is still in the buffer
         return 128 + signal.SIGPIPE
-    except Interrupted as stop:
+    except (Interrupted, ImportError) as fault:
+        # A module written in C may put an ImportError in the place of `Interrupted`.
+        stop = fault if isinstance(fault, Interrupted) else _interrupted
+        if stop is None:
+            raise
         _answered.wait(ANSWER_S)
         _leave(stop.code)  # threads at work are not waited for
     else:
@@ -145,13 +150,17 @@ def _unread() -> bool:
 
 def _handle(number: int, _frame: object) -> None:
     """Handle a signal in the main thread."""
-    if asked.is_set() or not _raises:
+    global _interrupted  # noqa: PLW0603
+    if asked.is_set():
         return  # `_hear` ends the process
+    if not _raises:
+        _leave(128 + number)  # not left to `_hear`: once it looks, `_raises` may be set
     asked.set()
     if _instead and _instead[-1].stop:
         _instead[-1].stop()
         return
-    raise Interrupted(number)
+    _interrupted = Interrupted(number)
+    raise _interrupted
 
 
 def _hear(signals: int) -> None:

@@ -70,6 +70,46 @@ def test_a_ctrl_c_that_a_library_swallows_is_not_lost(tmp_path):
     assert done.stderr.startswith("stopping")
 
 
+HEARD_LATE = """
+import signal, sys
+from wire import stopping
+
+stopping.listen()
+sys.setswitchinterval(10)  # the listening thread comes to hear only after `run` has begun
+signal.raise_signal(signal.SIGINT)
+sys.exit(stopping.run(lambda: print("went on", flush=True)))
+"""
+TURNED = """
+import signal, sys
+from wire import stopping
+
+def work():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        raise ImportError("PyCapsule_Import could not import module") from None
+
+stopping.listen()
+sys.exit(stopping.run(work))
+"""
+
+
+@pytest.mark.parametrize("program", [HEARD_LATE, TURNED], ids=["heard_late", "turned"])
+def test_a_ctrl_c_among_imports_ends_the_program(program, tmp_path):
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SOON_S,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_program_that_is_being_imported_ends_at_once(tmp_path):
     for module in ("orchestrator.main", "edge_agent.main", "tools.export", "orchestrator.datasets"):
         # -v prints imports. Once our package is imported, signals are handled.
