@@ -7,6 +7,7 @@ A damaged journal is renamed to `journal.db.damaged-1`, and a new one is begun. 
 orchestrator sends an open order again, and the weights are found by the names of their files.
 """
 
+import hashlib
 import logging
 import re
 import secrets
@@ -64,18 +65,28 @@ class Journal:
                 with storage.at(self._path), self._db:
                     return work(self._db)
 
-    def begin_sessions(self) -> tuple[str, int]:
+    def begin_sessions(self, machine: str = "") -> tuple[str, int]:
         """The id of this state folder, and the first of `SESSIONS` session numbers for the caller.
 
         No number is ever given out twice. All numbers of an agent's connections come from one
-        write, so that no connection waits for the disk.
+        write, so that no connection waits for the disk. On another machine the folder gets a new
+        id: it may be a copy of a card that is still in use.
+
+        Args:
+            machine: a name that no other machine has; "" if there is none.
         """
+        number = int(hashlib.sha256(machine.encode()).hexdigest()[:15], 16)
 
         def begin(db: sqlite3.Connection) -> dict[str, int]:
-            for name, value in (("session", 0), ("state", secrets.randbits(63))):
-                db.execute("INSERT OR IGNORE INTO counters VALUES (?, ?)", (name, value))
-            db.execute("UPDATE counters SET value = value + ? WHERE name = 'session'", (SESSIONS,))
-            return dict(db.execute("SELECT name, value FROM counters"))
+            counters: dict[str, int] = dict(db.execute("SELECT name, value FROM counters"))
+            counters["session"] = counters.get("session", 0) + SESSIONS
+            if machine:
+                if counters.get("machine", number) != number:
+                    del counters["state"]
+                counters["machine"] = number
+            counters.setdefault("state", secrets.randbits(63))
+            db.executemany("INSERT OR REPLACE INTO counters VALUES (?, ?)", counters.items())
+            return counters
 
         counters = self._do(begin)
         return f"{counters['state']:016x}", counters["session"] - SESSIONS + 1

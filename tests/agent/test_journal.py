@@ -75,6 +75,18 @@ def test_session_numbers_are_never_given_twice_and_belong_to_one_state_folder(jo
         assert other.begin_sessions()[0] != state_id
 
 
+def test_a_copy_of_a_card_gets_an_id_of_its_own_on_another_board(journal_at):
+    def begun_on(machine):
+        return journal_at().begin_sessions(machine)[0]
+
+    before = begun_on("")  # as before boards were noted
+    assert begun_on("board a") == before
+    assert begun_on("") == before  # the number cannot be read this time
+    copied = begun_on("board b")
+    assert copied != before
+    assert begun_on("board b") == copied
+
+
 def test_sessions_go_on_where_an_agent_that_wrote_each_left_off(journal_at):
     journal = journal_at()
     with journal._db:
