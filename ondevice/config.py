@@ -92,8 +92,7 @@ TEMPLATE = Template(
         "device": Setting("device-0", "the name it is enrolled under (orchestrator enroll)"),
         "fleet": Setting("fleet", "the fleet it belongs to"),
         "data": Setting(
-            "images",
-            "an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class",
+            "images", "an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class"
         ),
         "state": Setting("state", "artifacts, weights and the journal; survives power cuts"),
         "image": Setting(

@@ -35,7 +35,6 @@ from edge_agent.field import sensors
 from ondevice import meter, peer, roofline
 from wire import __version__, records
 from wire.artifact import Artifact
-from wire.costs import PHASES, Phase
 from wire.errors import ArtifactError
 from wire.manifest import Graph, Manifest
 from wire.measurement import FORMAT, Measurement
@@ -305,7 +304,11 @@ def text(report: Measurement) -> str:
             f"{artifact.step_flops / 1e9:.2f} GFLOP, {step.gflops:.1f} GFLOP/s, "
             f"{100 * step.gflops / machine.gemm_gflops:.0f} % of the peak"
         ),
-        *(_phase_line(report, phase) for phase in PHASES),
+        *(
+            f"  {row.phase:9} {1e3 * row.seconds:7.1f} ms  {row.flops / 1e9:6.2f} GFLOP  "
+            f"{row.bytes / 1e6:7.1f} MB moved"
+            for row in roofline.sums(report.layers)
+        ),
     ]
     if pytorch := report.pytorch:
         lines.append(
@@ -350,12 +353,3 @@ def text(report: Measurement) -> str:
         )
     lines.append(f"signed    by {report.device}")
     return "\n".join(lines)
-
-
-def _phase_line(report: Measurement, phase: Phase) -> str:
-    rows = [row for row in report.layers if row.phase == phase]
-    seconds = sum(row.seconds for row in rows)
-    flops, size = sum(row.flops for row in rows), sum(row.bytes for row in rows)
-    return (
-        f"  {phase:9} {1e3 * seconds:7.1f} ms  {flops / 1e9:6.2f} GFLOP  {size / 1e6:7.1f} MB moved"
-    )

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 log = logging.getLogger("edge-agent")
@@ -199,10 +198,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
         if self._sensor and not self._failed:

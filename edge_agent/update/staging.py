@@ -11,16 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_agent.update.install import (
-    HEALTHY,
-    PACKAGE,
-    READY,
-    RELEASE,
-    UP,
-    last,
-    refused,
-    write,
-)
+from edge_agent.update.install import HEALTHY, PACKAGE, READY, RELEASE, UP, last, refused, write
 from ondevice.config import AgentConfig
 from wire import records, release
 from wire.blobs import BlobStore, Fetch
