@@ -184,7 +184,8 @@ class Supply:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         digests = {name: f.sha256 for name, f in manifest.files.items()}
-        for name, digest in {"manifest.json": self.order.artifact.digest, **digests}.items():
+        # The manifest comes last: `measure` looks for it, and takes a folder with one for whole.
+        for name, digest in {**digests, "manifest.json": self.order.artifact.digest}.items():
             shutil.copyfile(self._blobs.path(digest), building / name)
         building.rename(folder)
         self._assembled = True

@@ -188,12 +188,11 @@ class Watch:
     def __init__(self, sensor: Power | None) -> None:
         self.joules: float | None = None
         self.seconds = 0.0
-        self._failed = False
         self._sensor, self._done = sensor, threading.Event()
-        self._thread = threading.Thread(target=self._read, name="power", daemon=True)
+        self._thread = threading.Thread(target=self._read_on, name="power", daemon=True)
 
     def __enter__(self) -> Self:
-        self._before = self._sensor.joules() if self._sensor else 0.0
+        self._before = self._read()
         self._began = time.monotonic()
         self._thread.start()
         return self
@@ -201,16 +200,23 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if self._sensor and not self._failed:
-            with suppress(OSError, ValueError):
-                self.joules = self._sensor.joules() - self._before
+        after = self._read()
+        if self._before is not None and after is not None:
+            self.joules = after - self._before
         self.seconds = time.monotonic() - self._began
 
-    def _read(self) -> None:
-        while self._sensor and not self._done.wait(EVERY_S):
-            try:
-                self._sensor.joules()
-            except (OSError, ValueError) as fault:  # a sum with a gap would be wrong
-                log.warning("%s cannot be read any more: %s", self._sensor.name, fault)
-                self._failed = True
-                return
+    def _read_on(self) -> None:
+        while not self._done.wait(EVERY_S) and self._read() is not None:
+            pass
+
+    def _read(self) -> float | None:
+        """The sensor's energy; None without a sensor, and after a failure: a gap falsifies sums."""
+        sensor = self._sensor
+        if sensor is None:
+            return None
+        try:
+            return sensor.joules()
+        except (OSError, ValueError) as fault:
+            log.warning("%s cannot be read any more: %s", sensor.name, fault)
+            self._sensor = None
+            return None
