@@ -27,19 +27,7 @@ from ondevice.work import CancelledError
 from wire import __version__, messages, storage, topics
 from wire.errors import OrderError, StalledError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
-from wire.messages import (
-    BlobRef,
-    Chunk,
-    Death,
-    Gone,
-    Hello,
-    Order,
-    Receipt,
-    Result,
-    Telemetry,
-    Update,
-    Want,
-)  # fmt: skip
+from wire.messages import Chunk, Gone, Order, Receipt, Result, Want
 from wire.storage import Patience
 
 log = logging.getLogger("edge-agent")
@@ -191,11 +179,11 @@ class Agent:
                 self._turned_away(message.reason)
             case Receipt(subject="result"):  # "measured" is for `edge-agent measure --submit`
                 self._apply(rounds.received(self._state, message))
-            case Hello():
+            case messages.Hello():
                 self._be_born()
             case Want():
                 self.blobs.answer(message, self._send_up)
-            case Update():
+            case messages.Update():
                 if self._updates.told(message):
                     self._be_born()
             case Chunk() | Gone():
@@ -330,7 +318,7 @@ class Agent:
         self._report("idle", 0, 0)
         meter.give_back()
 
-    def _tidy(self, keep: Iterable[BlobRef]) -> None:
+    def _tidy(self, keep: Iterable[messages.BlobRef]) -> None:
         """Remove the blobs that are not in `keep`, and weights that the journal does not name."""
         self.blobs.keep_only({ref.digest for ref in keep})
         self._folder.kept.tidy()
@@ -342,7 +330,7 @@ class Agent:
         if self._state.phase is Phase.OFFERING:
             self._state = replace(self._state, offer_at_s=0.0)
 
-    def _death(self, death: Death) -> tuple[str, bytes]:
+    def _death(self, death: messages.Death) -> tuple[str, bytes]:
         return self._topic("death"), messages.encode(death)
 
     def _report(self, phase: str, done: int, total: int) -> None:
@@ -351,7 +339,7 @@ class Agent:
             return
         self._reported = now
         if order := self._state.order:
-            report = Telemetry(
+            report = messages.Telemetry(
                 device=self.config.device,
                 run=order.run,
                 round=order.round,

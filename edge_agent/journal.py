@@ -134,16 +134,9 @@ class Journal:
             )
         )
 
-    def weights_file(self, run: str) -> str | None:
-        """The name of the file with the device's own weights for a run; None without any."""
-        read = "SELECT file FROM weights WHERE run = ?"
-        row = self._do(lambda db: db.execute(read, (run,)).fetchone())
-        return row[0] if row else None
-
-    def weights_files(self) -> set[str]:
-        """The names of all weights files that are still in use."""
-        rows = self._do(lambda db: db.execute("SELECT file FROM weights").fetchall())
-        return {file for (file,) in rows}
+    def weights_files(self) -> dict[str, str]:
+        """The name of the file with the device's own weights, for each run that has one."""
+        return self._do(lambda db: dict(db.execute("SELECT run, file FROM weights")))
 
     def close(self) -> None:
         """Close the database."""
@@ -234,14 +227,9 @@ def _begun_anew(path: Path, fault: DamagedError) -> sqlite3.Connection:
 
 def _find_weights(db: sqlite3.Connection, folder: Path) -> None:
     """Note the newest weights file of each run in the folder; a new journal knows none yet."""
-    newest: dict[str, int] = {}
-    for path in folder.glob("weights-*"):
-        if match := _WEIGHTS.fullmatch(path.name):
-            newest[match[1]] = max(newest.get(match[1], 0), int(match[2]))
+    found = filter(None, (_WEIGHTS.fullmatch(path.name) for path in folder.glob("weights-*")))
+    newest = {match[1]: match[0] for match in sorted(found, key=lambda match: int(match[2]))}
     with closing(db.cursor()) as cursor, db:
-        cursor.executemany(
-            "INSERT INTO weights VALUES (?, '', ?)",
-            [(run, f"weights-{run}-{number}.safetensors") for run, number in newest.items()],
-        )
+        cursor.executemany("INSERT INTO weights VALUES (?, '', ?)", newest.items())
     if newest:
         log.warning("the journal was gone; weights were found for %s", ", ".join(sorted(newest)))

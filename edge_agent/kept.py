@@ -27,7 +27,7 @@ class Kept:
         if order.feedback:
             path = self._folder / _owed(order.run, order.owed)
             return KeptFile(path if path.exists() else None)
-        name = self._journal.weights_file(order.run) if keeps_weights(order) else None
+        name = self._journal.weights_files().get(order.run) if keeps_weights(order) else None
         return KeptFile(self._folder / name if name else None)
 
     def put(self, order: Order, tensors: Tensors | None) -> str | None:
@@ -45,7 +45,7 @@ class Kept:
 
     def tidy(self) -> None:
         """Remove the weights that the journal no longer refers to."""
-        kept.keep_only(self._folder.glob("weights-*"), self._journal.weights_files())
+        kept.keep_only(self._folder.glob("weights-*"), self._journal.weights_files().values())
 
 
 def _owed(run: str, sequence: int) -> str:

@@ -5,16 +5,12 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edge_agent.completion import PrintCompletion
 from ondevice import config
 from wire import __version__, logs, records, stopping, storage
 from wire.errors import DataError, RefusedError, SettingsError, StillhouseError, StorageError
 from wire.settings import parse
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NO_IMAGES, NO_DISK, REFUSED = 3, 4, 5  # exit codes
 
@@ -221,19 +217,10 @@ def _run(chosen: argparse.Namespace) -> int:
     logs.to_stream(level=logging.DEBUG if chosen.verbose else logging.INFO)
     settings = config.load(chosen.config)
     _hold_threads(settings.threads)
-    ends: list[Callable[[], None]] = []
-
-    def say() -> str:
-        return (
-            "stopping; an order that is open is kept, and begun again at the next start; go on "
-            f"with: {stopping.command()}"
-        )
-
-    with stopping.instead(say, lambda: ends[-1]() if ends else None):
-        try:
-            serve(settings, ends.append)
-        except RefusedError as fault:
-            raise RefusedError(f"{fault}. As a service it tries again every 15 s") from fault
+    try:
+        serve(settings)
+    except RefusedError as fault:
+        raise RefusedError(f"{fault}. As a service it tries again every 15 s") from fault
     return 0
 
 

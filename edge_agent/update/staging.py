@@ -38,9 +38,8 @@ class Updates:
         self._update: Update | None = None
         self._fetch: Fetch | None = None
         self._fault = ""
-        self._since: float | None = None
-        self._began: float | None = None
-        self._up = self._well = False
+        self._since: dict[str, float] = {}  # when what each of root's files says began
+        self._told: set[str] = set()
 
     @property
     def word(self) -> str:
@@ -117,28 +116,24 @@ class Updates:
 
     def pause(self) -> None:
         """The connection is lost: ask again for everything, and restart the time to `healthy`."""
-        self._since = None
+        self._since.pop(HEALTHY, None)
         if self._fetch:
             self._fetch.forget_asked()
 
     def turns(self, now_s: float) -> None:
         """Note that the agent's loop runs; after `UP_S` root is told that the agent is up."""
-        self._began = now_s if self._began is None else self._began
-        if not self._up and now_s - self._began >= UP_S:
-            self._up = True
-            self._tell(UP)
+        self._after(UP_S, UP, now_s)
 
     def lives(self, now_s: float) -> None:
         """Note that the agent is connected; after `HEALTHY_S` root is told that it is well."""
-        self._since = now_s if self._since is None else self._since
-        if not self._well and now_s - self._since >= HEALTHY_S:
-            self._well = True
-            self._tell(HEALTHY)
+        self._after(HEALTHY_S, HEALTHY, now_s)
 
-    def _tell(self, name: str) -> None:
-        """Tell root by a file; this is tried only once."""
-        if self.own is None:
+    def _after(self, wait_s: float, name: str, now_s: float) -> None:
+        """Tell root by a file once something has held for a time; this is tried only once."""
+        since_s = self._since.setdefault(name, now_s)
+        if self.own is None or name in self._told or now_s - since_s < wait_s:
             return
+        self._told.add(name)
         content = {"version": self.own.version, "at": time.time()}
         try:
             self.config.updates.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ def test_a_damaged_journal_is_set_aside_and_begun_anew(tmp_path, damage, caplog)
     DAMAGE[damage](path)
     with contextlib.closing(Journal(path)) as journal:
         assert journal.latest() is None
-        assert journal.weights_file("run") == "weights-run-3.safetensors"
+        assert journal.weights_files().get("run") == "weights-run-3.safetensors"
         journal.accept(ORDER)
     with contextlib.closing(Journal(path)) as journal:
         assert journal.latest() == (ORDER, None, False)
