@@ -58,6 +58,7 @@ def listen() -> None:
     os.set_blocking(near, False)
     signal.set_wakeup_fd(near, warn_on_full_buffer=False)
     threading.Thread(target=_hear, args=(far,), name="signals", daemon=True).start()
+    sys.unraisablehook = _unraisable
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(number, _handle)
@@ -161,6 +162,14 @@ def _handle(number: int, _frame: object) -> None:
         return
     _interrupted = Interrupted(number)
     raise _interrupted
+
+
+def _unraisable(ignored: "sys.UnraisableHookArgs") -> None:
+    """End the process where Python would ignore `Interrupted`: in a weak reference's callback."""
+    if isinstance(ignored.exc_value, Interrupted):
+        _answered.wait(ANSWER_S)
+        _leave(ignored.exc_value.code)
+    sys.__unraisablehook__(ignored)
 
 
 def _hear(signals: int) -> None:

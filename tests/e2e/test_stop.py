@@ -92,9 +92,27 @@ def work():
 stopping.listen()
 sys.exit(stopping.run(work))
 """
+IGNORED = """
+import signal, sys, weakref
+from wire import stopping
+
+class Module:
+    pass
+
+def work():
+    module = Module()
+    watched = weakref.ref(module, lambda _: signal.raise_signal(signal.SIGINT))
+    del module
+    print("went on", flush=True)
+
+stopping.listen()
+sys.exit(stopping.run(work))
+"""
 
 
-@pytest.mark.parametrize("program", [HEARD_LATE, TURNED], ids=["heard_late", "turned"])
+@pytest.mark.parametrize(
+    "program", [HEARD_LATE, TURNED, IGNORED], ids=["heard_late", "turned", "ignored"]
+)
 def test_a_ctrl_c_among_imports_ends_the_program(program, tmp_path):
     (tmp_path / "program.py").write_text(program)
     done = subprocess.run(
