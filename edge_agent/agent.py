@@ -184,8 +184,7 @@ class Agent:
             case Want():
                 self.blobs.answer(message, self._send_up)
             case messages.Update():
-                if self._updates.told(message):
-                    self._be_born()
+                self._updates.told(message)
             case Chunk() | Gone():
                 if not self._updates.take(message, body) and self._supply:
                     self._supplied(lambda supply: supply.take(message, body))
@@ -217,6 +216,8 @@ class Agent:
             if self._state.phase is Phase.IDLE:
                 for want in self._updates.wants(now):
                     self._send_up(want, b"")
+            if self._updates.news():
+                self._be_born()
             self._apply(rounds.ticked(self._state, now, self.config.resend_s))
 
     def _pull(self, supply: Supply, now: float) -> None:

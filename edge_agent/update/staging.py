@@ -38,6 +38,7 @@ class Updates:
         self._update: Update | None = None
         self._fetch: Fetch | None = None
         self._fault = ""
+        self._news = False
         self._since: dict[str, float] = {}  # when what each of root's files says began
         self._told: set[str] = set()
 
@@ -55,10 +56,15 @@ class Updates:
             return f"{failed.version} failed: {failed.reason}".lstrip()
         return self._forgotten()
 
-    def told(self, update: Update) -> bool:
-        """Hear of a newer package; return whether `word` now says something new."""
+    def news(self) -> bool:
+        """Whether `word` says something new since this was last asked."""
+        news, self._news = self._news, False
+        return news
+
+    def told(self, update: Update) -> None:
+        """Hear of a newer package."""
         if self.own is None or (self._fetch and self._update == update):
-            return False
+            return
         self._update, self._fetch, self._fault = update, None, ""
         package = update.release.package
         try:
@@ -76,16 +82,17 @@ class Updates:
                     "when last.json is removed"
                 )
             if (self.config.updates / READY).exists():
-                return bool(self._forgotten())  # if "", root is working on it
+                self._news = bool(self._forgotten())  # if "", root is working on it
+                return
             store = BlobStore(self.config.updates / "blobs")
             store.keep_only({package.sha256})
             self._fetch = Fetch(
                 store, update.blob, window=self.config.window, retry_s=self.config.retry_s
             )
         except (StillhouseError, OSError) as fault:
-            return self._failed(fault)
+            self._failed(fault)
+            return
         log.info("update: %s is available; pulling it", package.version)
-        return False
 
     def wants(self, now_s: float) -> Iterator[Want]:
         """What to ask for now; stages the package when it is complete. For an idle device."""
@@ -164,10 +171,9 @@ class Updates:
         self._fetch = None
         log.info("update: %s is staged", self._update.release.package.version)
 
-    def _failed(self, fault: Exception) -> bool:
+    def _failed(self, fault: Exception) -> None:
         log.error("update: %s", fault)
-        self._fetch, self._fault = None, str(fault)
-        return True
+        self._fetch, self._fault, self._news = None, str(fault), True
 
 
 def installed(prefix: Path) -> Build | None:
