@@ -174,6 +174,8 @@ def _measure(chosen: argparse.Namespace) -> int:
     for path in filter(None, (None if to_stdout else chosen.json, chosen.roofline)):
         if not path.parent.is_dir():
             raise SettingsError(f"{path}: {path.parent} is no folder; make it")
+        if path.is_dir():
+            raise SettingsError(f"{path} is a folder; name a file in it")
     if chosen.roofline:
         roofline.check(chosen.roofline)
     artifact = open_artifact(

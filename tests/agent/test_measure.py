@@ -231,6 +231,7 @@ def test_without_matplotlib_the_terminal_tells_it(artifact, monkeypatch, capsys)
         (["--artifact", "nowhere", "--config", "no.toml"], "no.toml: cannot be read: No such file"),
         (["--artifact", "nowhere", "--submit"], "nowhere.toml is not there, or not for this user"),
         (["--artifact", "nowhere", "--json", "no/x.json"], "no/x.json: no is no folder; make it"),
+        (["--artifact", "nowhere", "--json", "/"], "/ is a folder; name a file in it"),
         (["--artifact", "nowhere", "--roofline", "x.pdf"], "expected a name that ends in .png"),
         ([], "no training artifact is here: none in"),
     ],
