@@ -82,7 +82,7 @@ class Journal:
             counters["session"] = counters.get("session", 0) + SESSIONS
             if machine:
                 if counters.get("machine", number) != number:
-                    del counters["state"]
+                    counters.pop("state", None)
                 counters["machine"] = number
             counters.setdefault("state", secrets.randbits(63))
             db.executemany("INSERT OR REPLACE INTO counters VALUES (?, ?)", counters.items())
