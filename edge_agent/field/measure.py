@@ -318,13 +318,9 @@ def text(report: Measurement) -> str:
         )
     lines += ["", *roofline.table(report)]
     peaks = [
-        f"{name} {peak / 1e6:.0f}"
-        for name, peak in (
-            ("train", memory.train_peak_bytes),
-            ("extract", memory.extract_peak_bytes),
-            ("eval", memory.eval_peak_bytes),
-        )
-        if peak is not None
+        f"{phase} {peak / 1e6:.0f}"
+        for phase in ("train", "extract", "eval")
+        if (peak := getattr(memory, f"{phase}_peak_bytes")) is not None
     ]
     lines += [
         "",
