@@ -65,7 +65,7 @@ class Report:
         self._awaited = ""
         self._logged = "", -math.inf
         self._opened_at: float | None = None
-        self._written = 0.0
+        self._next_write = 0.0
         self.entries = store.closed_rounds()
 
     @property
@@ -188,12 +188,17 @@ class Report:
         }
 
     def save(self, *, final: bool = False) -> None:
-        """Write status.json now and then, and report.json at the end."""
-        now = time.monotonic()
-        if final or now - self._written >= WRITE_S:
-            self._written = now
+        """Write status.json now and then, and report.json at the end.
+
+        The file grows with the rounds. The wait for the next write grows with the time that the
+        last one took, so that writing never takes more than a tenth of the run's time.
+        """
+        began = time.monotonic()
+        if final or began >= self._next_write:
             with contextlib.suppress(StalledError):  # a full disk is reported where it matters more
                 self._store.write_json("status.json", self.snapshot())
+            now = time.monotonic()
+            self._next_write = now + max(WRITE_S, 9 * (now - began))
         if final:
             config = self._config
             settled = classes.read(config.folder)
