@@ -5,12 +5,12 @@ dependencies), but never torch.
 """
 
 import sys
-from pathlib import Path
+from os.path import dirname, realpath  # `pathlib` takes milliseconds to import
 
 # Import our own `wire`, which lies beside this package, even if the current folder or the
 # environment has another package of that name.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, dirname(dirname(realpath(__file__))))  # noqa: PTH120
 
-from wire import stopping  # before onnxruntime, because importing wire turns off its reports
+from wire import early  # before onnxruntime, because importing wire turns off its reports
 
-stopping.early("edge_agent", "edge-agent")
+early.listen("edge_agent", "edge-agent")

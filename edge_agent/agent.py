@@ -23,22 +23,11 @@ from edge_agent.worker import Advanced, Ended, Worker
 from ondevice import images, meter
 from ondevice.config import AgentConfig
 from ondevice.outcome import Outcome
+from ondevice.work import CancelledError
 from wire import __version__, messages, storage, topics
 from wire.errors import OrderError, StalledError, StillhouseError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
-from wire.messages import (
-    BlobRef,
-    Chunk,
-    Death,
-    Gone,
-    Hello,
-    Order,
-    Receipt,
-    Result,
-    Telemetry,
-    Update,
-    Want,
-)  # fmt: skip
+from wire.messages import Chunk, Gone, Order, Receipt, Result, Want
 from wire.storage import Patience
 
 log = logging.getLogger("edge-agent")
@@ -140,7 +129,9 @@ class Agent:
             self._handle(event)
         except StalledError as fault:
             self._state = before
-            self._put_off.append(event)
+            # An order or receipt that is sent again while the disk is full is the same event.
+            if not (isinstance(event, Arrived) and event in self._put_off):
+                self._put_off.append(event)
             self._stalled(fault, "events")
 
     def _stalled(self, fault: StalledError, what: str) -> None:
@@ -186,17 +177,14 @@ class Agent:
                 self._apply(rounds.ordered(self._state, message, now, self.config.resend_s))
             case Receipt(subject="birth"):
                 self._turned_away(message.reason)
-            case Receipt(subject="measured"):  # for `edge-agent measure --submit`, which gets it
-                pass
-            case Receipt():
+            case Receipt(subject="result"):  # "measured" is for `edge-agent measure --submit`
                 self._apply(rounds.received(self._state, message))
-            case Hello():
+            case messages.Hello():
                 self._be_born()
             case Want():
                 self.blobs.answer(message, self._send_up)
-            case Update():
-                if self._updates.told(message):
-                    self._be_born()
+            case messages.Update():
+                self._updates.told(message)
             case Chunk() | Gone():
                 if not self._updates.take(message, body) and self._supply:
                     self._supplied(lambda supply: supply.take(message, body))
@@ -228,6 +216,8 @@ class Agent:
             if self._state.phase is Phase.IDLE:
                 for want in self._updates.wants(now):
                     self._send_up(want, b"")
+            if self._updates.news():
+                self._be_born()
             self._apply(rounds.ticked(self._state, now, self.config.resend_s))
 
     def _pull(self, supply: Supply, now: float) -> None:
@@ -267,14 +257,7 @@ class Agent:
                 log.info("round %d: order %d of %s", order.round, order.sequence, order.run)
             case Fetch(order):
                 try:
-                    self._supply = Supply(
-                        order,
-                        self.blobs,
-                        self._folder.shelf,
-                        window=self.config.window,
-                        retry_s=self.config.retry_s,
-                        max_bytes=self.config.max_download_bytes,
-                    )
+                    self._supply = Supply(order, self.blobs, self._folder.shelf, self.config)
                 except (StillhouseError, OSError) as fault:
                     self._take(Ended(order, StillhouseError(str(fault))))
             case Work(order):
@@ -293,21 +276,17 @@ class Agent:
         )
 
     def _ended(self, order: Order, outcome: Outcome | StillhouseError) -> None:
-        if self._state.order != order:  # a newer order has replaced it
-            return
+        if self._state.order != order or isinstance(outcome, CancelledError):
+            return  # a newer order has replaced it, even if it has come again since
         if isinstance(outcome, StillhouseError):
-            self._fail(order, outcome)
+            self._finish(order, None, fault=str(outcome))
+            log.error("round %d: %s", order.round, outcome)
+            self._supply = None
             return
-        kept_state = outcome.kept_state
-        weights_file = None if kept_state is None else self._folder.kept.put(order, kept_state)
+        weights_file = self._folder.kept.put(order, outcome.kept_state)
         log.info("round %d: done", order.round)
         self._finish(order, weights_file, blobs=outcome.blobs, metrics=outcome.metrics)
         self._tidy(outcome.blobs.values())
-
-    def _fail(self, order: Order, fault: StillhouseError) -> None:
-        self._finish(order, None, fault=str(fault))
-        log.error("round %d: %s", order.round, fault)
-        self._supply = None
 
     def _finish(
         self, order: Order, weights_file: str | None, fault: str = "", **outcome: Any
@@ -340,7 +319,7 @@ class Agent:
         self._report("idle", 0, 0)
         meter.give_back()
 
-    def _tidy(self, keep: Iterable[BlobRef]) -> None:
+    def _tidy(self, keep: Iterable[messages.BlobRef]) -> None:
         """Remove the blobs that are not in `keep`, and weights that the journal does not name."""
         self.blobs.keep_only({ref.digest for ref in keep})
         self._folder.kept.tidy()
@@ -352,7 +331,7 @@ class Agent:
         if self._state.phase is Phase.OFFERING:
             self._state = replace(self._state, offer_at_s=0.0)
 
-    def _death(self, death: Death) -> tuple[str, bytes]:
+    def _death(self, death: messages.Death) -> tuple[str, bytes]:
         return self._topic("death"), messages.encode(death)
 
     def _report(self, phase: str, done: int, total: int) -> None:
@@ -360,9 +339,8 @@ class Agent:
         if now - self._reported < self.config.telemetry_s and phase != "idle":
             return
         self._reported = now
-        order = self._state.order
-        if order:
-            report = Telemetry(
+        if order := self._state.order:
+            report = messages.Telemetry(
                 device=self.config.device,
                 run=order.run,
                 round=order.round,

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import ssl
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -78,14 +80,10 @@ def _python() -> Finding:
 
 def _processor(root: Path) -> Iterator[Finding]:
     flags: set[str] = set()
-    try:
-        lines = (root / "proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            flags |= set(value.split())
+    with suppress(OSError):
+        text = (root / "proc/cpuinfo").read_text()
+        for line in re.findall(r"^(?:flags|Features)\s*:(.*)", text, re.MULTILINE):
+            flags.update(line.split())
     known = {"asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "avx", "avx2", "fma",
              "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"}  # fmt: skip
     instructions = ", ".join(sorted(flags & known))
@@ -171,8 +169,8 @@ def _settings(path: Path, chosen: AgentConfig) -> Finding:
 
 
 def _disk(state: Path) -> Finding:
-    folder = next(each for each in (state, *state.parents) if each.exists())
     try:
+        folder = next(each for each in (state, *state.parents) if each.exists())
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
             file.flush()
@@ -261,15 +259,15 @@ def report(path: Path, say: Callable[[str], None] = print, *, as_json: bool = Fa
 
     `as_json` prints one list of them in the end instead.
     """
-    if as_json:
-        findings = list(examine(path))
-        say(json.dumps([finding._asdict() for finding in findings]))
-        return int(any(finding.level == "bad" for finding in findings))
-    worst = 0
-    say(f"edge-agent on {meter.model()}")
+    findings = []
+    if not as_json:
+        say(f"edge-agent on {meter.model()}")
     for finding in examine(path):
-        say(f"{finding.level.upper():4} {finding.what}")
-        if finding.level != "ok" and finding.remedy:
-            say(f"     -> {finding.remedy}")
-        worst |= finding.level == "bad"
-    return worst
+        findings.append(finding)
+        if not as_json:
+            say(f"{finding.level.upper():4} {finding.what}")
+            if finding.level != "ok" and finding.remedy:
+                say(f"     -> {finding.remedy}")
+    if as_json:
+        say(json.dumps([finding._asdict() for finding in findings]))
+    return int(any(finding.level == "bad" for finding in findings))

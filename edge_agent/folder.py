@@ -9,11 +9,13 @@ weights-*, owed-*   what the device keeps for its runs
 
 import errno
 import os
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from edge_agent.journal import Journal
 from edge_agent.kept import Kept
 from edge_agent.supply import Shelf
+from ondevice import meter
 from wire import storage
 from wire.blobs import BlobStore
 from wire.errors import SettingsError, StalledError
@@ -49,18 +51,12 @@ class Folder:
                 "may write to, /var/lib/stillhouse/state for the packaged service"
             ) from fault
         self._lock_file = path / "lock"
-        self._lock = storage.claim(self._lock_file, "edge-agent")
-        try:
+        with ExitStack() as opened:
+            self._lock = opened.enter_context(storage.claim(self._lock_file, "edge-agent"))
             self.blobs = BlobStore(path / "blobs", chunk_bytes, patience)
-            self.journal = Journal(path / "journal.db")
-        except BaseException:
-            self._lock.close()
-            raise
-        try:
-            self.state_id, self.first_session = self.journal.begin_sessions()
-        except BaseException:
-            self.close()
-            raise
+            self.journal = opened.enter_context(closing(Journal(path / "journal.db")))
+            self.state_id, self.first_session = self.journal.begin_sessions(meter.machine())
+            self._opened = opened.pop_all()
         self.kept = Kept(path, self.journal)
         self.shelf = Shelf(path / "artifacts")
 
@@ -74,5 +70,4 @@ class Folder:
 
     def close(self) -> None:
         """Close the journal and release the lock."""
-        self.journal.close()
-        self._lock.close()
+        self._opened.close()

@@ -7,6 +7,7 @@ A damaged journal is renamed to `journal.db.damaged-1`, and a new one is begun. 
 orchestrator sends an open order again, and the weights are found by the names of their files.
 """
 
+import hashlib
 import logging
 import re
 import secrets
@@ -64,18 +65,28 @@ class Journal:
                 with storage.at(self._path), self._db:
                     return work(self._db)
 
-    def begin_sessions(self) -> tuple[str, int]:
+    def begin_sessions(self, machine: str = "") -> tuple[str, int]:
         """The id of this state folder, and the first of `SESSIONS` session numbers for the caller.
 
         No number is ever given out twice. All numbers of an agent's connections come from one
-        write, so that no connection waits for the disk.
+        write, so that no connection waits for the disk. On another machine the folder gets a new
+        id: it may be a copy of a card that is still in use.
+
+        Args:
+            machine: a name that no other machine has; "" if there is none.
         """
+        number = int(hashlib.sha256(machine.encode()).hexdigest()[:15], 16)
 
         def begin(db: sqlite3.Connection) -> dict[str, int]:
-            for name, value in (("session", 0), ("state", secrets.randbits(63))):
-                db.execute("INSERT OR IGNORE INTO counters VALUES (?, ?)", (name, value))
-            db.execute("UPDATE counters SET value = value + ? WHERE name = 'session'", (SESSIONS,))
-            return dict(db.execute("SELECT name, value FROM counters"))
+            counters: dict[str, int] = dict(db.execute("SELECT name, value FROM counters"))
+            counters["session"] = counters.get("session", 0) + SESSIONS
+            if machine:
+                if counters.get("machine", number) != number:
+                    counters.pop("state", None)
+                counters["machine"] = number
+            counters.setdefault("state", secrets.randbits(63))
+            db.executemany("INSERT OR REPLACE INTO counters VALUES (?, ?)", counters.items())
+            return counters
 
         counters = self._do(begin)
         return f"{counters['state']:016x}", counters["session"] - SESSIONS + 1
@@ -123,16 +134,9 @@ class Journal:
             )
         )
 
-    def weights_file(self, run: str) -> str | None:
-        """The name of the file with the device's own weights for a run; None without any."""
-        read = "SELECT file FROM weights WHERE run = ?"
-        row = self._do(lambda db: db.execute(read, (run,)).fetchone())
-        return row[0] if row else None
-
-    def weights_files(self) -> set[str]:
-        """The names of all weights files that are still in use."""
-        rows = self._do(lambda db: db.execute("SELECT file FROM weights").fetchall())
-        return {file for (file,) in rows}
+    def weights_files(self) -> dict[str, str]:
+        """The name of the file with the device's own weights, for each run that has one."""
+        return self._do(lambda db: dict(db.execute("SELECT run, file FROM weights")))
 
     def close(self) -> None:
         """Close the database."""
@@ -223,14 +227,9 @@ def _begun_anew(path: Path, fault: DamagedError) -> sqlite3.Connection:
 
 def _find_weights(db: sqlite3.Connection, folder: Path) -> None:
     """Note the newest weights file of each run in the folder; a new journal knows none yet."""
-    newest: dict[str, int] = {}
-    for path in folder.glob("weights-*"):
-        if match := _WEIGHTS.fullmatch(path.name):
-            newest[match[1]] = max(newest.get(match[1], 0), int(match[2]))
+    found = filter(None, (_WEIGHTS.fullmatch(path.name) for path in folder.glob("weights-*")))
+    newest = {match[1]: match[0] for match in sorted(found, key=lambda match: int(match[2]))}
     with closing(db.cursor()) as cursor, db:
-        cursor.executemany(
-            "INSERT INTO weights VALUES (?, '', ?)",
-            [(run, f"weights-{run}-{number}.safetensors") for run, number in newest.items()],
-        )
+        cursor.executemany("INSERT INTO weights VALUES (?, '', ?)", newest.items())
     if newest:
         log.warning("the journal was gone; weights were found for %s", ", ".join(sorted(newest)))

@@ -7,15 +7,11 @@ The journal names the weights files that are in use. Two owed files are kept: th
 order began with, and its own, because its result may be accepted or not.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from edge_agent.journal import Journal
 from ondevice import kept
-from ondevice.kept import KeptFile
+from ondevice.kept import KeptFile, Tensors
 from ondevice.order import keeps_weights
 from wire.messages import Order
 
@@ -31,11 +27,13 @@ class Kept:
         if order.feedback:
             path = self._folder / _owed(order.run, order.owed)
             return KeptFile(path if path.exists() else None)
-        name = self._journal.weights_file(order.run) if keeps_weights(order) else None
+        name = self._journal.weights_files().get(order.run) if keeps_weights(order) else None
         return KeptFile(self._folder / name if name else None)
 
-    def put(self, order: Order, tensors: Mapping[str, NDArray[Any]]) -> str | None:
-        """Write what an order leaves; return its weights file for the journal, or None."""
+    def put(self, order: Order, tensors: Tensors | None) -> str | None:
+        """Write what an order leaves, if anything; return its weights file for the journal."""
+        if tensors is None:
+            return None
         if not order.feedback:
             name = f"weights-{order.run}-{order.sequence}.safetensors"
             kept.write(self._folder / name, tensors)
@@ -47,7 +45,7 @@ class Kept:
 
     def tidy(self) -> None:
         """Remove the weights that the journal no longer refers to."""
-        kept.keep_only(self._folder.glob("weights-*"), self._journal.weights_files())
+        kept.keep_only(self._folder.glob("weights-*"), self._journal.weights_files().values())
 
 
 def _owed(run: str, sequence: int) -> str:

@@ -5,16 +5,12 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edge_agent.completion import PrintCompletion
 from ondevice import config
 from wire import __version__, logs, records, stopping, storage
 from wire.errors import DataError, RefusedError, SettingsError, StillhouseError, StorageError
 from wire.settings import parse
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NO_IMAGES, NO_DISK, REFUSED = 3, 4, 5  # exit codes
 
@@ -35,15 +31,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="join the fleet and work until stopped")
+    run.set_defaults(do=_run)
     run.add_argument("--config", type=Path, required=True, help="agent.toml")
     run.add_argument("--verbose", action="store_true", help="say more")
     doctor = commands.add_parser("doctor", help="look for what keeps this device from taking part")
+    doctor.set_defaults(do=_doctor)
     doctor.add_argument("--config", type=Path, default=Path("/etc/stillhouse/agent.toml"),
                         help="agent.toml; default: /etc/stillhouse/agent.toml")  # fmt: skip
     doctor.add_argument("--json", action="store_true", help="findings as JSON, for scripts")
     _add_measure(commands.add_parser("measure", help="what training costs on this device"))
     _add_predict(commands.add_parser("predict", help="say what is on photos"))
     init = commands.add_parser("init", help="write a commented configuration")
+    init.set_defaults(do=_init)
     init.add_argument("file", type=Path, nargs="?", default=Path("agent.toml"),
                       help="where to; default: agent.toml")  # fmt: skip
     other = "another value in the file, such as threads=2; may be repeated"
@@ -66,7 +65,8 @@ def _main(arguments: list[str] | None) -> int:
         if more:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
         with storage.at(Path()):
-            return _do(chosen)
+            code: int = chosen.do(chosen)
+            return code
     except StillhouseError as fault:
         print(f"edge-agent: {fault}", file=sys.stderr)
         # systemd starts the service again after these: images may arrive, a disk may be repaired or
@@ -80,22 +80,15 @@ def _main(arguments: list[str] | None) -> int:
         return NO_DISK
 
 
-def _do(chosen: argparse.Namespace) -> int:
-    if chosen.command == "init":
-        return _init(chosen.file, chosen.changes, as_json=chosen.json)
-    if chosen.command == "measure":
-        return _measure(chosen)
-    if chosen.command == "predict":
-        return _predict(chosen)
-    if chosen.command == "doctor":
-        from edge_agent import doctor as doctoring
+def _doctor(chosen: argparse.Namespace) -> int:
+    from edge_agent import doctor
 
-        return doctoring.report(chosen.config, as_json=chosen.json)
-    return _run(chosen.config, verbose=chosen.verbose)
+    return doctor.report(chosen.config, as_json=chosen.json)
 
 
-def _init(path: Path, changes: list[str], *, as_json: bool) -> int:
-    text = config.template(parse(config.AgentConfig, changes))
+def _init(chosen: argparse.Namespace) -> int:
+    path: Path = chosen.file
+    text = config.template(parse(config.AgentConfig, chosen.changes))
     if path.is_dir():
         raise SettingsError(f"{path} is a folder; name the file, {path / 'agent.toml'}, say")
     try:
@@ -106,12 +99,13 @@ def _init(path: Path, changes: list[str], *, as_json: bool) -> int:
         print(f"edge-agent: {path}: {fault.strerror}; nothing was written", file=sys.stderr)
         return 2
     told = f"{path} written; edit it, then: edge-agent run --config {path}"
-    print(json.dumps({"file": str(path)}) if as_json else told)
+    print(json.dumps({"file": str(path)}) if chosen.json else told)
     return 0
 
 
 def _add_predict(command: argparse.ArgumentParser) -> None:
     command.usage = "edge-agent predict [-h] [--top N] [--json] (MODEL | --config FILE) PHOTO ..."
+    command.set_defaults(do=_predict)
     add = command.add_argument
     paths = "an .onnx file that `orchestrator export` wrote, then photos and folders of photos"
     own = "agent.toml; instead of an .onnx file, the network that this device trained last"
@@ -141,6 +135,7 @@ def _predict(chosen: argparse.Namespace) -> int:
 
 
 def _add_measure(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(do=_measure)
     add = command.add_argument
     add("--artifact", type=Path, help="folder of the artifact; default: the package's "
         "ResNet-8, or else the one that came with this device's last run")  # fmt: skip
@@ -179,6 +174,8 @@ def _measure(chosen: argparse.Namespace) -> int:
     for path in filter(None, (None if to_stdout else chosen.json, chosen.roofline)):
         if not path.parent.is_dir():
             raise SettingsError(f"{path}: {path.parent} is no folder; make it")
+        if path.is_dir():
+            raise SettingsError(f"{path} is a folder; name a file in it")
     if chosen.roofline:
         roofline.check(chosen.roofline)
     artifact = open_artifact(
@@ -216,26 +213,16 @@ def _measure(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _run(path: Path, *, verbose: bool) -> int:
+def _run(chosen: argparse.Namespace) -> int:
     from edge_agent.service import serve
 
-    logs.to_stream(level=logging.DEBUG if verbose else logging.INFO)
-
-    chosen = config.load(path)
-    _hold_threads(chosen.threads)
-    ends: list[Callable[[], None]] = []
-
-    def say() -> str:
-        return (
-            "stopping; an order that is open is kept, and begun again at the next start; go on "
-            f"with: {stopping.command()}"
-        )
-
-    with stopping.instead(say, lambda: ends[-1]() if ends else None):
-        try:
-            serve(chosen, ends.append)
-        except RefusedError as fault:
-            raise RefusedError(f"{fault}. As a service it tries again every 15 s") from fault
+    logs.to_stream(level=logging.DEBUG if chosen.verbose else logging.INFO)
+    settings = config.load(chosen.config)
+    _hold_threads(settings.threads)
+    try:
+        serve(settings)
+    except RefusedError as fault:
+        raise RefusedError(f"{fault}. As a service it tries again every 15 s") from fault
     return 0
 
 

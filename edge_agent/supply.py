@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ondevice.config import AgentConfig
 from wire import storage
 from wire.artifact import Artifact, open_artifact
 from wire.blobs import BlobStore, Fetch
@@ -76,26 +77,14 @@ class Supply:
         order: names the blobs.
         blobs: where they go.
         shelf: where the artifact goes once it is complete.
-        window, retry_s: for each `Fetch`.
-        max_bytes: a larger blob is refused before anything is asked for.
+        config: the agent's settings.
 
     Raises:
-        TransferError: a blob is larger than `max_bytes`.
+        TransferError: a blob is larger than `max_download_bytes`; nothing is asked for.
     """
 
-    def __init__(
-        self,
-        order: Order,
-        blobs: BlobStore,
-        shelf: Shelf,
-        *,
-        window: int,
-        retry_s: float,
-        max_bytes: int,
-    ) -> None:
-        self.order, self._shelf = order, shelf
-        self._blobs, self._window, self._retry_s = blobs, window, retry_s
-        self._max_bytes = max_bytes
+    def __init__(self, order: Order, blobs: BlobStore, shelf: Shelf, config: AgentConfig) -> None:
+        self.order, self._blobs, self._shelf, self._config = order, blobs, shelf, config
         self._manifest: Manifest | None = None
         self._assembled = self._intact()
         self._queue = [ref for ref in (order.state, order.teacher) if ref]
@@ -107,16 +96,13 @@ class Supply:
 
     def advance(self) -> bool:
         """Move on to the next blob when one is done; whether everything is here."""
-        while True:
-            if self._fetch is None or self._fetch.done:
-                self._arrived()
-                if not self._queue:
-                    return True
-                self._fetch = Fetch(
-                    self._blobs, self._queue[0], window=self._window, retry_s=self._retry_s
-                )
-            if not self._fetch.done:
-                return False
+        window, retry_s = self._config.window, self._config.retry_s
+        while self._fetch is None or self._fetch.done:
+            self._arrived()
+            if not self._queue:
+                return True
+            self._fetch = Fetch(self._blobs, self._queue[0], window=window, retry_s=retry_s)
+        return False
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -166,10 +152,10 @@ class Supply:
         return True
 
     def _check(self, ref: BlobRef) -> None:
-        if ref.size > self._max_bytes:
+        if ref.size > (most := self._config.max_download_bytes):
             raise TransferError(
                 f"blob {ref.digest:.12} has {ref.size} bytes, this device accepts at most "
-                f"{self._max_bytes}; raise max_download_bytes in agent.toml"
+                f"{most}; raise max_download_bytes in agent.toml"
             )
 
     def _arrived(self) -> None:
@@ -187,7 +173,6 @@ class Supply:
             files = [BlobRef(f.sha256, f.bytes, chunk_bytes) for f in self._manifest.files.values()]
             for ref in files:
                 self._check(ref)
-            self._queue = [r for r in self._queue if r.digest != self.order.artifact.digest]
             self._queue[:0] = files
         if all(self._blobs.has(f.sha256) for f in self._manifest.files.values()):
             with storage.at(self._shelf.folder):
@@ -199,8 +184,8 @@ class Supply:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         digests = {name: f.sha256 for name, f in manifest.files.items()}
-        for name, digest in {"manifest.json": self.order.artifact.digest, **digests}.items():
+        # The manifest comes last: `measure` looks for it, and takes a folder with one for whole.
+        for name, digest in {**digests, "manifest.json": self.order.artifact.digest}.items():
             shutil.copyfile(self._blobs.path(digest), building / name)
         building.rename(folder)
         self._assembled = True
-        self._queue = [ref for ref in self._queue if not self._blobs.has(ref.digest)]

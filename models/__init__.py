@@ -2,38 +2,11 @@
 
 from models.average import Average
 from models.clip import Clip
-from models.registry import (
-    SplitModel,
-    build,
-    freeze,
-    inherit,
-    input_shape,
-    names,
-    sources,
-    try_out,
-)
+from models.registry import SplitModel, build, freeze, inherit, input_shape, names, sources, try_out
 from models.submodel import layout, narrow
-from models.units import Layout, Units, choose, cut, digest, kept_widths, paste, places
+from models.units import Units
 
 __all__ = [
-    "Average",
-    "Clip",
-    "Layout",
-    "SplitModel",
-    "Units",
-    "build",
-    "choose",
-    "cut",
-    "digest",
-    "freeze",
-    "inherit",
-    "input_shape",
-    "kept_widths",
-    "layout",
-    "names",
-    "narrow",
-    "paste",
-    "places",
-    "sources",
-    "try_out",
-]
+    "Average", "Clip", "SplitModel", "Units", "build", "freeze", "inherit", "input_shape", "layout",
+    "names", "narrow", "sources", "try_out",
+]  # fmt: skip

@@ -11,7 +11,6 @@ the shape of one sample. A name may begin with the folder that it is relative to
 `locate` finds what else a user may bring (a strategy's class) by the same forms of names.
 """
 
-import difflib
 import hashlib
 import inspect
 import logging
@@ -31,8 +30,10 @@ from torch.nn.parameter import is_lazy
 
 from models.imports import Scope, plain, seeded
 from models.submodel import run
+from wire import records
 from wire.errors import StillhouseError
 from wire.names import MARK
+from wire.records import did_you_mean
 
 _CLASSES = ("classes", "num_classes")
 log = logging.getLogger("models")
@@ -89,42 +90,33 @@ class Foreign:
     found: Found
     _last: Callable[[], object] = field(default=lambda: None)
 
-    @property
-    def name(self) -> str:
-        """As it was written."""
-        return self.found.name
-
     def make(self, classes: int, shape: tuple[int, ...]) -> nn.Module:
         """A new network; the random numbers of numpy and Python follow torch's seed, too.
 
         Raises:
             StillhouseError: it takes something else, raises, or returns no new network.
         """
+        name = self.found.name
         with seeded(torch.initial_seed() % (1 << 32)):
             made = self._call(classes, shape)
         if not isinstance(made, nn.Module):
             raise StillhouseError(
-                f"{self.name}: expected it to return a torch.nn.Module, got {type(made).__name__}"
+                f"{name}: expected it to return a torch.nn.Module, got {type(made).__name__}"
             )
         if made is self._last():
             raise StillhouseError(
-                f"{self.name}: returns the same network at each call; make a new one each time, so "
+                f"{name}: returns the same network at each call; make a new one each time, so "
                 "that its weights follow from the run's seed"
             )
         self._last = weakref.ref(made)
         if any(map(is_lazy, made.parameters())):  # such layers take their shapes from a first batch
-            run(made.eval(), torch.zeros(2, *shape), fails=f"{self.name} fails on {shape}")
+            run(made.eval(), torch.zeros(2, *shape), fails=f"{name} fails on {shape}")
             made.train()
         return made
 
-    @property
-    def sources(self) -> Mapping[str, str]:
-        """SHA-256 of its source files, by path, as far as they are imported."""
-        return self.found.sources
-
     def _call(self, classes: int, shape: tuple[int, ...]) -> object:
         last: Exception | None = None
-        for asked in _asked(self.name, self.found.value):
+        for asked in _asked(self.found.name, self.found.value):
             values = {key: shape if key == "input_shape" else classes for key in asked}
             state = torch.get_rng_state()
             try:
@@ -135,7 +127,8 @@ class Foreign:
                     break
             torch.set_rng_state(state)
         assert last is not None  # noqa: S101 - there is something to ask for, or nothing
-        raise StillhouseError(f"{self.name}: fails {place_of(last, self.found.scope)}") from last
+        where = place_of(last, self.found.scope)
+        raise StillhouseError(f"{self.found.name}: fails {where}") from last
 
 
 def find(name: str) -> Foreign | None:
@@ -248,13 +241,14 @@ def _find(name: str, current: str, kind: Kind) -> Found:
 
 
 def _file(name: str, place: str, folders: list[Path], kind: Kind) -> Path:
-    tried = [(folder / Path(place).expanduser()).resolve() for folder in folders]
+    below = records.path(place, name, StillhouseError)
+    tried = [(folder / below).resolve() for folder in folders]
     for path in tried:
         if path.is_file():
             return path
     beside = [path.name for path in tried[0].parent.glob("*.py")]
-    hint = _nearest(tried[0].name, beside)
-    raise StillhouseError(f"{name}: no file {tried[0]}{hint or '; ' + kind.forms}")
+    hint = did_you_mean(tried[0].name, beside, 0.5) or f"; {kind.forms}"
+    raise StillhouseError(f"{name}: no file {tried[0]}{hint}")
 
 
 def _resolved(name: str, place: str, attribute: str, folders: list[Path], kind: Kind) -> Found:
@@ -267,7 +261,7 @@ def _resolved(name: str, place: str, attribute: str, folders: list[Path], kind: 
             where = " and ".join(dict.fromkeys(map(str, folders))) or "the installed packages"
             raise StillhouseError(
                 f"{name}: cannot be imported: no module {plain(fault.name or '')!r} in {where}, "
-                f"nor installed{_nearest(place, near) or '; ' + kind.forms}"
+                f"nor installed{did_you_mean(place, near, 0.5) or '; ' + kind.forms}"
             ) from fault
         raise StillhouseError(f"{name}: importing it fails {place_of(fault, scope)}") from fault
     found: Any = module
@@ -276,7 +270,7 @@ def _resolved(name: str, place: str, attribute: str, folders: list[Path], kind: 
             known = [key for key in vars(found) if not key.startswith("_")]
             raise StillhouseError(
                 f"{name}: {getattr(module, '__file__', place)} has no {part!r}"
-                f"{_nearest(part, known) or '; it has ' + _callables(found)}"
+                f"{did_you_mean(part, known, 0.5) or '; it has ' + _callables(found)}"
             )
         found = getattr(found, part)
     return Found(name, scope, found)
@@ -295,8 +289,7 @@ def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:
     except (TypeError, ValueError):  # a builtin has no signature
         return [(), ("classes",)]
     kinds = inspect.Parameter
-    known = ("classes", "num_classes", "input_shape")
-    asked = tuple(p.name for p in parameters if p.name in known)
+    asked = tuple(p.name for p in parameters if p.name in (*_CLASSES, "input_shape"))
     for parameter in parameters:
         open_ = parameter.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
         if not open_ and parameter.default is kinds.empty and parameter.name not in asked:
@@ -307,11 +300,11 @@ def _asked(name: str, factory: Callable[..., Any]) -> list[tuple[str, ...]]:
             )
     if not any(p.kind is kinds.VAR_KEYWORD for p in parameters):
         return [asked]
+    offered = dict.fromkeys((tuple(dict.fromkeys((*asked, "input_shape"))), asked))
     if any(key in asked for key in _CLASSES):
-        return [tuple(dict.fromkeys((*asked, "input_shape"))), asked]
-    shaped = tuple(dict.fromkeys((*asked, "input_shape")))
+        return list(offered)
     # Both names first: what they are passed to may swallow the wrong one, as MobileNetV3 does.
-    return [(*key, *rest) for rest in dict.fromkeys((shaped, asked))
+    return [(*key, *rest) for rest in offered
             for key in (_CLASSES, ("classes",), ("num_classes",), ())]  # fmt: skip
 
 
@@ -352,8 +345,3 @@ def _callables(owner: object) -> str:
     if isinstance(owner, ModuleType):
         names = [k for k in names if getattr(vars(owner)[k], "__module__", None) == owner.__name__]
     return ", ".join(names) or "none of its own"
-
-
-def _nearest(word: str, words: list[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

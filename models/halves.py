@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from models.submodel import FORWARD_FAULTS
+from models.submodel import FORWARD_FAULTS, first_line
 
 _INNER = "inner."
 
@@ -40,7 +40,7 @@ def traced(model: nn.Module, path: str, shape: tuple[int, ...]) -> tuple[fx.Grap
         parent = path.rpartition(".")[0]
         raise NoCutError(
             f"the forward pass of {'the network' if not parent else repr(parent)}, or one "
-            f"around it, cannot be followed by torch.fx: {_line(fault)}"
+            f"around it, cannot be followed by torch.fx: {first_line(fault)}"
         ) from fault
     return _halves(graph, whole, _INNER + path, shape)
 
@@ -238,7 +238,3 @@ def _described(node: fx.Node) -> str:
         return f"parameter {str(target).removeprefix(_INNER)!r}"
     what = "module" if node.op == "call_module" else "operation"
     return f"the output of {what} {str(target).removeprefix(_INNER)!r}"
-
-
-def _line(fault: Exception) -> str:
-    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]

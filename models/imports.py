@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import itertools
 import random
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -246,12 +247,4 @@ def _holds_ours(entry: str) -> bool:
 
 def plain(text: str) -> str:
     """A message without the names of private packages."""
-    return "".join(_without(text))
-
-
-def _without(text: str) -> Iterator[str]:
-    first, *rest = text.split(_PREFIX)
-    yield first
-    for part in rest:
-        number, dot, after = part.partition(".")
-        yield after if dot and number.isdigit() else part
+    return re.sub(rf"{_PREFIX}(\d+\.)?", "", text)

@@ -153,7 +153,7 @@ def sources(name: str) -> Mapping[str, str]:
     A file that the forward pass imports is listed once that has run.
     """
     foreign_network = _known(parse(name)[0])
-    return {} if foreign_network is None else foreign_network.sources
+    return {} if foreign_network is None else foreign_network.found.sources
 
 
 def try_out(model: nn.Module, name: str, *, classes: int, shape: tuple[int, ...]) -> Shape | None:
@@ -182,14 +182,20 @@ def try_out(model: nn.Module, name: str, *, classes: int, shape: tuple[int, ...]
             )
     if not isinstance(model, SplitModel):
         return None
-    with torch.no_grad():
-        maps, same = model.extract(x)
-        features = model.extractor(x)
-    if features.ndim != 4 or not (_equal(maps, features) and _equal(same, logits)):
-        raise StillhouseError(
-            f"{name}: expected extract(x) to return the output of `extractor` (N, channels, "
-            "height, width) and the logits of forward(x), got something else"
-        )
+    expected = (
+        f"{name}: expected extract(x) to return the output of `extractor` (N, channels, height, "
+        "width) and the logits of forward(x), got "
+    )
+    try:
+        with torch.no_grad():
+            maps, same = model.extract(x)
+            features = model.extractor(x)
+        sound = features.ndim == 4 and _equal(maps, features) and _equal(same, logits)
+    except submodel.FORWARD_FAULTS as fault:
+        got = f"{type(fault).__name__}: {submodel.first_line(fault)}"
+        raise StillhouseError(f"{expected}{got}") from fault
+    if not sound:
+        raise StillhouseError(f"{expected}something else")
     return features.shape[1], features.shape[2], features.shape[3]
 
 

@@ -9,7 +9,7 @@ trace of its calls (`models.halves`), one for training and one for evaluation mo
 import copy
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,13 +26,11 @@ class Cut:
     """Where a network is cut: its two parts, each in training mode (True) and in evaluation mode.
 
     Attributes:
-        path: the module behind which it is cut.
         extractor: the graph up to there, by mode.
         rest: the graph behind it, by mode.
         copies: whether the rest writes into the feature map, so that it needs a copy.
     """
 
-    path: str
     extractor: Mapping[bool, fx.Graph]
     rest: Mapping[bool, fx.Graph]
     copies: bool = False
@@ -147,7 +145,7 @@ def _find(model: nn.Module, path: str, shape: tuple[int, ...]) -> Cut:
     for training in (True, False):
         twin = copy.deepcopy(model).train(training)
         extractor[training], rest[training] = traced(twin, path, shape)
-    cut = Cut(path, extractor, rest)
+    cut = Cut(extractor, rest)
     both = SplitAt(copy.deepcopy(model), cut)
     inside = {id(tensor): key for key, tensor in _tensors(both.extractor)}
     for key, tensor in _tensors(both.rest):
@@ -178,7 +176,7 @@ def _proven(model: nn.Module, cut: Cut, shape: tuple[int, ...]) -> Cut:
             copies = copies or not torch.equal(before, features)
         if logits.shape != expected.shape or not torch.allclose(logits, expected, 1e-3, 1e-4):
             raise NoCutError("the two parts together compute something else than the network")
-    return Cut(cut.path, cut.extractor, cut.rest, copies)
+    return replace(cut, copies=copies)
 
 
 def _adopt(part: nn.Module, model: nn.Module, path: str) -> None:

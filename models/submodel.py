@@ -24,13 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # the one class of all batch and instance norms
 
 from models import channels
-from models.units import Layout, Units, all_places, choose, cut, digest, kept_widths, paste, places
+from models.units import Layout, all_places, choose, cut, digest, kept_widths, paste
 from wire.errors import StillhouseError
 
-__all__ = [
-    "Layout", "Units", "choose", "cut", "digest", "kept_widths", "layout", "narrow", "paste",
-    "places",
-]  # fmt: skip
+__all__ = ["Layout", "choose", "cut", "digest", "kept_widths", "layout", "narrow"]
 
 # What the forward pass of a user's module may raise when it does not take a batch.
 FORWARD_FAULTS = (
@@ -196,14 +193,19 @@ def run(model: nn.Module, x: Tensor, *, fails: str, remedy: str = TAKES) -> Tens
         with torch.no_grad():
             logits = model(x)
     except FORWARD_FAULTS as fault:
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
-        raise StillhouseError(f"{fails}, in {running[-1]}: {reason}; {remedy}") from fault
+        where, reason = running[-1], first_line(fault)
+        raise StillhouseError(f"{fails}, in {where}: {reason}; {remedy}") from fault
     finally:
         for handle in handles:
             handle.remove()
     if not isinstance(logits, Tensor):
         raise StillhouseError(f"{fails}: it returns a {type(logits).__name__}; {remedy}")
     return logits
+
+
+def first_line(fault: Exception) -> str:
+    """The first line of an exception's text, or its type if it has none."""
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
 
 
 def _select(tensor: Tensor, at: tuple[np.ndarray, ...]) -> Tensor:

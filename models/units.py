@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from wire import seeds
+from wire import records, seeds
 from wire.errors import StillhouseError
 
 Array = NDArray[Any]
@@ -111,19 +111,19 @@ def choose(
 def digest(units: Units) -> str:
     """SHA-256, in hexadecimal, of the index set's canonical JSON; equal sets have equal digests."""
     plain = {name: indices.tolist() for name, indices in units.items()}
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def places(layout: Layout, units: Units, name: str) -> Places:
-    """The place of a sub-model's tensor `name` in the whole one; see `Places`."""
-    return _places(layout, _marks(layout, units), name)
+    return hashlib.sha256(records.canonical(plain)).hexdigest()
 
 
 def all_places(layout: Layout, units: Units) -> dict[str, Places]:
-    """`places` of every tensor, at about the cost of one."""
-    marks = _marks(layout, units)
-    return {name: _places(layout, marks, name) for name in layout.axes}
+    """The place of each of a sub-model's tensors in the whole one; see `Places`."""
+    # Whether each unit stays, by its number; the last entry, which index -1 finds, is true.
+    marks = np.zeros(sum(layout.groups.values()) + 1, bool)
+    marks[-1] = True
+    first = 0
+    for name, width in layout.groups.items():
+        marks[first + units[name]] = True
+        first += width
+    return {name: _places(axes, layout.shapes[name], marks) for name, axes in layout.axes.items()}
 
 
 def cut(state: Mapping[str, Array], layout: Layout, units: Units) -> dict[str, Array]:
@@ -143,21 +143,11 @@ def paste(
     return whole
 
 
-def _marks(layout: Layout, units: Units) -> NDArray[np.bool_]:
-    """Whether each unit stays, by its number; the last entry, which index -1 finds, is true."""
-    marks = np.zeros(sum(layout.groups.values()) + 1, bool)
-    marks[-1] = True
-    first = 0
-    for name, width in layout.groups.items():
-        marks[first + units[name]] = True
-        first += width
-    return marks
-
-
-def _places(layout: Layout, marks: NDArray[np.bool_], name: str) -> Places:
-    axes = layout.axes[name]
+def _places(
+    axes: tuple[Axis | None, ...], shape: tuple[int, ...], marks: NDArray[np.bool_]
+) -> Places:
     cuts = max((i for i, axis in enumerate(axes, 1) if axis is not None), default=0)
     return tuple(
         np.arange(length) if axis is None else np.flatnonzero(marks[axis])
-        for axis, length in zip(axes[:cuts], layout.shapes[name][:cuts], strict=True)
+        for axis, length in zip(axes[:cuts], shape[:cuts], strict=True)
     )

@@ -62,21 +62,19 @@ class AgentConfig:
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
         topics.check_name(self.fleet, "fleet name")
-        if min(self.image) < 1:
-            raise ValueError(f"image: expected [channels, height, width], got {self.image}")
-        if not 0 <= self.bad_share <= 1:
-            raise ValueError(f"bad_share: expected a share from 0 to 1, got {self.bad_share}")
-        if not 1024 <= self.chunk_bytes <= 1 << 19:
-            raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
-        if self.threads < 0:
-            raise ValueError(f"threads: expected 0 (all cores) or more, got {self.threads}")
-        if self.window < 1:
-            raise ValueError(f"window: expected 1 or more, got {self.window}")
-        for name in ("retry_s", "resend_s", "telemetry_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected over 0, got {getattr(self, name)}")
-        if not 0 < self.update_minutes <= 24 * 60:
-            raise ValueError(f"update_minutes: expected over 0 to a day, got {self.update_minutes}")
+        for name, fits, expected in (
+            ("image", min(self.image) >= 1, "[channels, height, width]"),
+            ("bad_share", 0 <= self.bad_share <= 1, "a share from 0 to 1"),
+            ("chunk_bytes", 1024 <= self.chunk_bytes <= 1 << 19, f"1024 to {1 << 19}"),
+            ("threads", self.threads >= 0, "0 (all cores) or more"),
+            ("window", self.window >= 1, "1 or more"),
+            ("retry_s", self.retry_s > 0, "over 0"),
+            ("resend_s", self.resend_s > 0, "over 0"),
+            ("telemetry_s", self.telemetry_s > 0, "over 0"),
+            ("update_minutes", 0 < self.update_minutes <= 24 * 60, "over 0 to a day"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
         if self.release_key:
             try:
                 signing.check_public(self.release_key)
@@ -94,8 +92,7 @@ TEMPLATE = Template(
         "device": Setting("device-0", "the name it is enrolled under (orchestrator enroll)"),
         "fleet": Setting("fleet", "the fleet it belongs to"),
         "data": Setting(
-            "images",
-            "an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class",
+            "images", "an .npz with x (N, H, W, C) uint8 and y, or a folder, a sub-folder a class"
         ),
         "state": Setting("state", "artifacts, weights and the journal; survives power cuts"),
         "image": Setting(

@@ -10,7 +10,6 @@ On other machines than x86 with glibc, nothing is changed.
 
 import ctypes
 import platform
-from types import TracebackType
 
 # MXCSR is the last 32-bit word of glibc's fenv_t; its bits 15 and 6 are FTZ and DAZ.
 _WORDS, _MXCSR, _ZERO = 8, 7, 1 << 15 | 1 << 6
@@ -47,11 +46,6 @@ class Denormals:
             self._inside[_MXCSR] |= _ZERO
         _LIBM.fesetenv(self._inside)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if _LIBM is not None:
             _LIBM.fesetenv(self._outside)

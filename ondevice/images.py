@@ -102,10 +102,7 @@ class ImageSet:
 
 
 def load(
-    path: Path,
-    *,
-    input_shape: tuple[int, ...],
-    bad_share: float = photos.BAD_SHARE,
+    path: Path, *, input_shape: tuple[int, ...], bad_share: float = photos.BAD_SHARE
 ) -> ImageSet:
     """Read an `.npz` or a folder of images; see `ondevice.photos`.
 

@@ -90,6 +90,18 @@ def model(root: Path = _ROOT) -> str:
     return platform.node()
 
 
+def machine(root: Path = _ROOT) -> str:
+    """A name that no other machine has: a board's serial number, or else the system's id; or "".
+
+    A copy of a board's card has the system's id, too, but not the board's number.
+    """
+    for path in ("proc/device-tree/serial-number", "etc/machine-id"):
+        with suppress(OSError):
+            if name := (root / path).read_text().strip("\0\n "):
+                return name
+    return ""
+
+
 def this_platform() -> Platform:
     """A description of this machine."""
     return Platform(

@@ -11,7 +11,7 @@ read and write, so a layer whose data stay in a cache may be over 100 %.
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,6 +54,14 @@ def of_roof(row: LayerTime, machine: Machine) -> float:
 def longest(layers: Iterable[LayerTime], number: int = SHOWN) -> list[LayerTime]:
     """The layers and phases that take the most time, slowest first."""
     return sorted(layers, key=lambda row: -row.seconds)[:number]
+
+
+def sums(layers: Iterable[LayerTime]) -> Iterator[LayerTime]:
+    """Each phase summed over its layers."""
+    for phase in PHASES:
+        rows = [row for row in layers if row.phase == phase]
+        keys = ("flops", "bytes", "activation_bytes", "seconds")
+        yield LayerTime(phase, phase, *(sum(getattr(row, key) for row in rows) for key in keys))
 
 
 def table(report: Measurement) -> list[str]:
@@ -129,7 +137,10 @@ def draw_fleet(path: Path, reports: Mapping[str, Measurement]) -> None:
     import matplotlib as mpl
 
     figure, axes = canvas()
-    phases = {name: _phases(report) for name, report in reports.items()}
+    phases = {
+        name: [p for p in map(_point, sums(report.layers)) if p.intensity and p.gflops]
+        for name, report in reports.items()
+    }
     everything = list(itertools.chain.from_iterable(phases.values()))
     _frame(axes, [report.machine for report in reports.values()], everything)
     colours = mpl.colormaps["viridis"]
@@ -182,18 +193,6 @@ def _point(row: LayerTime) -> Point:
     intensity = row.flops / row.bytes if row.bytes else 0.0
     gflops = row.flops / row.seconds / 1e9 if row.seconds else 0.0
     return Point(row.name or "(model)", row.phase, intensity, gflops, row.seconds)
-
-
-def _phases(report: Measurement) -> list[Point]:
-    """The sums of each phase over its layers."""
-    points = []
-    for phase in PHASES:
-        rows = [row for row in report.layers if row.phase == phase]
-        flops, moved = sum(row.flops for row in rows), sum(row.bytes for row in rows)
-        seconds = sum(row.seconds for row in rows)
-        if flops and moved and seconds:
-            points.append(Point(phase, phase, flops / moved, flops / seconds / 1e9, seconds))
-    return points
 
 
 def _frame(axes: "Axes", machines: Sequence[Machine], points: Sequence[Point]) -> None:

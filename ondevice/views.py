@@ -43,13 +43,6 @@ class Looks(NamedTuple):
         """The looks of the chosen samples."""
         return Looks(self.rows[chosen], self.columns[chosen], self.flips[chosen])
 
-    @property
-    def plain(self) -> bool:
-        """Whether all samples stay unchanged."""
-        return bool((self.rows == PAD).all() and (self.columns == PAD).all()) and not any(
-            self.flips
-        )
-
 
 def looks(view: int, n: int) -> Looks:
     """The looks of `n` samples in a view, in the order of the samples.

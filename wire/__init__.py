@@ -5,7 +5,7 @@
     artifacts       `artifact`, `manifest/`, `costs`, `names`, `classes`
     signed          `signing`, `release`, `measurement`
     on disk         `storage`, `locks`
-    in a process    `records`, `logs`, `stopping`, `extras`, `seeds`, `errors`
+    in a process    `records`, `checks`, `logs`, `early`, `stopping`, `extras`, `seeds`, `errors`
 
 It needs the standard library, numpy and msgpack. Three more packages are imported in one file each:
 zstandard (`wire.codecs.entropy`), paho-mqtt (`wire.link`) and cryptography (`wire.signing`).

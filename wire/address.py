@@ -21,9 +21,18 @@ _ZONE = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # of an IPv6 address: an interface'
 _AT = "(?:[@\uff20\ufe6b]|%40)"
 # What stands in the port's place but may be a password, because the host was forgotten.
 _NO_PORT = r":(?!//)(?![\d+_. -]{0,8}(?:[/?#\s]|$))"
-_TLS_SCHEMES = ("ssl", "tls", "mqtt+ssl", "mqtt+tls", "mqtts+ssl", "secure-mqtt")
-_PLAIN_SCHEMES = ("tcp", "mqtt+tcp")
-_WEB_SCHEMES = ("ws", "wss", "http", "https")
+_WEB = (
+    "; HTTP and WebSockets are not spoken here: name the broker's own MQTT port, usually 1883 or "
+    "8883"
+)
+_SCHEME_HINTS = {
+    **dict.fromkeys(
+        ("ssl", "tls", "mqtt+ssl", "mqtt+tls", "mqtts+ssl", "secure-mqtt"), "; write mqtts"
+    ),
+    **dict.fromkeys(("tcp", "mqtt+tcp"), "; write mqtt"),
+    **dict.fromkeys(("ws", "wss", "http", "https"), _WEB),
+}
+_FILES = ("ca_file", "cert_file", "key_file")
 
 
 class Endpoint(NamedTuple):
@@ -51,10 +60,7 @@ def redacted(text: str) -> str:
     and does not look like a port.
     """
     text = re.sub(
-        rf"^(\s*[^:/?#@\s]*:/*)?.*{_AT}",
-        lambda m: f"{m[1] or ''}***@",
-        text,
-        flags=re.DOTALL,
+        rf"^(\s*[^:/?#@\s]*:/*)?.*{_AT}", lambda m: f"{m[1] or ''}***@", text, flags=re.DOTALL
     )
     if "***@" not in text:
         before = r"^(\s*(?:[^:/?#]*:/+)?(?:\[[^\[\]/]*\]|[^:/?#]*))"
@@ -86,7 +92,8 @@ def parse(url: str) -> Endpoint:
     scheme, host, port, rest = match.groups()
     scheme = scheme.lower()
     if scheme not in PORTS:
-        raise ValueError(f"url {shown}: scheme {scheme!r}: {EXPECTED}{_scheme_hint(scheme)}")
+        hint = _SCHEME_HINTS.get(scheme, "")
+        raise ValueError(f"url {shown}: scheme {scheme!r}: {EXPECTED}{hint}")
     try:
         endpoint = Endpoint(
             scheme, _host(host), PORTS[scheme] if port is None else parse_port(port)
@@ -184,19 +191,6 @@ def _ascii_hint(url: str) -> str:
         return ""
 
 
-def _scheme_hint(scheme: str) -> str:
-    if scheme in _TLS_SCHEMES:
-        return "; write mqtts"
-    if scheme in _PLAIN_SCHEMES:
-        return "; write mqtt"
-    if scheme in _WEB_SCHEMES:
-        return (
-            "; HTTP and WebSockets are not spoken here: name the broker's own MQTT port, "
-            "usually 1883 or 8883"
-        )
-    return ""
-
-
 @dataclass(frozen=True)
 class BrokerAddress:
     """Where the broker is, and who we are there.
@@ -222,7 +216,7 @@ class BrokerAddress:
         endpoint = parse(self.url)
         for name, value in {**endpoint._asdict(), "url": endpoint.url}.items():
             object.__setattr__(self, name, value)
-        files = [name for name in ("ca_file", "cert_file", "key_file") if getattr(self, name)]
+        files = [name for name in _FILES if getattr(self, name)]
         if files and not self.secure:
             raise ValueError(f"{files[0]} is for TLS, and url {self.url} is not: write mqtts://")
         if self.key_file and not self.cert_file:
@@ -240,18 +234,13 @@ class BrokerAddress:
         return self.scheme == "mqtts"
 
     def beside(self, folder: Path) -> Self:
-        """The same address, with files relative to a folder, and `~` as the user's home.
+        """The same address, with files relative to a folder.
 
         Raises:
             ValueError: a file does not exist.
         """
-        files = {}
-        for name in ("ca_file", "cert_file", "key_file"):
-            if (path := getattr(self, name)) is not None:
-                try:
-                    files[name] = folder / path.expanduser()
-                except RuntimeError as fault:
-                    raise ValueError(f"{name}: {path}: {fault}") from fault
-                if not files[name].is_file():
-                    raise ValueError(f"{name}: no file {files[name]}")
+        files = {name: folder / getattr(self, name) for name in _FILES if getattr(self, name)}
+        for name, path in files.items():
+            if not path.is_file():
+                raise ValueError(f"{name}: no file {path}")
         return replace(self, **files)

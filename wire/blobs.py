@@ -374,10 +374,6 @@ class Fetch:
 
 def _write_at(path: Path, at: int, data: bytes | memoryview) -> None:
     """Overwrite a part of an existing file."""
-    handle = os.open(path, os.O_WRONLY)
-    try:
-        while len(data):
-            done = os.pwrite(handle, data, at)
-            data, at = data[done:], at + done
-    finally:
-        os.close(handle)
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)

@@ -28,6 +28,7 @@ MAX_NODES = 1 << 16
 MAX_ROWS = 1 << 14
 MAX_COST = 1 << 62
 
+_SIZES = ("flops", "bytes", "activation_bytes", "nodes")
 _LAYER = re.compile(r"[!-~]{0,256}")
 
 
@@ -45,7 +46,7 @@ class LayerCost:
     def __post_init__(self) -> None:
         if not _LAYER.fullmatch(self.name):
             raise ValueError(f"layer name: expected up to 256 printable, got {self.name!r:.80}")
-        for key in ("flops", "bytes", "activation_bytes", "nodes"):
+        for key in _SIZES:
             _check_size(f"{key} of layer {self.name!r}", getattr(self, key))
 
 
@@ -62,7 +63,7 @@ class NodeCosts:
         lengths = [len(self.row), len(self.flops), len(self.bytes), len(self.activation_bytes)]
         if min(lengths) != max(lengths) or lengths[0] > MAX_NODES:
             raise ValueError(f"nodes: expected columns of one length to {MAX_NODES}, got {lengths}")
-        for key in ("flops", "bytes", "activation_bytes"):
+        for key in _SIZES[:-1]:
             for number, size in enumerate(getattr(self, key)):
                 _check_size(f"{key} of node n{number}", size)
 
@@ -81,14 +82,7 @@ def layer_costs(places: Sequence[tuple[str, Phase]], nodes: NodeCosts) -> tuple[
 def total(layers: Iterable[LayerCost], phase: Phase) -> LayerCost:
     """The sums of one phase over all layers, under the name ""."""
     chosen = [layer for layer in layers if layer.phase == phase]
-    return LayerCost(
-        "",
-        phase,
-        sum(layer.flops for layer in chosen),
-        sum(layer.bytes for layer in chosen),
-        sum(layer.activation_bytes for layer in chosen),
-        sum(layer.nodes for layer in chosen),
-    )
+    return LayerCost("", phase, *(sum(getattr(layer, key) for layer in chosen) for key in _SIZES))
 
 
 def check(layers: tuple[LayerCost, ...], nodes: NodeCosts, *, flops: int) -> None:

@@ -14,21 +14,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
-from wire import records, signing, topics
+from wire import checks, records, signing, topics
 from wire.costs import MAX_ROWS, Phase
 from wire.errors import SignatureError, WireError
 from wire.manifest import ModelInfo
 from wire.messages import Platform
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 FORMAT = "stillhouse-measure/2"
 MAX_BYTES = 128 << 10  # about 1,100 rows of layers; a broker that takes our chunks takes this too
 MAX_NUMBER = 1 << 62
-MAX_TEXT = 256
 _UTC = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\dZ", re.ASCII)
 
 
@@ -172,10 +168,10 @@ class Measurement:
 
     def to_bytes(self) -> bytes:
         """The measurement as canonical JSON, with its signature."""
-        return _canonical(records.plain(self))
+        return records.canonical(self)
 
 
-def sign(key: "Ed25519PrivateKey", report: Mapping[str, Any]) -> Measurement:
+def sign(key: "signing.PrivateKey", report: Mapping[str, Any]) -> Measurement:
     """The measurement of a report: with the public key, and signed.
 
     Raises:
@@ -185,7 +181,8 @@ def sign(key: "Ed25519PrivateKey", report: Mapping[str, Any]) -> Measurement:
     unsigned = records.build(Measurement, content, where="measurement", error=WireError)
     plain = records.plain(unsigned)
     del plain["signature"]
-    return dataclasses.replace(unsigned, signature=signing.sign(key, FORMAT, _canonical(plain)))
+    signature = signing.sign(key, FORMAT, records.canonical(plain))
+    return dataclasses.replace(unsigned, signature=signature)
 
 
 def verify(data: bytes, *, where: str) -> Measurement:
@@ -213,15 +210,12 @@ def verify(data: bytes, *, where: str) -> Measurement:
         )
     measurement = records.build(Measurement, content, where=where, error=WireError)
     signed = {name: value for name, value in content.items() if name != "signature"}
+    message = records.canonical(signed)
     try:
-        signing.verify(measurement.device, FORMAT, _canonical(signed), measurement.signature)
+        signing.verify(measurement.device, FORMAT, message, measurement.signature)
     except SignatureError as fault:
         raise SignatureError(f"{where}: {fault}") from fault
     return measurement
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _refuse(constant: str) -> NoReturn:
@@ -245,8 +239,8 @@ def _leaves(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 def _check(where: str, value: object) -> None:
     """Raise ValueError unless a table and a picture can show this number or text."""
-    if isinstance(value, str) and (len(value) > MAX_TEXT or not value.isprintable()):
-        raise ValueError(f"{where}: expected up to {MAX_TEXT} printable, got {value!r:.80}")
+    if isinstance(value, str):
+        checks.texts(**{where: value})
     if isinstance(value, int | float) and not where.startswith("heat."):
         if not 0 <= value < MAX_NUMBER:  # NaN and infinity too
             raise ValueError(f"{where}: expected 0 or more, below {MAX_NUMBER}, got {value}")

@@ -31,8 +31,8 @@ def cut(name: str, split: str) -> str:
 
 def parse(name: str) -> tuple[str, str]:
     """The name and the split that `cut` joined."""
-    whole, mark, path = name.rpartition("@")
-    return (whole, path) if mark and whole and not set(path) & set("/:") else (name, "")
+    whole, _, path = name.rpartition("@")
+    return (whole, path) if whole and path and not set(path) & set("/:") else (name, "")
 
 
 def title(name: str) -> str:

@@ -14,8 +14,8 @@ read nor written. A field with `repr=False` is a secret text, which no message r
 import dataclasses
 import datetime as dt
 import difflib
+import json
 import math
-import re
 import tomllib
 import types
 import typing
@@ -29,16 +29,12 @@ from wire.errors import SettingsError, StillhouseError
 T = TypeVar("T")
 MAX_NAME = 255  # bytes of a file's name, the limit of nearly every file system
 _DEEPEST = 32  # levels of nested lists and tables in a file
+_COMPARED = 256  # characters of a word that `nearest` reads; a hostile one may have a million
 _LARGEST = 1 << 63  # TOML's whole numbers are below this
 
 
 def build(
-    cls: type[T],
-    mapping: object,
-    *,
-    where: str,
-    error: type[StillhouseError],
-    strict: bool = True,
+    cls: type[T], mapping: object, *, where: str, error: type[StillhouseError], strict: bool = True
 ) -> T:
     """The `cls` that `mapping` describes.
 
@@ -67,13 +63,12 @@ def build(
         if field.name in mapping:
             place = f"{where}: {field.name}"
             try:
-                values[field.name] = _value(
-                    known[field.name], mapping[field.name], place, error, strict
-                )
+                value = mapping[field.name]
+                values[field.name] = _value(known[field.name], value, place, error, strict)
             except error:
                 if field.repr:
                     raise
-                got = type(mapping[field.name]).__name__  # a secret: no message shows its value
+                got = type(value).__name__  # a secret: no message shows its value
                 raise error(f"{place}: expected text in quotes, got {got}") from None
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise error(f"{where}: key {field.name!r} is missing")
@@ -160,11 +155,17 @@ def _too_deep(where: str) -> str:
     return f"{where}: lists and tables are nested too deeply; expected at most {_DEEPEST} levels"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The known word nearest to `word`, whatever its capitals; "" if none is near."""
     spelled = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), spelled, n=1)
+    near = difflib.get_close_matches(word[:_COMPARED].lower(), spelled, n=1, cutoff=cutoff)
     return spelled[near[0]] if near else ""
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message that names the nearest known word; "" if none is near."""
+    near = nearest(word, known, cutoff)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def plain(record: object) -> Any:
@@ -180,6 +181,12 @@ def plain(record: object) -> Any:
     return str(record) if isinstance(record, Path) else record
 
 
+def canonical(record: object) -> bytes:
+    """The canonical JSON of `plain(record)`: sorted keys, no spaces, ASCII."""
+    text = json.dumps(plain(record), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode()
+
+
 def expanded(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with `~` expanded, also in `--option=~/x`, which shells do not expand.
 
@@ -192,12 +199,17 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         if argument.startswith("--") and "=" in argument:
             option, _, value = argument.partition("=")
         if value.startswith("~"):
-            value = str(_path(value, option or "command line", SettingsError))
+            value = str(path(value, option or "command line", SettingsError))
         result.append(f"{option}={value}" if option else value)
     return result
 
 
-def _path(text: str, where: str, error: type[StillhouseError]) -> Path:
+def path(text: str, where: str, error: type[StillhouseError]) -> Path:
+    """The path in a text from outside, with `~` expanded.
+
+    Raises:
+        error: it is empty, no file system takes it, or it begins with a user that is not there.
+    """
     if not text:
         raise error(f"{where}: expected a path, got an empty one; name one, or leave it out")
     longest = max(len(part.encode()) for part in text.split("/"))
@@ -222,30 +234,35 @@ def _value(hint: Any, value: object, where: str, error: type[StillhouseError], s
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value not in arguments:
-            near = nearest(str(value), arguments)
-            hint_text = f"; did you mean {near!r}?" if near else ""
-            choices = ", ".join(map(repr, arguments))
-            raise error(f"{where}: expected one of {choices}, got {_shown(value)}{hint_text}")
+            choices, near = ", ".join(map(repr, arguments)), did_you_mean(str(value), arguments)
+            raise error(f"{where}: expected one of {choices}, got {_shown(value)}{near}")
         return value
     if origin is tuple and isinstance(value, list | tuple):
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise error(f"{where}: expected {len(arguments)} values, got {len(value)}")
-        of = arguments[0]
-        return tuple(_value(of, v, f"{where}[{i}]", error, strict) for i, v in enumerate(value))
+        return _items(arguments[0], value, where, error, strict)
     if origin is Mapping and isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise error(f"{where}: expected text keys, got {list(value)!r:.80}")
         of = arguments[1]
-        return {k: _value(of, v, f"{where}.{k}", error, strict) for k, v in value.items()}
+        return {k: _value(of, v, f"{where}.{k:.80}", error, strict) for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where=where, error=error, strict=strict)  # type: ignore[arg-type]
     if hint is Path and isinstance(value, str):
-        return _path(value, where, error)
+        return path(value, where, error)
     if hint is float and type(value) is int and abs(value) <= 2 * _LARGEST:
         return float(value)
     if hint in (bool, int, float, str, bytes, types.NoneType) and type(value) is hint:
         return value
     raise error(f"{where}: expected {_named(wanted)}, got {type(value).__name__} {_shown(value)}")
+
+
+def _items(
+    of: Any, items: Sequence[Any], where: str, error: type[StillhouseError], strict: bool
+) -> tuple[Any, ...]:
+    if set(map(type, items)) <= {of}:  # a message may hold a million numbers: not one by one
+        return tuple(items)
+    return tuple(_value(of, item, f"{where}[{i}]", error, strict) for i, item in enumerate(items))
 
 
 def _named(hint: Any) -> str:
@@ -260,8 +277,15 @@ def _named(hint: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value for messages, without the part of a URL before an @, which may be a password."""
-    return re.sub(r"//.*(@|%40)", r"//***\1", repr(value), flags=re.DOTALL)[:60]
+    """A value for messages, without the part of a URL before an @, which may be a password.
+
+    This takes a time linear in the value's length: a regular expression that looks for both ends
+    takes hours for a megabyte of slashes, which a device may send.
+    """
+    text = repr(value)
+    before, slashes, rest = text.partition("//")
+    at = max(rest.rfind("@"), rest.rfind("%40"))
+    return (f"{before}//***{rest[at:]}" if slashes and at >= 0 else text)[:60]
 
 
 def _member(hint: Any, value: object) -> Any:

@@ -10,28 +10,16 @@ import re
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from wire import records, signing
+from wire import checks, records, signing
 from wire.errors import ReleaseError
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 CONTEXT = "stillhouse-release/1"
 NAME = "stillhouse-edge-agent"
 MAX_BYTES = 1 << 30
 _VERSION = re.compile(r"[0-9][A-Za-z0-9.+~-]{0,63}")
+_PYTHON = re.compile(r"3\.[0-9]{1,2}")
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-def _check_build(version: str, architecture: str, python: str) -> None:
-    if not _VERSION.fullmatch(version):
-        raise ValueError(f"version: expected one of Debian without an epoch, got {version!r:.80}")
-    if not _PLAIN.fullmatch(architecture) or not re.fullmatch(r"3\.[0-9]{1,2}", python):
-        raise ValueError(f"expected an architecture and a Python, got {architecture!r:.80} and "
-                         f"{python!r:.80}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +31,15 @@ class Build:
     python: str
 
     def __post_init__(self) -> None:
-        _check_build(self.version, self.architecture, self.python)
+        if not _VERSION.fullmatch(self.version):
+            raise ValueError(
+                f"version: expected one of Debian without an epoch, got {self.version!r:.80}"
+            )
+        if not _PLAIN.fullmatch(self.architecture) or not _PYTHON.fullmatch(self.python):
+            raise ValueError(
+                f"expected an architecture and a Python, got {self.architecture!r:.80} and "
+                f"{self.python!r:.80}"
+            )
 
 
 @dataclass(frozen=True)
@@ -59,12 +55,9 @@ class Package:
     created: str
 
     def __post_init__(self) -> None:
-        _check_build(self.version, self.architecture, self.python)
-        if not _DIGEST.fullmatch(self.sha256) or not 0 < self.size <= MAX_BYTES:
-            raise ValueError(
-                f"expected 64 hex digits and 1 to {MAX_BYTES} bytes, got {self.sha256!r:.80} and "
-                f"{self.size}"
-            )
+        Build(self.version, self.architecture, self.python)
+        checks.digest("sha256", self.sha256)
+        checks.within("size", self.size, 1, MAX_BYTES, " bytes")
 
 
 @dataclass(frozen=True)
@@ -75,9 +68,9 @@ class Release:
     signature: str
 
 
-def sign(key: "Ed25519PrivateKey", package: Package) -> Release:
+def sign(key: "signing.PrivateKey", package: Package) -> Release:
     """The release of a package: signs it."""
-    return Release(package, signing.sign(key, CONTEXT, _canonical(package)))
+    return Release(package, signing.sign(key, CONTEXT, records.canonical(package)))
 
 
 def parse(data: bytes, where: str) -> Release:
@@ -109,7 +102,7 @@ def verify(release: Release, key: str) -> None:
     Raises:
         SignatureError: somebody else did, or nobody.
     """
-    signing.verify(key, CONTEXT, _canonical(release.package), release.signature)
+    signing.verify(key, CONTEXT, records.canonical(release.package), release.signature)
 
 
 def check(release: Release, installed: Build, *, key: str, refused: dict[str, str]) -> None:
@@ -149,10 +142,6 @@ def newer(version: str, than: str) -> bool:
             if a != b:
                 return a > b
     return False
-
-
-def _canonical(package: Package) -> bytes:
-    return json.dumps(records.plain(package), sort_keys=True, separators=(",", ":")).encode()
 
 
 _END = ([0], 0)

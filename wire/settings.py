@@ -161,10 +161,9 @@ def _nearest(key: str, known: Iterable[str]) -> str:
     table, _, last = key.lower().rpartition(".")
     near = [name for name in known if name.lower().rpartition(".")[2] == last]
     beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == table}
-    if table and beside:
-        near = near or [beside[name] for name in filter(None, [records.nearest(last, beside)])]
-    else:
-        near = near or list(filter(None, [records.nearest(key, known)]))
+    if not near:
+        guess = records.nearest(last, beside) if table and beside else records.nearest(key, known)
+        near = [beside.get(guess, guess)] if guess else []
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     if table and beside:

@@ -8,20 +8,21 @@ a measurement. `cryptography` is imported at first use, because an idle agent do
 
 import base64
 import binascii
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wire import storage
 from wire.errors import SignatureError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    PrivateKey = Ed25519PrivateKey
+
 PREFIX = "ed25519:"
 
 
-def own_key(path: Path) -> "Ed25519PrivateKey":
+def own_key(path: Path) -> "PrivateKey":
     """The private key in a file; if there is no file, it is created with a new key.
 
     Raises:
@@ -37,13 +38,7 @@ def own_key(path: Path) -> "Ed25519PrivateKey":
                 serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
             )
-            partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(pem)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+            storage.write(path, pem, 0o600)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as fault:
         raise SignatureError(f"{path}: {fault.strerror}; no key can be kept there") from fault
@@ -54,12 +49,12 @@ def own_key(path: Path) -> "Ed25519PrivateKey":
     return key
 
 
-def public(key: "Ed25519PrivateKey") -> str:
+def public(key: "PrivateKey") -> str:
     """The public key that belongs to a private one, as text."""
     return PREFIX + base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
 
-def sign(key: "Ed25519PrivateKey", context: str, message: bytes) -> str:
+def sign(key: "PrivateKey", context: str, message: bytes) -> str:
     """The signature of a message, as text."""
     return base64.b64encode(key.sign(_in_context(context, message))).decode()
 

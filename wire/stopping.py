@@ -7,7 +7,7 @@ computing. The first signal does this:
     within `instead`                       a function is called, and the program ends when it can
     otherwise                              `Interrupted` is raised in the main thread
 
-Nothing is installed in a process that was not started as one of our programs.
+Nothing is installed in a process that was not started as one of our programs (`wire.early`).
 """
 
 import os
@@ -30,6 +30,7 @@ asked = threading.Event()  # a first signal came
 _answered = threading.Event()
 _children: set["subprocess.Popen[bytes]"] = set()
 _instead: list["_Instead"] = []
+_interrupted: "Interrupted | None" = None  # what `_handle` has raised
 _raises = False
 _listening = False
 
@@ -47,21 +48,6 @@ class _Instead(NamedTuple):
     stop: Callable[[], None] | None
 
 
-def early(package: str, script: str = "") -> None:
-    """Listen from here on if this process was started as a program of a package.
-
-    Call this first in the package's __init__.py.
-
-    Args:
-        package: as in `python -m PACKAGE...`.
-        script: the name of its command, if it has one.
-    """
-    command = sys.orig_argv
-    module = command[command.index("-m") + 1] if "-m" in command[:-1] else ""
-    if module.split(".")[0] == package or (script and sys.argv[0].rpartition("/")[2] == script):
-        listen()
-
-
 def listen() -> None:
     """Hear both signals from here on; until `run` is called, each ends the process at once."""
     global _listening  # noqa: PLW0603
@@ -72,6 +58,7 @@ def listen() -> None:
     os.set_blocking(near, False)
     signal.set_wakeup_fd(near, warn_on_full_buffer=False)
     threading.Thread(target=_hear, args=(far,), name="signals", daemon=True).start()
+    sys.unraisablehook = _unraisable
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(number, _handle)
@@ -92,7 +79,11 @@ def run(work: Callable[[], int | None]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is still in the buffer
         return 128 + signal.SIGPIPE
-    except Interrupted as stop:
+    except (Interrupted, ImportError) as fault:
+        # A module written in C may put an ImportError in the place of `Interrupted`.
+        stop = fault if isinstance(fault, Interrupted) else _interrupted
+        if stop is None:
+            raise
         _answered.wait(ANSWER_S)
         _leave(stop.code)  # threads at work are not waited for
     else:
@@ -160,13 +151,25 @@ def _unread() -> bool:
 
 def _handle(number: int, _frame: object) -> None:
     """Handle a signal in the main thread."""
-    if asked.is_set() or not _raises:
+    global _interrupted  # noqa: PLW0603
+    if asked.is_set():
         return  # `_hear` ends the process
+    if not _raises:
+        _leave(128 + number)  # not left to `_hear`: once it looks, `_raises` may be set
     asked.set()
     if _instead and _instead[-1].stop:
         _instead[-1].stop()
         return
-    raise Interrupted(number)
+    _interrupted = Interrupted(number)
+    raise _interrupted
+
+
+def _unraisable(ignored: "sys.UnraisableHookArgs") -> None:
+    """End the process where Python would ignore `Interrupted`: in a weak reference's callback."""
+    if isinstance(ignored.exc_value, Interrupted):
+        _answered.wait(ANSWER_S)
+        _leave(ignored.exc_value.code)
+    sys.__unraisablehook__(ignored)
 
 
 def _hear(signals: int) -> None:

@@ -90,11 +90,10 @@ class Entry:
             raise ValueError(f"shape of {self.name!r} is out of range: {self.shape!r:.80}")
         if (self.spec == "raw") != (self.dtype in RAW_DTYPES) or self.dtype not in KNOWN_DTYPES:
             raise ValueError(f"{self.name!r}: no {self.dtype!r:.40} tensor as {self.spec!r:.80}")
-        if self.spec != "raw":
-            try:
-                codecs.parse(self.spec)
-            except CodecError as fault:
-                raise ValueError(f"{self.name!r}: {fault}") from fault
+        try:
+            _ = self.codec
+        except CodecError as fault:
+            raise ValueError(f"{self.name!r}: {fault}") from fault
         if self.size is None:
             if not self.fixed_size:
                 raise ValueError(f"{self.name!r} as {self.spec} needs a size, got none")
@@ -106,6 +105,11 @@ class Entry:
             )
 
     @property
+    def codec(self) -> Codec | None:
+        """The codec of its spec; None for integers, which have none."""
+        return None if self.spec == "raw" else codecs.parse(self.spec)
+
+    @property
     def values(self) -> int:
         """How many values the tensor has."""
         return math.prod(self.shape)
@@ -113,7 +117,7 @@ class Entry:
     @property
     def fixed_size(self) -> bool:
         """Whether shape and spec determine the length of the encoded tensor."""
-        return self.spec == "raw" or codecs.parse(self.spec).fixed_size
+        return self.codec is None or self.codec.fixed_size
 
     @property
     def bytes(self) -> int:
@@ -122,9 +126,9 @@ class Entry:
 
     @property
     def _largest(self) -> int:
-        if self.spec == "raw":
+        if self.codec is None:
             return self.values * np.dtype(self.dtype).itemsize
-        return codecs.parse(self.spec).size(self.values)
+        return self.codec.size(self.values)
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,12 @@ class Part:
             CodecError: the body does not fit its entry.
         """
         entry = self.entry
-        if entry.spec == "raw":
+        if entry.codec is None:
             flat = np.frombuffer(self.body, np.dtype(entry.dtype).newbyteorder("<"))
             flat = flat.astype(entry.dtype)
         else:
             seed = _seed(self.seed, entry.name)
-            codec = codecs.parse(entry.spec)
-            flat = codec.decode(self.body, entry.values, seed=seed, name=entry.name)
+            flat = entry.codec.decode(self.body, entry.values, seed=seed, name=entry.name)
         return flat.reshape(entry.shape)
 
     def lattice(self) -> Lattice | None:
@@ -158,9 +161,9 @@ class Part:
             CodecError: the body does not fit its entry.
         """
         entry = self.entry
-        if entry.spec == "raw":
+        if entry.codec is None:
             return None
-        return codecs.parse(entry.spec).lattice(self.body, entry.shape, name=entry.name)
+        return entry.codec.lattice(self.body, entry.shape, name=entry.name)
 
 
 @dataclass(frozen=True)

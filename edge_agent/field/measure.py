@@ -15,10 +15,12 @@ convolutions and matrix products. Nodes are timed in separate runs, because prof
 
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
+import timeit
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +35,6 @@ from edge_agent.field import sensors
 from ondevice import meter, peer, roofline
 from wire import __version__, records
 from wire.artifact import Artifact
-from wire.costs import PHASES, Phase
 from wire.errors import ArtifactError
 from wire.manifest import Graph, Manifest
 from wire.measurement import FORMAT, Measurement
@@ -99,19 +100,14 @@ def measure(
     }
     memory = {"idle_bytes": meter.resident_bytes()}
     state = load_file(artifact.weights)
+    step = _step(artifact, state, threads)
+    memory["loaded_bytes"] = meter.resident_bytes()
     counts = meter.Meter()
-    with counts.phase("load"):
-        step = _step(artifact, state, threads)
-    memory |= {"loaded_bytes": meter.resident_bytes()}
     with counts.phase("train"):
         for _ in range(WARM):
             step()
-        times = []
         with sensors.Watch(sensor) as watch:
-            for _ in range(steps):
-                began = time.perf_counter()
-                step()
-                times.append(time.perf_counter() - began)
+            times = timeit.repeat(step, number=1, repeat=steps)
         memory["pss_bytes"] = meter.proportional_bytes()
     if with_pytorch:
         report["pytorch"] = _beside(artifact, state, threads, model)
@@ -122,19 +118,18 @@ def measure(
             with counts.phase(kind):
                 _passes(artifact, kind, state, threads)
             meter.give_back()
-    for phase in ("train", "extract", "eval"):
-        if f"{phase}_peak_bytes" in counts.metrics:
-            memory[f"{phase}_peak_bytes"] = int(counts.metrics[f"{phase}_peak_bytes"])
+    memory |= {k: int(v) for k, v in counts.metrics.items() if k.endswith("_peak_bytes")}
     memory["group_peak_bytes"] = meter.group_peak_bytes()
     memory["foretold_bytes"] = manifest.memory.process
     memory["budget_bytes"] = budget or meter.available_bytes() + meter.resident_bytes()
     memory["largest_batch"] = _largest_batch(manifest, memory["budget_bytes"])
-    median = statistics.median(times)
+    quartiles = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+    median = quartiles[1]
     report["memory"] = memory
     report["step"] = {
         "timed": steps,
         "median_s": median,
-        "quartiles_s": _quartiles(times),
+        "quartiles_s": quartiles,
         "images_per_s": manifest.batch / median,
         "gflops": train.flops * manifest.micro_batches / median / 1e9,
     }
@@ -189,13 +184,6 @@ def default_artifact(state: Path | None) -> Path:
     )
 
 
-def _quartiles(times: list[float]) -> list[float]:
-    """The three quartiles; "inclusive" keeps them from being negative when there are few times."""
-    if len(times) == 1:
-        return times * 3
-    return statistics.quantiles(times, n=4, method="inclusive")
-
-
 def _largest_batch(manifest: Manifest, budget: int) -> int:
     """The largest batch that fits into a budget, beside the rest of the process."""
     rest, each = manifest.memory.process - manifest.memory.tensors, manifest.memory.tensors
@@ -247,11 +235,9 @@ def _node_times(
         events = json.loads(step.end_profile().read_text())
     times = defaultdict(list)
     for event in events:
-        name = event.get("name", "")
-        if event.get("cat") == "Node" and name.endswith("_kernel_time") and name[0] == "n":
-            number = name[1:].removesuffix("_kernel_time")
-            if number.isdigit():
-                times[int(number)].append(event["dur"] / 1e6)
+        node = re.fullmatch(r"n(\d+)_kernel_time", event.get("name", ""))
+        if node and event.get("cat") == "Node":
+            times[int(node[1])].append(event["dur"] / 1e6)
     skipped = WARM * artifact.manifest.micro_batches
     return {number: statistics.median(each[skipped:] or each) for number, each in times.items()}
 
@@ -294,13 +280,8 @@ def _copy(threads: int) -> float:
     return 2e-9 * number * COPIED / seconds
 
 
-def _best(work: Callable[[], object], times: int = 7) -> float:
-    seconds = []
-    for _ in range(times):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+def _best(work: Callable[[], object]) -> float:
+    return min(timeit.repeat(work, number=1, repeat=7))
 
 
 def text(report: Measurement) -> str:
@@ -323,7 +304,11 @@ def text(report: Measurement) -> str:
             f"{artifact.step_flops / 1e9:.2f} GFLOP, {step.gflops:.1f} GFLOP/s, "
             f"{100 * step.gflops / machine.gemm_gflops:.0f} % of the peak"
         ),
-        *(_phase_line(report, phase) for phase in PHASES),
+        *(
+            f"  {row.phase:9} {1e3 * row.seconds:7.1f} ms  {row.flops / 1e9:6.2f} GFLOP  "
+            f"{row.bytes / 1e6:7.1f} MB moved"
+            for row in roofline.sums(report.layers)
+        ),
     ]
     if pytorch := report.pytorch:
         lines.append(
@@ -333,13 +318,9 @@ def text(report: Measurement) -> str:
         )
     lines += ["", *roofline.table(report)]
     peaks = [
-        f"{name} {peak / 1e6:.0f}"
-        for name, peak in (
-            ("train", memory.train_peak_bytes),
-            ("extract", memory.extract_peak_bytes),
-            ("eval", memory.eval_peak_bytes),
-        )
-        if peak is not None
+        f"{phase} {peak / 1e6:.0f}"
+        for phase in ("train", "extract", "eval")
+        if (peak := getattr(memory, f"{phase}_peak_bytes")) is not None
     ]
     lines += [
         "",
@@ -368,12 +349,3 @@ def text(report: Measurement) -> str:
         )
     lines.append(f"signed    by {report.device}")
     return "\n".join(lines)
-
-
-def _phase_line(report: Measurement, phase: Phase) -> str:
-    rows = [row for row in report.layers if row.phase == phase]
-    seconds = sum(row.seconds for row in rows)
-    flops, size = sum(row.flops for row in rows), sum(row.bytes for row in rows)
-    return (
-        f"  {phase:9} {1e3 * seconds:7.1f} ms  {flops / 1e9:6.2f} GFLOP  {size / 1e6:7.1f} MB moved"
-    )

@@ -15,9 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 log = logging.getLogger("edge-agent")
@@ -31,6 +30,21 @@ NO_BRAKES = ("fan", "tcc offset")
 THROTTLED = {0: "under-voltage", 1: "frequency capped", 2: "throttled", 3: "soft temperature limit"}
 
 Run = Callable[[str], str]
+
+
+def _run(line: str) -> str:
+    """What a command prints.
+
+    Raises:
+        OSError: the command does not exist, or fails.
+    """
+    try:
+        done = subprocess.run(line.split(), capture_output=True, text=True, check=False, timeout=10)
+    except subprocess.TimeoutExpired as fault:
+        raise OSError(f"{line}: no answer in 10 s") from fault
+    if done.returncode:
+        raise OSError(f"{line}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
 
 
 class Power(Protocol):
@@ -82,14 +96,13 @@ class Integral:
         return self._total
 
 
-def power(root: Path = Path("/"), run: Run | None = None) -> Power | None:
+def power(root: Path = Path("/"), run: Run = _run) -> Power | None:
     """The sensor of this machine's power, or None.
 
     Args:
         root: the folder that holds /sys.
         run: runs a command line and returns what it prints; raises OSError if it cannot.
     """
-    run = run or _run
     with suppress(OSError, ValueError):
         domains = sorted((root / "sys/class/powercap").glob("intel-rapl:*"))
         # Other domains are a part of a package (core, dram), or the whole platform (psys).
@@ -99,35 +112,26 @@ def power(root: Path = Path("/"), run: Run | None = None) -> Power | None:
     for folder in sorted((root / "sys/class/hwmon").glob("hwmon*")):
         with suppress(OSError, ValueError):
             if (folder / "name").read_text().strip() == "ina3221":
-                rail = _board_rail(folder)
-                return Integral(f"INA3221 {rail.label}", rail.watts)
+                return _ina3221(folder)
     with suppress(OSError, ValueError):
         watts(run("vcgencmd pmic_read_adc"))
         return Integral("PMIC", lambda: watts(run("vcgencmd pmic_read_adc")))
     return None
 
 
-@dataclass(frozen=True)
-class _Rail:
-    label: str
-    volts: Path
-    amperes: Path
-
-    def watts(self) -> float:
-        return int(self.volts.read_text()) * int(self.amperes.read_text()) / 1e6
-
-
-def _board_rail(folder: Path) -> _Rail:
-    """The rail that feeds the whole board.
+def _ina3221(folder: Path) -> Integral:
+    """A monitor of the rail that feeds the whole board.
 
     Raises:
         ValueError: no label names such a rail.
     """
-    for path in sorted(folder.glob("in*_label")):
-        label, number = path.read_text().strip(), path.name[2:].removesuffix("_label")
-        if label in BOARD_RAILS:
-            return _Rail(label, folder / f"in{number}_input", folder / f"curr{number}_input")
-    raise ValueError(f"{folder}: no rail of the whole board")
+    labels = folder.glob("in*_label")
+    rails = {path.read_text().strip(): path.name[2:].removesuffix("_label") for path in labels}
+    label = next((label for label in BOARD_RAILS if label in rails), "")
+    if not label:
+        raise ValueError(f"{folder}: no rail of the whole board")
+    files = [folder / f"{kind}{rails[label]}_input" for kind in ("in", "curr")]  # mV, mA
+    return Integral(f"INA3221 {label}", lambda: prod(int(f.read_text()) for f in files) / 1e6)
 
 
 def watts(printed: str) -> float:
@@ -145,26 +149,21 @@ def watts(printed: str) -> float:
     return sum(each)
 
 
-def throttling(
-    root: Path = Path("/"), run: Run | None = None, *, ever: bool = False
-) -> tuple[str, ...]:
+def throttling(root: Path = Path("/"), run: Run = _run, *, ever: bool = False) -> tuple[str, ...]:
     """What slows the processor down now, in words; empty if nothing does, or nothing is known.
 
     With `ever`, what has slowed a Raspberry Pi down since it started.
     """
     causes = []
     with suppress(OSError, ValueError):
-        bits = int((run or _run)("vcgencmd get_throttled").partition("=")[2], 16)
+        bits = int(run("vcgencmd get_throttled").partition("=")[2], 16)
         causes += [name for bit, name in THROTTLED.items() if bits >> (bit + 16 * ever) & 1]
     if ever:
         return tuple(causes)
     for zone in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         with suppress(OSError, ValueError):
-            kind = (zone / "type").read_text().strip()
-            if (
-                not any(word in kind.lower() for word in NO_BRAKES)
-                and int((zone / "cur_state").read_text()) > 0
-            ):
+            kind, level = (zone / "type").read_text().strip(), (zone / "cur_state").read_text()
+            if int(level) > 0 and not any(word in kind.lower() for word in NO_BRAKES):
                 causes.append(f"cooling by {kind}")
     return tuple(causes)
 
@@ -189,47 +188,35 @@ class Watch:
     def __init__(self, sensor: Power | None) -> None:
         self.joules: float | None = None
         self.seconds = 0.0
-        self._failed = False
         self._sensor, self._done = sensor, threading.Event()
-        self._thread = threading.Thread(target=self._read, name="power", daemon=True)
+        self._thread = threading.Thread(target=self._read_on, name="power", daemon=True)
 
     def __enter__(self) -> Self:
-        self._before = self._sensor.joules() if self._sensor else 0.0
+        self._before = self._read()
         self._began = time.monotonic()
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, fault: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        if self._sensor and not self._failed:
-            with suppress(OSError, ValueError):
-                self.joules = self._sensor.joules() - self._before
+        after = self._read()
+        if self._before is not None and after is not None:
+            self.joules = after - self._before
         self.seconds = time.monotonic() - self._began
 
-    def _read(self) -> None:
-        while self._sensor and not self._done.wait(EVERY_S):
-            try:
-                self._sensor.joules()
-            except (OSError, ValueError) as fault:  # a sum with a gap would be wrong
-                log.warning("%s cannot be read any more: %s", self._sensor.name, fault)
-                self._failed = True
-                return
+    def _read_on(self) -> None:
+        while not self._done.wait(EVERY_S) and self._read() is not None:
+            pass
 
-
-def _run(line: str) -> str:
-    """What a command prints.
-
-    Raises:
-        OSError: the command does not exist, or fails.
-    """
-    try:
-        done = subprocess.run(line.split(), capture_output=True, text=True, check=False, timeout=10)
-    except subprocess.TimeoutExpired as fault:
-        raise OSError(f"{line}: no answer in 10 s") from fault
-    if done.returncode:
-        raise OSError(f"{line}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
+    def _read(self) -> float | None:
+        """The sensor's energy; None without a sensor, and after a failure: a gap falsifies sums."""
+        sensor = self._sensor
+        if sensor is None:
+            return None
+        try:
+            return sensor.joules()
+        except (OSError, ValueError) as fault:
+            log.warning("%s cannot be read any more: %s", sensor.name, fault)
+            self._sensor = None
+            return None

@@ -8,15 +8,14 @@ file, and then runs the copy of `install.py`.
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from edge_agent.update import install
-from edge_agent.update.install import CACHE, ENVIRONMENT, PACKAGE, READY, RELEASE, STAGED, Update
-from edge_agent.update.repack import repack
+from edge_agent.update.install import CACHE, PACKAGE, READY, RELEASE, STAGED, Update
+from edge_agent.update.repack import repack, run
 from wire import records, release
 from wire.errors import ReleaseError, SettingsError, StillhouseError
 from wire.release import Build, Package, Release
@@ -54,7 +53,8 @@ def prepare(staged_release: Release, settings: Path, cache: Path, staged: Path) 
     refused = install.refused(cache)
     release.check(staged_release, current, key=chosen.release_key, refused=refused)
     # There is room for the new package, the tree and file of the old one, and the unpacked files.
-    needed = package.size + 3 * _installed_bytes() + MARGIN_BYTES
+    kib = run("dpkg-query", "--show", "--showformat", "${Installed-Size}", release.NAME)
+    needed = package.size + 3 * 1024 * int(kib or 0) + MARGIN_BYTES
     for folder in (cache, Path(sys.prefix)):
         check_room(folder, needed)
     try:
@@ -104,14 +104,6 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _installed_bytes() -> int:
-    done = subprocess.run(
-        ["dpkg-query", "--show", "--showformat", "${Installed-Size}", release.NAME],
-        env=ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return 1024 * int(done.stdout) if done.stdout.isdecimal() else 0
-
-
 def take(staged: Path, package: Package, path: Path) -> None:
     """Copy the staged package file; read at most one byte more than it should have.
 
@@ -150,15 +142,10 @@ def check_fields(deb: Path, package: Package, cache: Path) -> None:
         OSError: dpkg-deb cannot read the file.
     """
     for field in ("Package", "Version", "Architecture"):
-        done = subprocess.run(
-            ["dpkg-deb", "--field", str(deb), field],
-            env=ENVIRONMENT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise OSError(f"dpkg-deb failed: {done.stderr.strip()[-400:]}")
+        found = run("dpkg-deb", "--field", str(deb), field).strip()
         expected = package.name if field == "Package" else getattr(package, field.lower())
-        if done.stdout.strip() != expected:
-            reason = f"released as {field} {expected}, and is {done.stdout.strip()!r:.80}"
+        if found != expected:
+            reason = f"released as {field} {expected}, and is {found!r:.80}"
             # It was released like this and arrived intact, so trying again would not help.
             install.refuse(cache, package.version, reason)
             raise ReleaseError(reason)

@@ -10,6 +10,18 @@ from edge_agent.update.install import ENVIRONMENT
 _INFO = Path("/var/lib/dpkg/info")
 
 
+def run(*command: str) -> str:
+    """What a command prints.
+
+    Raises:
+        OSError: it fails.
+    """
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{command[0]} failed: {done.stderr.strip()[-400:]}")
+    return done.stdout
+
+
 def repack(name: str, out: Path) -> None:
     """Write a package file with the files, control fields and scripts that dpkg knows.
 
@@ -26,12 +38,12 @@ def repack(name: str, out: Path) -> None:
     partial = out.with_name(out.name + ".new")
     shutil.rmtree(tree, ignore_errors=True)
     try:
-        listed = [p for p in _run("dpkg-query", "--listfiles", name).splitlines() if p[:1] == "/"]
+        listed = [p for p in run("dpkg-query", "--listfiles", name).splitlines() if p[:1] == "/"]
         folders = {parent for path in listed for parent in Path(path).parents}
         for path in map(Path, listed):
             _place(path, tree / path.relative_to("/"), folder=path in folders)
         _control(name, tree / "DEBIAN")
-        _run("dpkg-deb", "--root-owner-group", "--uniform-compression", "-Zgzip", "-z1",
+        run("dpkg-deb", "--root-owner-group", "--uniform-compression", "-Zgzip", "-z1",
              "--build", str(tree), str(partial))  # fmt: skip
         partial.replace(out)
     except OSError as fault:
@@ -61,7 +73,7 @@ def _place(source: Path, target: Path, *, folder: bool) -> None:
 def _control(name: str, folder: Path) -> None:
     folder.mkdir(mode=0o755)
     fields, skipped = [], False
-    for line in _run("dpkg-query", "--status", name).splitlines():
+    for line in run("dpkg-query", "--status", name).splitlines():
         if not line.startswith(" "):
             skipped = line.partition(":")[0] in ("Status", "Conffiles")
         if line and not skipped:
@@ -70,10 +82,3 @@ def _control(name: str, folder: Path) -> None:
     for path in _INFO.glob(f"{name}.*"):
         if path.suffix != ".list":
             shutil.copy2(path, folder / path.suffix[1:])
-
-
-def _run(*command: str) -> str:
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{command[0]} failed: {done.stderr.strip()[-400:]}")
-    return done.stdout

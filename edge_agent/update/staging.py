@@ -11,16 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_agent.update.install import (
-    HEALTHY,
-    PACKAGE,
-    READY,
-    RELEASE,
-    UP,
-    last,
-    refused,
-    write,
-)
+from edge_agent.update.install import HEALTHY, PACKAGE, READY, RELEASE, UP, last, refused, write
 from ondevice.config import AgentConfig
 from wire import records, release
 from wire.blobs import BlobStore, Fetch
@@ -47,9 +38,9 @@ class Updates:
         self._update: Update | None = None
         self._fetch: Fetch | None = None
         self._fault = ""
-        self._since: float | None = None
-        self._began: float | None = None
-        self._up = self._well = False
+        self._news = False
+        self._since: dict[str, float] = {}  # when what each of root's files says began
+        self._told: set[str] = set()
 
     @property
     def word(self) -> str:
@@ -65,10 +56,15 @@ class Updates:
             return f"{failed.version} failed: {failed.reason}".lstrip()
         return self._forgotten()
 
-    def told(self, update: Update) -> bool:
-        """Hear of a newer package; return whether `word` now says something new."""
+    def news(self) -> bool:
+        """Whether `word` says something new since this was last asked."""
+        news, self._news = self._news, False
+        return news
+
+    def told(self, update: Update) -> None:
+        """Hear of a newer package."""
         if self.own is None or (self._fetch and self._update == update):
-            return False
+            return
         self._update, self._fetch, self._fault = update, None, ""
         package = update.release.package
         try:
@@ -86,16 +82,17 @@ class Updates:
                     "when last.json is removed"
                 )
             if (self.config.updates / READY).exists():
-                return bool(self._forgotten())  # if "", root is working on it
+                self._news = bool(self._forgotten())  # if "", root is working on it
+                return
             store = BlobStore(self.config.updates / "blobs")
             store.keep_only({package.sha256})
             self._fetch = Fetch(
                 store, update.blob, window=self.config.window, retry_s=self.config.retry_s
             )
         except (StillhouseError, OSError) as fault:
-            return self._failed(fault)
+            self._failed(fault)
+            return
         log.info("update: %s is available; pulling it", package.version)
-        return False
 
     def wants(self, now_s: float) -> Iterator[Want]:
         """What to ask for now; stages the package when it is complete. For an idle device."""
@@ -126,28 +123,24 @@ class Updates:
 
     def pause(self) -> None:
         """The connection is lost: ask again for everything, and restart the time to `healthy`."""
-        self._since = None
+        self._since.pop(HEALTHY, None)
         if self._fetch:
             self._fetch.forget_asked()
 
     def turns(self, now_s: float) -> None:
         """Note that the agent's loop runs; after `UP_S` root is told that the agent is up."""
-        self._began = now_s if self._began is None else self._began
-        if not self._up and now_s - self._began >= UP_S:
-            self._up = True
-            self._tell(UP)
+        self._after(UP_S, UP, now_s)
 
     def lives(self, now_s: float) -> None:
         """Note that the agent is connected; after `HEALTHY_S` root is told that it is well."""
-        self._since = now_s if self._since is None else self._since
-        if not self._well and now_s - self._since >= HEALTHY_S:
-            self._well = True
-            self._tell(HEALTHY)
+        self._after(HEALTHY_S, HEALTHY, now_s)
 
-    def _tell(self, name: str) -> None:
-        """Tell root by a file; this is tried only once."""
-        if self.own is None:
+    def _after(self, wait_s: float, name: str, now_s: float) -> None:
+        """Tell root by a file once something has held for a time; this is tried only once."""
+        since_s = self._since.setdefault(name, now_s)
+        if self.own is None or name in self._told or now_s - since_s < wait_s:
             return
+        self._told.add(name)
         content = {"version": self.own.version, "at": time.time()}
         try:
             self.config.updates.mkdir(parents=True, exist_ok=True)
@@ -178,10 +171,9 @@ class Updates:
         self._fetch = None
         log.info("update: %s is staged", self._update.release.package.version)
 
-    def _failed(self, fault: Exception) -> bool:
+    def _failed(self, fault: Exception) -> None:
         log.error("update: %s", fault)
-        self._fetch, self._fault = None, str(fault)
-        return True
+        self._fetch, self._fault, self._news = None, str(fault), True
 
 
 def installed(prefix: Path) -> Build | None:

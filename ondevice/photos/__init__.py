@@ -12,24 +12,11 @@ from pathlib import Path
 from ondevice.config import BAD_SHARE
 from ondevice.photos import archive, folder
 from ondevice.photos.folder import Sizes, sizes
-from ondevice.photos.picture import decode, fit, open_image
+from ondevice.photos.picture import fit
 from ondevice.photos.record import RENAME, Photos, Remark, tell
 from wire.errors import DataError
 
-__all__ = [
-    "BAD_SHARE",
-    "RENAME",
-    "Photos",
-    "Remark",
-    "Sizes",
-    "decode",
-    "fit",
-    "is_folder",
-    "open_image",
-    "read",
-    "sizes",
-    "tell",
-]
+__all__ = ["BAD_SHARE", "RENAME", "Remark", "Sizes", "fit", "is_folder", "read", "sizes", "tell"]
 
 
 def read(path: Path, input_shape: tuple[int, ...], *, bad_share: float = BAD_SHARE) -> Photos:

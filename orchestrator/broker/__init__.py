@@ -7,53 +7,50 @@ The middle process ends its broker when its stdin closes or its parent is gone, 
 the orchestrator leaves nothing behind. If Mosquitto dies after it had run a while, it is restarted.
 
 `mosquitto` is for fleets: retained messages, sessions and their queues are saved in `folder`, every
-`autosave_s` seconds and at a clean end. `kill -9` or a power cut loses what the broker received
-since the last save, although it had acknowledged it.
+`AUTOSAVE_S` seconds and at a clean end. `kill -9` or a power cut loses what the broker received
+since the last save, although it had acknowledged it. Neither speaks TLS: for that, run a broker of
+your own (hardware/broker).
 
 `embedded` is amqtt, pure Python, MQTT 3.1.1 only: for demonstrations on one computer. It keeps all
 state in memory, listens on loopback only, and has the limits listed in `embedded.py`.
 """
 
-import contextlib
 import errno
-import ipaddress
 import os
 import socket
-import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from orchestrator.broker.access import ORCHESTRATOR, access_list, hashed, matches, passwords
-from orchestrator.broker.mosquitto import SBIN, Tls, configuration, find
-from wire import storage, topics
+from orchestrator.broker.mosquitto import SBIN, configuration, find
+from wire import address, storage, topics
 from wire.errors import BrokerError
 
-__all__ = ["Broker", "Kind", "Tls", "check", "find", "let_in", "start"]
+__all__ = ["Broker", "Kind", "check", "find", "let_in", "start"]
 
 Kind = Literal["mosquitto", "embedded"]
 _STOP_S = 10.0
+_START_S = 60.0  # how long a broker may take to answer
 # CONNECT, MQTT 3.1.1, clean session, keep-alive 5 s, no client id, no user: a broker answers with a
 # CONNACK, whether it accepts or not.
 _CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
-_CONNACK = (b"\x20",)
-_TLS_RECORDS = (b"\x15", b"\x16")  # alert, handshake
+_CONNACK = b"\x20"
 _PID = "broker.pid"
 
 
+@dataclass
 class Broker:
     """A running broker, made by `start`. Leaving its context stops it."""
 
-    def __init__(
-        self, kind: Kind, url: str, folder: Path, child: "subprocess.Popen[bytes]"
-    ) -> None:
-        self.kind: Kind = kind
-        self.url = url
-        self.folder = folder
-        self._child = child
+    kind: Kind
+    url: str
+    folder: Path
+    _child: "subprocess.Popen[bytes]"
 
     @property
     def pid(self) -> int:
@@ -90,44 +87,37 @@ def start(
     host: str = "127.0.0.1",
     port: int = 1883,
     users: Mapping[str, str] | None = None,
-    tls: Tls | None = None,
-    autosave_s: int = 5,
-    start_s: float = 60.0,
 ) -> Broker:
     """Start a broker and return once it answers.
 
     Args:
-        kind: `mosquitto`, or `embedded` (amqtt; loopback only, no TLS).
+        kind: `mosquitto`, or `embedded` (amqtt; loopback only).
         folder: for its configuration, log and state; one broker a folder.
         fleet: the access list allows this fleet's topics.
         host: the address to listen on.
         port: 0 picks a free port.
         users: passwords by user name: device names and `orchestrator`. None allows everything to
-            everybody, unless `tls` asks for certificates.
-        tls: serve mqtts with these files.
-        autosave_s: seconds between Mosquitto's saves; a crash loses at most what came since.
-        start_s: how long the broker may take to answer.
+            everybody.
 
     Raises:
         BrokerError: it does not run; the message says why and what to do.
     """
-    check(kind, host, fleet, users, tls)
+    check(kind, host, fleet, users)
     binary = find()
     wanted, port = port, _claim(host, port)
     folder = folder.resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if users is not None:
-        _write(folder / "passwd", "".join(f"{u}:{hashed(p)}\n" for u, p in sorted(users.items())))
+        _write(folder / "passwd", {user: hashed(users[user]) for user in users})
     command = [sys.executable, "-m", "orchestrator.broker", str(folder)]
     if kind == "mosquitto":
-        _write(folder / "acl", access_list(fleet))
-        config = configuration(
-            folder, host, port, passwords=users is not None, tls=tls, autosave_s=autosave_s
-        )
-        _write(folder / "mosquitto.conf", config)
+        config = configuration(folder, host, port, passwords=users is not None)
+        for name, text in (("acl", access_list(fleet)), ("mosquitto.conf", config)):
+            storage.write(folder / name, text.encode(), 0o600)
         command += ["mosquitto", str(binary)]
     else:
-        command += ["embedded", host, str(port), fleet, *(["--users"] if users is not None else [])]
+        passwd = "" if users is None else str(folder / "passwd")
+        command += ["embedded", host, str(port), fleet, passwd]
     (folder / _PID).unlink(missing_ok=True)  # left by an earlier broker
     log = folder / "broker.log"
     if log.exists():
@@ -144,37 +134,28 @@ def start(
         )
     reach = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     shown = f"[{reach}]" if ":" in reach else reach
-    broker = Broker(kind, f"{'mqtts' if tls else 'mqtt'}://{shown}:{port}", folder, child)
-    deadline = time.monotonic() + start_s
-    while not (_answers(reach, port, encrypted=tls is not None) and (folder / _PID).exists()):
+    broker = Broker(kind, f"mqtt://{shown}:{port}", folder, child)
+    deadline = time.monotonic() + _START_S
+    while not (_answers(reach, port) and (folder / _PID).exists()):
         late = time.monotonic() > deadline
         if late or not broker.running:
             broker.stop()
             if not (wanted or late or _free(host, port)):  # another program took the port first
-                return start(
-                    kind, folder=folder, fleet=fleet, host=host, port=0, users=users, tls=tls,
-                    autosave_s=autosave_s, start_s=start_s,
-                )  # fmt: skip
-            what = f"did not answer on {host}:{port} in {start_s:g} s" if late else "died at start"
+                return start(kind, folder=folder, fleet=fleet, host=host, port=0, users=users)
+            what = f"did not answer on {host}:{port} in {_START_S:g} s" if late else "died at start"
             tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-8:])
             raise BrokerError(f"{kind} broker {what}; the end of {log}:\n{tail}")
         time.sleep(0.02)
     return broker
 
 
-def check(
-    kind: str,
-    host: str,
-    fleet: str,
-    users: Mapping[str, str] | None = None,
-    tls: Tls | None = None,
-) -> None:
+def check(kind: str, host: str, fleet: str, users: Mapping[str, str] | None = None) -> None:
     """Check, as far as possible beforehand, that `start` can start a broker with these arguments.
 
     Raises:
         BrokerError: it cannot; the message says why and what to do.
     """
-    if kind not in ("mosquitto", "embedded"):
+    if kind not in get_args(Kind):
         raise BrokerError(f"broker kind {kind!r}: expected 'mosquitto' or 'embedded'")
     try:
         topics.check_name(fleet, "fleet")
@@ -183,17 +164,11 @@ def check(
                 topics.check_name(user, "broker user")
     except ValueError as error:
         raise BrokerError(str(error)) from None
-    if kind == "embedded":
-        if tls is not None:
-            raise BrokerError("the embedded broker has no TLS: use kind 'mosquitto'")
-        if not _loopback(host):
-            raise BrokerError(
-                f"the embedded broker is for demonstrations on one computer and listens on "
-                f"loopback only, not on {host!r}: use kind 'mosquitto', or host '127.0.0.1'"
-            )
-    for path in (tls.cafile, tls.certfile, tls.keyfile) if tls else ():
-        if not path.is_file():
-            raise BrokerError(f"TLS: no file {path}; name a PEM file")
+    if kind == "embedded" and not address.is_local(host):
+        raise BrokerError(
+            f"the embedded broker is for demonstrations on one computer and listens on "
+            f"loopback only, not on {host!r}: use kind 'mosquitto', or host '127.0.0.1'"
+        )
     if kind == "mosquitto" and find() is None:
         raise BrokerError(
             f"mosquitto: no such program on PATH or in {', '.join(SBIN)}; install it "
@@ -215,19 +190,12 @@ def let_in(folder: Path, users: Mapping[str, str]) -> None:
     if not path.exists():
         return
     known = passwords(path)
-    for user, password in users.items():
-        if user not in known or not matches(password, known[user]):
-            known[user] = hashed(password)
-    lines = (f"{user}:{stored}\n" for user, stored in sorted(known.items()) if user in users)
+    stored = {
+        user: known[user] if user in known and matches(password, known[user]) else hashed(password)
+        for user, password in users.items()
+    }
     with storage.at(path):
-        storage.write(path, "".join(lines).encode(), 0o600)
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        _write(path, stored)
 
 
 def _claim(host: str, port: int) -> int:
@@ -259,11 +227,10 @@ def _free(host: str, port: int) -> bool:
     return True
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a new file that only this user can read, in place of an old one."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
+def _write(path: Path, stored: Mapping[str, str]) -> None:
+    """Write a password file that only this user can read."""
+    lines = (f"{user}:{password}\n" for user, password in sorted(stored.items()))
+    storage.write(path, "".join(lines).encode(), 0o600)
 
 
 def _python_path() -> str:
@@ -272,23 +239,11 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
 
 
-def _answers(host: str, port: int, *, encrypted: bool) -> bool:
-    """Whether a broker answers: a CONNECT by a CONNACK, or a TLS greeting by a TLS record.
-
-    An open port proves nothing: Mosquitto listens before it reads its certificates.
-    """
+def _answers(host: str, port: int) -> bool:
+    """Whether a broker answers a CONNECT; that a port is open proves nothing."""
     try:
         with socket.create_connection((host, port), timeout=1.0) as connection:
-            connection.sendall(_client_hello() if encrypted else _CONNECT)
-            return connection.recv(1) in (_TLS_RECORDS if encrypted else _CONNACK)
+            connection.sendall(_CONNECT)
+            return connection.recv(1) == _CONNACK
     except OSError:
         return False
-
-
-def _client_hello() -> bytes:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # nothing is sent after the greeting, so no trust is needed
-    greeting = ssl.MemoryBIO()
-    with contextlib.suppress(ssl.SSLWantReadError):
-        context.wrap_bio(ssl.MemoryBIO(), greeting).do_handshake()
-    return greeting.read()

@@ -1,10 +1,12 @@
-"""The process between the orchestrator and its broker: `python -m orchestrator.broker FOLDER ...`.
+"""The process between the orchestrator and its broker.
+
+    python -m orchestrator.broker FOLDER mosquitto PROGRAM
+    python -m orchestrator.broker FOLDER embedded HOST PORT FLEET [PASSWORD FILE, or ""]
 
 It runs the broker until its stdin closes, its parent dies, or SIGTERM or SIGINT comes. It writes
 the broker's process id to FOLDER/broker.pid. `orchestrator.broker.start` runs it, not a person.
 """
 
-import argparse
 import asyncio
 import contextlib
 import ctypes
@@ -88,17 +90,17 @@ def _note(folder: Path, pid: int) -> None:
     new.replace(folder / "broker.pid")
 
 
-async def _run(arguments: argparse.Namespace) -> int:
-    folder: Path = arguments.folder
-    if arguments.kind == "mosquitto":
-        serve = asyncio.create_task(_mosquitto(arguments.binary, folder))
+async def _run(folder: Path, kind: str, *arguments: str) -> int:
+    if kind == "mosquitto":
+        (binary,) = arguments
+        serve = asyncio.create_task(_mosquitto(binary, folder))
     else:
         from orchestrator.broker import embedded
 
         _note(folder, os.getpid())
-        users = folder / "passwd" if arguments.users else None
-        serving = embedded.serve(arguments.host, arguments.port, arguments.fleet, users)
-        serve = asyncio.create_task(serving)
+        host, port, fleet, users = arguments
+        passwords = Path(users) if users else None
+        serve = asyncio.create_task(embedded.serve(host, int(port), fleet, passwords))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -113,19 +115,5 @@ async def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> None:
-    """Parse the arguments that `start` gives, and run the broker."""
-    parser = argparse.ArgumentParser("orchestrator.broker")
-    parser.add_argument("folder", type=Path)
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    kinds.add_parser("mosquitto").add_argument("binary")
-    python = kinds.add_parser("embedded")
-    python.add_argument("host")
-    python.add_argument("port", type=int)
-    python.add_argument("fleet")
-    python.add_argument("--users", action="store_true")
-    sys.exit(asyncio.run(_run(parser.parse_args())))
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(asyncio.run(_run(Path(sys.argv[1]), *sys.argv[2:])))

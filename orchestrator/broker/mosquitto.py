@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 SBIN = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin")  # often not on a user's PATH
@@ -12,20 +11,7 @@ MAX_PACKET_BYTES = 1 << 20
 MAX_QUEUED_MESSAGES = 20_000
 MAX_QUEUED_BYTES = 256 << 20
 MAX_INFLIGHT = 64  # chunks of 128 KiB: 8 MiB under way to one client
-
-
-@dataclass(frozen=True)
-class Tls:
-    """PEM files of a TLS listener.
-
-    With `require_certificate`, the common name of a client's certificate is its user name (a
-    device's name, or `orchestrator`), the access list applies, and no password is asked for.
-    """
-
-    cafile: Path
-    certfile: Path
-    keyfile: Path
-    require_certificate: bool = True
+AUTOSAVE_S = 5  # a crash loses at most what came since
 
 
 def find() -> Path | None:
@@ -35,9 +21,7 @@ def find() -> Path | None:
     return Path(found) if found else None
 
 
-def configuration(
-    folder: Path, host: str, port: int, *, passwords: bool, tls: Tls | None, autosave_s: int
-) -> str:
+def configuration(folder: Path, host: str, port: int, *, passwords: bool) -> str:
     """The text of mosquitto.conf.
 
     Args:
@@ -45,34 +29,21 @@ def configuration(
         host: the address to listen on; "" for all.
         port: the port.
         passwords: whether clients must log in as a user of `folder/passwd`.
-        tls: files to serve TLS with; None: no TLS.
-        autosave_s: seconds between two writes of the state.
     """
-    guarded = passwords or (tls is not None and tls.require_certificate)
     lines = [
         "# Written by Stillhouse at every start: edits are lost.",
         f"listener {port} {host}".rstrip(),
-        f"allow_anonymous {_yes(not guarded)}",
+        f"allow_anonymous {'false' if passwords else 'true'}",
     ]
-    if tls is not None:
-        lines += [
-            f"cafile {tls.cafile.resolve()}",
-            f"certfile {tls.certfile.resolve()}",
-            f"keyfile {tls.keyfile.resolve()}",
-            f"require_certificate {_yes(tls.require_certificate)}",
-            f"use_identity_as_username {_yes(tls.require_certificate)}",
-        ]
     if passwords:
-        lines += [f"password_file {folder / 'passwd'}"]
-    if guarded:
-        lines += [f"acl_file {folder / 'acl'}"]
+        lines += [f"password_file {folder / 'passwd'}", f"acl_file {folder / 'acl'}"]
     if os.geteuid() == 0:  # it would become user `mosquitto`, who cannot write in our folder
         lines += ["user root"]
     lines += [
         "persistence true",
         f"persistence_location {folder}/",
         "persistence_file mosquitto.db",
-        f"autosave_interval {autosave_s}",
+        f"autosave_interval {AUTOSAVE_S}",
         "persistent_client_expiration 14d",
         f"max_packet_size {MAX_PACKET_BYTES}",
         f"max_inflight_messages {MAX_INFLIGHT}",
@@ -86,7 +57,3 @@ def configuration(
         "log_timestamp_format %Y-%m-%dT%H:%M:%S",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _yes(flag: bool) -> str:
-    return "true" if flag else "false"

@@ -1,7 +1,8 @@
 """The command `demo`: a whole fleet on one machine."""
 
+import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -9,6 +10,7 @@ from orchestrator import config
 from orchestrator.commands.terminal import console
 from orchestrator.display import view, words
 from wire import records
+from wire.names import anchored
 
 
 def demo(
@@ -54,41 +56,51 @@ def demo(
     """Teach a large model on this machine: broker, orchestrator, and agents as processes."""
     from orchestrator import datasets
     from orchestrator import demo as demonstration
-    from wire.errors import SettingsError
 
-    def settings(cls: type[Any], **values: Any) -> Any:
-        return records.build(cls, values, where="demo", error=SettingsError)
-
-    plan = demonstration.Plan(
-        source=data,
-        heldout=heldout,
+    name = demonstration.free_name(runs, name)
+    settings = {
+        "name": name,
+        "fleet": name,
+        "strategy": "fedgkt",
+        "rounds": rounds,
+        "runs": str(runs),
+        "seed": seed,
+        "broker": {"kind": broker, "port": 0},
+        "cohort": {"min_devices": devices, "wait_s": 0.0, "deadline_s": 3600.0},
+        "device": {
+            "model": anchored(model, Path()),
+            "epochs": epochs,
+            "batch": batch,
+            "lr": lr,
+            "features": features,
+            "augment": augment,
+        },
+        "server": {
+            "model": anchored(server_model, Path()),
+            "epochs": server_epochs,
+            "alpha": server_alpha,
+        },
+        "transfer": {"extractor": "shared", "network": "shared"},
+    }
+    run = records.of_table(config.RunConfig, settings, "demo")
+    floor_run = None
+    if floor:
+        settings |= {"name": name + demonstration.ALONE, "strategy": "local", "transfer": {}}
+        floor_run = records.of_table(config.RunConfig, settings, "demo")
+    deal = functools.partial(
+        datasets.build,
+        data,
         devices=devices,
         per_device=samples,
-        heldout_samples=heldout_samples,
         split=split,  # type: ignore[arg-type]  # datasets.build checks it
         alpha=alpha,
-        rounds=rounds,
-        server=settings(
-            config.ServerConfig, model=server_model, epochs=server_epochs, alpha=server_alpha
-        ),
-        device=settings(
-            config.DeviceConfig,
-            model=model,
-            epochs=epochs,
-            batch=batch,
-            lr=lr,
-            features=features,
-            augment=augment,
-        ),
-        broker=settings(config.BrokerConfig, kind=broker, port=0),
-        runs=runs,
-        name=demonstration.free_name(runs, name),
         seed=seed,
-        floor=floor,
         size=None if size is None else datasets.parse_size(size),
+        heldout=heldout,
+        heldout_samples=heldout_samples,
     )
     with view.Display(console) as show:
-        taught, alone = demonstration.play(plan, show)
+        taught, alone = demonstration.play(run, floor_run, deal, show)
     console.print(view.rounds(taught.entries))
     console.print()
     console.print(view.agents(taught.entries))
@@ -98,4 +110,4 @@ def demo(
     if alone:
         best = words.percent(alone.entries[-1]["device_accuracy"])
         console.print(f"devices trained alone            {best}")
-    console.print(f"\nreport: {runs / plan.name / 'report.json'}")
+    console.print(f"\nreport: {run.folder / 'report.json'}")

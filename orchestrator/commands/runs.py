@@ -80,9 +80,10 @@ def status(
     path = run / "status.json"
     try:
         snapshot: dict[str, Any] = json.loads(path.read_text())
+        since = time.time() - snapshot["updated"]
     except (FileNotFoundError, NotADirectoryError) as fault:
         raise StillhouseError(f"{run} holds no run; look for it under the `runs` folder") from fault
-    except ValueError as fault:
+    except (ValueError, KeyError, TypeError) as fault:
         raise StillhouseError(
             f"{path} is damaged ({fault}); remove it, a run that goes on writes it anew"
         ) from fault
@@ -90,4 +91,4 @@ def status(
         print(json.dumps(snapshot))
         return
     console.print(view.live(snapshot, console.width))
-    console.print(f"as of {time.time() - snapshot['updated']:.0f} s ago", style="dim")
+    console.print(f"as of {since:.0f} s ago", style="dim")

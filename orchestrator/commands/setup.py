@@ -48,11 +48,15 @@ def init(
     text = config.template(preset, settings.parse(config.RunConfig, changes or ()))
     if changes:  # a preset without changes needs no check
         from orchestrator import strategies
+        from orchestrator.launch import networks
 
         chosen = records.of_table(config.RunConfig, tomllib.loads(text), "--set")
-        try:  # as `config.load` will: a path to a user's strategy is relative to run.toml's folder
-            strategies.check(replace(chosen, strategy=anchored(chosen.strategy, folder)))
-        except SettingsError as fault:
+        # As `config.load` will: a path to a user's strategy is relative to run.toml's folder.
+        chosen = replace(chosen, strategy=anchored(chosen.strategy, folder))
+        try:
+            strategies.check(chosen)
+            networks.check_names(chosen)
+        except StillhouseError as fault:
             raise SettingsError(f"--set: {fault}") from fault
     path = folder / "run.toml"
     if path.exists():

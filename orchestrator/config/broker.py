@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from orchestrator.config.ranges import expect
 from wire.address import BrokerAddress, bracketed, check_host, is_local
 
 
@@ -47,8 +48,7 @@ class BrokerConfig:
                 )
         if self.host:
             object.__setattr__(self, "host", check_host(self.host))
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"port: expected 1 to 65535, or 0 for a free one, got {self.port}")
+        expect("port", self.port, 0 <= self.port <= 65535, "1 to 65535, or 0 for a free one")
 
     @property
     def local(self) -> bool:

@@ -41,12 +41,8 @@ def refused(before: Mapping[str, Any], now: Mapping[str, Any], round_: int) -> l
         now: the configuration of this start.
         round_: the open round, or the last that was open.
     """
-    found = []
-    for change in _changes(before, now):
-        why = _why(change, now, round_)
-        if why is not None:
-            found.append(change._replace(why=why))
-    return found
+    found = [(change, _why(change, now, round_)) for change in _changes(before, now)]
+    return [change._replace(why=why) for change, why in found if why is not None]
 
 
 def _why(change: Change, now: Mapping[str, Any], round_: int) -> str | None:

@@ -1,7 +1,8 @@
 """Who takes part in a round, and when it ends."""
 
-import math
 from dataclasses import dataclass
+
+from orchestrator.config.ranges import expect
 
 
 @dataclass(frozen=True)
@@ -30,18 +31,13 @@ class CohortConfig:
     max_weight: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.carry_rounds < 0:
-            raise ValueError(f"carry_rounds: expected 0 or more, got {self.carry_rounds}")
-        if not 1 <= self.max_weight < math.inf:
-            raise ValueError(f"max_weight: expected 1 or more, got {self.max_weight}")
+        expect("carry_rounds", self.carry_rounds, self.carry_rounds >= 0, "0 or more")
+        expect("max_weight", self.max_weight, self.max_weight >= 1, "1 or more")
         if self.min_devices < 1 or (self.max_devices and self.max_devices < self.min_devices):
             raise ValueError(
                 f"min_devices {self.min_devices}, max_devices {self.max_devices}: expected "
                 "1 <= min_devices <= max_devices, or max_devices = 0"
             )
-        if not 0 < self.quorum <= 1:
-            raise ValueError(f"quorum: expected a share over 0 to 1, got {self.quorum}")
-        if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s: expected over 0, got {self.deadline_s}")
-        if self.wait_s < 0:
-            raise ValueError(f"wait_s: expected 0 or more, got {self.wait_s}")
+        expect("quorum", self.quorum, 0 < self.quorum <= 1, "a share over 0 to 1")
+        expect("deadline_s", self.deadline_s, self.deadline_s > 0, "over 0")
+        expect("wait_s", self.wait_s, self.wait_s >= 0, "0 or more")

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from orchestrator.config.ranges import codec, expect
 from wire import classes, codecs, names, tensors
 from wire.messages import check_noise
 
@@ -144,15 +145,14 @@ class DeviceConfig:
         mean, std, _ = default_pixels(self.input[0])
         object.__setattr__(self, "mean", self.mean or mean)
         object.__setattr__(self, "std", self.std or std)
-        codecs.parse(self.features)
-        tensors.policy(self.state)
-        if not 0 <= self.mu < math.inf:
-            raise ValueError(f"mu: expected 0 (no proximal term) or more, got {self.mu}")
-        sent = tensors.policy(self.update)
-        for codec in (sent.matrices, sent.vectors) if self.feedback else ():
-            if not (codec.spec.startswith("float") or "mse" in codec.spec.split("|")):
+        codec("features", self.features, codecs.parse)
+        codec("state", self.state, tensors.policy)
+        expect("mu", self.mu, self.mu >= 0, "0 (no proximal term) or more")
+        sent = codec("update", self.update, tensors.policy)
+        for used in (sent.matrices, sent.vectors) if self.feedback else ():
+            if not (used.spec.startswith("float") or "mse" in used.spec.split("|")):
                 raise ValueError(
-                    f"feedback: {codec.spec} may leave out more than it was given, and what is "
+                    f"feedback: {used.spec} may leave out more than it was given, and what is "
                     "owed then grows without bound; use a codec of least error, eden|b=1|mse"
                 )
         if not len(self.mean) == len(self.std) == self.input[0]:
@@ -160,17 +160,16 @@ class DeviceConfig:
                 f"input {list(self.input)}: expected [channels, height, width], with a mean "
                 f"({len(self.mean)}) and a std ({len(self.std)}) a channel"
             )
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout: expected a share from 0 to below 1, got {self.holdout}")
+        expect("holdout", self.holdout, 0 <= self.holdout < 1, "a share from 0 to below 1")
         check_noise(self.clip, self.noise)
-        if self.class_count < 2:
-            raise ValueError(f"classes: expected 2 or more, got {self.class_count}")
-        if self.batch < 1:
-            raise ValueError(f"batch: expected 1 or more, got {self.batch}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs: expected 1 or more, got {self.epochs}")
-        if self.lr <= 0:
-            raise ValueError(f"lr: expected over 0, got {self.lr}")
+        expect("classes", self.class_count, self.class_count >= 2, "2 or more")
+        expect("batch", self.batch, self.batch >= 1, "1 or more")
+        expect("epochs", self.epochs, self.epochs >= 1, "1 or more")
+        expect("lr", self.lr, self.lr > 0, "over 0")
+        expect("std", self.std, min(self.std, default=1) > 0, "numbers over 0")
+        if self.optimizer == "sgd":
+            expect("momentum", self.momentum, 0 <= self.momentum < 1, "0 to below 1")
+        expect("weight_decay", self.weight_decay, 0 <= self.weight_decay < 1, "0 to below 1")
 
 
 def default_pixels(channels: int) -> tuple[tuple[float, ...], tuple[float, ...], str]:

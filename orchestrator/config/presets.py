@@ -1,6 +1,7 @@
 """What `orchestrator init` writes: `run.toml` for each way of training, with comments."""
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orchestrator.config.run import RunConfig
@@ -14,33 +15,6 @@ WHY_DEFAULT = (
     "both the large and the small network well on digits as on photos."
 )
 ABOUT = "A Stillhouse run. Start it with: orchestrator start --config run.toml"
-RUN = {
-    "name": Setting("first", "its folder is runs/NAME"),
-    "fleet": Setting("fleet"),
-    "heldout": Setting(
-        "data/heldout.npz", "images that the server evaluates on: .npz, or a folder of classes"
-    ),
-    "admission": Setting("enrolled", 'or "open": any device that the broker lets in'),
-}
-BROKER_AND_COHORT = {
-    "broker.kind": Setting(
-        "embedded", 'loopback only; "mosquitto" runs Debian\'s, "external" takes a url'
-    ),
-    "broker.host": Setting("127.0.0.1"),
-    "broker.port": Setting(1883),
-    "broker.url": Setting("mqtts://broker.example:8883", 'with kind = "external"', example=True),
-    "cohort.min_devices": Setting(2, "a round begins only with so many,"),
-    "cohort.wait_s": Setting(10.0, "and waits so long for more"),
-    "cohort.quorum": Setting(1.0, "it closes when this share of the cohort has returned,"),
-    "cohort.deadline_s": Setting(600.0, "or then, with whoever has"),
-    "cohort.carry_rounds": Setting(0, "late results count in so many rounds more (fedgkt)"),
-}
-STRATEGIES = "fedgkt, feddropout, fedavg or local"
-NAMED_CLASSES = 'or their names: ["bolt", "nut", ...]'
-SERVER_MODELS = "resnet109, resnet55; resnet19 and resnet10 where there is no GPU"
-TWO_BITS = "q=2: two bits a value, entropy-coded, two thirds of the image's bytes"
-SERVER_LOGITS = "weight of the server's logits in the device's loss"
-
 # A description of each preset.
 PRESETS = {
     "dropout": "Federated Dropout: devices train half the width of one network, and weights "
@@ -54,175 +28,143 @@ PRESETS = {
     "shared": "FedGKT in which devices share what they learn: the default, good for both networks. "
     "Feature maps of two bits travel in four rounds, and weights of the small network in all.",
 }
-# Settings of each preset.
-SETTINGS: dict[str, dict[str, Setting]] = {
-    "dropout": {
-        "strategy": Setting("feddropout"),
-        "rounds": Setting(60),
-        "device.model": Setting("caldas_cnn", "any network that can be compiled"),
-        "device.classes": Setting(10, NAMED_CLASSES),
-        "device.input": Setting((3, 32, 32)),
-        "device.batch": Setting(10),
-        "device.epochs": Setting(1),
-        "device.lr": Setting(0.05),
-        "device.momentum": Setting(0.0),
-        "device.weight_decay": Setting(0.0),
-        "device.state": Setting(
-            "eden|b=3|mse/float16", "weights on their way down: matrices/vectors"
-        ),
-        "device.update": Setting("eden|b=1/float16", "updates on their way up"),
-        "submodel.keep_rate": Setting(
-            0.5, "share of the units of each hidden layer that a device trains"
-        ),
-        "submodel.units": Setting(
-            "random", 'or "shared", "ordered" (HeteroFL), "rolling" (FedRolex)'
-        ),
-        "submodel.absent": Setting(
-            "holders", '"holders": average over those who trained a unit; "zero": the paper\'s'
-        ),
-        "server.eval_every": Setting(5),
-    },
-    "fedavg": {
-        "strategy": Setting("fedavg"),
-        "rounds": Setting(30),
-        "device.model": Setting(
-            "resnet8", "any network that can be compiled; resnet20 where devices are strong"
-        ),
-        "device.classes": Setting(10),
-        "device.input": Setting((3, 32, 32)),
-        "device.batch": Setting(16),
-        "device.epochs": Setting(3),
-        "device.lr": Setting(0.05),
-        "device.schedule": Setting("cosine"),
-        "device.mu": Setting(
-            0.0, "weight of FedProx's term, 0.01 where devices' images differ much"
-        ),
-        "device.state": Setting(
-            "float32", 'weights on their way down; "eden|b=3|mse/float16" is a tenth of float32'
-        ),
-        "device.update": Setting(
-            "float32", 'updates on their way up; "eden|b=2/float16" is a sixteenth of float32'
-        ),
-        "server.eval_every": Setting(1),
-    },
-    "fedgkt": {
-        "strategy": Setting("fedgkt", STRATEGIES),
-        "rounds": Setting(10),
-        "device.model": Setting("resnet8"),
-        "device.classes": Setting(10, NAMED_CLASSES),
-        "device.input": Setting((3, 32, 32)),
-        "device.batch": Setting(32),
-        "device.epochs": Setting(1),
-        "device.lr": Setting(0.05),
-        "device.augment": Setting(True),
-        "device.features": Setting(
-            "identity|q=8", "codec of the feature maps: float32, identity|q=N, relu|q=4|zstd"
-        ),
-        "device.update": Setting("float32", "of weight updates, and of weights on their way down"),
-        "device.state": Setting(
-            "float32", '(feddropout, fedavg): "hadamard|q=4", "eden|b=2/float16", ...'
-        ),
-        "server.model": Setting("resnet55", SERVER_MODELS),
-        "server.epochs": Setting(5),
-        "server.batch": Setting(64),
-        "server.lr": Setting(0.001),
-    },
-    "frugal": {
-        "strategy": Setting("fedgkt"),
-        "rounds": Setting(30),
-        "device.model": Setting("resnet8"),
-        "device.classes": Setting(10, NAMED_CLASSES),
-        "device.input": Setting((3, 32, 32)),
-        "device.batch": Setting(16),
-        "device.epochs": Setting(3),
-        "device.lr": Setting(0.05),
-        "device.schedule": Setting("cosine"),
-        "device.alpha": Setting(1.0, SERVER_LOGITS),
-        "device.temperature": Setting(3.0),
-        "device.features": Setting("relu|q=2|zstd", TWO_BITS),
-        "transfer.extractor": Setting(
-            "shared", '"shared": all devices go on with the mean of their first layers,'
-        ),
-        "transfer.freeze_after": Setting(1, "which stay as they are after so many rounds"),
-        "transfer.views": Setting(
-            True, "feature maps travel once more, and the server crops them itself,"
-        ),
-        "transfer.student_views": Setting(
-            False, "false: while devices see their images as they are"
-        ),
-        "transfer.network": Setting(
-            "shared", '"shared": all go on with the mean of their whole networks'
-        ),
-        "server.model": Setting("resnet55", SERVER_MODELS),
-        "server.epochs": Setting(5),
-        "server.batch": Setting(64),
-        "server.lr": Setting(0.001),
-        "server.schedule": Setting("cosine"),
-        "server.alpha": Setting(
-            0.0, "weight of the devices' logits: small devices are poor teachers"
-        ),
-    },
-    "paper": {
-        "strategy": Setting("fedgkt"),
-        "rounds": Setting(200),
-        "device.model": Setting("resnet8"),
-        "device.classes": Setting(10, NAMED_CLASSES),
-        "device.input": Setting((3, 32, 32)),
-        "device.batch": Setting(64),
-        "device.epochs": Setting(1),
-        "device.lr": Setting(0.001),
-        "device.optimizer": Setting("adam"),
-        "device.alpha": Setting(1.0, SERVER_LOGITS),
-        "device.temperature": Setting(3.0),
-        "device.augment": Setting(True),
-        "device.features": Setting("float32"),
-        "server.model": Setting("resnet55", "or resnet109"),
-        "server.epochs": Setting(20, "10 where devices' images differ much (non-IID)"),
-        "server.batch": Setting(256),
-        "server.lr": Setting(0.001),
-        "server.schedule": Setting("plateau"),
-        "server.alpha": Setting(1.0, "weight of the devices' logits in the server's loss"),
-        "server.temperature": Setting(3.0),
-    },
-    "shared": {
-        "strategy": Setting("fedgkt", STRATEGIES),
-        "rounds": Setting(30),
-        "device.model": Setting("resnet8"),
-        "device.classes": Setting(10),
-        "device.input": Setting((3, 32, 32)),
-        "device.batch": Setting(16),
-        "device.epochs": Setting(3),
-        "device.lr": Setting(0.05),
-        "device.schedule": Setting("cosine"),
-        "device.alpha": Setting(1.0, SERVER_LOGITS),
-        "device.temperature": Setting(3.0),
-        "device.features": Setting("relu|q=2|zstd", TWO_BITS),
-        "transfer.extractor": Setting(
-            "shared", '"shared": all devices go on with the mean of their first layers,'
-        ),
-        "transfer.freeze_after": Setting(3, "which stay as they are after so many rounds"),
-        "transfer.network": Setting(
-            "shared", '"shared": all go on with the mean of their whole networks'
-        ),
-        "transfer.views": Setting(
-            True,
-            "photos: the server trains on crops and mirror images too, and gains",
-            example=True,
-        ),
-        "transfer.student_views": Setting(
-            False,
-            "much (preset frugal); not where left and right differ, as in digits",
-            example=True,
-        ),
-        "server.model": Setting("resnet55", SERVER_MODELS),
-        "server.epochs": Setting(5),
-        "server.batch": Setting(64),
-        "server.lr": Setting(0.001),
-        "server.schedule": Setting("cosine"),
-        "server.alpha": Setting(
-            0.0, "weight of the devices' logits: small devices are poor teachers"
-        ),
-    },
+# Settings of every run, then of the presets, as lines of run.toml. Of two lines with one key the
+# later one counts, in the place of the first.
+RUN = """
+name = "first"  # its folder is runs/NAME
+fleet = "fleet"
+heldout = "data/heldout.npz"  # images that the server evaluates on: .npz, or a folder of classes
+admission = "enrolled"  # or "open": any device that the broker lets in
+[broker]
+kind = "embedded"  # loopback only; "mosquitto" runs Debian's, "external" takes a url
+host = "127.0.0.1"
+port = 1883
+# url = "mqtts://broker.example:8883"  # with kind = "external"
+[cohort]
+min_devices = 2  # a round begins only with so many,
+wait_s = 10.0  # and waits so long for more
+quorum = 1.0  # it closes when this share of the cohort has returned,
+deadline_s = 600.0  # or then, with whoever has
+carry_rounds = 0  # late results count in so many rounds more (fedgkt)
+"""
+NETWORK = """
+[device]
+model = "resnet8"
+classes = 10  # or their names: ["bolt", "nut", ...]
+input = [3, 32, 32]
+"""
+TAUGHT = f"""{NETWORK}
+batch = 16
+epochs = 3
+lr = 0.05
+schedule = "cosine"
+alpha = 1.0  # weight of the server's logits in the device's loss
+temperature = 3.0
+features = "relu|q=2|zstd"  # q=2: two bits a value, entropy-coded, two thirds of the image's bytes
+[transfer]
+extractor = "shared"  # "shared": all devices go on with the mean of their first layers,
+freeze_after = 1  # which stay as they are after so many rounds
+"""
+SHARED = 'network = "shared"  # "shared": all go on with the mean of their whole networks'
+LARGE = """
+[server]
+model = "resnet55"  # resnet109, resnet55; resnet19 and resnet10 where there is no GPU
+epochs = 5
+batch = 64
+lr = 0.001
+"""
+LARGE_COSINE = f"""{LARGE}
+schedule = "cosine"
+alpha = 0.0  # weight of the devices' logits: small devices are poor teachers
+"""
+SETTINGS = {
+    "dropout": f"""
+strategy = "feddropout"
+rounds = 60
+{NETWORK}
+model = "caldas_cnn"  # any network that can be compiled
+batch = 10
+epochs = 1
+lr = 0.05
+momentum = 0.0
+weight_decay = 0.0
+state = "eden|b=3|mse/float16"  # weights on their way down: matrices/vectors
+update = "eden|b=1/float16"  # updates on their way up
+[submodel]
+keep_rate = 0.5  # share of the units of each hidden layer that a device trains
+units = "random"  # or "shared", "ordered" (HeteroFL), "rolling" (FedRolex)
+absent = "holders"  # "holders": average over those who trained a unit; "zero": the paper's
+[server]
+eval_every = 5
+""",
+    "fedavg": f"""
+strategy = "fedavg"
+rounds = 30
+{NETWORK}
+model = "resnet8"  # any network that can be compiled; resnet20 where devices are strong
+classes = 10
+batch = 16
+epochs = 3
+lr = 0.05
+schedule = "cosine"
+mu = 0.0  # weight of FedProx's term, 0.01 where devices' images differ much
+state = "float32"  # weights on their way down; "eden|b=3|mse/float16" is a tenth of float32
+update = "float32"  # updates on their way up; "eden|b=2/float16" is a sixteenth of float32
+[server]
+eval_every = 1
+""",
+    "fedgkt": f"""
+strategy = "fedgkt"  # fedgkt, feddropout, fedavg or local
+rounds = 10
+{NETWORK}
+batch = 32
+epochs = 1
+lr = 0.05
+augment = true
+features = "identity|q=8"  # codec of the feature maps: float32, identity|q=N, relu|q=4|zstd
+update = "float32"  # of weight updates, and of weights on their way down
+state = "float32"  # (feddropout, fedavg): "hadamard|q=4", "eden|b=2/float16", ...
+{LARGE}""",
+    "frugal": f"""
+strategy = "fedgkt"
+rounds = 30
+{TAUGHT}
+views = true  # feature maps travel once more, and the server crops them itself,
+student_views = false  # false: while devices see their images as they are
+{SHARED}
+{LARGE_COSINE}""",
+    "paper": f"""
+strategy = "fedgkt"
+rounds = 200
+{NETWORK}
+batch = 64
+epochs = 1
+lr = 0.001
+optimizer = "adam"
+alpha = 1.0  # weight of the server's logits in the device's loss
+temperature = 3.0
+augment = true
+features = "float32"
+[server]
+model = "resnet55"  # or resnet109
+epochs = 20  # 10 where devices' images differ much (non-IID)
+batch = 256
+lr = 0.001
+schedule = "plateau"
+alpha = 1.0  # weight of the devices' logits in the server's loss
+temperature = 3.0
+""",
+    "shared": f"""
+strategy = "fedgkt"  # fedgkt, feddropout, fedavg or local
+rounds = 30
+{TAUGHT}
+freeze_after = 3  # which stay as they are after so many rounds
+{SHARED}
+# views = true  # photos: the server trains on crops and mirror images too, and gains
+# student_views = false  # much (preset frugal); not where left and right differ, as in digits
+[device]
+classes = 10
+{LARGE_COSINE}""",
 }
 
 
@@ -245,5 +187,20 @@ def template(preset: str = DEFAULT, changes: Mapping[str, Any] | None = None) ->
     if preset not in PRESETS:
         raise SettingsError(f"no preset {preset!r}; there are {', '.join(presets())}")
     about = (ABOUT, f"Preset {preset}: {PRESETS[preset]}")
-    file = Template(RunConfig, about, {**RUN, **BROKER_AND_COHORT, **SETTINGS[preset]})
-    return settings.render(file, changes or {})
+    lines = dict(_lines(RUN)) | dict(_lines(SETTINGS[preset]))
+    return settings.render(Template(RunConfig, about, lines), changes or {})
+
+
+def _lines(text: str) -> Iterator[tuple[str, Setting]]:
+    """The settings in lines of a TOML file, by dotted key; a line that begins with # is an example.
+
+    Two blanks and # begin a comment.
+    """
+    table = ""
+    for line in filter(None, text.splitlines()):
+        if line.startswith("["):
+            table = f"{line[1:-1]}."
+            continue
+        pair, _, comment = line.partition("  # ")
+        ((key, value),) = tomllib.loads(pair.removeprefix("# ")).items()
+        yield table + key, Setting(value, comment, example=pair.startswith("# "))

@@ -1,9 +1,9 @@
 """Updates of the agent's package: which ones devices are told of, and in which order."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.config.ranges import expect
 from wire import signing
 from wire.errors import SignatureError
 
@@ -33,5 +33,4 @@ class ReleaseConfig:
                 signing.check_public(self.key)
             except SignatureError as fault:
                 raise ValueError(f"release.key: {fault}") from fault
-        if not 0 <= self.settle_minutes < math.inf:
-            raise ValueError(f"settle_minutes: expected 0 or more, got {self.settle_minutes}")
+        expect("settle_minutes", self.settle_minutes, self.settle_minutes >= 0, "0 or more")

@@ -1,6 +1,5 @@
 """The configuration of a whole run."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal
 from orchestrator.config.broker import BrokerConfig
 from orchestrator.config.cohort import CohortConfig
 from orchestrator.config.device import DeviceConfig, Recipe
+from orchestrator.config.ranges import expect
 from orchestrator.config.release import ReleaseConfig
 from orchestrator.config.server import ServerConfig
 from orchestrator.config.submodel import SubmodelConfig
@@ -16,6 +16,9 @@ from orchestrator.config.transfer import TransferConfig
 from wire import records, topics
 from wire.errors import SettingsError
 from wire.names import anchored
+
+LONGEST = 48  # characters of a run's name
+MOST = 1 << 20  # rounds and seeds are below this
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         topics.check_name(self.name, "run name")
         topics.check_name(self.fleet, "fleet name")
-        if not 1 <= self.rounds < 1 << 20 or not 0 <= self.seed < 1 << 20:
-            raise ValueError(f"expected rounds from 1 and seed from 0, both below {1 << 20}")
-        if self.transfer_chunks < 2 or len(self.name) > 48:
-            raise ValueError(
-                f"transfer_chunks {self.transfer_chunks}, name of {len(self.name)} characters: "
-                "expected 2 or more, and 48 at most"
-            )
-        if not 1024 <= self.chunk_bytes <= 1 << 19:
-            raise ValueError(f"chunk_bytes: expected 1024 to {1 << 19}, got {self.chunk_bytes}")
-        if not 0 < self.retry_s < math.inf:
-            raise ValueError(f"retry_s: expected over 0, got {self.retry_s}")
+        expect("name", self.name, len(self.name) <= LONGEST, f"up to {LONGEST} characters")
+        expect("rounds", self.rounds, 1 <= self.rounds < MOST, f"1 to {MOST - 1}")
+        expect("seed", self.seed, 0 <= self.seed < MOST, f"0 to {MOST - 1}")
+        expect("transfer_chunks", self.transfer_chunks, self.transfer_chunks >= 2, "2 or more")
+        most = 1 << 19
+        expect("chunk_bytes", self.chunk_bytes, 1024 <= self.chunk_bytes <= most, f"1024 to {most}")
+        expect("retry_s", self.retry_s, self.retry_s > 0, "over 0")
+        expect("heldout_limit", self.heldout_limit, self.heldout_limit >= 0, "0 (all) or more")
 
     @property
     def recipes(self) -> tuple[Recipe, ...]:

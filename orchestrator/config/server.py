@@ -3,7 +3,23 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ondevice.views import PAD
+            value = getattr(self, name)
+            expect(name, value, value >= number, f"{number} or more")
+        epochs = (self.epochs,) if isinstance(self.epochs, int) else self.epochs
+        fits = min(epochs, default=-1) >= 0 and any(epochs)
+        expect("epochs", self.epochs, fits, "1 or more, or a list of 0 or more and not only 0")
+        expect("shift", self.shift, self.shift <= PAD, f"at most {PAD}")
+        share = self.label_smoothing
+        expect("label_smoothing", share, 0 <= share < 1, "0 or more and below 1")
+        expect("lr", self.lr, self.lr > 0, "over 0")
+        expect("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        expect("temperature", self.temperature, self.temperature > 0, "over 0")
+
+    def epochs_in(self, round_: int) -> int:
+        """How many passes the server makes in a round, from 1."""
+        if isinstance(self.epochs, int):
+            return self.epochs
+        return self.epochs[min(round_, len(self.epochs)) - 1]
 
 
 @dataclass(frozen=True)
@@ -62,22 +78,17 @@ class ServerConfig:
     def __post_init__(self) -> None:
         least = {"eval_batch": 0, "eval_every": 1, "patience": 0, "batch": 2, "shift": 0}
         for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            expect(name, value, value >= number, f"{number} or more")
         epochs = (self.epochs,) if isinstance(self.epochs, int) else self.epochs
-        if not epochs or min(epochs) < 0 or not any(epochs):
-            raise ValueError(
-                f"epochs: expected a number of 1 or more, or one for each round and not all 0, got "
-                f"{self.epochs}"
-            )
-        if self.shift > PAD or not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"shift {self.shift}, label_smoothing {self.label_smoothing}: expected at most "
-                f"{PAD}, and 0 or more and below 1"
-            )
-        for name in ("lr", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected over 0, got {getattr(self, name)}")
+        fits = min(epochs, default=-1) >= 0 and any(epochs)
+        expect("epochs", self.epochs, fits, "1 or more, or a list of 0 or more and not only 0")
+        expect("shift", self.shift, self.shift <= PAD, f"at most {PAD}")
+        share = self.label_smoothing
+        expect("label_smoothing", share, 0 <= share < 1, "0 or more and below 1")
+        expect("lr", self.lr, self.lr > 0, "over 0")
+        expect("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
+        expect("temperature", self.temperature, self.temperature > 0, "over 0")
 
     def epochs_in(self, round_: int) -> int:
         """How many passes the server makes in a round, from 1."""

@@ -4,6 +4,10 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.config.ranges import expect
+
+KEEP_RATE = "over 0 to 1 (the whole model)"
+
 
 @dataclass(frozen=True)
 class Tier:
@@ -20,7 +24,7 @@ class Tier:
     memory_mb: int = 0
 
     def __post_init__(self) -> None:
-        check_keep_rate(self.keep_rate)
+        expect("keep_rate", self.keep_rate, 0 < self.keep_rate <= 1, KEEP_RATE)
         if self.memory_mb < 0 or (self.devices == "*" and not self.memory_mb):
             raise ValueError(
                 "expected a pattern of names in `devices`, or `memory_mb` over 0: a tier of all "
@@ -53,7 +57,7 @@ class SubmodelConfig:
     tiers: tuple[Tier, ...] = ()
 
     def __post_init__(self) -> None:
-        check_keep_rate(self.keep_rate)
+        expect("keep_rate", self.keep_rate, 0 < self.keep_rate <= 1, KEEP_RATE)
 
     def rate_of(self, device: str, memory_bytes: int) -> float:
         """The keep rate of a device."""
@@ -69,9 +73,3 @@ class SubmodelConfig:
     def whole(self) -> bool:
         """Whether every device trains the whole model."""
         return self.rates == {1}
-
-
-def check_keep_rate(rate: float) -> None:
-    """Raise ValueError unless 0 < rate <= 1."""
-    if not 0 < rate <= 1:
-        raise ValueError(f"keep_rate: expected over 0 to 1 (the whole model), got {rate}")

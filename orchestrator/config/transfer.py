@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from orchestrator.config.ranges import codec, expect
 from wire import codecs
 
 
@@ -42,7 +43,7 @@ class TransferConfig:
     logits: str = "float16"
 
     def __post_init__(self) -> None:
-        if codecs.parse(self.logits).coder.lowest >= 0:
+        if codec("logits", self.logits, codecs.parse).coder.lowest >= 0:
             raise ValueError(
                 f"logits: {self.logits} takes no negative values; use float16, identity|q=8, ..."
             )
@@ -50,17 +51,14 @@ class TransferConfig:
             raise ValueError(
                 'network: a shared one has a shared extractor; set extractor = "shared"'
             )
-        if self.freeze_after is not None and self.freeze_after < 0:
-            raise ValueError(f"freeze_after: expected 0 rounds or more, got {self.freeze_after}")
+        after = self.freeze_after
+        expect("freeze_after", after, after is None or after >= 0, "0 rounds or more")
         if not self.student_views and not (self.views and self.freeze_after is not None):
             raise ValueError(
                 "student_views: without views and freeze_after there are none to do without"
             )
-        if not 0 <= self.resend < 1 or not 0 < self.age_decay <= 1:
-            raise ValueError(
-                f"resend {self.resend}, age_decay {self.age_decay}: expected 0 <= resend < 1, "
-                "0 < age_decay <= 1"
-            )
+        expect("resend", self.resend, 0 <= self.resend < 1, "a share from 0 to below 1")
+        expect("age_decay", self.age_decay, 0 < self.age_decay <= 1, "a factor over 0 to 1")
         if self.resend and self.views:
             raise ValueError("resend: with views every round shows other feature maps; leave one")
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.datasets import NAMED, build, parse_size
+from orchestrator.datasets.picture import span
 from wire import __version__, records, stopping, storage
 from wire.errors import StillhouseError
 
@@ -90,10 +91,9 @@ def shards(  # noqa: PLR0917 - typer makes options of them
         print(json.dumps(asdict(written)))
         return
     sizes = [shard.samples for shard in written.devices]
-    each = f"{sizes[0]:,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
     height, width, depth = written.shape
     print(
-        f"{out}: {len(sizes)} devices with {each} samples of {height}x{width}x{depth}, "
+        f"{out}: {len(sizes)} devices with {span(sizes)} samples of {height}x{width}x{depth}, "
         f"{written.heldout.samples:,} held out; the split is drawn in {out / 'split.png'}"
     )
 

@@ -78,9 +78,7 @@ def partition(
         )
     if split not in get_args(Split):
         raise DataError(f"split: expected 'iid' or 'dirichlet', got {split!r}")
-    if not 0 <= seed < 1 << 32:
-        raise DataError(f"expected a seed from 0 to {(1 << 32) - 1}, got {seed}")
-    rng = np.random.RandomState(seed)
+    rng = random(seed)
     if split == "iid":
         order = rng.permutation(len(y))
         if per_device is None:
@@ -98,8 +96,12 @@ def partition(
 def stratified(
     y: NDArray[np.int64], fraction: float, *, seed: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut every class in the same proportion; return the rest's indices, then the fraction's."""
-    rng = np.random.RandomState(seed)
+    """Cut every class in the same proportion; return the rest's indices, then the fraction's.
+
+    Raises:
+        DataError: the seed is out of range.
+    """
+    rng = random(seed)
     rest, chosen = [], []
     for pool in _pools(y, rng):
         cut = round(len(pool) * fraction)
@@ -108,17 +110,24 @@ def stratified(
     return rng.permutation(np.concatenate(rest)), rng.permutation(np.concatenate(chosen))
 
 
+def random(seed: int) -> np.random.RandomState:
+    """The random numbers of a seed.
+
+    Raises:
+        DataError: the seed is out of range.
+    """
+    if not 0 <= seed < 1 << 32:
+        raise DataError(f"expected a seed from 0 to {(1 << 32) - 1}, got {seed}")
+    return np.random.RandomState(seed)
+
+
 def _pools(y: NDArray[np.int64], rng: np.random.RandomState) -> list[Indices]:
     """The indices of each class 0..C-1, shuffled."""
     return [rng.permutation(np.flatnonzero(y == c)) for c in range(int(y.max()) + 1)]
 
 
 def _proportions(
-    y: NDArray[np.int64],
-    devices: int,
-    alpha: float,
-    min_samples: int,
-    rng: np.random.RandomState,
+    y: NDArray[np.int64], devices: int, alpha: float, min_samples: int, rng: np.random.RandomState
 ) -> list[Indices]:
     pools = _pools(y, rng)
     sizes = np.array([len(pool) for pool in pools])

@@ -1,5 +1,6 @@
 """Draws a split: one stacked horizontal bar of class counts for each device."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +16,9 @@ if TYPE_CHECKING:
 INK, MUTED, RULE = "#22303c", "#687785", "#e3e8ec"
 # Neighbours differ in hue and lightness, so that a bar can be read in grey print too.
 PALETTE = (
-    "#264653",
-    "#2a9d8f",
-    "#8ab17d",
-    "#e9c46a",
-    "#f4a261",
-    "#e76f51",
-    "#b5446e",
-    "#6d597a",
-    "#5b8fb9",
-    "#a9b4c2",
-)
+    "#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261",
+    "#e76f51", "#b5446e", "#6d597a", "#5b8fb9", "#a9b4c2",
+)  # fmt: skip
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue
 WIDTH = 8.6  # inches, like all lengths here
 LEFT, RIGHT, TOP, BOTTOM = 0.95, 2.05, 0.98, 0.62
@@ -75,11 +68,10 @@ def draw(counts: NDArray[np.int64], classes: tuple[str, ...], title: str, path: 
         figure.text(
             left, 1 - 0.36 / height, label(title, 60), fontsize=12.5, fontweight="bold", va="center"
         )
-        each = f"{total.min():,}" if total.min() == total.max() else _range(total)
         figure.text(
             left,
             1 - 0.63 / height,
-            f"{total.sum():,} training samples in {len(classes)} classes, {each} a device",
+            f"{total.sum():,} training samples in {len(classes)} classes, {span(total)} a device",
             color=MUTED,
             va="center",
         )
@@ -163,5 +155,7 @@ def _legend(
     scale.spines[:].set_visible(False)
 
 
-def _range(total: NDArray[np.int64]) -> str:
-    return f"{total.min():,} to {total.max():,}"
+def span(numbers: Iterable[int]) -> str:
+    """The least and the greatest of some numbers, for people; one number if they are the same."""
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"

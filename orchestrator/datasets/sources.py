@@ -16,6 +16,7 @@ import numpy as np
 
 from orchestrator.datasets.files import Images, read_path
 from orchestrator.datasets.partition import stratified
+from wire import storage
 from wire.errors import DataError
 
 HELD_OUT_FRACTION = 0.2
@@ -143,7 +144,7 @@ def _fashion(cache: Path, _seed: int) -> tuple[Images, Images]:
         file = raw / packed.stem
         if not file.exists():
             raw.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(gzip.decompress(packed.read_bytes()))
+            storage.write(file, gzip.decompress(packed.read_bytes()))
     return _torchvision("FashionMNIST", cache)
 
 

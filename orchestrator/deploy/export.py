@@ -25,17 +25,15 @@ from orchestrator.config import RunConfig
 from orchestrator.deploy import graph
 from orchestrator.launch import networks
 from orchestrator.run_folder.store import last_checkpoint
-from orchestrator.strategies.gkt.state import GktState
+from orchestrator.strategies.gkt import extractors
 from orchestrator.strategies.strategy import Checkpoint
 from orchestrator.training import distill
 from wire import __version__, records
 from wire.errors import RunError
 from wire.manifest import MANIFEST, Manifest
-from wire.names import title
+from wire.names import title, written
 
 Form = Literal["float32", "uint8"]
-
-LAYOUTS: dict[Form, Literal["NCHW", "NHWC"]] = {"float32": "NCHW", "uint8": "NHWC"}
 
 
 @dataclass(frozen=True)
@@ -55,21 +53,15 @@ class Deployed:
     replaced: bool
 
     @property
-    def round(self) -> int:
-        """The round after which the network was taken."""
-        return self.card.round
-
-    @property
-    def device(self) -> str:
-        """The device whose network or extractor this is; "" for a network of all devices."""
-        return self.card.device
-
-    @property
     def text(self) -> str:
         """What was exported, in two lines for people."""
         about = self.card
         whose = f", {about.model}" + (f" ({about.device})" if about.device else "")
-        share = f", {100 * about.accuracy:.1f} % of held-out images" if about.accuracy else ""
+        share = (
+            f", {100 * about.accuracy:.1f} % of held-out images"
+            if about.accuracy is not None
+            else ""
+        )
         axes = {"N": "N", "C": about.channels, "H": about.size[0], "W": about.size[1]}
         shape = ", ".join(str(axes[axis]) for axis in about.layout)
         return (
@@ -83,8 +75,7 @@ class Deployed:
     def plain(self) -> dict[str, object]:
         """As --json prints it."""
         about = {"path": self.path, "replaced": self.replaced, "difference": self.difference}
-        table: dict[str, object] = records.plain(about) | records.plain(self.card)
-        return table
+        return {**records.plain(about), **records.plain(self.card)}
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -96,11 +87,11 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / "run.json"
     try:
         table = json.loads(path.read_text())
+        table.pop("broker", None)  # decides no numbers, and rules for it have become stricter
     except FileNotFoundError as fault:
         raise RunError(f"{folder} holds no run; look for it under the `runs` folder") from fault
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, AttributeError, TypeError) as fault:
         raise RunError(f"{folder} holds no run: {path.name} cannot be read ({fault})") from fault
-    table.pop("broker", None)  # decides no numbers, and rules for it have become stricter
     return records.build(RunConfig, table, where=str(path), error=RunError)
 
 
@@ -130,26 +121,15 @@ def export_run(
     """
     config = read_config(folder)
     replaced = _check_out(out)
-    if config.strategy == "local" and not small:
-        raise RunError("strategy local has no model of the whole fleet; --small exports a device's")
-    has_devices = config.strategy in ("fedgkt", "local")
-    if (small or device is not None) and not has_devices:
-        option, made = "--small" if small else "--device", title(config.strategy)
-        raise RunError(f"strategy {made} has one model for all; export without {option}")
     networks.unchanged(folder, config)
     round_, state = last_checkpoint(folder)
-    names = sorted({key.split("/")[1] for key in state.tensors if key.startswith("device/")})
-    if has_devices and not names:
-        raise RunError(f"{folder}: no device has returned a network yet; wait for the next round")
-    if device is not None and device not in names:
-        raise RunError(f"no device {device!r} in {folder}; there are {', '.join(names)}")
-    chosen = (device or _best(folder, names, small=small)) if has_devices else ""
+    chosen = _chosen(folder, config, state, device, small=small)
     parts, description = _parts(config, state, chosen, small=small)
     classes, preprocess = _trained_with(folder, config)
     about = ModelCard(
         classes=classes,
         input=form,
-        layout=LAYOUTS[form],
+        layout="NHWC" if form == "uint8" else "NCHW",
         channels=config.device.input[0],
         size=config.device.input[1:],
         scale=255.0 if form == "uint8" else 1.0,
@@ -170,29 +150,55 @@ def export_run(
     return Deployed(out, about, difference, replaced)
 
 
+def _chosen(
+    folder: Path, config: RunConfig, state: Checkpoint, device: str | None, *, small: bool
+) -> str:
+    """The device whose network, or extractor with the large model, to export; "" for no device.
+
+    The state says what there is, whatever the strategy: `global/...`, or `device/NAME/...` and
+    perhaps `server/...` with `extractor/NAME/...`.
+
+    Raises:
+        RunError: the state does not hold what is asked for.
+    """
+    strategy = f"strategy {title(config.strategy)}"
+    if state.under("global"):
+        if small or device is not None:
+            option = "--small" if small else "--device"
+            raise RunError(f"{strategy} has one model for all; export without {option}")
+        return ""
+    names = sorted(state.by_device("device" if small else "extractor"))
+    if not names and not small and state.under("device"):
+        raise RunError(f"{strategy} has no model of the whole fleet; --small exports a device's")
+    if not names:
+        raise RunError(f"{strategy} keeps no model of the whole fleet, nor networks of devices")
+    if device is not None and device not in names:
+        raise RunError(f"no device {device!r} in {folder}; there are {', '.join(names)}")
+    return device or _best(folder, names, small=small)
+
+
 def _parts(
     config: RunConfig, state: Checkpoint, device: str, *, small: bool
 ) -> tuple[list[nn.Module], str]:
     """The networks that make up the graph, from pixels to logits, and their names in words."""
+    classes, shape = config.device.class_count, config.device.input
     name = config.device.model_of(device)
-    model = models.build(name, classes=config.device.class_count, input_shape=config.device.input)
+    model = models.build(name, classes=classes, input_shape=shape)
     if not device:
-        if not (weights := state.under("global")):
-            raise RunError(f"strategy {title(config.strategy)} keeps no model of the whole fleet")
-        return [distill.load(model, weights)], title(name)
-    if config.strategy == "local":
-        return [distill.load(model, state.under(f"device/{device}"))], title(name)
-    learnt = GktState.unpack(state, config.device.models)
+        return [distill.load(model, state.under("global"))], title(name)
     if small:
-        return [distill.load(model, learnt.network(name, device))], title(name)
-    extractor = distill.load(model.get_submodule("extractor"), learnt.extractors[device])
-    server = models.build(
-        config.server.model,
-        classes=config.device.class_count,
-        input_shape=_feature_shape(extractor, config),
-    )
+        head = state.under(f"network/{written(name)}")  # that devices with this model share
+        shared = head | extractors.in_network(state.under("shared"))
+        weights = shared if head else state.under(f"device/{device}")
+        return [distill.load(model, weights)], title(name)
+    extractor = distill.load(
+        model.get_submodule("extractor"), state.under(f"extractor/{device}")
+    ).eval()
+    with torch.inference_mode():
+        maps = extractor(torch.zeros(1, *shape))
+    server = models.build(config.server.model, classes=classes, input_shape=tuple(maps.shape[1:]))
     clip = [models.Clip(config.device.clip)] if config.device.clip else []
-    parts = [extractor, *clip, distill.load(server, learnt.server)]
+    parts = [extractor, *clip, distill.load(server, state.under("server"))]
     return parts, f"{title(config.server.model)} on the extractor of {title(name)}"
 
 
@@ -241,7 +247,7 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     """The entries of closed rounds that status.json holds."""
     try:
         history: list[dict[str, Any]] = json.loads((folder / "status.json").read_text())["history"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return []
     return history
 
@@ -260,9 +266,3 @@ def _best(folder: Path, names: list[str], *, small: bool = False) -> str:
     evaluated = (entry for entry in reversed(_history(folder)) if key in entry)
     devices: dict[str, Any] = next(evaluated, {"devices": {}})["devices"]
     return max(names, key=lambda n: devices.get(n, {}).get(key, 0.0))
-
-
-def _feature_shape(extractor: nn.Module, config: RunConfig) -> tuple[int, int, int]:
-    with torch.inference_mode():
-        _, *shape = extractor.eval()(torch.zeros(1, *config.device.input)).shape
-    return shape[0], shape[1], shape[2]

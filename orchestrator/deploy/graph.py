@@ -10,7 +10,6 @@ Its input `image` has one of two forms:
 Its output is `logits`, float32 (N, classes). The graph includes the normalization.
 """
 
-import contextlib
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from torch import nn
 
 from ondevice.card import ModelCard
 from ondevice.images import Preprocess
+from wire import storage
 from wire.errors import RunError
 
 if TYPE_CHECKING:
@@ -174,13 +174,9 @@ def difference(proto: "onnx.ModelProto", network: nn.Module, about: ModelCard) -
 
 def write(proto: "onnx.ModelProto", out: Path) -> None:
     """Write a graph to a file, all of it or nothing."""
-    partial = out.with_name(out.name + ".new")
     try:
-        partial.write_bytes(proto.SerializeToString())
-        partial.replace(out)
+        storage.write(out, proto.SerializeToString())
     except OSError as fault:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise RunError(
             f"{out}: cannot be written ({fault.strerror}); make room, or name another file"
         ) from fault

@@ -8,7 +8,6 @@ the open round has taken.
 import contextlib
 import logging
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -66,8 +65,7 @@ class Report:
         self._awaited = ""
         self._logged = "", -math.inf
         self._opened_at: float | None = None
-        self._lock = threading.Lock()
-        self._written = 0.0
+        self._next_write = 0.0
         self.entries = store.closed_rounds()
 
     @property
@@ -124,8 +122,7 @@ class Report:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Note how far the worker thread is with its work."""
-        with self._lock:
-            self._work = (what, done, total)
+        self._work = (what, done, total)
 
     def closed(
         self, attempt: Attempt, metrics: Mapping[str, Any], seconds: float
@@ -170,9 +167,7 @@ class Report:
 
     def snapshot(self) -> dict[str, Any]:
         """The state of the run now, as JSON values."""
-        with self._lock:
-            work = self._work
-        state = self._state
+        work, state = self._work, self._state  # another thread may replace `_work`
         names = sorted(
             {*state.live, *state.cohort, *self._telemetry, *self._enrolled, *self._refused}
         )
@@ -193,12 +188,17 @@ class Report:
         }
 
     def save(self, *, final: bool = False) -> None:
-        """Write status.json now and then, and report.json at the end."""
-        now = time.monotonic()
-        if final or now - self._written >= WRITE_S:
-            self._written = now
+        """Write status.json now and then, and report.json at the end.
+
+        The file grows with the rounds. The wait for the next write grows with the time that the
+        last one took, so that writing never takes more than a tenth of the run's time.
+        """
+        began = time.monotonic()
+        if final or began >= self._next_write:
             with contextlib.suppress(StalledError):  # a full disk is reported where it matters more
                 self._store.write_json("status.json", self.snapshot())
+            now = time.monotonic()
+            self._next_write = now + max(WRITE_S, 9 * (now - began))
         if final:
             config = self._config
             settled = classes.read(config.folder)
@@ -244,7 +244,7 @@ class Report:
             return (
                 f"waiting for devices: {len(state.live)} of at least {rules.min_devices} here{here}"
             ) + (f"; enrolled and not here: {names_of(missing)}" if missing else "")
-        if state.attempt and not state.returned:
+        if state.retries and not state.returned:
             return f"no device returned a result; trying again in {PAUSE_S:g} s"
         if rules.wait_s:
             return f"{len(state.live)} devices are here; waiting {rules.wait_s:g} s for more"

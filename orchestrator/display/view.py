@@ -20,6 +20,8 @@ from wire import logs
 if TYPE_CHECKING:
     from orchestrator.display.report import Report
 
+log = logging.getLogger("orchestrator")
+
 # What a device does, in the order in which a person should look at it.
 STANDS = ("failed", "refused", "ordered", "fetch", "train", "extract", "send", "away", "waiting",
           "returned", "idle")  # fmt: skip
@@ -44,13 +46,13 @@ class Display:
         # Not console.is_terminal, which obeys FORCE_COLOR: a file must never get control codes.
         self._terminal = console.file.isatty() and not console.is_dumb_terminal
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._shown = self._logged = time.monotonic()
+        self._shown = time.monotonic()
 
     def __enter__(self) -> Callable[["Report"], None]:
         """Begin; return a function to call with the report whenever something has happened."""
         if not self._terminal:
             logs.to_stream(self._console.file)
-            return self._log if self._simulated else lambda _: None
+            return self._show if self._simulated else lambda _: None
         handler = RichHandler(
             console=self._console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
         )
@@ -66,22 +68,18 @@ class Display:
 
     def _show(self, report: "Report") -> None:
         now = time.monotonic()
-        if now - self._shown < REFRESH_S:
+        if now - self._shown < (REFRESH_S if self._terminal else LOGGED_S):
             return
         self._shown = now
         snapshot, (width, height) = report.snapshot(), self._console.size
-        if self._simulated:
+        if not self._terminal:
+            log.info("%s", progress(snapshot))
+        elif self._simulated:
             line = Text(f"{snapshot['run']}  {progress(snapshot)}")
             line.truncate(width, overflow="ellipsis")
             self._live.update(line)
         else:
             self._live.update(live(snapshot, width, max(height - LOG_LINES, 3)))
-
-    def _log(self, report: "Report") -> None:
-        now = time.monotonic()
-        if now - self._logged >= LOGGED_S:
-            self._logged = now
-            logging.getLogger("orchestrator").info("%s", progress(report.snapshot()))
 
 
 def live(snapshot: Mapping[str, Any], width: int = 80, height: int | None = None) -> Group:

@@ -10,7 +10,6 @@ the sender's name, the key for its being the same device as the first time. The 
 measurements of each device are kept.
 """
 
-import contextlib
 import json
 import logging
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.fleet import enrolment
-from wire import measurement, records
+from wire import measurement, records, storage
 from wire.errors import RunError, SignatureError, WireError
 from wire.measurement import Measurement
 from wire.messages import Birth, Platform
@@ -31,6 +30,7 @@ log = logging.getLogger("orchestrator")
 
 KEEP = 32
 KEYS = "keys.json"
+_REMEDY = "mend or remove it"
 _MEASURED = re.compile(r"(.+)-\d{8}T\d{12}Z\.json")
 
 
@@ -77,7 +77,7 @@ def take(runs: Path, name: str, device: str, data: bytes) -> Path:
         )
     folder = runs / f"measured-{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    keys = _keys(folder / KEYS)
+    keys = enrolment.read_table(folder / KEYS, _REMEDY)
     if keys.get(device, report.device) != report.device:
         raise SignatureError(
             f"{device}: expected a measurement signed by {keys[device]}, as its first one was, got "
@@ -91,7 +91,7 @@ def take(runs: Path, name: str, device: str, data: bytes) -> Path:
             return path  # the broker delivered it again
     # The time is this machine's, because a Raspberry Pi's clock has no battery.
     path = folder / f"{device}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S%fZ')}.json"
-    _replace(path, data)
+    storage.write(path, data)
     for old in _files(folder).get(device, [])[:-KEEP]:
         old.unlink()
     return path
@@ -108,10 +108,7 @@ def known(runs: Path, name: str) -> list[Device]:
     devices = []
     for device in sorted({*enrolment.enrolled(runs, name), *births, *measured}):
         birth, at = _birth(births[device]) if device in births else (None, None)
-        last = None
-        if device in measured:
-            last = _last(measured[device])
-        devices.append(Device(device, birth, at, last))
+        devices.append(Device(device, birth, at, _last(measured.get(device, ()))))
     return devices
 
 
@@ -126,7 +123,7 @@ def _last(paths: Sequence[Path]) -> Measurement | None:
 
 
 def _birth(path: Path) -> tuple[Birth, float]:
-    content = _read(path)
+    content = enrolment.read_table(path, _REMEDY)
     at = content.pop("at", None)
     if type(at) is not float:
         raise RunError(f"{path}: expected the time of a birth, got {at!r:.40}; remove the file")
@@ -142,31 +139,5 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _keys(path: Path) -> dict[str, Any]:
-    return _read(path) if path.exists() else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as fault:
-        raise RunError(f"{path}: not JSON: {fault}; mend or remove it") from fault
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: expected a table, got {type(content).__name__}; mend or remove it")
-    return content
-
-
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    _replace(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replace a file, all of it or nothing."""
-    partial = path.with_name(f"{path.name}.new")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
+    storage.write(path, (json.dumps(content, indent=1) + "\n").encode())

@@ -4,17 +4,22 @@
 the broker asks for. Passwords are 32 random bytes, never chosen by people.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import secrets
 import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from orchestrator.broker import let_in
+from orchestrator.broker import access, let_in
 from orchestrator.config import BrokerConfig
 from wire import address, storage, topics
 from wire.errors import RunError, SettingsError
 
-ORCHESTRATOR = "orchestrator"
+ORCHESTRATOR = access.ORCHESTRATOR
 
 
 def users(runs: Path, fleet: str) -> dict[str, str]:
@@ -23,23 +28,8 @@ def users(runs: Path, fleet: str) -> dict[str, str]:
     Raises:
         RunError: the file is damaged.
     """
-    file = path(runs, fleet)
-    try:
-        known = json.loads(file.read_text())
-    except FileNotFoundError:
-        known = {}
-    except ValueError as fault:
-        raise RunError(
-            f"{file}: not JSON: {fault}; restore it, or enroll the fleet anew"
-        ) from fault
-    if not isinstance(known, dict):
-        raise RunError(
-            f"{file}: expected names and passwords; restore it, or enroll the fleet anew"
-        )
-    if ORCHESTRATOR not in known:
-        known[ORCHESTRATOR] = secrets.token_urlsafe(32)
-        _write(file, known)
-    return {str(name): str(password) for name, password in known.items()}
+    known = _read(path(runs, fleet))
+    return known if ORCHESTRATOR in known else _add(runs, fleet, ORCHESTRATOR)
 
 
 def enrolled(runs: Path, fleet: str) -> frozenset[str]:
@@ -48,9 +38,7 @@ def enrolled(runs: Path, fleet: str) -> frozenset[str]:
     Raises:
         RunError: the file is damaged.
     """
-    if not path(runs, fleet).exists():  # `users` would make it
-        return frozenset()
-    return frozenset(users(runs, fleet)) - {ORCHESTRATOR}
+    return frozenset(_read(path(runs, fleet))) - {ORCHESTRATOR}
 
 
 def check_name(device: str) -> None:
@@ -71,8 +59,7 @@ def password(runs: Path, fleet: str, device: str) -> str:
     Raises:
         RunError: the fleet's file is damaged.
     """
-    known = users(runs, fleet) if path(runs, fleet).exists() else {}
-    return known.get(device) or secrets.token_urlsafe(32)
+    return _read(path(runs, fleet)).get(device) or secrets.token_urlsafe(32)
 
 
 def enroll(runs: Path, fleet: str, device: str, secret: str = "") -> str:
@@ -90,12 +77,7 @@ def enroll(runs: Path, fleet: str, device: str, secret: str = "") -> str:
         RunError: the name cannot stand in a topic.
     """
     check_name(device)
-    known = users(runs, fleet)
-    if device not in known:
-        known[device] = secret or secrets.token_urlsafe(32)
-        _write(path(runs, fleet), known)
-    let_in(broker_folder(runs, fleet), known)
-    return known[device]
+    return _add(runs, fleet, device, secret)[device]
 
 
 def reach(broker: BrokerConfig, url: str, option: str = "--url") -> tuple[str, list[str]]:
@@ -151,7 +133,7 @@ def _example(broker: BrokerConfig) -> str:
 
 def is_empty(path: Path) -> bool:
     """Whether a fleet's file has no device."""
-    return set(json.loads(path.read_text())) <= {ORCHESTRATOR}
+    return _read(path).keys() <= {ORCHESTRATOR}
 
 
 def path(runs: Path, fleet: str) -> Path:
@@ -164,7 +146,57 @@ def broker_folder(runs: Path, fleet: str) -> Path:
     return runs / f"broker-{fleet}"
 
 
+def read_table(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON table in a file of a fleet; empty if there is no file.
+
+    Raises:
+        RunError: the file is damaged; the message ends with the remedy.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as fault:
+        raise RunError(f"{file}: not JSON: {fault}; {remedy}") from fault
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: expected a table, got {type(content).__name__}; {remedy}")
+    return content
+
+
+def _add(runs: Path, fleet: str, user: str, secret: str = "") -> dict[str, str]:
+    """Add a user, and the orchestrator; returns all passwords, which our broker then knows.
+
+    One process does so at a time: two devices may be enrolled at once, and both are to stay.
+    """
+    file = path(runs, fleet)
+    with _alone(runs):
+        known = _read(file)
+        for name, password in ((ORCHESTRATOR, ""), (user, secret)):
+            if name not in known:
+                known[name] = password or secrets.token_urlsafe(32)
+                _write(file, known)
+        let_in(broker_folder(runs, fleet), known)
+    return known
+
+
+@contextlib.contextmanager
+def _alone(runs: Path) -> Iterator[None]:
+    """Hold the folder of all runs against other processes that would change a fleet."""
+    with storage.at(runs):
+        runs.mkdir(parents=True, exist_ok=True)
+        folder = os.open(runs, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _read(file: Path) -> dict[str, str]:
+    known = read_table(file, "restore it, or enroll the fleet anew")
+    return {name: str(password) for name, password in known.items()}
+
+
 def _write(path: Path, known: dict[str, str]) -> None:
     with storage.at(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         storage.write(path, json.dumps(known, indent=1).encode(), 0o600)

@@ -160,7 +160,7 @@ class Roster:
         """Why a device may not take part; "" if it may."""
         if self._enrolled is None or device in self._enrolled:
             return ""
-        with suppress(RunError):  # a list that is damaged admits nobody
+        with suppress(RunError, OSError):  # a list that cannot be read admits nobody
             self._enrolled |= enrolment.enrolled(self._config.runs, self._config.fleet)
         if device in self._enrolled:
             return ""

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from models import submodel
+from orchestrator import strategies
 from orchestrator.config import DeviceConfig, Recipe, RunConfig
 from orchestrator.launch import networks
 from orchestrator.launch.prepare import fresh
@@ -131,7 +132,7 @@ def _compile(config: RunConfig, recipe: Recipe, folder: Path) -> None:
         class_names=device.class_names,
         input_shape=device.input,
         batch=device.batch,
-        task="distill" if config.strategy == "fedgkt" else "classify",
+        task="distill" if "teacher" in strategies.needs(config.strategy) else "classify",
         optimizer=_optimizer(device),
         mean=device.mean,
         std=device.std,

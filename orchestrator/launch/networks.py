@@ -40,6 +40,7 @@ def check(config: RunConfig) -> Sources:
     """
     strategies.check(config)
     device, found = config.device, {}
+    has_maps = "feature maps" in strategies.needs(config.strategy)
     sources: dict[str, Mapping[str, str]] = {}
     if files := strategies.sources(config.strategy):
         sources[written(config.strategy)] = files
@@ -48,17 +49,37 @@ def check(config: RunConfig) -> Sources:
         with _saying(key):
             model, shape = _tried(config, name, device.input, sources)
             found[name] = shape, distill.weights(model)
-            if config.strategy == "fedgkt" and shape is None:
-                raise RunError(_without_extractor(model, name, device.input))
-            if config.strategy == "fedgkt" and extractors.crops(config):
+            if has_maps and shape is None:
+                raise RunError(_without_extractor(model, name, config))
+            if has_maps and extractors.crops(config):
                 _check_crops(model, name, device.input)
-            if config.strategy == "feddropout" and sources and not config.submodel.whole:
+            if not config.submodel.whole:
                 models.layout(model, device.input)
-    if config.strategy == "fedgkt":
+    if has_maps:
         maps = extractors.feature_shape(config, found)
         with _saying("server.model"):
             _tried(config, config.server.model, maps, sources)
     return sources
+
+
+def check_names(config: RunConfig) -> None:
+    """Refuse names of networks that `check` would refuse for certain; nothing is imported or built.
+
+    A name with a colon passes, as the file that it names may not be written yet.
+
+    Raises:
+        StillhouseError: the message names the key of the configuration and the nearest name.
+    """
+    device = config.device
+    named = [("device.model", device.network)]
+    named += [("device.others", other.network) for other in device.others]
+    if "feature maps" in strategies.needs(config.strategy):
+        named.append(("server.model", config.server.model))
+    for key, name in named:
+        whole, _ = parse(name)
+        with _saying(key):
+            if ":" not in whole and whole not in models.names():
+                models.input_shape(name)  # raises, since no network has this name
 
 
 def claim(folder: Path, sources: Sources) -> None:
@@ -141,8 +162,8 @@ def _tried(
     return model, features
 
 
-def _without_extractor(model: nn.Module, name: str, shape: tuple[int, int, int]) -> str:
-    places = split.places(model, shape)
+def _without_extractor(model: nn.Module, name: str, config: RunConfig) -> str:
+    places = split.places(model, config.device.input)
     remedy = (
         f'set split = "{places[0]}" beside the model (on a command line '
         f"{cut(written(name), places[0])}), or another of {split.listed(places)}"
@@ -150,8 +171,8 @@ def _without_extractor(model: nn.Module, name: str, shape: tuple[int, int, int])
         else "it can be cut nowhere: use a network that is a chain, with feature maps (N, C, H, W)"
     )
     return (
-        f"{title(name)} has no feature extractor, which fedgkt needs; {remedy}. Or use strategy "
-        "fedavg"
+        f"{title(name)} has no feature extractor, which {title(config.strategy)} needs; {remedy}. "
+        "Or use strategy fedavg"
     )
 
 

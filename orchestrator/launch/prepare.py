@@ -102,9 +102,7 @@ def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterat
         RunError: the folder is another run's, is in use, or its journal is damaged; or another run
             has the fleet.
     """
-    fleet, broker = enrolment.path(config.runs, config.fleet), broker_folder(config)
-    lock = claim.lock_file(config.runs, config.fleet)
-    made = [path for path in (config.runs, lock, fleet, broker) if not path.exists()]
+    made = absent(config)
     with contextlib.ExitStack() as held:
         patience = Patience(stopped=stopping.asked.wait)
         if devices == AGENTS:
@@ -112,14 +110,14 @@ def opened(config: RunConfig, heldout: HeldOut, devices: str = AGENTS) -> Iterat
         try:
             store = patience.attempt(lambda: Store(config, devices))
         except BaseException:
-            _remove(made, config)
+            _undo(made, config)
             raise
         try:
             patience.attempt(lambda: _hold(store, config, heldout))
             yield store
         except BaseException as fault:
             if store.discard():
-                _remove(made, config)
+                _undo(made, config)
             if isinstance(fault, FileNotFoundError) and not config.folder.exists():
                 raise storage.gone(config.folder) from fault
             if isinstance(fault, DamagedError):
@@ -141,22 +139,31 @@ def _hold(store: Store, config: RunConfig, heldout: HeldOut) -> None:
         )
 
 
-def _remove(made: Sequence[Path], config: RunConfig) -> None:
-    """Remove what a failed start made, last first; keep folders that others use by now."""
-    fleet = enrolment.path(config.runs, config.fleet)
+def absent(config: RunConfig) -> list[Path]:
+    """What a start makes beside the run's folder, as far as it is not there yet."""
+    runs, fleet = config.runs, config.fleet
+    files = claim.lock_file(runs, fleet), enrolment.path(runs, fleet)
+    made = runs, *files, enrolment.broker_folder(runs, fleet)
+    return [path for path in made if not path.exists()]
+
+
+def remove(made: Sequence[Path], runs: Path) -> None:
+    """Remove what a failed start made, last first; the folder of all runs only if it is empty."""
     for path in reversed(made):
         with contextlib.suppress(OSError):
-            if path.is_file() and (path != fleet or enrolment.is_empty(path)):
-                path.unlink()
-            elif path.is_dir() and path == config.runs:
+            if path == runs:
                 path.rmdir()
             elif path.is_dir():
                 shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
-def broker_folder(config: RunConfig) -> Path:
-    """The folder in which our own broker keeps its files."""
-    return enrolment.broker_folder(config.runs, config.fleet)
+def _undo(made: Sequence[Path], config: RunConfig) -> None:
+    """Remove what a failed start made; devices that were enrolled meanwhile stay so."""
+    fleet = enrolment.path(config.runs, config.fleet)
+    used = fleet.exists() and not enrolment.is_empty(fleet)
+    remove([path for path in made if path != fleet or not used], config.runs)
 
 
 def fresh(config: RunConfig, recipe: Recipe | None = None) -> nn.Module:

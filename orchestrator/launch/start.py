@@ -11,7 +11,7 @@ from orchestrator.display.report import Report
 from orchestrator.fleet import classes, enrolment, updates
 from orchestrator.launch import networks
 from orchestrator.launch.artifacts import compiled, prepare_variants
-from orchestrator.launch.prepare import broker_folder, check, opened, read_heldout, task
+from orchestrator.launch.prepare import check, opened, read_heldout, task
 from orchestrator.loop.coordinator import Coordinator
 from orchestrator.strategies import create
 from wire import stopping, storage
@@ -62,7 +62,8 @@ def run(
         if address is None:
             address = patiently(lambda: stack.enter_context(serve(config)))
         report = Report(config, store, sources, enrolled)
-        strategy = create(config.strategy, task(config, store, variants, heldout, report))
+        given = patiently(lambda: task(config, store, variants, heldout, report))
+        strategy = create(config.strategy, given)
         coordinator = Coordinator(
             config,
             store,
@@ -102,7 +103,7 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
         yield chosen.address()
         return
     users = enrolment.users(config.runs, config.fleet) if config.admission == "enrolled" else None
-    folder = broker_folder(config)
+    folder = enrolment.broker_folder(config.runs, config.fleet)
     try:
         with storage.at(folder):
             ours = broker.start(

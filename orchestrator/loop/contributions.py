@@ -19,15 +19,15 @@ class Contributions:
 
     Args:
         strategy: the algorithm.
-        attempt: calls a function, and waits while the disk is full.
+        patiently: calls a function, and waits while the disk is full.
     """
 
     def __init__(
         self,
         strategy: Strategy,
-        attempt: Callable[[Callable[[], Contribution]], Contribution] = lambda admit: admit(),
+        patiently: Callable[[Callable[[], Contribution]], Contribution] = lambda admit: admit(),
     ) -> None:
-        self._strategy, self._attempt = strategy, attempt
+        self._strategy, self._patiently = strategy, patiently
         self._kept: dict[str, tuple[Result, Contribution]] = {}
 
     def admit(self, state: LearntState, order: Order, result: Result) -> None:
@@ -37,7 +37,7 @@ class Contributions:
             AdmissionError, WireError: why the result must not enter the aggregate.
         """
         self.forget(result.device)
-        contribution = self._admitted(state, order, result)
+        contribution = self._decoded(state, order, result)
         kept = sum(each.nbytes for _, each in self._kept.values())
         if kept + contribution.nbytes <= KEPT_BYTES:
             self._kept[result.device] = result, contribution
@@ -61,9 +61,9 @@ class Contributions:
 
         def contributions() -> Iterator[Any]:
             for result in results:
-                admitted, contribution = self._kept.pop(result.device, (None, None))
-                if admitted != result:
-                    contribution = self._admitted(state, orders[result.device], result)
+                decoded, contribution = self._kept.pop(result.device, (None, None))
+                if decoded != result:
+                    contribution = self._decoded(state, orders[result.device], result)
                 yield contribution
 
         done = self._strategy.aggregate(state, round_, results, contributions())
@@ -78,5 +78,5 @@ class Contributions:
         """Drop all contributions: a round begins or was aggregated."""
         self._kept.clear()
 
-    def _admitted(self, state: LearntState, order: Order, result: Result) -> Contribution:
-        return self._attempt(lambda: self._strategy.admit(state, order, result))
+    def _decoded(self, state: LearntState, order: Order, result: Result) -> Contribution:
+        return self._patiently(lambda: self._strategy.admit(state, order, result))

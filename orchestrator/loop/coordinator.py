@@ -9,34 +9,35 @@ import contextlib
 import logging
 import math
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from time import monotonic
 
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
 from orchestrator.fleet.roster import Roster
 from orchestrator.fleet.updates import Rollout
+from orchestrator.loop import stop
 from orchestrator.loop.fleet_link import FleetLink, Heard
 from orchestrator.loop.full_disk import FullDisk
 from orchestrator.loop.intake import Intake
-from orchestrator.loop.stop import Stop, Stopped
-from orchestrator.loop.worker import Admitted, Aggregated, Failed, Outcome, Worker
+from orchestrator.loop.stop import Stopped
+from orchestrator.loop.worker import Aggregated, Checked, Failed, Outcome, Worker
 from orchestrator.rules import open_round, rounds
-from orchestrator.rules.effects import Aggregate, Begin, Effect, End, Note, Pull, Send, Show, Warn
+from orchestrator.rules.effects import Effect, Note, Pull, Send, Show, Warn
 from orchestrator.rules.open_round import Offer
-from orchestrator.rules.rounds import Phase, RoundState, Session
+from orchestrator.rules.rounds import Aggregate, Finish, GiveUp, Open, Phase, RoundState, Session
 from orchestrator.run_folder.store import Store, referred
 from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
-from wire import storage
+from wire import stopping, storage
 from wire.address import BrokerAddress
-from wire.errors import AdmissionError, RunError, StillhouseError, StorageError
+from wire.errors import AdmissionError, RunError, StillhouseError, TransferError
 from wire.link import Arrived, Connected, LinkEvent, Lost
-from wire.messages import Birth, Chunk, Death, Gone, Measured, Order, Result, Telemetry, Want
+from wire.messages import Birth, Chunk, Death, Gone, Measured, Result, Telemetry, Want
 
 log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
-HELD_OPEN_S = 1.0  # longer than a tick: the deadline cannot close the round before the next one
+HELD_OPEN_S = 1.0  # longer than a tick: the deadline cannot end the round before the next one
 
 Event = LinkEvent | Outcome | Stopped
 
@@ -76,17 +77,17 @@ class Coordinator:
         )
         self._worker = Worker(strategy, store.patience, self._events.put)
         self._intake = Intake(store.blobs, config.transfer_chunks, config.retry_s)
-        self._disk = FullDisk(store.patience)
-        self._stop = Stop(report, store.patience, self._events.put, again)
+        self._disk = FullDisk(store.patience, store.folder)
+        self._again = again
         checkpoint = store.checkpoint()
         self._learnt = strategy.restore(checkpoint) if checkpoint else strategy.begin()
-        last, closed = store.last_attempt(), len(store.closed_rounds())
-        fresh = RoundState(rounds=config.rounds, seed=config.seed)
-        self._round = open_round.restored(last, closed, fresh, self._rules, monotonic())
+        fresh = RoundState(rounds=config.rounds, seed=config.seed, retries=store.retries())
+        last = store.last_attempt()
+        self._round = open_round.restored(last, fresh, self._rules, monotonic())
         if self._round.collecting:
             done = len(self._round.attempt.verdicts)
             log.info("going on with round %d, %d results are here", self._round.state.round, done)
-        self._late: frozenset[str] = frozenset()  # blobs of results undecided when the round closed
+        self._late: frozenset[str] = frozenset()  # blobs of results undecided when the round ended
         self._began = monotonic()
         self._ticked_s = -math.inf
         self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
@@ -96,34 +97,35 @@ class Coordinator:
 
         Raises:
             LinkError: the broker refuses us, and trying again is useless.
-            RunError: another run has the fleet, or every device failed `rounds.ATTEMPTS` times in
-                a row.
+            RunError: another run has the fleet, or every device failed `rounds.FRUITLESS` times
+                in a row.
             StillhouseError: the strategy failed.
-            Interrupted: `stop` was called.
+            Interrupted: a person or the system asked for the end.
         """
         if self.finished():
             return
-        with self._stop.heard(lambda: self._round):
+        with stop.heard(self._answer, self._events.put):
             self._link.start()
             try:
                 if self._round.collecting:
                     self._follow(rounds.ticked(self._round.state, self._rules, monotonic()))
                 while not self.finished():
                     if self._round.state.phase is not Phase.AGGREGATING:
-                        self._stop.check()
+                        stop.check()
                     with contextlib.suppress(queue.Empty):
                         self._handle(self._events.get(timeout=TICK_S))
                     now_s = monotonic()
-                    if self._link.ticked(now_s) and self._due(now_s):
+                    due = self._events.empty() or now_s - self._ticked_s >= TICK_S
+                    if self._link.ticked(now_s) and due:
                         self._tick(now_s)
                     changed()
             finally:
                 self._link.close()
-                self._worker.end(wait=not self._stop.asked)
+                self._worker.end(wait=not stopping.asked.is_set())
 
-    def stop(self) -> None:
-        """End `run` soon with `Interrupted`; a running aggregation is finished and kept first."""
-        self._stop.ask()
+    def _answer(self) -> str:
+        waiting = self.store.patience.waiting
+        return stop.answer(self._round, self.report, self._again, waiting=waiting)
 
     def finished(self) -> bool:
         """Whether all rounds are done."""
@@ -134,8 +136,8 @@ class Coordinator:
             case Arrived() | Connected() | Lost():
                 if heard := self._link.read(event):
                     self._received(heard)
-            case Admitted(result, fault):
-                self._intake.looked_over(result.device)
+            case Checked(result, fault):
+                self._intake.checked(result.device)
                 self._apply(
                     open_round.decided(self._round, result, fault, self._rules, monotonic())
                 )
@@ -144,7 +146,7 @@ class Coordinator:
             case Aggregated(state, metrics):
                 self._close(state, metrics)
             case Failed(fault):
-                self._stop.check(fault)
+                stop.check(fault)
                 with storage.at(self.store.folder):
                     raise fault
             case Stopped():
@@ -175,14 +177,15 @@ class Coordinator:
                 pass
 
     def _born(self, device: str, message: Birth) -> None:
+        session, state = Session(message.session, message.state_id), self._round.state
+        if rounds.overtaken(state, device, session):
+            return
         before = self._roster.births.get(device)
         if birth := self._roster.born(device, message, monotonic()):
             self.report.born(device, birth)
             if before and before.state_id != birth.state_id:
                 self._intake.drop(device)  # the result that it offered is gone
             self._intake.resume(device)
-            session = Session(birth.session, birth.state_id)
-            state = self._round.state
             self._follow(rounds.born(state, self._rules, device, session, monotonic()))
         elif message.device == device:
             self._turn_away(device, self._roster.refused[device])
@@ -211,43 +214,41 @@ class Coordinator:
             self._disk.over()
 
     def _pull(self, device: str, work: Callable[[], None]) -> None:
-        """Do some work on a device's blobs; if it cannot be done, the device's result is refused.
+        """Do some work on a device's blobs; if the device sends wrong ones, its result is refused.
 
         A full disk puts the work off, and a failing disk ends the run.
         """
         try:
             self._disk.takes(work)
-        except StorageError:
-            raise
-        except (StillhouseError, OSError) as fault:
+        except TransferError as fault:
             self._lose(device, fault)
 
-    def _lose(self, device: str, fault: Exception) -> None:
+    def _lose(self, device: str, fault: StillhouseError) -> None:
         self._intake.drop(device)
         self._apply(open_round.lost(self._round, device, fault, self._rules, monotonic()))
 
-    def _due(self, now_s: float) -> bool:
-        """Whether to tick: if no event waits, or `TICK_S` after the last tick."""
-        return self._events.empty() or now_s - self._ticked_s >= TICK_S
-
     def _tick(self, now_s: float) -> None:
         self._ticked_s = now_s
-        self._round = open_round.delayed(self._round, self._disk.delay(now_s))
+        until_s = self._round.state.deadline_s + self._disk.delay(now_s)
         for result in self._intake.complete():
-            order = self._round.attempt.orders[result.device]
-            self._worker.look_over(self._learnt, order, result)
+            self._worker.check(self._learnt, self._round.attempt.orders[result.device], result)
         if self._intake.checking:  # not for ever: a device gets one verdict a round
-            self._round = open_round.held_open(self._round, now_s + HELD_OPEN_S)
-        self._disk.takes(lambda: self._ask(now_s))
+            until_s = max(until_s, now_s + HELD_OPEN_S)
+        self._round = open_round.held_open(self._round, until_s)
+        lost: list[tuple[str, TransferError]] = []
+        self._disk.takes(lambda: self._ask(now_s, lost))
+        for device, fault in lost:
+            self._lose(device, fault)
         self._roster.ticked(now_s)
         self._follow(rounds.ticked(self._round.state, self._rules, now_s))
 
-    def _ask(self, now_s: float) -> None:
+    def _ask(self, now_s: float, lost: list[tuple[str, TransferError]]) -> None:
+        """Ask devices for chunks; adds to `lost` those whose result cannot be pulled."""
         for device, want in self._intake.wants(now_s, frozenset(self._round.state.live)):
             if isinstance(want, Want):
                 self._link.send(device, "down", want)
             else:
-                self._lose(device, want)
+                lost.append((device, want))
 
     def _follow(self, transition: rounds.Transition) -> None:
         """Apply a transition of `rounds`, which knows devices by name only."""
@@ -283,21 +284,23 @@ class Coordinator:
                 log.warning("%s: result refused: %s", device, fault)
             case Pull(result):
                 self._pull(result.device, lambda: self._intake.begin(result))
-            case Begin(number, carried, devices):
-                self._begin(number, carried, devices)
-            case Aggregate(attempt, results):
-                log.info("round %d: aggregating %d results", attempt.round, len(results))
+            case Open(number, cohort):
+                self._open(number, cohort)
+            case Aggregate(number):
+                results = self._round.accepted
+                log.info("round %d: aggregating %d results", number, len(results))
                 self._late = self._intake.clear()
-                self._worker.aggregate(self._learnt, attempt, results)
-            case End(reason) if reason:
-                raise RunError(reason)
-            case End():
+                self._worker.aggregate(self._learnt, self._round.attempt, results)
+            case GiveUp():
+                raise RunError(self._round.hopeless)
+            case Finish():
                 log.info("run %s is finished", self.config.name)
 
-    def _begin(self, number: int, carried: Mapping[str, Order], devices: frozenset[str]) -> None:
+    def _open(self, number: int, cohort: frozenset[str]) -> None:
         """Write a round's orders into the journal, then send them to the devices."""
         self.store.patience.attempt(self._roster.opened)
-        births = {device: self._roster.births[device] for device in sorted(devices)}
+        carried = self._round.carried
+        births = {device: self._roster.births[device] for device in sorted(cohort - carried.keys())}
         sequence = self.store.next_sequence()
         orders = self.strategy.orders(self._learnt, number, sequence, births)
         attempt = self.store.begin(number, {**carried, **orders})
@@ -319,5 +322,5 @@ class Coordinator:
         self.report.kept(entry)
         self._learnt = learnt
         log.info("%s", self.report.last_round())
-        self._stop.check()
+        stop.check()
         self._apply(open_round.aggregated(self._round, self._rules, monotonic()))

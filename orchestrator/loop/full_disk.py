@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from wire import storage
 from wire.errors import StalledError
 from wire.storage import Patience
 
@@ -19,17 +21,25 @@ class FullDisk:
 
     Args:
         patience: tells people that the disk is full, and when it no longer is.
+        folder: where the results are written.
     """
 
-    def __init__(self, patience: Patience) -> None:
-        self._patience = patience
+    def __init__(self, patience: Patience, folder: Path) -> None:
+        self._patience, self._folder = patience, folder
         self._met_s = -math.inf  # when the disk was last found full
         self._ticked_s = time.monotonic()
 
     def takes(self, work: Callable[[], None]) -> bool:
-        """Do `work`; returns whether there was room for it."""
+        """Do `work`; returns whether there was room for it.
+
+        Raises:
+            StorageError: the disk or the system fails: every OSError is a fault of ours.
+        """
         try:
-            work()
+            with storage.at(self._folder):
+                work()
+        except OSError as fault:
+            raise storage.as_error(fault, self._folder) from fault
         except StalledError as fault:
             self._met_s = time.monotonic()
             self._patience.met(fault, _KEY)

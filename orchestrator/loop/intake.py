@@ -7,7 +7,7 @@ devices that finish at once cannot flood it or the broker.
 from collections.abc import Iterator
 
 from wire.blobs import BlobStore, Fetch
-from wire.errors import StillhouseError, StorageError
+from wire.errors import TransferError
 from wire.messages import Chunk, Gone, Result, Want
 
 WINDOW = 8
@@ -56,7 +56,7 @@ class Intake:
         self._pulls.pop(device, None)
 
     def clear(self) -> frozenset[str]:
-        """Give up all pulls, since the round is closed; returns digests of blobs without a verdict.
+        """Give up all pulls, since the round ends; returns digests of blobs without a verdict.
 
         These are the blobs of all pulls in progress and of results that are being checked.
         """
@@ -100,13 +100,13 @@ class Intake:
         """Whether a result is being checked."""
         return bool(self._under_check)
 
-    def looked_over(self, device: str) -> None:
+    def checked(self, device: str) -> None:
         """Note that a device's result was checked: its next one may come."""
         self._under_check.pop(device, None)
 
     def wants(
         self, now_s: float, live: frozenset[str]
-    ) -> Iterator[tuple[str, Want | StillhouseError | OSError]]:
+    ) -> Iterator[tuple[str, Want | TransferError]]:
         """Pairs of a device and the chunks to ask it for, or the fault that ends its pull.
 
         The device with the fewest chunks under way goes first. Devices that did not answer go last,
@@ -125,13 +125,11 @@ class Intake:
         for device in sorted(self._pulls, key=self._rank):
             if device not in live:
                 continue
-            # Nothing is left to pull if the round closed over an earlier device's fault.
+            # Nothing is left to pull if an earlier device's fault ended the round.
             for fetch in self._pulls.get(device, (None, []))[1]:
                 try:
                     want = fetch.wants(now_s, room=room) if room > 0 else None
-                except StorageError:
-                    raise
-                except (StillhouseError, OSError) as fault:
+                except TransferError as fault:
                     yield device, fault
                     break
                 if want:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from orchestrator.loop.contributions import Contributions
 from orchestrator.rules.attempt import Attempt
@@ -15,7 +15,7 @@ from wire.storage import Patience
 log = logging.getLogger("orchestrator")
 
 
-class Admitted(NamedTuple):
+class Checked(NamedTuple):
     """A result was checked; `fault` says why it is refused, None accepts it."""
 
     result: Result
@@ -35,7 +35,7 @@ class Failed(NamedTuple):
     fault: BaseException
 
 
-Outcome = Admitted | Aggregated | Failed
+Outcome = Checked | Aggregated | Failed
 
 
 class Worker:
@@ -54,9 +54,9 @@ class Worker:
         self._emit = emit
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="work")
 
-    def look_over(self, state: LearntState, order: Order, result: Result) -> None:
-        """Check the result of an order, and keep its contribution; the outcome is Admitted."""
-        self._submit(self._look_over, state, order, result)
+    def check(self, state: LearntState, order: Order, result: Result) -> None:
+        """Check the result of an order, and keep its contribution; the outcome is Checked."""
+        self._submit(lambda: self._check(state, order, result))
 
     def aggregate(self, state: LearntState, attempt: Attempt, results: Sequence[Result]) -> None:
         """Aggregate a round's results; the outcome is Aggregated."""
@@ -75,23 +75,23 @@ class Worker:
         """Begin no more jobs; `wait` for the one under way."""
         self._threads.shutdown(wait=wait, cancel_futures=True)
 
-    def _look_over(self, state: LearntState, order: Order, result: Result) -> Outcome:
+    def _check(self, state: LearntState, order: Order, result: Result) -> Outcome:
         try:
             self._contributions.admit(state, order, result)
         except (StorageError, RunError, OSError, MemoryError):  # our faults, not the device's
             raise
         except StillhouseError as fault:
-            return Admitted(result, fault)
+            return Checked(result, fault)
         except Exception as fault:  # a hostile payload ends its result, not the run
             log.exception("%s: its result cannot be looked over", result.device)
-            return Admitted(result, AdmissionError(f"it cannot be read: {fault!r}"))
-        return Admitted(result, None)
+            return Checked(result, AdmissionError(f"it cannot be read: {fault!r}"))
+        return Checked(result, None)
 
-    def _submit(self, work: Callable[..., Outcome], *arguments: Any) -> None:
+    def _submit(self, work: Callable[[], Outcome]) -> None:
         def done(future: Future[Outcome]) -> None:
             if future.cancelled():
                 return
             fault = future.exception()
             self._emit(Failed(fault) if fault else future.result())
 
-        self._threads.submit(work, *arguments).add_done_callback(done)
+        self._threads.submit(work).add_done_callback(done)

@@ -172,7 +172,7 @@ def logits(record: Mapping[str, Array], classes: int, room: int) -> None:
     if set(record) != {"logits"}:
         raise AdmissionError(f"expected logits, got {sorted(record)}")
     array = record["logits"]
-    if array.dtype != np.float32 or array.shape != (len(array), classes):
+    if array.dtype != np.float32 or array.ndim != 2 or array.shape[1] != classes:
         raise AdmissionError(
             f"logits: expected float32 [n, {classes}], got {array.dtype.name} {list(array.shape)}"
         )

@@ -1,4 +1,9 @@
-"""An attempt at a round: each device's order, and the verdict on its result."""
+"""An attempt at a round: each device's order, and the verdict on its result.
+
+A round in which nobody returned is opened again, so it may take several attempts. Each has a
+sequence number of its own, which new orders are given too. An order that is not answered in its
+attempt may be *carried* into later ones.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,15 +25,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A round that was opened: its orders (carried ones included) and the verdicts so far."""
+    """A round that was opened: its orders (carried ones included) and the verdicts so far.
+
+    It is closed when its checkpoint is written: the round is done.
+    """
 
     sequence: int
     round: int
     orders: Mapping[str, Order]
     verdicts: Mapping[str, Verdict]
     closed: bool = False
-
-    def carried(self, rounds: int) -> dict[str, Order]:
-        """Orders that stay open after the round: unanswered, and fewer than `rounds` rounds old."""
-        unanswered = {n: o for n, o in self.orders.items() if n not in self.verdicts}
-        return {n: o for n, o in unanswered.items() if self.round - o.round < rounds}

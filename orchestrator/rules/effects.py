@@ -3,13 +3,13 @@
 Verdicts are written into the journal first (`Note`). If it has no room, nothing else happens and
 the round stays as it was: the device offers its result again. Otherwise the round becomes what was
 decided, and the other effects are carried out in their order: messages to devices (`Send`), news
-for people (`Show`, `Warn`), and work that begins.
+for people (`Show`, `Warn`), and work that begins (`Pull`, and the actions of `rounds`).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.rules.attempt import Attempt, Verdict
+from orchestrator.rules.attempt import Verdict
+from orchestrator.rules.rounds import Action
 from wire.errors import StillhouseError
 from wire.messages import Order, Receipt, Result
 
@@ -53,28 +53,4 @@ class Pull:
     result: Result
 
 
-@dataclass(frozen=True)
-class Begin:
-    """Open a round: carried orders stay, `devices` get new ones; `open_round.begun` follows."""
-
-    round: int
-    carried: Mapping[str, Order]
-    devices: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """Aggregate the accepted results; `open_round.aggregated` follows."""
-
-    attempt: Attempt
-    results: tuple[Result, ...]
-
-
-@dataclass(frozen=True)
-class End:
-    """End the run; a `reason` says why it is given up, "" that it is finished."""
-
-    reason: str = ""
-
-
-Effect = Note | Send | Show | Warn | Pull | Begin | Aggregate | End
+Effect = Note | Send | Show | Warn | Pull | Action

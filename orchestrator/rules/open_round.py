@@ -1,10 +1,10 @@
 """The open round, as pure rules: (round, event) -> (round, effects).
 
 `rounds` decides by device names alone. This module adds the devices' orders and the verdicts on
-their results, and so turns events into effects that can be carried out. An arrow leads from a
-function, by the effects that it returns, to the function that comes next:
+their results. An arrow leads from a function, by the effects that it returns, to the function that
+comes next:
 
-    follow --Begin--> begun --Send--> offered
+    follow --Open--> begun --Send--> offered
     offered --Pull--> decided --Note, Send, Show--> ... --Aggregate--> aggregated
 
 Nothing here touches the network, the disk or the clock.
@@ -17,18 +17,8 @@ from typing import NamedTuple
 from orchestrator.config import CohortConfig
 from orchestrator.rules import admit, rounds
 from orchestrator.rules.attempt import MAX_REASON, Attempt, Verdict
-from orchestrator.rules.effects import (
-    Aggregate,
-    Begin,
-    Effect,
-    End,
-    Note,
-    Pull,
-    Send,
-    Show,
-    Warn,
-)
-from orchestrator.rules.rounds import Close, Finish, GiveUp, Open, Phase, Remind, RoundState
+from orchestrator.rules.effects import Effect, Note, Pull, Send, Show, Warn
+from orchestrator.rules.rounds import Phase, Remind, RoundState
 from wire.errors import AdmissionError, StillhouseError
 from wire.messages import Order, Receipt, Result
 
@@ -37,7 +27,7 @@ NOTHING_ASKED = Attempt(0, 0, {}, {}, closed=True)
 
 @dataclass(frozen=True)
 class OpenRound:
-    """The open round or, between two rounds, what is carried into the next.
+    """The open round or, between two rounds, the orders that are carried into the next.
 
     Both attributes say who was asked and who has answered. The attempt is the authority: the
     journal holds it, and `restored` makes the state from it.
@@ -58,8 +48,25 @@ class OpenRound:
 
     @property
     def carried(self) -> dict[str, Order]:
-        """Orders of earlier rounds that are still open."""
-        return {device: self.attempt.orders[device] for device in self.state.carried}
+        """Orders of earlier attempts that are still open."""
+        return {device: self.attempt.orders[device] for device in self.state.ages}
+
+    @property
+    def accepted(self) -> tuple[Result, ...]:
+        """The accepted results, in the order of device names."""
+        verdicts = self.attempt.verdicts
+        return tuple(verdicts[device].result for device in sorted(self.state.returned))
+
+    @property
+    def hopeless(self) -> str:
+        """Why the run gives up after this attempt."""
+        name = min(self.attempt.verdicts)
+        return (
+            f"round {self.attempt.round}: every device that was asked failed, "
+            f"{self.state.fruitless} times in a row; {name} says: "
+            f"{self.attempt.verdicts[name].reason}. Start the run again when the cause is gone, "
+            "and it goes on with this round; if settings are the cause, begin one of another name"
+        )
 
     def counts(self, result: Result) -> bool:
         """Whether a result was accepted in this round."""
@@ -86,35 +93,36 @@ class Offer(NamedTuple):
 Transition = tuple[OpenRound, tuple[Effect, ...]]
 
 
-def restored(last: Attempt | None, closed: int, fresh: RoundState, rules: CohortConfig,
-             now_s: float) -> OpenRound:  # fmt: skip
+def restored(
+    last: Attempt | None, fresh: RoundState, rules: CohortConfig, now_s: float
+) -> OpenRound:
     """The round as an earlier orchestrator left it; an open round's deadline starts again.
 
     Args:
         last: the last attempt in the journal.
-        closed: how many rounds are closed.
         fresh: the state that a run begins with.
         rules: of cohorts.
         now_s: the time.
     """
-    if last is None or last.closed:
-        left = last or NOTHING_ASKED
-        orders = left.carried(rules.carry_rounds)
-        state = replace(
-            fresh,
-            round=closed,
-            phase=Phase.FINISHED if closed >= fresh.rounds else Phase.FORMING,
-            carried={name: closed + 1 - order.round for name, order in orders.items()},
-        )
-        return OpenRound(state, replace(left, orders=orders, verdicts={}))
-    ages = {name: last.round - order.round for name, order in last.orders.items()}
+    last = last or NOTHING_ASKED
     verdicts = last.verdicts.values()
+    ages = {name: last.sequence - order.sequence for name, order in last.orders.items()}
+    if last.closed:
+        ages = {
+            name: age + 1
+            for name, age in ages.items()
+            if name not in last.verdicts and age < rules.carry_rounds
+        }
+        phase = Phase.FINISHED if last.round >= fresh.rounds else Phase.FORMING
+        state = replace(fresh, round=last.round, phase=phase, ages=ages)
+        orders = {name: last.orders[name] for name in ages}
+        return OpenRound(state, replace(last, orders=orders, verdicts={}))
     state = replace(
         fresh,
         round=last.round,
         phase=Phase.COLLECTING,
         cohort=frozenset(last.orders),
-        carried={name: age for name, age in ages.items() if age > 0},
+        ages={name: age for name, age in ages.items() if age > 0},
         returned=frozenset(v.device for v in verdicts if v.accepted),
         failed=frozenset(v.device for v in verdicts if not v.accepted),
         deadline_s=now_s + rules.deadline_s,
@@ -134,11 +142,10 @@ def begun(now: OpenRound, attempt: Attempt, rules: CohortConfig, now_s: float) -
 
 def offered(now: OpenRound, offer: Offer, rules: CohortConfig, now_s: float) -> Transition:
     """Event: a device offers a result that has no verdict yet."""
-    device, result = offer.device, offer.result
+    device, result, samples, limits = offer
     order = now.attempt.orders.get(device)
     try:
-        open_order = order if now.collecting else None
-        admit.header(result, open_order, device, offer.samples, offer.limits)
+        admit.header(result, order if now.collecting else None, device, samples, limits)
     except StillhouseError as fault:
         answers = order and (result.run, result.sequence) == (order.run, order.sequence)
         if answers and result.device == device:
@@ -159,7 +166,7 @@ def decided(
     device, attempt = result.device, now.attempt
     order = attempt.orders.get(device)
     if not now.collecting or order is None or result.sequence != order.sequence:
-        return now, ()  # the round closed meanwhile; the device is told when it offers again
+        return now, ()  # the attempt ended meanwhile; the device is told when it offers again
     if known := attempt.verdicts.get(device):
         return now, (receipt(known, result),)
     verdict = _verdict(device, result, fault)
@@ -170,7 +177,7 @@ def decided(
     return after, (*told, *effects)
 
 
-def lost(now: OpenRound, device: str, fault: Exception, rules: CohortConfig, now_s: float
+def lost(now: OpenRound, device: str, fault: StillhouseError, rules: CohortConfig, now_s: float
          ) -> Transition:  # fmt: skip
     """Event: a device's result cannot be pulled. It is refused; the round goes on without it."""
     order = now.attempt.orders.get(device)
@@ -186,23 +193,23 @@ def aggregated(now: OpenRound, rules: CohortConfig, now_s: float) -> Transition:
     return follow(replace(now, attempt=left), rounds.aggregated(now.state, rules, now_s))
 
 
-def delayed(now: OpenRound, seconds: float) -> OpenRound:
-    """The round with its deadline put off: the disk was full, and devices will offer again."""
-    deadline_s = now.state.deadline_s + seconds
-    return replace(now, state=replace(now.state, deadline_s=deadline_s))
-
-
 def held_open(now: OpenRound, until_s: float) -> OpenRound:
-    """The round with its deadline at `until_s` or later: a result is being checked."""
+    """The round with its deadline at `until_s` or later.
+
+    A result is being checked, or the disk was full, and devices will offer theirs again.
+    """
     deadline_s = max(now.state.deadline_s, until_s)
     return replace(now, state=replace(now.state, deadline_s=deadline_s))
 
 
 def follow(now: OpenRound, transition: rounds.Transition) -> Transition:
-    """A transition of `rounds`, with its actions as effects on orders and results."""
+    """A transition of `rounds`, in which a reminder becomes the order to send."""
     state, actions = transition
-    after = replace(now, state=state)
-    return after, tuple(_effect(after, action) for action in actions)
+    orders = now.attempt.orders
+    return replace(now, state=state), tuple(
+        Send(action.device, orders[action.device]) if isinstance(action, Remind) else action
+        for action in actions
+    )
 
 
 def receipt(verdict: Verdict, result: Result) -> Send:
@@ -211,31 +218,6 @@ def receipt(verdict: Verdict, result: Result) -> Send:
     return Send(verdict.device, said)
 
 
-def _effect(now: OpenRound, action: rounds.Action) -> Effect:
-    attempt = now.attempt
-    match action:
-        case Open(number, cohort):
-            return Begin(number, now.carried, cohort - now.state.carried.keys())
-        case Remind(device):
-            return Send(device, attempt.orders[device])
-        case Close(_, returned):
-            results = [attempt.verdicts[device].result for device in sorted(returned)]
-            return Aggregate(attempt, tuple(results))
-        case GiveUp(number):
-            return End(_hopeless(number, now.state.fruitless, attempt.verdicts))
-        case Finish():
-            return End()
-
-
 def _verdict(device: str, result: Result, fault: StillhouseError | None) -> Verdict:
     reason = str(fault)[:MAX_REASON] if fault else ""
     return Verdict(device, fault is None, reason, result)
-
-
-def _hopeless(number: int, times: int, verdicts: Mapping[str, Verdict]) -> str:
-    name = min(verdicts)
-    return (
-        f"round {number}: every device that was asked failed, {times} times "
-        f"in a row; {name} says: {verdicts[name].reason}. Start the run again when the cause is "
-        "gone, and it goes on with this round; if settings are the cause, begin one of another name"
-    )

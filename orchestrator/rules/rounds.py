@@ -4,12 +4,14 @@
        ^                           | nobody returned                           |
        +---------------------------+-------------------------------------------+
 
-A device that has not answered when its round closes may keep its order for `carry_rounds` more
-rounds (asynchronous rounds). It belongs to their cohorts too, and gets no other order meanwhile.
+A device that has not answered when the results are aggregated may keep its order for `carry_rounds`
+more rounds (asynchronous rounds). It belongs to their cohorts too, and gets no other order
+meanwhile.
 
-A round in which nobody returned is tried again, with other devices if there are more than a cohort
-takes. If all devices that were asked reported a fault or were refused, `ATTEMPTS` times in a row,
-the run gives up: the same orders would fail again.
+Each opening of a round is an attempt at it. After one in which nobody returned there is another,
+with other devices if there are more than a cohort takes. If in `FRUITLESS` attempts in a row all
+devices that were asked reported a fault or were refused, the run gives up: the same orders would
+fail again.
 
 Nothing here touches the network, the disk or the clock; times are monotonic seconds, passed in.
 """
@@ -26,7 +28,7 @@ from orchestrator.config import CohortConfig
 from wire import seeds
 
 PAUSE_S = 10.0
-ATTEMPTS = 3
+FRUITLESS = 3
 ASKED = 10  # the run gives up only if this many different devices failed, or all that are there
 
 
@@ -57,13 +59,14 @@ class RoundState:
         live: the session of each device that is there.
         state_ids: the state folder that each device last came with, since this process began.
         cohort: devices with an order of this round, or with a carried one of an earlier round.
-        carried: age in rounds of each order of an earlier round that is open, by device.
+        ages: how many attempts each carried order has outlived, by device.
         returned: devices of the cohort whose result was accepted.
         failed: devices of the cohort that reported a fault or were refused.
         ready_at_s: when the cohort may be formed, once there are enough devices.
-        deadline_s: when the open round closes.
-        attempt: how often the open round was tried before.
-        fruitless: how many of the latest attempts at it, in a row, ended with every device failed.
+        deadline_s: when the open round takes no more results.
+        retries: how many attempts at the open round ended before this one.
+        fruitless: in how many of them, the latest in a row, every device failed. A restart counts
+            from 0 again: whoever starts a run that gave up has mended something.
         faulty: devices that failed in these attempts.
         not_before_s: earliest time of the next attempt after a round in which nobody returned.
     """
@@ -75,12 +78,12 @@ class RoundState:
     live: Mapping[str, Session] = field(default_factory=dict)
     state_ids: Mapping[str, str] = field(default_factory=dict)
     cohort: frozenset[str] = frozenset()
-    carried: Mapping[str, int] = field(default_factory=dict)
+    ages: Mapping[str, int] = field(default_factory=dict)
     returned: frozenset[str] = frozenset()
     failed: frozenset[str] = frozenset()
     ready_at_s: float | None = None
     deadline_s: float = 0.0
-    attempt: int = 0
+    retries: int = 0
     fruitless: int = 0
     faulty: frozenset[str] = frozenset()
     not_before_s: float = 0.0
@@ -102,8 +105,8 @@ class Remind:
 
 
 @dataclass(frozen=True)
-class Close:
-    """Aggregate the results of the devices in `returned`."""
+class Aggregate:
+    """Aggregate the results of the devices in `returned`; `aggregated` follows."""
 
     round: int
     returned: frozenset[str]
@@ -121,19 +124,24 @@ class Finish:
     """End the run: all rounds are done."""
 
 
-Action = Open | Remind | Close | GiveUp | Finish
+Action = Open | Remind | Aggregate | GiveUp | Finish
 Transition = tuple[RoundState, tuple[Action, ...]]
+
+
+def overtaken(state: RoundState, device: str, session: Session) -> bool:
+    """Whether a birth comes after that of a newer session of the same state folder."""
+    known = state.live.get(device, session)
+    return known.state_id == session.state_id and session.number < known.number
 
 
 def born(
     state: RoundState, rules: CohortConfig, device: str, session: Session, now_s: float
 ) -> Transition:
-    """Event: a device is there. The late birth of a session older than the known one is ignored.
+    """Event: a device is there. A birth that another has overtaken is ignored.
 
     A device with another state folder than before (after a new card, say) has lost its order.
     """
-    known = state.live.get(device)
-    if known and known.state_id == session.state_id and session.number < known.number:
+    if overtaken(state, device, session):
         return state, ()
     new_life = state.state_ids.get(device, session.state_id) != session.state_id
     state = replace(
@@ -145,8 +153,8 @@ def born(
     if state.phase is Phase.COLLECTING and waiting:
         return state, (Remind(device),)
     if new_life and state.phase is not Phase.COLLECTING:
-        carried = {name: age for name, age in state.carried.items() if name != device}
-        state = replace(state, carried=carried)
+        ages = {name: age for name, age in state.ages.items() if name != device}
+        state = replace(state, ages=ages)
     return ticked(state, rules, now_s)
 
 
@@ -173,7 +181,7 @@ def failed(state: RoundState, rules: CohortConfig, device: str, now_s: float) ->
 
 
 def ticked(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
-    """Event: time passed. Form a cohort or close a round if it is due."""
+    """Event: time passed. Form a cohort or aggregate a round if it is due."""
     if state.phase is Phase.FORMING:
         return _form(state, rules, now_s)
     if state.phase is Phase.COLLECTING:
@@ -190,7 +198,7 @@ def aggregated(state: RoundState, rules: CohortConfig, now_s: float) -> Transiti
         phase=Phase.FORMING,
         cohort=frozenset(),
         ready_at_s=now_s,
-        attempt=0,
+        retries=0,
         fruitless=0,
         faulty=frozenset(),
     )
@@ -207,13 +215,10 @@ def _form(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
     if not (full or now_s >= ready_at_s):
         return replace(state, ready_at_s=ready_at_s), ()
     number = state.round + 1
-    free = state.live.keys() - state.carried.keys()
-    most, chosen = rules.max_devices, frozenset[str]()
-    busy = len(state.carried.keys() & state.live.keys())
-    if not most or most > busy:
-        room = most and most - busy
-        chosen = choose(free, room, state.seed, number, state.attempt)
-    cohort = chosen | state.carried.keys()
+    free = state.live.keys() - state.ages.keys()
+    room = (rules.max_devices or len(state.live)) - len(state.ages.keys() & state.live.keys())
+    chosen = choose(free, room, state.seed, number, state.retries) if room > 0 else frozenset()
+    cohort = chosen | state.ages.keys()
     opened = replace(
         state,
         round=number,
@@ -230,7 +235,7 @@ def _form(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
 def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition:
     # A device that is gone with an order of an earlier round may answer, but is not waited for.
     # After a restart no device is live yet: only one that has been here since can be gone.
-    gone = (state.carried.keys() & state.state_ids.keys()) - state.live.keys()
+    gone = (state.ages.keys() & state.state_ids.keys()) - state.live.keys()
     gone -= state.returned | state.failed
     enough = math.ceil(rules.quorum * len(state.cohort - gone) - 1e-9)
     answered = state.returned | state.failed == state.cohort - gone
@@ -246,37 +251,37 @@ def _collect(state: RoundState, rules: CohortConfig, now_s: float) -> Transition
             phase=Phase.FORMING,
             round=state.round - 1,
             cohort=frozenset(),
-            carried={
+            ages={
                 name: age + 1
-                for name, age in state.carried.items()
+                for name, age in state.ages.items()
                 if name not in state.failed and age < rules.carry_rounds
             },
             ready_at_s=now_s,
             not_before_s=now_s + PAUSE_S,
-            attempt=state.attempt + 1,
+            retries=state.retries + 1,
             fruitless=state.fruitless + 1 if all_failed else 0,
             faulty=state.faulty | state.failed if all_failed else frozenset(),
         )
         asked = len(again.faulty) >= ASKED or not again.live.keys() - again.faulty
-        hopeless = again.fruitless >= ATTEMPTS and asked
+        hopeless = again.fruitless >= FRUITLESS and asked
         return again, (GiveUp(state.round),) if hopeless else ()
     open_ = state.cohort - state.returned - state.failed
-    ages = {device: state.carried.get(device, 0) + 1 for device in open_}
-    carried = {device: age for device, age in ages.items() if age <= rules.carry_rounds}
-    closed = replace(state, phase=Phase.AGGREGATING, carried=carried)
-    return closed, (Close(state.round, state.returned),)
+    ages = {device: state.ages.get(device, 0) + 1 for device in open_}
+    ages = {device: age for device, age in ages.items() if age <= rules.carry_rounds}
+    state = replace(state, phase=Phase.AGGREGATING, ages=ages)
+    return state, (Aggregate(state.round, state.returned),)
 
 
 def choose(
-    live: Collection[str], most: int, seed: int, number: int, attempt: int = 0
+    live: Collection[str], most: int, seed: int, number: int, retries: int = 0
 ) -> frozenset[str]:
     """A uniform sample of at most `most` live devices (0: all), the same for the same seed.
 
-    Each further attempt takes the next devices of the same shuffled order, and wraps at its end.
+    Each retry takes the next devices of the same shuffled order, and wraps at its end.
     """
     names = sorted(live)
     if not most or len(names) <= most:
         return frozenset(names)
     order = seeds.raw(seed, number, len(names)).argsort(kind="stable")
-    turn = (attempt * most + np.arange(most)) % len(names)
+    turn = (retries * most + np.arange(most)) % len(names)
     return frozenset(names[i] for i in order[turn])

@@ -8,7 +8,6 @@ A checkpoint is written whole under another name and then renamed. The last `KEP
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +40,15 @@ class Resumption(NamedTuple):
     rounds: list[dict[str, Any]]
 
 
-def write(folder: Path, round_: int, state: Checkpoint, journal: Resumption) -> None:
-    """Write the checkpoint after a round; an older one of the round is replaced."""
+def write(folder: Path, round_: int, state: Checkpoint, journal: str) -> None:
+    """Write the checkpoint after a round; an older one of the round is replaced.
+
+    Args:
+        folder: of the run.
+        round_: its number.
+        state: after the round.
+        journal: a `Resumption` in JSON.
+    """
     final = folder / "checkpoints" / f"{round_:04d}"
     building = final.with_suffix(".new")
     shutil.rmtree(building, ignore_errors=True)
@@ -50,8 +56,9 @@ def write(folder: Path, round_: int, state: Checkpoint, journal: Resumption) -> 
     # safetensors writes memory as it lies: a channels-last array would be saved scrambled.
     tensors = {name: np.asarray(array, order="C") for name, array in state.tensors.items()}
     storage.write(building / "state.safetensors", save(tensors))
-    storage.write(building / "state.json", _json(state.notes))
-    storage.write(building / "journal.json", _json(journal._asdict()))
+    notes = json.dumps(records.plain(state.notes), indent=1)
+    storage.write(building / "state.json", notes.encode())
+    storage.write(building / "journal.json", journal.encode())
     shutil.rmtree(final, ignore_errors=True)
     building.rename(final)
     storage.sync_folder(final.parent)
@@ -107,7 +114,3 @@ def resumption(folder: Path) -> Resumption | None:
 
 def _numbers(folder: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit())
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(records.plain(content), indent=1).encode()

@@ -19,9 +19,10 @@ from orchestrator.run_folder import checkpoints
 from orchestrator.run_folder.checkpoints import Resumption
 from wire import messages, storage
 from wire.errors import DamagedError, RunError, StalledError, WireError
-from wire.messages import Order, Result
+from wire.messages import Message, Order, Result
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 log = logging.getLogger("orchestrator")
 
 LEAP = 1 << 20  # skips the sequence numbers that a damaged journal may have given out
@@ -41,7 +42,10 @@ CREATE TABLE IF NOT EXISTS verdicts (
 CREATE TABLE IF NOT EXISTS traffic (
     device TEXT PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL);
 """
-_VERDICTS = "SELECT device, accepted, reason, result FROM verdicts WHERE sequence = ?"
+_VERDICTS = """
+SELECT device, accepted, reason, result FROM verdicts
+WHERE sequence = ? AND device = COALESCE(?, device)
+"""
 _COUNT = """
 INSERT INTO traffic VALUES (?, ?, ?)
 ON CONFLICT DO UPDATE SET up = up + excluded.up, down = down + excluded.down
@@ -68,7 +72,7 @@ class Journal:
         self._opened = contextlib.ExitStack()
         try:
             self._open()
-            self._look_over(begun=begun)
+            self._read_all(begun=begun)
         except DamagedError as fault:
             self._begin_anew(fault)
         except BaseException:
@@ -77,15 +81,8 @@ class Journal:
 
     def identify(self, name: str) -> str:
         """The run's id: `name` and a random part, so that devices tell it from its namesakes."""
-
-        def look(db: sqlite3.Connection) -> str:
-            row = db.execute("SELECT run FROM identity").fetchone()
-            if row is None:
-                row = (f"{name}.{secrets.token_hex(4)}",)
-                db.execute("INSERT INTO identity VALUES (?)", row)
-            return str(row[0])
-
-        return self._do(look)
+        drawn = f"{name}.{secrets.token_hex(4)}"
+        return self._first("SELECT run FROM identity", "INSERT INTO identity VALUES (?)", drawn)
 
     def _claim_devices(self, devices: str) -> None:
         """Note a new run's devices (agents, or a simulation's data); refuse others when it resumes.
@@ -93,15 +90,8 @@ class Journal:
         Raises:
             RunError: the run was begun with other devices.
         """
-
-        def look(db: sqlite3.Connection) -> str:
-            row = db.execute("SELECT what FROM devices").fetchone()
-            if row is None:
-                row = (devices,)
-                db.execute("INSERT INTO devices VALUES (?)", row)
-            return str(row[0])
-
-        if (before := self._do(look)) != devices:
+        read, write = "SELECT what FROM devices", "INSERT INTO devices VALUES (?)"
+        if (before := self._first(read, write, devices)) != devices:
             raise RunError(
                 f"{self._folder} was begun with {before}, now it is {devices}; choose another name"
             )
@@ -132,21 +122,24 @@ class Journal:
             ).fetchone()
             if row is None:
                 return None
-            orders = {}
-            for device, data in db.execute(
-                "SELECT device, work_order FROM orders WHERE sequence = ?", (row[0],)
-            ):
-                order, _ = messages.decode(data, sender="journal")
-                assert isinstance(order, Order)  # noqa: S101 - only begin() writes this column
-                orders[device] = order
-            return Attempt(row[0], row[1], orders, _verdicts(db, row[0]), bool(row[2]))
+            sequence, round_, done = row
+            rows = db.execute(
+                "SELECT device, work_order FROM orders WHERE sequence = ?", (sequence,)
+            )
+            orders = {device: _message(data, Order) for device, data in rows}
+            return Attempt(sequence, round_, orders, _verdicts(db, sequence), bool(done))
 
         return self._do(read)
 
+    def retries(self) -> int:
+        """How many attempts at the open round ended before the last one."""
+        closed = "SELECT COALESCE(MAX(sequence), 0) FROM attempts WHERE closed = 1"
+        read = f"SELECT COUNT(*) FROM attempts WHERE sequence > ({closed})"  # noqa: S608 - ours
+        return max(self._number(read) - 1, 0)
+
     def next_sequence(self) -> int:
         """The sequence number that `begin` will use next."""
-        read = "SELECT COALESCE(MAX(sequence), 0) FROM attempts"
-        return 1 + int(self._do(lambda db: db.execute(read).fetchone())[0])
+        return 1 + self._number("SELECT COALESCE(MAX(sequence), 0) FROM attempts")
 
     def begin(self, round_: int, orders: Mapping[str, Order]) -> Attempt:
         """Note a round's orders before they are sent, and start counting bytes from 0."""
@@ -215,17 +208,38 @@ class Journal:
             )
         )
 
-    def _resumption(self, attempt: Attempt, report: Mapping[str, Any]) -> Resumption:
-        """What a new journal starts from once this round is closed."""
+    def _resumption(self, attempt: Attempt, report: Mapping[str, Any]) -> str:
+        """What a new journal starts from once this round is closed: a `Resumption` in JSON.
 
-        def read(db: sqlite3.Connection) -> Resumption:
+        The reports are copied as text: to read and write thousands of them takes seconds.
+        """
+
+        def read(db: sqlite3.Connection) -> tuple[Resumption, list[str]]:
             (run,) = db.execute("SELECT run FROM identity").fetchone()
             (devices,) = db.execute("SELECT what FROM devices").fetchone()
             facts = dict(db.execute("SELECT name, value FROM facts").fetchall())
-            return Resumption(run, attempt.sequence, devices, facts, [])
+            closed = "SELECT report FROM attempts WHERE closed = 1 AND round != ? ORDER BY round"
+            rounds = [text for (text,) in db.execute(closed, (attempt.round,))]
+            return Resumption(run, attempt.sequence, devices, facts, []), rounds
 
-        rounds = [entry for entry in self.closed_rounds() if entry["round"] != attempt.round]
-        return self._do(read)._replace(rounds=[*rounds, dict(report)])
+        known, rounds = self._do(read)
+        rounds.append(json.dumps(report))
+        return json.dumps(known._asdict()).removesuffix("]}") + ",\n".join(rounds) + "]}"
+
+    def _first(self, read: str, write: str, value: str) -> str:
+        """What `read` finds; if it finds nothing, `value`, which is then written."""
+
+        def look(db: sqlite3.Connection) -> str:
+            if row := db.execute(read).fetchone():
+                return str(row[0])
+            db.execute(write, (value,))
+            return value
+
+        return self._do(look)
+
+    def _number(self, read: str) -> int:
+        """The one number that a query returns."""
+        return int(self._do(lambda db: db.execute(read).fetchone())[0])
 
     def _do(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do `work` in one transaction; returns what it returns."""
@@ -250,7 +264,7 @@ class Journal:
         db: sqlite3.Connection = sqlite3.connect(self._path, **settings)
         return self._opened.enter_context(contextlib.closing(db))
 
-    def _look_over(self, *, begun: bool) -> None:
+    def _read_all(self, *, begun: bool) -> None:
         """Read everything that a start reads.
 
         Raises:
@@ -305,13 +319,14 @@ def _verdicts(
     db: sqlite3.Connection, sequence: int, device: str | None = None
 ) -> dict[str, Verdict]:
     """The verdicts of one device, or of all, under a sequence number, by device."""
-    rows = db.execute(
-        _VERDICTS if device is None else _VERDICTS + " AND device = ?",
-        (sequence,) if device is None else (sequence, device),
-    )
-    found = {}
-    for name, accepted, reason, data in rows:
-        result, _ = messages.decode(data, sender="journal")
-        assert isinstance(result, Result)  # noqa: S101 - only decide() writes this column
-        found[name] = Verdict(name, bool(accepted), reason, result)
-    return found
+    return {
+        name: Verdict(name, bool(accepted), reason, _message(data, Result))
+        for name, accepted, reason, data in db.execute(_VERDICTS, (sequence, device))
+    }
+
+
+def _message(data: bytes, kind: type[M]) -> M:
+    """A message that `begin` or `decide` wrote."""
+    message, _ = messages.decode(data, sender="journal")
+    assert isinstance(message, kind)  # noqa: S101 - no other kind is written to the column
+    return message

@@ -74,29 +74,24 @@ class Store(Journal):
         self.folder = config.folder
         self.patience = Patience(stopped=stopping.asked.wait)
         self._kept: frozenset[str] = frozenset()
-        self._config = json.loads(json.dumps(records.plain(config)))
+        self._config = records.plain(config)
         self._config["broker"]["password"] = ""  # others may read the run's folder
         with storage.at(self.folder):
             self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(config)
-        try:
+        with contextlib.ExitStack() as undone:
+            self._lock = _locked(config)
+            undone.callback(self._let_go)
             before = self._begun_with()
             self.blobs = BlobStore(self.folder / "blobs", config.chunk_bytes, self.patience)
             super().__init__(self.folder, begun=before is not None)
-        except BaseException:
-            self._let_go()
-            raise
-        try:
+            undone.callback(super().close)
             self._check(before)
             self._claim_devices(devices)
             self.run_id = self.identify(config.name)
             if before is None:
                 self.started()
-        except BaseException:
-            super().close()
-            self._let_go()
-            raise
+            undone.pop_all()
 
     def started(self) -> None:
         """Write this start's configuration to run.json: all is ready, and it is the run's now."""
@@ -119,8 +114,7 @@ class Store(Journal):
 
     def verdict(self, sequence: int, device: str) -> Verdict | None:
         """The verdict on a device's result, None if none; waits while the journal is held."""
-        decided = super().verdict
-        return self.patience.attempt(lambda: decided(sequence, device))
+        return self.patience.attempt(lambda: super(Store, self).verdict(sequence, device))
 
     def close_round(
         self,
@@ -156,9 +150,8 @@ class Store(Journal):
         Raises:
             RunError: its files are damaged.
         """
-        read = "SELECT MAX(round) FROM attempts WHERE closed = 1"
-        (last,) = self._do(lambda db: db.execute(read).fetchone())
-        return read_checkpoint(self.folder, int(last)) if last else None
+        last = self._number("SELECT COALESCE(MAX(round), 0) FROM attempts WHERE closed = 1")
+        return read_checkpoint(self.folder, last) if last else None
 
     def write_json(self, name: str, content: object) -> None:
         """Replace a JSON file of the run folder, whole or not at all.
@@ -214,8 +207,7 @@ class Store(Journal):
                 "with, remove it: it is written anew"
             ) from fault
         before = records.build(RunConfig, table, where=str(path), error=RunError)
-        plain: dict[str, Any] = json.loads(json.dumps(records.plain(before)))
-        return plain
+        return dict(records.plain(before))
 
     def _check(self, before: Mapping[str, Any] | None) -> None:
         """Refuse to resume a run with changed settings that decide its results."""

@@ -1,6 +1,6 @@
 """Algorithms: frozen states, and functions from state to state. The coordinator does all else."""
 
-from orchestrator.strategies.registry import check, create, sources
+from orchestrator.strategies.registry import check, create, needs, sources
 from orchestrator.strategies.strategy import (
     Checkpoint,
     Contribution,
@@ -21,5 +21,6 @@ __all__ = [
     "Task",
     "check",
     "create",
+    "needs",
     "sources",
 ]

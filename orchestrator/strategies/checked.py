@@ -37,6 +37,7 @@ def checked(found: Found) -> type[Strategy]:
     class Users(Checked):
         users = found
         settings = found.value.settings
+        needs: ClassVar[frozenset[str]] = frozenset(getattr(found.value, "needs", ()))
 
     return Users
 

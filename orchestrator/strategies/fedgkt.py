@@ -83,6 +83,7 @@ class FedGKT:
     """
 
     settings: ClassVar[type] = NoSettings
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "feature maps"})
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from models import Average, Layout, Units, average
+from models import Average, Units, average
+from models.units import Layout
 from orchestrator.config import RunConfig, unused
 from orchestrator.strategies.payloads import Decoded
 from orchestrator.strategies.strategy import Checkpoint, Metrics, Weights

@@ -18,7 +18,7 @@ from orchestrator.strategies.fedavg import FedAvg
 from orchestrator.strategies.feddropout import FedDropout
 from orchestrator.strategies.fedgkt import FedGKT
 from orchestrator.strategies.local import Local
-from orchestrator.strategies.strategy import Strategy
+from orchestrator.strategies.strategy import NEEDS, Strategy
 from orchestrator.strategies.task import Task, strategy_settings
 from wire import records
 from wire.errors import RunError, SettingsError, StillhouseError
@@ -62,6 +62,15 @@ def create(name: str, task: Task) -> Strategy:
     return make(task)
 
 
+def needs(name: str) -> frozenset[str]:
+    """What is to be made ready for a strategy, some of `NEEDS`; its class declares it.
+
+    Raises:
+        StillhouseError: no strategy has this name, or it cannot be imported.
+    """
+    return frozenset(getattr(_find(name), "needs", ()))
+
+
 def sources(name: str) -> Mapping[str, str]:
     """SHA-256 of each source file of a user's strategy, by path; empty for ours."""
     found = None if name in _OURS else foreign.locate(name, STRATEGIES)
@@ -92,6 +101,12 @@ def _inspect(found: Found) -> None:
         raise StillhouseError(
             f"{name}: expected a dataclass as its attribute `settings`, got "
             f"{getattr(cls, 'settings', None)!r}; without settings of its own it is NoSettings"
+        )
+    declared: object = getattr(cls, "needs", frozenset())
+    if not isinstance(declared, set | frozenset) or declared - NEEDS:
+        raise StillhouseError(
+            f"{name}: expected its attribute `needs` to be a set of some of "
+            f"{', '.join(map(repr, sorted(NEEDS)))}, got {declared!r:.80}"
         )
     _accepts(name, cls, ("task",))
     for function in _FUNCTIONS:

@@ -81,6 +81,9 @@ class Contribution(Protocol):
         """Size of its arrays in memory, in bytes."""
 
 
+NEEDS = frozenset({"teacher", "feature maps"})  # what a strategy may ask for; see `Strategy`
+
+
 @dataclass(frozen=True)
 class NoSettings:
     """The settings of a strategy without settings of its own."""
@@ -89,7 +92,11 @@ class NoSettings:
 class Strategy(Protocol):
     """An algorithm; see the module's docstring. A `Task` is its only argument: `Momentum(task)`.
 
-    The strategy chooses the types of `state` and of the contributions.
+    The strategy chooses the types of `state` and of the contributions. A class may have an
+    attribute `needs`, a set of what is to be made ready for it (`NEEDS`):
+
+        "teacher"         devices' training steps learn from a teacher's logits beside labels
+        "feature maps"    each device network has an extractor, and `server.model` takes its output
 
     Attributes:
         settings: a frozen dataclass; the table `[strategy_settings]` of run.toml is read into it

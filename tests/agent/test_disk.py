@@ -10,12 +10,16 @@ import pytest
 
 from edge_agent.agent import Agent
 from edge_agent.journal import Journal
+from edge_agent.rounds import Phase, RoundState
+from edge_agent.worker import Ended
 from ondevice.config import AgentConfig
+from ondevice.work import CancelledError
 from tests.conftest import Disk
 from wire import storage
 from wire.address import BrokerAddress
 from wire.blobs import BlobStore, Fetch
 from wire.errors import StalledError, StorageError
+from wire.link import Arrived
 from wire.messages import BlobRef, Order, Result
 from wire.storage import Patience
 
@@ -60,7 +64,7 @@ def test_a_damaged_journal_is_set_aside_and_begun_anew(tmp_path, damage, caplog)
     DAMAGE[damage](path)
     with contextlib.closing(Journal(path)) as journal:
         assert journal.latest() is None
-        assert journal.weights_file("run") == "weights-run-3.safetensors"
+        assert journal.weights_files().get("run") == "weights-run-3.safetensors"
         journal.accept(ORDER)
     with contextlib.closing(Journal(path)) as journal:
         assert journal.latest() == (ORDER, None, False)
@@ -97,6 +101,32 @@ def test_an_agent_that_finds_the_disk_full_anywhere_lets_go_of_its_folder(disk, 
         disk.make_room()
         Agent(config)._folder.close()
     assert met
+
+
+@pytest.fixture
+def agent(tmp_path, digits):
+    address = BrokerAddress("mqtt://127.0.0.1:9")
+    agent = Agent(AgentConfig("pi", "fleet", digits / "device-0.npz", tmp_path / "state", address))
+    yield agent
+    agent._folder.close()
+
+
+def test_what_is_sent_again_while_the_disk_is_full_waits_once(agent, monkeypatch):
+    def full(_event):
+        raise StalledError("the disk is full")
+
+    monkeypatch.setattr(agent, "_handle", full)
+    for _ in range(3):
+        agent._take(Arrived("a/receipt", b"for result 3"))
+        agent._take(Arrived("a/receipt", b"for result 4"))
+    assert [event.payload for event in agent._put_off] == [b"for result 3", b"for result 4"]
+
+
+def test_an_order_that_comes_again_after_it_was_cancelled_does_not_fail(agent):
+    agent._state = RoundState(Phase.FETCHING, ORDER)
+    agent.journal.accept(ORDER)
+    agent._take(Ended(ORDER, CancelledError("a newer order replaced this one")))
+    assert agent.journal.latest() == (ORDER, None, False)
 
 
 @pytest.mark.parametrize("anew", [False, True])

@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,3 +226,14 @@ def test_a_kernel_that_limits_no_memory_is_noticed(controllers, number, tmp_path
     found = [*doctor._limits(tmp_path)]
     assert len(found) == number
     assert all("cgroup_enable=memory" in finding.remedy for finding in found)
+
+
+def test_a_state_folder_that_may_not_be_looked_at_is_a_finding(monkeypatch):
+    def closed(_path, **_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", closed)
+    finding = doctor._disk(Path("/closed/state"))
+    assert (finding.level, finding.what) == (
+        "bad", "/closed/state cannot be written: Permission denied",
+    )  # fmt: skip

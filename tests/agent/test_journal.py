@@ -35,7 +35,7 @@ def test_order_result_and_receipt_are_restored(journal_at):
     journal.finish(ORDER, RESULT, "weights-3")
     again = journal_at()
     assert again.latest() == (ORDER, RESULT, False)
-    assert again.weights_file("run") == "weights-3"
+    assert again.weights_files().get("run") == "weights-3"
     journal.receipted("run", 3)
     assert again.latest() == (ORDER, RESULT, True)
 
@@ -47,9 +47,9 @@ def test_weights_of_a_run_are_kept_while_orders_come_and_go(journal_at):
     other = Order("other", 1, 1, REF, 1, 0.1, 7, {})
     journal.accept(other)
     assert journal.latest() == (other, None, False)
-    assert journal.weights_file("run") == "weights-3"
-    assert journal.weights_file("other") is None
-    assert journal.weights_files() == {"weights-3"}
+    assert journal.weights_files().get("run") == "weights-3"
+    assert journal.weights_files().get("other") is None
+    assert journal.weights_files() == {"run": "weights-3"}
 
 
 def test_an_order_that_a_newer_agent_accepted_does_not_stop_an_older_one(journal_at):
@@ -61,7 +61,7 @@ def test_an_order_that_a_newer_agent_accepted_does_not_stop_an_older_one(journal
         journal._db.execute("UPDATE work SET work_order = ?", (newer,))
     again = journal_at()
     assert again.latest() is None
-    assert again.weights_file("run") == "weights-3"
+    assert again.weights_files().get("run") == "weights-3"
     again.accept(ORDER)
     assert again.latest() == (ORDER, None, False)
 
@@ -73,6 +73,18 @@ def test_session_numbers_are_never_given_twice_and_belong_to_one_state_folder(jo
     assert len(state_id) == 16
     with contextlib.closing(Journal(tmp_path / "another.db")) as other:
         assert other.begin_sessions()[0] != state_id
+
+
+def test_a_copy_of_a_card_gets_an_id_of_its_own_on_another_board(journal_at):
+    def begun_on(machine):
+        return journal_at().begin_sessions(machine)[0]
+
+    before = begun_on("")  # as before boards were noted
+    assert begun_on("board a") == before
+    assert begun_on("") == before  # the number cannot be read this time
+    copied = begun_on("board b")
+    assert copied != before
+    assert begun_on("board b") == copied
 
 
 def test_sessions_go_on_where_an_agent_that_wrote_each_left_off(journal_at):

@@ -157,7 +157,8 @@ def test_a_sensor_is_read_while_the_work_goes_on():
     assert nothing.joules is None
 
 
-def test_a_sensor_that_goes_away_gives_no_energy(caplog):
+@pytest.mark.parametrize("reading", [1, 2])
+def test_a_sensor_that_goes_away_gives_no_energy(reading, caplog):
     unplugged = threading.Event()
 
     class Loose:
@@ -166,7 +167,7 @@ def test_a_sensor_that_goes_away_gives_no_energy(caplog):
 
         def joules(self):
             self.count += 1
-            if self.count == 2:
+            if self.count == reading:
                 unplugged.set()
                 raise OSError("unplugged")
             return 1.0 * self.count

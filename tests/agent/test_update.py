@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,11 +25,11 @@ from edge_agent.update.repack import repack
 from edge_agent.update.staging import Updates
 from ondevice import config
 from tests.hardware import debs
-from wire import release, signing
+from wire import messages, release, signing
 from wire.address import BrokerAddress
 from wire.blobs import BlobStore
 from wire.errors import ReleaseError, SettingsError
-from wire.messages import Gone, Update
+from wire.messages import Birth, Gone, Update
 from wire.release import Package
 
 CONTENT = bytes(range(256)) * 40  # ten chunks
@@ -87,7 +88,8 @@ def store(tmp_path):
 
 def test_a_release_is_pulled_and_laid_out_whole(device, key, store):
     updates, told = agent(device), update(key)
-    assert not updates.told(told)
+    updates.told(told)
+    assert not updates.news()
     assert pull(updates, store) == 10
     folder = device / "update"
     assert (folder / "ready").exists()
@@ -95,7 +97,8 @@ def test_a_release_is_pulled_and_laid_out_whole(device, key, store):
     assert release.parse((folder / "release.json").read_bytes(), "") == told.release
     assert updates.word == ""
     # Root has the package now: the agent does not pull it again if it is told of it again.
-    assert not updates.told(told)
+    updates.told(told)
+    assert not updates.news()
     assert pull(updates, store) == 0
 
 
@@ -132,7 +135,8 @@ def test_questions_that_a_lost_connection_took_are_asked_again(device, key):
 def test_what_is_not_taken_is_told_and_nothing_is_asked_for(changes, settings, text, device, key):
     install.refuse(device / "cache", "0.3.0", "not healthy in 5 minutes")
     updates = agent(device, **settings)
-    assert updates.told(update(key, **changes))
+    updates.told(update(key, **changes))
+    assert updates.news()
     assert text in updates.word
     assert [*updates.wants(0.0)] == []
 
@@ -150,7 +154,8 @@ def test_what_failed_is_told_and_pulled_again_after_a_day(device, key, store, mo
     assert (device / "cache/last.json").stat().st_mode & 0o777 == 0o644
     updates = agent(device)
     assert updates.word == "0.2.0 failed: no room"
-    assert updates.told(update(key))
+    updates.told(update(key))
+    assert updates.news()
     assert "no room; it is tried again after a day" in updates.word
     assert pull(updates, store) == 0
     now = time.time()
@@ -174,7 +179,8 @@ def test_what_root_has_let_lie_is_told(device, key, store):
     updates.told(told)
     pull(updates, store)
     os.utime(device / "update/ready", (time.time() - 1801,) * 2)
-    assert updates.told(told)
+    updates.told(told)
+    assert updates.news()
     assert "staged for over 30 minutes" in updates.word
 
 
@@ -183,6 +189,7 @@ def test_a_sender_that_lost_the_package_is_asked_again_in_its_next_session(devic
     updates.told(told)
     assert updates.take(Gone(told.blob.digest), memoryview(b""))
     assert "no longer has it" in updates.word
+    assert [updates.news(), updates.news()] == [True, False]  # the orchestrator hears of it
     assert [*updates.wants(0.0)] == []
     assert not updates.take(Gone("00" * 32), memoryview(b""))  # belongs to an order
     updates.told(told)
@@ -193,7 +200,8 @@ def test_an_agent_that_no_package_brought_takes_none(device, key):
     (device / "package.json").unlink()
     updates = agent(device)
     assert updates.own is None
-    assert not updates.told(update(key))
+    updates.told(update(key))
+    assert not updates.news()
     for now_s in (0.0, 100.0):
         updates.turns(now_s)
         updates.lives(now_s)
@@ -243,6 +251,25 @@ def test_an_agent_that_reaches_no_broker_is_up(device, monkeypatch):
     made.run()
     watching.join()
     assert json.loads(up.read_text())["version"] == "0.1.0"
+
+
+def test_a_pull_that_fails_is_told_in_a_birth(device, key, monkeypatch):
+    np.savez(device / "x.npz", x=np.zeros((2, 32, 32, 3), np.uint8), y=np.zeros(2, np.int64))
+    made = Agent(replace(config.load(device / "agent.toml"), data=device / "x.npz"))
+    sent = []
+    link = SimpleNamespace(connected=True, publish=lambda _, payload, **__: sent.append(payload))
+    monkeypatch.setattr(made, "link", link)
+    made._presence._updates = made._updates = updates = agent(device)
+    told = update(key)
+    made._received(told, memoryview(b""))
+    made._tick()
+    made._received(Gone(told.blob.digest), memoryview(b""))
+    made._tick()
+    made._tick()
+    births = [m for m, _ in (messages.decode(each, sender="pi") for each in sent)
+              if isinstance(m, Birth)]  # fmt: skip
+    assert [birth.update for birth in births] == [updates.word]
+    made._folder.close()
 
 
 def test_a_description_that_cannot_be_read_is_one_line(device):

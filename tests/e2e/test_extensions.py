@@ -12,6 +12,7 @@ from orchestrator.config import load
 from orchestrator.run_folder.store import last_checkpoint
 from orchestrator.simulation import simulate
 from tests.e2e.test_run import Fleet, check_every_round_counts_each_device_once
+from wire.artifact import open_artifact
 
 EXTENSIONS = Path(__file__).parents[1] / "extensions"
 ENTRY_POINTS = """\
@@ -60,3 +61,15 @@ def test_an_installed_strategy_and_network_run_over_the_wire_and_from_files_by_s
     for name, array in simulated.under("velocity").items():
         apart = np.linalg.norm(real.under("velocity")[name] - array)
         assert apart < 0.05 * np.linalg.norm(array), name
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("any_broker", ["embedded"], indirect=True)
+def test_agents_learn_from_the_teacher_of_a_users_strategy(processes, digits, any_broker):
+    install(processes.folder)
+    strategy = "theirs/born_again.py:BornAgain"
+    fleet = Fleet(processes, digits, any_broker.url, strategy=strategy, model="theirs/nets.py:Tiny")
+    fleet.start()
+    report = fleet.finish()
+    check_every_round_counts_each_device_once(report, 2)
+    assert open_artifact(fleet.folder / "runs/run/artifact").manifest.task == "distill"

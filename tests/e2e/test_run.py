@@ -165,7 +165,7 @@ def test_fedgkt_over_each_broker(processes, digits, any_broker):
         labels = held["y"]
     session = onnxruntime.InferenceSession(done.path, providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"image": images})
-    reported = report["rounds"][-1]["devices"][done.device]["server_accuracy"]
+    reported = report["rounds"][-1]["devices"][done.card.device]["server_accuracy"]
     assert (logits.argmax(axis=1) == labels).mean() == pytest.approx(reported, abs=0.011)
 
 

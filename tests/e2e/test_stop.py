@@ -70,6 +70,64 @@ def test_a_ctrl_c_that_a_library_swallows_is_not_lost(tmp_path):
     assert done.stderr.startswith("stopping")
 
 
+HEARD_LATE = """
+import signal, sys
+from wire import stopping
+
+stopping.listen()
+sys.setswitchinterval(10)  # the listening thread comes to hear only after `run` has begun
+signal.raise_signal(signal.SIGINT)
+sys.exit(stopping.run(lambda: print("went on", flush=True)))
+"""
+TURNED = """
+import signal, sys
+from wire import stopping
+
+def work():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        raise ImportError("PyCapsule_Import could not import module") from None
+
+stopping.listen()
+sys.exit(stopping.run(work))
+"""
+IGNORED = """
+import signal, sys, weakref
+from wire import stopping
+
+class Module:
+    pass
+
+def work():
+    module = Module()
+    watched = weakref.ref(module, lambda _: signal.raise_signal(signal.SIGINT))
+    del module
+    print("went on", flush=True)
+
+stopping.listen()
+sys.exit(stopping.run(work))
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [HEARD_LATE, TURNED, IGNORED], ids=["heard_late", "turned", "ignored"]
+)
+def test_a_ctrl_c_among_imports_ends_the_program(program, tmp_path):
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SOON_S,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_program_that_is_being_imported_ends_at_once(tmp_path):
     for module in ("orchestrator.main", "edge_agent.main", "tools.export", "orchestrator.datasets"):
         # -v prints imports. Once our package is imported, signals are handled.
@@ -90,6 +148,34 @@ def test_a_program_that_is_being_imported_ends_at_once(tmp_path):
             rest = process.stderr.read()
         assert process.returncode == 130, rest[-2000:]
         assert "Traceback" not in rest
+
+
+INTERRUPTING = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(name, path, target=None):
+        if name == "threading":  # `wire.stopping` needs it before it can listen
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+"""
+
+
+@pytest.mark.parametrize("module", ["orchestrator.main", "edge_agent.main", "tools.export"])
+def test_a_program_whose_first_modules_are_being_imported_ends_without_a_traceback(
+    module, tmp_path
+):
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTING)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        capture_output=True,
+        check=False,
+        timeout=SOON_S,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 @pytest.mark.parametrize("times", [1, 2])

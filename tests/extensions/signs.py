@@ -13,7 +13,7 @@ import numpy as np
 
 from wire.codecs.codec import LARGEST, Family
 from wire.codecs.draws import Bytes, Draws, Floats
-from wire.codecs.packing import pack, packed_bytes, unpack
+from wire.codecs.packing import leading_floats, pack, packed_bytes, unpack
 
 _HEAD = 4  # bytes of the scale
 
@@ -23,7 +23,6 @@ class Signs:
     """See the module's docstring."""
 
     spec = "signs"
-    lossless = False
     block = 4096
     lowest, highest = -LARGEST, LARGEST
 
@@ -41,7 +40,7 @@ class Signs:
     def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:
         """(rows, row_bytes(n)) -> (rows, n)."""
         del draws
-        scale = np.ascontiguousarray(rows[:, :_HEAD]).view("<f4").astype(np.float32)
+        scale = leading_floats(rows, 1)
         signs = unpack(rows[:, _HEAD:], 1, n).astype(np.float32)
         return scale * (2 * signs - 1)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import models
-from models import Average, average
+from models import Average, average, submodel
 
 SHAPE = (1, 4, 4)
 
@@ -36,7 +36,7 @@ def owners(name, index):
 
 def draw_updates(rng, layout, devices, keep_rates):
     for i, (samples, rate) in enumerate(zip(devices, keep_rates, strict=True)):
-        units = models.choose(layout, rate, "random", seed=0, round_=1, device=str(i))
+        units = submodel.choose(layout, rate, "random", seed=0, round_=1, device=str(i))
         whole = {n: rng.standard_normal(s).astype(np.float32) for n, s in layout.shapes.items()}
         yield units, whole, samples
 
@@ -73,7 +73,7 @@ def test_average_is_the_formula_at_every_coordinate(devices, absent, seed):
         state, layout, samples_total=sum(samples for samples, _ in devices), absent=absent
     )
     for units, whole, samples in updates:
-        average.add(models.cut(whole, layout, units), units, samples)
+        average.add(submodel.cut(whole, layout, units), units, samples)
     found = average.total()
     for name, expected in reference(state, updates, absent).items():
         assert found[name].dtype == np.float32
@@ -100,10 +100,10 @@ def test_average_of_whole_models_is_fedavg_bit_for_bit(absent, all_units):
 def test_coordinate_that_nobody_holds_stays_bit_for_bit():
     layout, rng = network(), np.random.default_rng(0)
     state = {n: rng.standard_normal(s).astype(np.float32) for n, s in layout.shapes.items()}
-    units = models.choose(layout, 0.5, "ordered", seed=0, round_=1, device="a")
+    units = submodel.choose(layout, 0.5, "ordered", seed=0, round_=1, device="a")
     for absent in ("zero", "holders"):
         average = Average(state, layout, samples_total=5, absent=absent)
-        part = models.cut({n: np.ones_like(a) for n, a in state.items()}, layout, units)
+        part = submodel.cut({n: np.ones_like(a) for n, a in state.items()}, layout, units)
         average.add(part, units, 5)
         after = average.total()
         np.testing.assert_array_equal(after["0.weight"][2:], state["0.weight"][2:])
@@ -118,8 +118,8 @@ def test_absent_units_slow_the_paper_and_not_the_holders():
     for absent in ("zero", "holders"):
         average = Average(state, layout, samples_total=400 * 5, absent=absent)
         for i in range(400):
-            units = models.choose(layout, 0.5, "random", seed=0, round_=1, device=str(i))
-            average.add(models.cut(ones, layout, units), units, 5)
+            units = submodel.choose(layout, 0.5, "random", seed=0, round_=1, device=str(i))
+            average.add(submodel.cut(ones, layout, units), units, 5)
         moved[absent] = average.total()
     # 2 of 4 filters, 2 of 5 units.
     assert moved["zero"]["0.weight"].mean() == pytest.approx(0.5)

@@ -150,6 +150,9 @@ def test_what_is_wrong_is_said_in_one_line(folder, text, reason):
         ("nets.py:Net()", "expected a factory behind the colon"),
         (":Net", "expected a factory behind the colon"),
         ("nets/nets:Net", "is neither a module nor a file"),
+        ("~nobody-x/nets.py:Net", r"'~nobody-x/nets.py': expected the home folder of a user"),
+        (f"{'x' * 300}.py:Net", "expected a path of names of up to 255 bytes"),
+        ("resnet8@", "did you mean 'resnet8'"),
         ("nets.py", "no model is named 'nets.py'; .*or name your own: path/to/file.py:factory"),
         ("resnet_8", "did you mean 'resnet8'"),
     ],
@@ -174,6 +177,12 @@ def test_a_name_that_leads_nowhere_is_answered(folder, name, reason):
         (("class make(Net):\n    extractor = property(lambda self: self.conv)\n"
          "    def extract(self, x): return self.conv(x) * 2, self(x)"),
          r"expected extract\(x\) to return the output of `extractor`"),
+        (("class make(Net):\n    extractor = property(lambda self: self.conv)\n"
+         "    def extract(self, x): return self.conv(x), self(x), None"),
+         "the logits of forward.x., got ValueError: too many values to unpack"),
+        (("class make(Net):\n    extractor = property(lambda self: self.conv)\n"
+         "    def extract(self, x): return self.encoder(x)"),
+         "got AttributeError: 'make' object has no attribute 'encoder'"),
     ],
 )  # fmt: skip
 def test_a_network_that_does_not_fit_is_refused_when_it_is_tried(folder, text, reason):

@@ -160,8 +160,8 @@ def test_narrow_network_exports(tmp_path, name, shape):
         task="classify", keep_rate=0.5, out=tmp_path / "art",
     )  # fmt: skip
     assert artifact.manifest.model.keep_rate == 0.5
-    units = models.choose(layout, 0.5, "random", seed=1, round_=1, device="a")
-    part = models.cut(weights(model), layout, units)
+    units = submodel.choose(layout, 0.5, "random", seed=1, round_=1, device="a")
+    part = submodel.cut(weights(model), layout, units)
     expected = {s.name: s.shape for s in artifact.manifest.state_of("parameter", "buffer")}
     assert {key: tensor.shape for key, tensor in part.items()} == expected
 

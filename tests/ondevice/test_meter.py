@@ -75,3 +75,13 @@ def test_a_system_that_tells_nothing_is_no_fault(tmp_path):
     figures = (meter.available_bytes, meter.proportional_bytes, meter.group_peak_bytes)
     assert [figure(tmp_path) for figure in figures] == [0, 0, 0]
     assert meter.resident_bytes(root=tmp_path) == 0
+
+
+def test_boards_with_copies_of_one_card_are_told_apart_by_their_serial_numbers(tmp_path):
+    assert meter.machine(tmp_path) == ""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/machine-id").write_text("0123abcd\n")
+    assert meter.machine(tmp_path) == "0123abcd"
+    (tmp_path / "proc/device-tree").mkdir(parents=True)
+    (tmp_path / "proc/device-tree/serial-number").write_bytes(b"10000000deadbeef\0")
+    assert meter.machine(tmp_path) == "10000000deadbeef"

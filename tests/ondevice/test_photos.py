@@ -177,7 +177,7 @@ def test_pictures_are_turned_as_a_viewer_turns_them(tmp_path, name, orientation)
     tags = Image.Exif()
     tags[0x0112] = orientation
     Image.fromarray(stored).convert("RGB").save(tmp_path / "a" / name, exif=tags)
-    seen = np.asarray(photos.open_image(tmp_path / "a" / name).convert("L")) > 128
+    seen = np.asarray(picture.open_image(tmp_path / "a" / name).convert("L")) > 128
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1),
               8: (-1, 0)}[orientation]  # fmt: skip
     assert seen.shape == ((16, 32) if orientation < 5 else (32, 16))

@@ -112,6 +112,12 @@ def test_features_that_do_not_fit_are_refused_and_leave_nothing(tmp_path, record
     assert sorted(p.name for p in tmp_path.iterdir()) == ["payload"]
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (4, 6), (1, 4, 5)])
+def test_logits_of_another_shape_are_refused(shape):
+    with pytest.raises(AdmissionError, match=r"logits: expected float32 \[n, 5\]"):
+        admit.logits({"logits": np.ones(shape, np.float32)}, 5, 4)
+
+
 def test_a_payload_cut_off_in_transit_is_refused(tmp_path):
     path = payload(tmp_path, record(4))
     path.write_bytes(path.read_bytes()[:-5])

@@ -26,6 +26,7 @@ from wire.errors import BrokerError
 
 FLEET = "attic"
 WAIT_S = 60.0
+PUBLISHED = Path(__file__).parents[2] / "hardware" / "broker"
 USERS = {"orchestrator": "o:$ü", "a": "pass a", "b": "pass b"}
 needs_mosquitto = pytest.mark.skipif(broker.find() is None, reason="mosquitto is not installed")
 both = pytest.mark.parametrize(
@@ -321,9 +322,10 @@ def test_an_order_that_a_killed_device_never_acknowledged_comes_again(kind, tmp_
 
 
 @needs_mosquitto
-def test_mosquitto_killed_and_started_again_still_has_what_it_saved(tmp_path, connect):
+def test_mosquitto_killed_and_started_again_still_has_what_it_saved(tmp_path, connect, monkeypatch):
+    monkeypatch.setattr(mosquitto, "AUTOSAVE_S", 1)
     saved = tmp_path / "mosquitto.db"
-    options = {"folder": tmp_path, "fleet": FLEET, "port": 0, "autosave_s": 1}
+    options = {"folder": tmp_path, "fleet": FLEET, "port": 0}
     with broker.start("mosquitto", **options) as running:
         server, device = connect(running.url, "server"), connect(running.url, "a", clean=False)
         device.subscribe("order", "a")
@@ -433,10 +435,9 @@ def test_a_missing_mosquitto_says_how_to_get_it(tmp_path, monkeypatch):
 
 @needs_mosquitto
 def test_a_mosquitto_that_dies_at_start_shows_its_log(tmp_path):
-    (tmp_path / "not.pem").write_text("not a certificate")
-    tls = broker.Tls(*[tmp_path / "not.pem"] * 3)
-    with pytest.raises(BrokerError, match=r"(?s)died at start.*broker\.log.*certificate"):
-        broker.start("mosquitto", folder=tmp_path, fleet=FLEET, port=0, tls=tls)
+    (tmp_path / "mosquitto.db").write_text("not what Mosquitto saved")
+    with pytest.raises(BrokerError, match=r"(?s)died at start.*broker\.log.*persistent database"):
+        broker.start("mosquitto", folder=tmp_path, fleet=FLEET, port=0)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +449,6 @@ def test_a_mosquitto_that_dies_at_start_shows_its_log(tmp_path):
         ({"users": {"all": "x"}}, "broker user 'all'"),
         ({"users": {"x\ny:": "x"}}, "broker user"),
         ({"kind": "emqx"}, "expected 'mosquitto' or 'embedded'"),
-        ({"tls": broker.Tls(Path("c"), Path("d"), Path("e"))}, "no TLS"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(tmp_path, options, message):
@@ -488,11 +488,28 @@ def certificates(tmp_path) -> Path:
 
 @needs_mosquitto
 def test_with_tls_the_certificate_is_the_identity(certificates, tmp_path, connect):
-    tls = broker.Tls(*(certificates / n for n in ("ca.pem", "server.pem", "server.key")))
-    with broker.start("mosquitto", folder=tmp_path / "b", fleet=FLEET, port=0, tls=tls) as running:
-        assert running.url.startswith("mqtts://127.0.0.1:")
-        server = connect(running.url, "server", user="orchestrator", tls=certificates)
-        device = connect(running.url, "device", user="a", tls=certificates)
+    """The files of hardware/broker, with other paths, another fleet and another port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = (PUBLISHED / "mosquitto.conf").read_text()
+    for before, after in (
+        ("listener 8883", f"listener {port} 127.0.0.1"),
+        ("/etc/mosquitto/certs", str(certificates)),
+        ("/etc/mosquitto", str(tmp_path)),
+    ):
+        assert before in config
+        config = config.replace(before, after)
+    (tmp_path / "mosquitto.conf").write_text(f"user root\n{config}")
+    acl = (PUBLISHED / "stillhouse.acl").read_text().replace("/home/", f"/{FLEET}/")
+    (tmp_path / "stillhouse.acl").write_text(acl)
+    (tmp_path / "stillhouse.acl").chmod(0o600)
+    url = f"mqtts://127.0.0.1:{port}"
+    command = [str(broker.find()), "-c", str(tmp_path / "mosquitto.conf")]
+    with subprocess.Popen(command) as process, contextlib.ExitStack() as ends:
+        ends.callback(process.kill)
+        until(lambda: listening(url), "Mosquitto")
+        server = connect(url, "server", user="orchestrator", tls=certificates)
+        device = connect(url, "device", user="a", tls=certificates)
         server.subscribe("#", "+")
         device.publish("b", "up", b"forged")
         device.publish("a", "up", b"true")

@@ -7,13 +7,10 @@ import pytest
 from safetensors.numpy import save
 
 from orchestrator.run_folder import checkpoints
-from orchestrator.run_folder.checkpoints import Resumption
 from orchestrator.strategies.gkt.state import GktState, HeldShard, Teacher
 from orchestrator.strategies.global_model import GlobalModel
 from orchestrator.strategies.local import Local, LocalState
 from wire.messages import BlobRef
-
-JOURNAL = Resumption("run.1", 3, "agents", {}, [])
 
 
 def array(number):
@@ -135,7 +132,7 @@ def test_a_checkpoint_is_read_and_written_as_ever(tmp_path, tensors, notes, stat
     (written / "state.json").write_text(notes)
     restored = unpack(checkpoints.read(tmp_path / "before", 3))
     assert repr(restored) == repr(state)
-    checkpoints.write(tmp_path / "after", 3, restored.pack(), JOURNAL)
+    checkpoints.write(tmp_path / "after", 3, restored.pack(), "{}")
     for file in ("state.safetensors", "state.json"):
         now = (tmp_path / "after/checkpoints/0003" / file).read_bytes()
         assert now == (written / file).read_bytes(), file

@@ -15,9 +15,10 @@ import typer.testing
 import wire
 from edge_agent import main as agent
 from ondevice import config as agent_config
-from orchestrator import config, main, strategies
+from orchestrator import config, demo, main, strategies
 from orchestrator.datasets import __main__ as datasets
 from tests.conftest import ROOT
+from tests.models.test_foreign import install
 from tools.export import __main__ as export
 from wire import extras
 from wire.errors import DataError, StillhouseError
@@ -145,6 +146,13 @@ def test_commands_are_told_by_one_line_that_a_folder_is_none(tmp_path):
         run("init", str(file))
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "3"])
+def test_a_damaged_status_is_told_by_one_line(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(StillhouseError, match=r"status\.json is damaged"):
+        run("status", str(tmp_path))
+
+
 @pytest.mark.parametrize("module", ["orchestrator.main", "edge_agent.main"])
 def test_a_command_runs_in_a_folder_that_is_gone(tmp_path, module):
     there = tmp_path / "there"
@@ -197,6 +205,63 @@ def test_init_writes_nothing_where_a_value_is_wrong(tmp_path):
     with pytest.raises(StillhouseError, match=together):
         run("init", str(tmp_path / "new"), "--set", "strategy=fedavg")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            ["device.model=resnet9"],
+            "--set: device.model: no model is named 'resnet9'; did you mean",
+        ),
+        (["device.model=resnt8@stem"], "device.model: .* did you mean 'resnet8'"),
+        (["server.model=resnet56x"], "--set: server.model: no model is named"),
+        (['device.others=[{ model = "nosuch", devices = "a*" }]'], "device.others: no model is"),
+    ],
+)
+def test_init_refuses_a_network_that_there_cannot_be(tmp_path, changes, reason):
+    with pytest.raises(StillhouseError, match=reason):
+        run("init", str(tmp_path / "new"), *(f"--set={change}" for change in changes))
+    assert not (tmp_path / "new").exists()
+
+
+def test_init_takes_every_name_of_a_network_that_there_may_be(tmp_path, monkeypatch):
+    """Files that are not written yet, modules, entry points, and a model that nothing uses."""
+    site = install(tmp_path, "theirs", "[stillhouse.models]\nmy-net = theirs.nets:Net\n")
+    monkeypatch.syspath_prepend(str(site))
+    for number, model in enumerate(["later.py:Net", "theirs.nets:Net", "my-net", "my-net@stem"]):
+        assert (
+            run("init", str(tmp_path / str(number)), f"--set=device.model={model}").exit_code == 0
+        )
+    unused = ("--preset", "fedavg", "--set", "server.model=nosuch")
+    assert run("init", str(tmp_path / "unused"), *unused).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("--name", "a b", "demo: run name 'a b': use 1 to 64 letters"),
+        ("--name", "x" * 43, "demo: name: expected up to 48 characters, got x*-alone"),
+        ("--seed", "-1", "demo: seed: expected 0 to 1048575, got -1"),
+        ("--rounds", "2000000", "demo: rounds: expected 1 to 1048575"),
+        ("--batch", "0", "demo: device: batch: expected 1 or more"),
+        ("--broker", "nosuch", "demo: broker: kind: expected one of"),
+    ],
+)
+def test_a_demo_that_cannot_be_is_told_by_one_line_and_leaves_nothing(
+    tmp_path, monkeypatch, option, value, reason
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StillhouseError, match=reason):
+        run("demo", option, value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_takes_a_name_by_which_neither_of_its_runs_is_there(tmp_path):
+    assert demo.free_name(tmp_path, "demo") == "demo"
+    for folder, free in (("demo", "demo-2"), ("demo-2-alone", "demo-3"), ("demo-4", "demo-3")):
+        (tmp_path / folder).mkdir()
+        assert demo.free_name(tmp_path, "demo") == free
 
 
 def test_init_finds_a_strategy_of_ones_own_beside_run_toml_with_its_settings(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """`python -m orchestrator.datasets` makes honest, repeatable shards."""
 
+import gzip
 import hashlib
 import io
 import json
+import resource
 import struct
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ondevice import roofline
-from orchestrator.datasets import build, files, partition, read, read_path
+from orchestrator.datasets import build, files, partition, read, read_path, sources
 from orchestrator.datasets.partition import stratified
 from orchestrator.datasets.picture import draw
 from wire.errors import DataError
@@ -127,6 +129,11 @@ def test_impossible_splits_are_refused(change, message):
         partition(LABELS, **change)
 
 
+def test_a_seed_out_of_range_is_refused_where_a_source_is_cut_by_it(tmp_path):
+    with pytest.raises(DataError, match="expected a seed from 0 to 4294967295, got -1"):
+        build("digits", tmp_path, devices=2, seed=-1)
+
+
 def test_stratified_cut_keeps_the_proportion_of_each_class():
     y = np.repeat([0, 1, 2], [100, 50, 10])
     rest, held = stratified(y, 0.2, seed=1)
@@ -165,6 +172,20 @@ def test_digits_are_cut_by_class_and_brought_to_colour():
     assert all(35 <= n <= 37 for n in test.counts())
     seen = {image.tobytes() for image in train.x}
     assert not any(image.tobytes() in seen for image in test.x)
+
+
+def test_half_a_file_of_fashion_mnist_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    """torchvision looks for names alone, so what a full disk left would fail for ever."""
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(5000)))
+    monkeypatch.setattr(sources, "DEBIAN_FASHION", tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            read("fashion-mnist", cache=tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path for path in tmp_path.glob("cache/**/*") if path.is_file()]
 
 
 @pytest.mark.parametrize(

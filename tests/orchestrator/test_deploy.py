@@ -331,13 +331,11 @@ def test_where_nothing_can_be_written_is_said_before_work_begins(
 def test_a_full_disk_leaves_the_earlier_file(runs, tmp_path, monkeypatch):
     out = tmp_path / "m.onnx"
     out.write_bytes(b"before")
-    write = Path.write_bytes
 
-    def full(path, content):
-        write(path, content[:1000])
+    def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match=r"cannot be written \(No space left on device\); make room"):
         export.export_run(runs / "avg", out)
     monkeypatch.undo()
@@ -349,6 +347,13 @@ def test_an_option_that_the_strategy_has_no_use_for_is_refused(runs, tmp_path, o
     chosen = {"small": True} if option == "--small" else {"device": "device-0"}
     with pytest.raises(RunError, match=f"fedavg has one model for all; export without {option}"):
         export.export_run(runs / "avg", tmp_path / "m.onnx", **chosen)
+
+
+def test_a_damaged_run_is_named(tmp_path):
+    for content in ("[]", "3", "no"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(RunError, match=r"holds no run: run\.json cannot be read"):
+            export.export_run(tmp_path, tmp_path / "m.onnx")
 
 
 def test_the_command_says_what_it_wrote(runs, tmp_path):

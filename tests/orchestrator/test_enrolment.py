@@ -1,8 +1,11 @@
 """`enroll` writes a URL that the device can use, or says what is missing."""
 
+import contextlib
 import json
 import socket
+import threading
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -213,6 +216,24 @@ def test_a_kit_is_not_left_of_a_device_that_is_not_enrolled(enroll, tmp_path, mo
     with pytest.raises(StalledError):
         enroll("--config", "run.toml")
     assert not (tmp_path / "pi.toml").exists()
+
+
+def test_devices_that_are_enrolled_at_the_same_moment_all_stay(tmp_path, monkeypatch):
+    """Each waits, before it writes, until the other has read the list: but it may not yet."""
+    both_read, read = threading.Barrier(2), enrolment._read
+
+    def meet(file):
+        known = read(file)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both_read.wait(0.5)
+        return known
+
+    monkeypatch.setattr(enrolment, "_read", meet)
+    with ThreadPoolExecutor() as threads:
+        told = list(threads.map(lambda name: enrolment.enroll(tmp_path, "home", name), "ab"))
+    monkeypatch.undo()
+    known = enrolment.users(tmp_path, "home")
+    assert [known.get("a"), known.get("b")] == told
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", json.dumps("a")])

@@ -73,7 +73,7 @@ def test_what_is_here_or_had_begun_to_come_as_the_round_closes_is_named(tmp_path
     assert list(intake.complete()) == [whole]
     digests = {each.blobs["update"].digest for each in (whole, begun)}
     assert intake.clear() == digests, "a result under check is here, and there is no verdict yet"
-    intake.looked_over("whole")
+    intake.checked("whole")
     assert intake.clear() == frozenset()
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import models
-from orchestrator import demo, strategies
+from orchestrator import strategies
 from orchestrator.config import (
-    BrokerConfig,
     CohortConfig,
     DeviceConfig,
     Other,
@@ -23,6 +23,7 @@ from orchestrator.config import (
 )
 from orchestrator.deploy import export
 from orchestrator.launch import artifacts, networks, start
+from orchestrator.main import app
 from orchestrator.run_folder.store import last_checkpoint
 from orchestrator.simulation import simulate
 from tools.pytorch_step import prepare as pytorch_step
@@ -130,7 +131,7 @@ def test_every_strategy_trains_a_users_network_and_exports_it(run, digits, strat
     if strategy == "fedgkt":
         assert done.card.model == "nets:large on the extractor of nets:Small@stem"
         small = export.export_run(config.folder, out, "device-1", small=True)
-        assert (small.device, small.card.model) == ("device-1", "nets:Other@stem.2")
+        assert (small.card.device, small.card.model) == ("device-1", "nets:Other@stem.2")
     else:
         assert done.card.model == f"nets:Small{'@stem' if split else ''}"
 
@@ -288,18 +289,12 @@ def test_the_artifact_has_a_short_name_and_pytorch_finds_its_network(run, tmp_pa
 
 def test_a_demo_of_a_network_that_does_not_fit_leaves_nothing_behind(run, tmp_path):
     run()
-    plan = demo.Plan(
-        source="digits", heldout=None, devices=2, per_device=8, heldout_samples=8, split="iid",
-        alpha=0.5, rounds=1, server=ServerConfig(model="resnet10"),
-        device=DeviceConfig(model="job/nets.py:Small"), broker=BrokerConfig(), name="demo", seed=0,
-        runs=tmp_path / "runs", floor=False,
-    )  # fmt: skip
+    demo = ("demo", "--devices", "2", "--samples", "8", "--heldout-samples", "8")
     for model, reason in (("job/nets.py:Small", "has no feature extractor"),
                           ("job/nets.py:Smal", "did you mean 'Small'")):  # fmt: skip
-        device = replace(plan.device, model=model)
         with pytest.raises(StillhouseError, match=reason):
-            demo.play(replace(plan, device=device), lambda _: None)
-        assert not (tmp_path / "runs/demo").exists()
+            CliRunner().invoke(app, [*demo, "--model", model], catch_exceptions=False)
+        assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_of_ours_is_tried_too(tmp_path, digits):

@@ -7,9 +7,17 @@ import pytest
 from orchestrator.config import CohortConfig
 from orchestrator.rules import open_round, rounds
 from orchestrator.rules.attempt import MAX_REASON, Attempt, Verdict
-from orchestrator.rules.effects import Aggregate, Begin, End, Note, Pull, Send, Show, Warn
+from orchestrator.rules.effects import Note, Pull, Send, Show, Warn
 from orchestrator.rules.open_round import Offer, OpenRound
-from orchestrator.rules.rounds import Phase, RoundState, Session
+from orchestrator.rules.rounds import (
+    Aggregate,
+    Finish,
+    GiveUp,
+    Open,
+    Phase,
+    RoundState,
+    Session,
+)
 from wire.errors import AdmissionError
 from wire.messages import BlobRef, Order, Receipt, Result
 
@@ -35,8 +43,8 @@ def offer(result: Result, device: str | None = None) -> Offer:
 def collecting(*devices: str) -> OpenRound:
     """A round 1 that is open, in which each device has its order."""
     now = OpenRound(replace(FRESH, live=dict.fromkeys(devices, Session(1)), ready_at_s=0.0))
-    now, (begin,) = open_round.follow(now, rounds.ticked(now.state, RULES, 0.0))
-    assert begin == Begin(1, {}, frozenset(devices))
+    now, effects = open_round.follow(now, rounds.ticked(now.state, RULES, 0.0))
+    assert effects == (Open(1, frozenset(devices)),)
     orders = {device: order(1) for device in devices}
     now, effects = open_round.begun(now, Attempt(1, 1, orders, {}), RULES, 0.0)
     assert effects == tuple(Send(device, order(1)) for device in devices)
@@ -67,7 +75,8 @@ def test_a_verdict_is_in_the_journal_before_the_device_is_told_and_people_see_it
 def test_the_last_result_is_noted_and_receipted_before_the_round_is_aggregated():
     now, effects = accept(collecting("a", "b"), "b", "a")
     assert [type(effect) for effect in effects] == [Note, Send, Show, Aggregate]
-    assert effects[-1] == Aggregate(now.attempt, (result("a"), result("b")))
+    assert effects[-1] == Aggregate(1, frozenset("ab"))
+    assert now.accepted == (result("a"), result("b"))
     assert now.state.phase is Phase.AGGREGATING
 
 
@@ -80,7 +89,7 @@ def test_a_result_with_a_fault_is_refused_with_its_reason_and_the_round_goes_on(
     assert len(told.message.reason) == MAX_REASON, "the journal and the receipt have room for this"
     assert len(str(shown.fault)) > MAX_REASON, "people see all of it"
     assert now.state.failed == {"a"}
-    assert accept(now, "b")[1][-1] == Aggregate(accept(now, "b")[0].attempt, (result("b"),))
+    assert accept(now, "b")[1][-1] == Aggregate(1, frozenset("b"))
 
 
 @pytest.mark.parametrize("second", [None, BAD])
@@ -147,16 +156,16 @@ def late() -> OpenRound:
     """Round 1 has been aggregated, and c still has its order of that round."""
     now, _ = accept(collecting("a", "b", "c"), "a", "b")
     now, effects = open_round.follow(now, rounds.ticked(now.state, RULES, 1000.0))
-    assert effects == (Aggregate(now.attempt, (result("a"), result("b"))),)
+    assert effects == (Aggregate(1, frozenset("ab")),)
     assert now.carried == {"c": order(1)}
     return now
 
 
 def test_an_order_that_is_carried_stands_in_the_next_round_and_is_sent_again():
-    now, (begin,) = open_round.aggregated(late(), RULES, 1001.0)
-    assert begin == Begin(2, {"c": order(1)}, frozenset("ab"))
+    now, effects = open_round.aggregated(late(), RULES, 1001.0)
+    assert effects == (Open(2, frozenset("abc")),)
     assert now.attempt.verdicts == {}
-    orders = {**begin.carried, "a": order(2), "b": order(2)}
+    orders = {**now.carried, "a": order(2), "b": order(2)}
     now, effects = open_round.begun(now, Attempt(2, 2, orders, {}), RULES, 0.0)
     assert effects == (Send("c", order(1)), Send("a", order(2)), Send("b", order(2)))
     now, effects = open_round.decided(now, result("c"), None, RULES, 1002.0)
@@ -174,46 +183,39 @@ def test_a_late_result_between_two_rounds_gets_no_word_and_is_offered_again_in_t
 
 
 def test_a_round_of_which_nobody_returned_keeps_carried_orders_for_its_next_attempt():
-    now, (begin,) = open_round.aggregated(late(), replace(RULES, carry_rounds=3), 1001.0)
-    orders = {**begin.carried, "a": order(2), "b": order(2)}
+    now, _ = open_round.aggregated(late(), replace(RULES, carry_rounds=3), 1001.0)
+    orders = {**now.carried, "a": order(2), "b": order(2)}
     now, _ = open_round.begun(now, Attempt(2, 2, orders, {}), RULES, 0.0)
     rules = replace(RULES, carry_rounds=3)
     now, effects = open_round.follow(now, rounds.ticked(now.state, rules, 2000.0))
     assert (now.state.phase, effects) == (Phase.FORMING, ())
-    now, (begin,) = open_round.follow(now, rounds.ticked(now.state, rules, 2100.0))
-    assert begin == Begin(2, {"c": order(1)}, frozenset("ab"))
+    now, effects = open_round.follow(now, rounds.ticked(now.state, rules, 2100.0))
+    assert (effects, now.carried) == ((Open(2, frozenset("abc")),), {"c": order(1)})
 
 
 def test_a_run_that_gives_up_names_a_device_and_what_it_said():
     now = collecting("a", "b")
-    now = replace(now, state=replace(now.state, fruitless=rounds.ATTEMPTS - 1))
+    now = replace(now, state=replace(now.state, fruitless=rounds.FRUITLESS - 1))
     for device in "ba":
         now, effects = open_round.decided(now, result(device), BAD, RULES, 1.0)
-    assert isinstance(effects[-1], End)
-    assert "round 1: every device that was asked failed, 3 times in a row" in effects[-1].reason
-    assert f"a says: {BAD}" in effects[-1].reason
+    assert effects[-1] == GiveUp(1)
+    assert "round 1: every device that was asked failed, 3 times in a row" in now.hopeless
+    assert f"a says: {BAD}" in now.hopeless
 
 
-def test_the_last_round_ends_the_run_without_a_reason():
+def test_the_last_round_ends_the_run():
     now, _ = accept(collecting("a", "b"), "a", "b")
     now = replace(now, state=replace(now.state, rounds=1))
     after, effects = open_round.aggregated(now, RULES, 2.0)
-    assert (after.state.phase, effects) == (Phase.FINISHED, (End(),))
+    assert (after.state.phase, effects) == (Phase.FINISHED, (Finish(),))
 
 
-def test_an_open_round_waits_as_long_as_the_disk_was_full():
-    now = collecting("a", "b")
-    delayed = open_round.delayed(now, 50.0)
-    assert open_round.follow(delayed, rounds.ticked(delayed.state, RULES, 149.0))[1] == ()
-    assert delayed.state.deadline_s == now.state.deadline_s + 50.0
-
-
-def restored(last: Attempt | None, closed: int) -> OpenRound:
-    return open_round.restored(last, closed, FRESH, RULES, 500.0)
+def restored(last: Attempt | None) -> OpenRound:
+    return open_round.restored(last, FRESH, RULES, 500.0)
 
 
 def test_a_run_that_never_opened_a_round_begins_with_the_first():
-    assert restored(None, 0) == OpenRound(FRESH)
+    assert restored(None) == OpenRound(FRESH)
 
 
 def test_a_restart_goes_on_with_the_round_that_is_open_its_verdicts_and_its_carried_orders():
@@ -222,27 +224,39 @@ def test_a_restart_goes_on_with_the_round_that_is_open_its_verdicts_and_its_carr
         "a": Verdict("a", accepted=True, reason="", result=result("a", 2)),
         "b": Verdict("b", accepted=False, reason="no", result=result("b", 2)),
     }
-    now = restored(Attempt(2, 2, orders, told), 1)
+    now = restored(Attempt(2, 2, orders, told))
     state = now.state
     assert (state.round, state.phase, state.deadline_s) == (2, Phase.COLLECTING, 600.0)
     assert (state.cohort, state.returned, state.failed) == (frozenset("abc"), {"a"}, {"b"})
-    assert (state.carried, now.carried) == ({"c": 1}, {"c": order(1)})
-    _, effects = open_round.decided(now, result("c"), None, RULES, 501.0)
-    assert effects[-1].results == (result("a", 2), result("c"))
+    assert (state.ages, now.carried) == ({"c": 1}, {"c": order(1)})
+    now, effects = open_round.decided(now, result("c"), None, RULES, 501.0)
+    assert effects[-1] == Aggregate(2, frozenset("ac"))
+    assert now.accepted == (result("a", 2), result("c"))
 
 
 def test_a_restart_between_two_rounds_keeps_the_orders_that_are_carried():
     done = {"a": Verdict("a", accepted=True, reason="", result=result("a"))}
-    now = restored(Attempt(1, 1, {"a": order(1), "c": order(1)}, done, closed=True), 1)
+    now = restored(Attempt(1, 1, {"a": order(1), "c": order(1)}, done, closed=True))
     assert (now.state.round, now.state.phase) == (1, Phase.FORMING)
-    assert (now.state.carried, now.carried) == ({"c": 1}, {"c": order(1)})
+    assert (now.state.ages, now.carried) == ({"c": 1}, {"c": order(1)})
     assert now.attempt.verdicts == {}, "Ctrl-C tells of no results of the next round"
     too_old = Attempt(2, 2, {"c": order(1)}, {}, closed=True)
-    assert restored(too_old, 2).carried == {}
+    assert restored(too_old).carried == {}
+
+
+def test_a_restart_counts_how_many_attempts_an_order_has_outlived():
+    """Nobody returned in two attempts at round 2, sequences 2 and 3; the third is open."""
+    rules = replace(RULES, carry_rounds=3)
+    orders = {"a": order(4, 2), "c": order(1)}
+    now = open_round.restored(Attempt(4, 2, orders, {}), FRESH, rules, 500.0)
+    assert now.state.ages == {"c": 3}
+    done = Attempt(4, 2, orders, {}, closed=True)
+    now = open_round.restored(done, FRESH, rules, 500.0)
+    assert now.state.ages == {"a": 1}, "c has had its three rounds"
 
 
 def test_a_restart_of_a_run_whose_rounds_are_done_has_nothing_to_do():
-    assert restored(Attempt(3, 3, {}, {}, closed=True), 3).state.phase is Phase.FINISHED
+    assert restored(Attempt(3, 3, {}, {}, closed=True)).state.phase is Phase.FINISHED
 
 
 def test_a_result_that_is_being_looked_over_at_the_deadline_counts():
@@ -254,4 +268,4 @@ def test_a_result_that_is_being_looked_over_at_the_deadline_counts():
     now, effects = open_round.decided(now, result("b"), None, RULES, 100.5)
     assert Aggregate not in map(type, effects)
     _, effects = open_round.follow(now, rounds.ticked(now.state, RULES, 101.0))
-    assert effects == (Aggregate(now.attempt, (result("a"), result("b"))),)
+    assert effects == (Aggregate(1, frozenset("ab")),)

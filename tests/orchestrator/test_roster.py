@@ -73,6 +73,9 @@ def test_a_device_that_is_enrolled_while_the_run_goes_on_may_take_part(make, tol
     assert there.born("spy", birth("spy"), 0.0) is None
     assert there.born("late", birth("late"), 0.0) == birth("late")
     assert [device for device, _ in reasons(told)] == ["spy"]
+    enrolment.path(tmp_path, "fleet").unlink()
+    enrolment.path(tmp_path, "fleet").mkdir()  # it cannot be read: written by root, say
+    assert there.born("spy", birth("spy"), 0.0) is None
 
 
 def test_an_updates_fault_is_shown_in_one_printable_line(make, caplog):

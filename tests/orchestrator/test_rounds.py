@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.config import CohortConfig
 from orchestrator.rules import rounds
 from orchestrator.rules.rounds import (
-    Close,
+    Aggregate,
     Finish,
     GiveUp,
     Open,
@@ -59,7 +59,7 @@ def test_the_round_closes_when_all_have_returned_and_the_last_one_finishes():
     state, actions = rounds.returned(state, RULES, "a", 20.0)
     assert actions == ()
     state, actions = rounds.returned(state, RULES, "b", 21.0)
-    assert actions == (Close(1, frozenset("ab")),)
+    assert actions == (Aggregate(1, frozenset("ab")),)
     state, actions = rounds.aggregated(state, RULES, 22.0)
     assert actions == (Finish(),)
     assert state.phase is Phase.FINISHED
@@ -70,19 +70,19 @@ def test_a_quorum_closes_the_round_without_the_slowest():
     state = collecting("a", "b", "c", rules=rules)
     state, _ = rounds.returned(state, rules, "a", 20.0)
     _, actions = rounds.returned(state, rules, "c", 20.0)
-    assert actions == (Close(1, frozenset("ac")),)
+    assert actions == (Aggregate(1, frozenset("ac")),)
 
 
 def test_one_silent_device_delays_no_longer_than_the_deadline():
     state, _ = rounds.returned(collecting("a", "b"), RULES, "a", 20.0)
     assert rounds.ticked(state, RULES, 109.9)[1] == ()
-    assert rounds.ticked(state, RULES, 110.0)[1] == (Close(1, frozenset("a")),)
+    assert rounds.ticked(state, RULES, 110.0)[1] == (Aggregate(1, frozenset("a")),)
 
 
 def test_a_fault_does_not_hold_the_round():
     state, _ = rounds.returned(collecting("a", "b"), RULES, "a", 20.0)
     _, actions = rounds.failed(state, RULES, "b", 21.0)
-    assert actions == (Close(1, frozenset("a")),)
+    assert actions == (Aggregate(1, frozenset("a")),)
 
 
 @pytest.mark.parametrize("rules", [RULES, CohortConfig(min_devices=2, max_devices=2, wait_s=10)])
@@ -116,7 +116,7 @@ def test_a_round_that_is_closed_and_a_silent_one_do_not_count_as_failed():
     state, _ = rounds.ticked(state, RULES, 40.0)
     state, _ = rounds.failed(state, RULES, "a", 50.0)
     state, actions = rounds.ticked(state, RULES, 140.0)  # b never answered
-    assert (state.attempt, state.fruitless, actions) == (2, 0, ())
+    assert (state.retries, state.fruitless, actions) == (2, 0, ())
     state, _ = rounds.ticked(state, RULES, 160.0)
     for device in "ab":
         state, _ = rounds.returned(state, RULES, device, 170.0)
@@ -249,13 +249,13 @@ def test_whatever_happens_rounds_go_up_by_one_and_close_only_with_results(events
                 opened = action.round
                 assert opened == closed + 1
                 assert len(action.cohort) >= rules.min_devices
-            if isinstance(action, Close):
+            if isinstance(action, Aggregate):
                 closed = action.round
                 assert closed == opened
                 assert action.returned
                 assert action.returned <= state.cohort
-                assert state.carried.keys() <= state.cohort - state.returned - state.failed
-                assert max(state.carried.values(), default=0) <= rules.carry_rounds
+                assert state.ages.keys() <= state.cohort - state.returned - state.failed
+                assert max(state.ages.values(), default=0) <= rules.carry_rounds
 
 
 ASYNC = CohortConfig(min_devices=2, wait_s=10.0, quorum=0.6, deadline_s=100.0, carry_rounds=1)
@@ -265,8 +265,8 @@ def test_a_late_device_keeps_its_order_and_counts_in_the_round_after():
     state = collecting("a", "b", "c", rules=ASYNC, last=3)
     state, _ = rounds.returned(state, ASYNC, "a", 1.0)
     state, actions = rounds.returned(state, ASYNC, "b", 2.0)
-    assert actions == (Close(1, frozenset("ab")),)
-    assert state.carried == {"c": 1}
+    assert actions == (Aggregate(1, frozenset("ab")),)
+    assert state.ages == {"c": 1}
     state, actions = rounds.aggregated(state, ASYNC, 3.0)
     assert actions == (Open(2, frozenset("abc")),)
     # At its new birth it is reminded of its order, and its answer closes the round.
@@ -274,8 +274,8 @@ def test_a_late_device_keeps_its_order_and_counts_in_the_round_after():
     assert actions == (Remind("c"),)
     state, _ = rounds.returned(state, ASYNC, "c", 5.0)
     state, actions = rounds.returned(state, ASYNC, "a", 6.0)
-    assert actions == (Close(2, frozenset("ac")),)
-    assert state.carried == {"b": 1}
+    assert actions == (Aggregate(2, frozenset("ac")),)
+    assert state.ages == {"b": 1}
 
 
 def test_an_order_is_carried_no_longer_than_the_rules_say():
@@ -283,8 +283,8 @@ def test_an_order_is_carried_no_longer_than_the_rules_say():
     for number in (1, 2):
         for device in "ab":
             state, actions = rounds.returned(state, ASYNC, device, 20.0)
-        assert actions == (Close(number, frozenset("ab")),)
-        assert state.carried == ({"c": 1} if number == 1 else {})
+        assert actions == (Aggregate(number, frozenset("ab")),)
+        assert state.ages == ({"c": 1} if number == 1 else {})
         state, _ = rounds.aggregated(state, ASYNC, 21.0)
     assert state.cohort == frozenset("abc")  # it is given a new order
 
@@ -311,12 +311,12 @@ def test_a_device_that_is_gone_with_an_earlier_order_is_not_waited_for():
     for device in "ab":
         state, _ = rounds.returned(state, rules, device, 20.0)
     state, actions = rounds.ticked(state, rules, 110.0)  # the first time, it may still come back
-    assert actions == (Close(1, frozenset("ab")),)
+    assert actions == (Aggregate(1, frozenset("ab")),)
     state, _ = rounds.aggregated(state, rules, 111.0)
     for device in "ab":
         state, actions = rounds.returned(state, rules, device, 112.0)
-    assert actions == (Close(2, frozenset("ab")),)
-    assert state.carried == {"c": 2}
+    assert actions == (Aggregate(2, frozenset("ab")),)
+    assert state.ages == {"c": 2}
     # And if all others fail, the run gives up.
     state, actions = rounds.aggregated(state, rules, 113.0)
     for now in (120.0, 140.0, 160.0):
@@ -334,7 +334,7 @@ def test_a_failed_order_is_not_carried():
     state, _ = rounds.failed(state, ASYNC, "c", 19.0)
     for device in "ab":
         state, _ = rounds.returned(state, ASYNC, device, 20.0)
-    assert state.carried == {}
+    assert state.ages == {}
 
 
 def test_an_order_that_was_carried_is_not_waited_for_when_its_device_lost_it():
@@ -343,13 +343,13 @@ def test_an_order_that_was_carried_is_not_waited_for_when_its_device_lost_it():
         RoundState(rounds=9, seed=0, round=1),
         live={name: Session(5, "ab") for name in "abc"},
         state_ids=dict.fromkeys("abc", "ab"),
-        carried={"c": 1},
+        ages={"c": 1},
         ready_at_s=1e9,
     )
     same, _ = rounds.born(state, ASYNC, "c", Session(6, "ab"), 1.0)
-    assert same.carried == {"c": 1}
+    assert same.ages == {"c": 1}
     anew, _ = rounds.born(state, ASYNC, "c", Session(1, "cd"), 1.0)
-    assert anew.carried == {}
+    assert anew.ages == {}
 
 
 def test_a_round_whose_devices_are_all_gone_is_not_one_in_which_all_failed():
@@ -357,7 +357,7 @@ def test_a_round_whose_devices_are_all_gone_is_not_one_in_which_all_failed():
     state = replace(
         RoundState(rounds=9, seed=0, round=1, phase=Phase.COLLECTING, fruitless=2),
         cohort=frozenset("a"),
-        carried={"a": 1},
+        ages={"a": 1},
         state_ids={"a": "ab"},
         deadline_s=100.0,
     )
@@ -370,13 +370,13 @@ def test_after_a_restart_the_devices_with_earlier_orders_are_waited_for_until_th
     state = replace(
         RoundState(rounds=9, seed=0, round=2, phase=Phase.COLLECTING),
         cohort=frozenset("abc"),
-        carried={"c": 1},
+        ages={"c": 1},
         returned=frozenset("ab"),
         deadline_s=100.0,
     )
     assert rounds.ticked(state, rules, 1.0)[1] == (), "nobody has been heard yet"
-    assert rounds.ticked(state, rules, 100.0)[1] == (Close(2, frozenset("ab")),)
+    assert rounds.ticked(state, rules, 100.0)[1] == (Aggregate(2, frozenset("ab")),)
     state, actions = rounds.born(state, rules, "c", Session(1), 2.0)
     assert actions == (Remind("c"),)
     state, _ = rounds.died(state, "c", Session(1))
-    assert rounds.ticked(state, rules, 3.0)[1] == (Close(2, frozenset("ab")),)
+    assert rounds.ticked(state, rules, 3.0)[1] == (Aggregate(2, frozenset("ab")),)

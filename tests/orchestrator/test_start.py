@@ -1,6 +1,8 @@
 """A start that fails leaves no files of its own, and removes none of an earlier start."""
 
 import contextlib
+import errno
+import os
 import shutil
 import socket
 import tempfile
@@ -19,8 +21,10 @@ from orchestrator.fleet import claim, enrolment
 from orchestrator.launch import artifacts, prepare, start
 from orchestrator.run_folder.store import Store
 from orchestrator.simulation import simulate
+from orchestrator.strategies import Checkpoint
+from orchestrator.training import distill
 from tests.conftest import Disk
-from wire import records, stopping
+from wire import records, stopping, storage, tensors
 from wire.address import BrokerAddress
 from wire.artifact import open_artifact
 from wire.errors import ExportError, RunError, StillhouseError
@@ -168,7 +172,7 @@ def test_a_broker_that_was_started_goes_with_the_start_that_failed(
     before = everything(tmp_path).keys()
 
     def fails(*_: object) -> None:
-        assert prepare.broker_folder(config).is_dir()
+        assert enrolment.broker_folder(config.runs, config.fleet).is_dir()
         assert (config.folder / "artifact").is_dir()
         raise ReadyError
 
@@ -212,6 +216,35 @@ def test_a_disk_that_is_full_at_any_moment_of_a_start_is_waited_for(
         )
     assert room.waits or pages > 100
     assert not (disk.path / "runs").exists()
+
+
+@pytest.mark.usefixtures("compiled_before")
+def test_a_disk_that_is_full_when_pretrained_weights_are_copied_is_waited_for(config, monkeypatch):
+    class Asked(threading.Event):
+        waits = 0
+
+        def wait(self, _timeout: float | None = None) -> bool:
+            Asked.waits += 1
+            return False
+
+    def ready(*_: object) -> None:
+        raise ReadyError
+
+    write = storage.write
+
+    def full_once(path: Path, content: bytes, *more: int) -> None:
+        if path.name == "pretrained.safetensors" and not Asked.waits:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content, *more)
+
+    weights = tensors.with_prefix("global", distill.weights(prepare.fresh(config)))
+    monkeypatch.setattr(prepare, "last_checkpoint", lambda _: (1, Checkpoint(weights)))
+    monkeypatch.setattr(stopping, "asked", Asked())
+    monkeypatch.setattr(storage, "write", full_once)
+    monkeypatch.setattr(start, "create", ready)
+    with pytest.raises(ReadyError):
+        start.run(replace(config, pretrained=Path("elsewhere")))
+    assert Asked.waits == 1
 
 
 @pytest.mark.usefixtures("compiled_before")

@@ -69,15 +69,26 @@ def test_an_open_round_is_restored_with_its_verdicts(config, opened):
 def test_a_late_result_is_known_by_its_own_order_and_in_the_round_it_counts_in(config, opened):
     store = opened(config)
     store.close_round(store.begin(1, {"a": order(1), "b": order(1)}), EMPTY, {"round": 1})
-    assert store.last_attempt().carried(0) == {}
-    assert store.last_attempt().carried(1) == {"a": order(1), "b": order(1)}
     attempt = store.begin(2, {"a": replace(order(2), round=2), "b": order(1)})
     late = verdict("b", 1, accepted=True)
     store.decide(attempt.sequence, late)
     assert store.verdict(1, "b") == late
     assert store.last_attempt().verdicts == {"b": late}
-    assert store.last_attempt().carried(1) == {"a": replace(order(2), round=2)}
     assert store.last_attempt(closed=True).round == 1
+
+
+def test_attempts_at_a_round_in_which_nobody_returned_are_counted_over_restarts(config, opened):
+    store = opened(config)
+    assert store.retries() == 0
+    store.close_round(store.begin(1, {"a": order(1)}), EMPTY, {"round": 1})
+    assert store.retries() == 0
+    for sequence in (2, 3, 4):
+        attempt = store.begin(2, {"a": order(sequence)})
+    store.close()
+    again = opened(config)
+    assert again.retries() == 2
+    again.close_round(attempt, EMPTY, {"round": 2})
+    assert again.retries() == 0
 
 
 def test_bytes_that_an_earlier_orchestrator_counted_in_the_open_round_stay_counted(config, opened):

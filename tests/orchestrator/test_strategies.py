@@ -5,16 +5,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from models.foreign import Found
 from orchestrator import strategies
 from orchestrator.config import BrokerConfig, RunConfig, changes, load
-from orchestrator.launch import start
+from orchestrator.deploy import export
+from orchestrator.launch import artifacts, networks, start
+from orchestrator.run_folder.store import last_checkpoint
 from orchestrator.simulation import simulate
 from orchestrator.strategies import registry
 from tests.models.test_foreign import install
 from wire import records
+from wire.artifact import open_artifact
 from wire.errors import RunError, SettingsError, StillhouseError
 
 SMALL = """
@@ -23,6 +27,7 @@ rounds = 1
 model = "nets.py:Tiny"
 """
 MOMENTUM = Path(__file__).parents[1] / "extensions/momentum.py"
+BORN_AGAIN = MOMENTUM.with_name("born_again.py")
 
 
 @pytest.fixture
@@ -107,6 +112,10 @@ def test_a_strategy_of_ours_has_no_settings_of_its_own(folder):
         ),
         (("self, task: Task", "self"), r": expected it to take \(task\), got \(\)"),
         (("    settings = Settings\n", ""), "expected a dataclass as its attribute `settings`"),
+        (
+            ("    settings = Settings\n", "    settings = Settings\n    needs = {'techer'}\n"),
+            "`needs` to be a set of some of 'feature maps', 'teacher', got {'techer'}",
+        ),
     ],
 )  # fmt: skip
 def test_a_strategy_that_is_none_is_named_with_its_entry_point_before_a_broker_starts(
@@ -272,3 +281,48 @@ def test_what_a_users_strategy_refuses_of_a_device_is_refused(folder, digits):
     (folder / "held.npz").symlink_to(digits / "heldout.npz")
     with pytest.raises(RunError, match="no result can be used; the first: too far away"):
         simulate.run(load(path, strategies.check), digits)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "task"),
+    [("momentum.py:FedAvgM", "classify"), ("born_again.py:BornAgain", "distill")],
+)
+def test_devices_get_a_training_step_with_a_teacher_if_the_strategy_needs_it(
+    folder, strategy, task
+):
+    for file in (BORN_AGAIN, MOMENTUM.with_name("nets.py")):
+        shutil.copy(file, folder)
+    config = load(run_toml(folder, strategy, SMALL), strategies.check)
+    with artifacts.compiled(config) as made:
+        (artifact,) = made.iterdir()
+        assert open_artifact(artifact).manifest.task == task
+
+
+def test_a_users_strategy_with_a_teacher_does_a_run_and_exports_a_devices_network(folder, digits):
+    for file in (BORN_AGAIN, MOMENTUM.with_name("nets.py")):
+        shutil.copy(file, folder)
+    (folder / "held.npz").symlink_to(digits / "heldout.npz")
+    path = run_toml(folder, "born_again.py:BornAgain", SMALL)
+    config = load(path, strategies.check)
+    alone = replace(config, name="alone", device=replace(config.device, alpha=0.0))
+    learnt = []
+    for one in (config, alone):
+        simulate.run(one, digits)
+        simulate.run(replace(one, rounds=2), digits)  # from a checkpoint
+        learnt.append(last_checkpoint(one.folder)[1].under("device/device-1"))
+    taught, untaught = learnt
+    assert not np.allclose(taught["fc.weight"], untaught["fc.weight"], atol=1e-4)
+    done = export.export_run(config.folder, folder / "m.onnx", "device-1", small=True)
+    assert done.card.device == "device-1"
+    with pytest.raises(RunError, match="born_again:BornAgain has no model of the whole fleet; --s"):
+        export.export_run(config.folder, folder / "m.onnx")
+
+
+def test_networks_are_cut_if_a_users_strategy_needs_feature_maps(folder):
+    declared = "    settings = Settings\n"
+    changed(folder, (declared, f"{declared}    needs = {{'feature maps'}}\n"))
+    shutil.copy(MOMENTUM.with_name("nets.py"), folder)
+    config = load(run_toml(folder, more=SMALL), strategies.check)
+    with pytest.raises(RunError, match=r"nets:Tiny has no feature extractor, which momentum:FedAv"):
+        networks.check(config)
+    networks.check(replace(config, device=replace(config.device, model="resnet8")))

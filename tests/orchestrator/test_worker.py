@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.loop.worker import Admitted, Failed, Worker
+from orchestrator.loop.worker import Checked, Failed, Worker
 from wire.errors import AdmissionError, CodecError, RunError, StorageError
 from wire.messages import BlobRef, Order, Result
 from wire.storage import Patience
@@ -15,7 +15,7 @@ ORDER = Order("run", 3, 1, BlobRef("ab" * 32, 9, 1024), 1, 0.1, 7, {})
 RESULT = Result("pi", "run", 3, 1, 10)
 
 
-def looked_over(fault: Exception):
+def checked(fault: Exception):
     """The outcome of a result for which the strategy raises this fault."""
 
     def admit(*_):
@@ -23,7 +23,7 @@ def looked_over(fault: Exception):
 
     outcomes = queue.SimpleQueue()
     worker = Worker(SimpleNamespace(admit=admit), Patience(), outcomes.put)
-    worker.look_over(SimpleNamespace(), ORDER, RESULT)
+    worker.check(SimpleNamespace(), ORDER, RESULT)
     worker.end(wait=True)
     return outcomes.get(timeout=60)
 
@@ -32,8 +32,8 @@ def looked_over(fault: Exception):
     "fault", [AdmissionError("diverged"), CodecError("unknown"), ValueError("shape"), KeyError("w")]
 )
 def test_whatever_a_payload_provokes_ends_that_result_alone(fault):
-    outcome = looked_over(fault)
-    assert isinstance(outcome, Admitted)
+    outcome = checked(fault)
+    assert isinstance(outcome, Checked)
     assert outcome.result == RESULT
     assert outcome.fault
 
@@ -50,4 +50,4 @@ def test_whatever_a_payload_provokes_ends_that_result_alone(fault):
     ids=lambda fault: type(fault).__name__,
 )
 def test_a_failing_disk_and_a_full_memory_are_not_noted_against_a_device(fault):
-    assert looked_over(fault) == Failed(fault)
+    assert checked(fault) == Failed(fault)

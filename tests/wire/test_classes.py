@@ -1,5 +1,7 @@
 """Names of classes are the same however they are encoded, and messages tell similar ones apart."""
 
+import unicodedata
+
 import pytest
 
 from wire import classes
@@ -33,6 +35,20 @@ def test_names_as_people_write_them_stay(name):
 def test_what_a_terminal_does_not_show_is_no_name(name):
     with pytest.raises(ValueError, match="expected 1 to 256 printable"):
         classes.normalized([name])
+
+
+@pytest.mark.timeout(60)
+def test_a_name_of_accents_is_refused_at_once():
+    """Bringing it into normal form took the server minutes, and it fits into a birth message."""
+    with pytest.raises(ValueError, match="expected 1 to 256 printable"):
+        classes.normalized(["a" + "\u0300" * 250_000 + "\u0316" * 250_000])
+
+
+def test_the_longest_name_may_come_in_four_code_points_a_letter():
+    letter = "\u1f82"  # alpha with breathing, accent and iota
+    assert classes.normalized([unicodedata.normalize("NFD", letter) * 256]) == (letter * 256,)
+    with pytest.raises(ValueError, match="expected 1 to 256 printable"):
+        classes.normalized([unicodedata.normalize("NFD", letter) * 257])
 
 
 def test_places_are_those_in_the_other_list():

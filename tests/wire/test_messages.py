@@ -171,6 +171,26 @@ def test_an_update_with_an_unknown_key_is_not_followed():
         messages.decode(frames.encode(frames.Kind.UPDATE, header), sender="newer")
 
 
+def test_a_refusal_stays_short_whatever_a_key_is_named():
+    """It goes into the server's log, and a header may have a key of a megabyte."""
+    header = {"device": "pi", "run": "r", "sequence": 1, "round": 1, "samples": 1}
+    hostile = header | {"metrics": {"k" * 100_000: "no number"}}
+    with pytest.raises(WireError, match=r"metrics\.kkk") as fault:
+        messages.decode(frames.encode(frames.Kind.RESULT, hostile), sender="pi")
+    assert len(str(fault.value)) < 300
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("value", ["/" * 1_000_000, "//" + "a" * 900_000, "idle" * 250_000])
+@pytest.mark.parametrize("key", ["round", "phase"])
+def test_a_megabyte_in_one_key_is_refused_at_once(key, value):
+    """Its refusal once took hours, in which the server heard nobody."""
+    header = {"device": "pi", "run": "r", "round": 1, "phase": "idle", "done": 1, "total": 1,
+              "memory_bytes": 0, key: value}  # fmt: skip
+    with pytest.raises(WireError, match=f"{key}: expected"):
+        messages.decode(frames.encode(frames.Kind.TELEMETRY, header), sender="pi")
+
+
 @given(st.dictionaries(st.text(max_size=8), VALUES))
 def test_any_header_ends_in_a_message_or_a_wire_error(header):
     for kind in frames.Kind:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from wire import release, signing
+from wire import records, release, signing
 from wire.errors import ReleaseError, SignatureError
 from wire.release import Build, Package
 
@@ -62,7 +62,7 @@ def test_what_was_changed_after_signing_is_refused(change, key):
 
 def test_another_key_no_signature_and_one_of_another_kind_are_refused(key, tmp_path):
     other = signing.own_key(tmp_path / "other.pem")
-    canonical = release._canonical(NEWER)
+    canonical = records.canonical(NEWER)
     for signature in (
         release.sign(other, NEWER).signature,
         "",

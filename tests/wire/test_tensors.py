@@ -134,6 +134,15 @@ def test_tensors_side_by_side_are_cut_where_their_sizes_say():
         np.testing.assert_allclose(back[name], array, atol=0 if "float" in spec else 0.3)
 
 
+@pytest.mark.parametrize("shape", [(0, 1024), (0, 16, 32, 32), (2, 0)])
+@pytest.mark.parametrize("spec", ["relu|q=4", "identity|q=8"])
+def test_a_tensor_without_values_has_no_levels(spec, shape):
+    frame = frames.decode(tensors.pack([("h", np.zeros(shape, np.float32), spec)], seed=0))
+    part = tensors.parts(frame, where="test")["h"]
+    assert part.lattice() is None
+    assert part.array().shape == shape
+
+
 def test_tensors_of_more_values_than_wanted_are_refused_before_any_is_decoded():
     """A subsampled or compressed body can be thousands of times smaller than its values."""
     data = tensors.pack([("w", RAMP.reshape(4, 5), "float32"), ("b", RAMP, "float32")], seed=0)

@@ -1,6 +1,5 @@
 """`float32` and `float16`: the values themselves."""
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,6 @@ class Cast:
 
     spec: str
     dtype: str
-    lossless: bool
     highest: float
 
     block = 4096
@@ -39,15 +37,12 @@ class Cast:
 
 
 _CASTS = {
-    "float32": Cast("float32", "<f4", lossless=True, highest=3.4028234663852886e38),
-    "float16": Cast("float16", "<f2", lossless=False, highest=65504.0),
+    "float32": Cast("float32", "<f4", highest=3.4028234663852886e38),
+    "float16": Cast("float16", "<f2", highest=65504.0),
 }
 
-
-def _make(match: re.Match[str]) -> Cast:
-    return _CASTS[match["cast"]]
-
-
 FAMILY = Family(
-    r"(?P<cast>float32|float16)", _make, ("float32", "float16", "float32|zstd", "float16|zstd")
+    r"(?P<cast>float32|float16)",
+    lambda match: _CASTS[match["cast"]],
+    ("float32", "float16", "float32|zstd", "float16|zstd"),
 )

@@ -33,10 +33,6 @@ class Coder(Protocol):
         """The text from which `parse` makes it."""
 
     @property
-    def lossless(self) -> bool:
-        """Whether decode(encode(x)) is x to the bit."""
-
-    @property
     def block(self) -> int:
         """How many values a whole block has; a tensor's last block, its tail, may have fewer."""
 
@@ -140,11 +136,6 @@ class Codec:
         return self.coder.spec + ("|zstd" if self.compressed else "")
 
     @property
-    def lossless(self) -> bool:
-        """Whether decode(encode(x)) is x to the bit."""
-        return self.coder.lossless
-
-    @property
     def fixed_size(self) -> bool:
         """Whether any `n` values take exactly `size(n)` bytes, not just at most."""
         return not self.compressed
@@ -196,7 +187,7 @@ class Codec:
             CodecError: see `decode`.
         """
         n, block, coder = math.prod(shape), self.coder.block, self.coder
-        if not isinstance(coder, Quantizer) or math.prod(shape[1:]) % block:
+        if not n or not isinstance(coder, Quantizer) or math.prod(shape[1:]) % block:
             return None
         rows = self._rows(body, n, name).reshape(-1, coder.row_bytes(block))
         quantized = coder.levels(rows, block)

@@ -57,12 +57,11 @@ from numpy.typing import NDArray
 from wire.codecs.codec import LARGEST, NUMBER, Family
 from wire.codecs.draws import Bytes, Draws, Floats
 from wire.codecs.lloyd_max import levels, nearest
-from wire.codecs.packing import look_up, pack, packed_bytes
+from wire.codecs.packing import leading_floats, look_up, pack, packed_bytes
 from wire.codecs.transforms import BLOCK, rotate
 from wire.errors import CodecError
 
-_SCALE = np.dtype("<f4")
-_HEAD = _SCALE.itemsize
+_HEAD = 4  # bytes of the scale
 _SMALLEST = 64  # coefficients; see above
 _THRICE = 1024  # coefficients; shorter blocks are rotated three times
 _SEEN = 1e-5  # a smaller factor is only rounding error
@@ -75,7 +74,6 @@ class Eden:
     bits: float
     mse: bool
 
-    lossless = False
     block = BLOCK
     lowest, highest = -LARGEST, LARGEST
 
@@ -117,13 +115,13 @@ class Eden:
         factor = overlap / energy
         if not self.mse:  # 0 for a block that is zero, or zero in all coordinates that are sent
             factor = np.divide(width, overlap, out=np.zeros(rows), where=factor > _SEEN)
-        scale = (factor * length / unit[:, 0]).astype(_SCALE)
+        scale = (factor * length / unit[:, 0]).astype("<f4")
         out[:, :_HEAD] = scale[:, None].view(np.uint8)
 
     def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:
         """(rows, row_bytes(n)) -> (rows, n)."""
         width = _width(n)
-        scale = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE).astype(np.float32)
+        scale = leading_floats(rows, 1)
         parts, at = [], _HEAD
         for start, end, bits in self._slices(width):
             packed = rows[:, at : at + packed_bytes(end - start, bits)]

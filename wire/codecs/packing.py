@@ -62,6 +62,11 @@ def unpack(packed: Bytes, bits: int, n: int) -> Bytes:
     return words.view(np.uint8).reshape(rows, -1)[:, :n]
 
 
+def leading_floats(rows: Bytes, count: int) -> Floats:
+    """The float32 (rows, count), little-endian, with which the bytes of each row begin."""
+    return np.ascontiguousarray(rows[:, : 4 * count]).view("<f4").astype(np.float32)
+
+
 def look_up(packed: Bytes, bits: int, n: int, values: Floats) -> Floats:
     """`values[unpack(packed, bits, n)]`, by a table of whole bytes if these hold whole levels.
 

@@ -34,10 +34,9 @@ import numpy as np
 
 from wire.codecs.codec import LARGEST, Family, bits
 from wire.codecs.draws import Bytes, Draws, Floats
-from wire.codecs.packing import pack, packed_bytes, unpack
+from wire.codecs.packing import leading_floats, pack, packed_bytes, unpack
 
-_SCALE = np.dtype("<f4")
-_HEAD = _SCALE.itemsize
+_HEAD = 4  # bytes of the scale
 _FRACTIONS = (1.0, 0.9, 0.75, 0.6)
 TERNARY = 2  # the highest of three levels
 
@@ -54,7 +53,6 @@ class Relu:
     top: int
     bits: int
 
-    lossless = False
     block = 1024
     lowest, highest = 0.0, LARGEST
 
@@ -83,7 +81,7 @@ class Relu:
         best = gains.argmax(axis=0)
         fractions = np.array(_FRACTIONS, np.float32)[best]
         scale = slopes[best, np.arange(len(best))] * unit
-        out[:, :_HEAD] = scale.astype(_SCALE)[:, None].view(np.uint8)
+        out[:, :_HEAD] = scale.astype("<f4")[:, None].view(np.uint8)
         levels = self._levels(scaled, fractions[:, None])
         out[:, _HEAD:] = pack(levels.astype(np.uint8), self.bits)
 
@@ -96,7 +94,7 @@ class Relu:
 
     def levels(self, rows: Bytes, n: int) -> tuple[Bytes, Floats, Floats]:
         """(rows, row_bytes(n)) -> levels (rows, n), low (rows,), step (rows,)."""
-        step = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE)[:, 0].astype(np.float32)
+        step = leading_floats(rows, 1)[:, 0]
         return unpack(rows[:, _HEAD:], self.bits, n), np.zeros_like(step), step
 
     def _levels(self, scaled: Floats, fraction: Floats | np.float32) -> Floats:

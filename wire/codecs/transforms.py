@@ -28,9 +28,7 @@ of 4,096, and 2.6 with n = 2,048 (3.6 when padding the end).
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import numpy as np
 
@@ -44,28 +42,10 @@ DELTA = 1.0
 _SMALLEST = 8  # coefficients; eight levels make whole bytes
 
 
-class Transform(Protocol):
-    """Turns n values a row into `width(n)` coefficients a row; the inverse is linear."""
-
-    @property
-    def block(self) -> int:
-        """How many values a whole block has; they give `BLOCK` coefficients."""
-
-    def width(self, n: int) -> int:
-        """How many coefficients `n` values have, a multiple of 8; `n` is at most `block`."""
-
-    def forward(self, blocks: Floats, draws: Draws) -> Floats:
-        """(rows, n) -> (rows, width(n)), which may be `blocks` itself."""
-
-    def inverse(self, coefficients: Floats, n: int, draws: Draws) -> Floats:
-        """(rows, width(n)) -> (rows, n)."""
-
-
-@dataclass(frozen=True)
 class Identity:
     """The values themselves; a tail is padded with its last one, so that a constant stays one."""
 
-    block: int = BLOCK
+    block = BLOCK
 
     def width(self, n: int) -> int:
         """The next multiple of 8."""
@@ -81,11 +61,10 @@ class Identity:
         return coefficients[:, :n]
 
 
-@dataclass(frozen=True)
 class Hadamard:
     """The randomized Hadamard transform H D; a tail is padded with zeros."""
 
-    block: int = BLOCK
+    block = BLOCK
 
     def width(self, n: int) -> int:
         """The next power of two."""
@@ -105,11 +84,10 @@ class Hadamard:
         return blocks[:, :n]
 
 
-@dataclass(frozen=True)
 class Kashin:
     """Kashin's representation in the frame H D Z; five rotations to encode, one to decode."""
 
-    block: int = int(RATIO * BLOCK)
+    block = int(RATIO * BLOCK)
 
     def width(self, n: int) -> int:
         """The smallest power of two with n / width <= 0.85."""
@@ -147,6 +125,14 @@ class Kashin:
         blocks = rotate(coefficients)
         blocks *= draws.signs(*coefficients.shape)
         return blocks.take(draws.subset(n, coefficients.shape[1]), axis=1)
+
+
+Transform = Identity | Hadamard | Kashin
+"""Turns n values a row into `width(n)` coefficients a row; the inverse is linear.
+
+`block` is the number of values in a whole block; they give `BLOCK` coefficients. A width is a
+multiple of 8. `forward` may return its argument.
+"""
 
 
 def rotate(blocks: Floats) -> Floats:

@@ -31,12 +31,11 @@ import numpy as np
 
 from wire.codecs.codec import LARGEST, NUMBER, Family, bits
 from wire.codecs.draws import Bytes, Draws, Floats, strata_edges
-from wire.codecs.packing import pack, packed_bytes, unpack
+from wire.codecs.packing import leading_floats, pack, packed_bytes, unpack
 from wire.codecs.transforms import Hadamard, Identity, Kashin, Transform
 from wire.errors import CodecError
 
-_SCALE = np.dtype("<f4")
-_HEAD = 2 * _SCALE.itemsize
+_HEAD = 8  # bytes of `min` and `step`
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class Uniform:
     rate: float
     bits: int
 
-    lossless = False
     lowest, highest = -LARGEST, LARGEST
 
     @property
@@ -81,14 +79,14 @@ class Uniform:
         scaled /= np.where(step > 0, step, np.float32(1))
         scaled += draws.uniform(*y.shape)
         np.minimum(scaled, top, out=scaled)  # rounding may have made `step` slightly too small
-        out[:, :_HEAD] = np.hstack((low, step)).astype(_SCALE).view(np.uint8)
+        out[:, :_HEAD] = np.hstack((low, step)).astype("<f4").view(np.uint8)
         out[:, _HEAD:] = pack(scaled.astype(np.uint8), self.bits)  # truncation is floor here
 
     def decode(self, rows: Bytes, n: int, draws: Draws) -> Floats:
         """(rows, row_bytes(n)) -> (rows, n)."""
         width = self.transform.width(n)
         count = self._sent(width)
-        scale = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE).astype(np.float32)
+        scale = leading_floats(rows, 2)
         values = unpack(rows[:, _HEAD:], self.bits, count).astype(np.float32)
         values *= scale[:, 1:]
         values += scale[:, :1]
@@ -103,7 +101,7 @@ class Uniform:
         """(rows, row_bytes(n)) -> levels (rows, n), low and step (rows,); only for identity."""
         if self.rate < 1 or not isinstance(self.transform, Identity):
             return None
-        scale = np.ascontiguousarray(rows[:, :_HEAD]).view(_SCALE).astype(np.float32)
+        scale = leading_floats(rows, 2)
         return unpack(rows[:, _HEAD:], self.bits, n), scale[:, 0], scale[:, 1]
 
     def _sent(self, width: int) -> int:

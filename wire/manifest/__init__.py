@@ -42,7 +42,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from wire import records
+from wire import checks, records
 from wire.errors import ArtifactError
 from wire.manifest.tables import (
     MANIFEST,
@@ -61,20 +61,9 @@ from wire.manifest.tables import (
 from wire.manifest.training import Memory, ModelInfo, OptimizerSettings, Preprocess
 
 __all__ = [
-    "ANCHOR",
-    "MANIFEST",
-    "MAX_MANIFEST_BYTES",
-    "WEIGHTS",
-    "FileRef",
-    "Graph",
-    "Manifest",
-    "Memory",
-    "ModelInfo",
-    "OptimizerSettings",
-    "Preprocess",
-    "Role",
-    "TensorSpec",
-]
+    "ANCHOR", "MANIFEST", "MAX_MANIFEST_BYTES", "WEIGHTS", "FileRef", "Graph", "Manifest", "Memory",
+    "ModelInfo", "OptimizerSettings", "Preprocess", "Role", "TensorSpec",
+]  # fmt: skip
 
 FORMAT = 2
 WEIGHTS = "init.safetensors"
@@ -103,8 +92,7 @@ class Manifest:
     files: Mapping[str, FileRef]
 
     def __post_init__(self) -> None:
-        if not 1 <= self.batch <= 1 << 16:
-            raise ValueError(f"batch: expected 1 to {1 << 16}, got {self.batch}")
+        checks.within("batch", self.batch, 1, 1 << 16)
         if not 1 <= self.micro_batches <= MAX_MICRO_BATCHES or self.batch % self.micro_batches:
             raise ValueError(
                 f"micro_batches: expected a divisor of the batch of {self.batch}, at most "
@@ -138,19 +126,15 @@ class Manifest:
         batch = self.micro_batch
         x = TensorSpec("x", (batch, *self.model.input), "float32", "batch")
         logits = TensorSpec("logits", (batch, self.model.classes), "float32", "result")
-        inputs = [
-            x,
-            TensorSpec("y", (batch,), "int64", "batch"),
-            TensorSpec("lr", (), "float32", "setting"),
-        ]
+        inputs = [x, TensorSpec("y", (batch,), "int64", "batch"), *_scalars("setting", "lr")]
         if self.task == "distill":
             inputs.append(replace(logits, name="teacher", role="batch"))
-            inputs += [TensorSpec(n, (), "float32", "setting") for n in ("alpha", "temperature")]
+            inputs += _scalars("setting", "alpha", "temperature")
         if any(spec.name.startswith(ANCHOR) for spec in self.state):
-            inputs.append(TensorSpec("mu", (), "float32", "setting"))
+            inputs += _scalars("setting", "mu")
         if self.micro_batches > 1:
-            inputs += [TensorSpec(n, (), "float32", "setting") for n in ("first", "last")]
-        metrics = [TensorSpec(n, (), "float32", "metric") for n in ("loss", "correct")]
+            inputs += _scalars("setting", "first", "last")
+        metrics = _scalars("metric", "loss", "correct")
         train = self.graphs["train"]
         stateless = [
             s for s in train.inputs if self.place_of(s) is None or s.name.startswith("next[")
@@ -252,8 +236,7 @@ class Manifest:
         if not self.model.class_names:  # manifests that know no names have no such key
             del content["model"]["class_names"]
         content["optimizer"] = {k: v for k, v in content["optimizer"].items() if v is not None}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return text.encode("ascii")
+        return records.canonical(content)
 
     @cached_property
     def digest(self) -> str:
@@ -263,3 +246,7 @@ class Manifest:
     def state_of(self, *roles: Role) -> tuple[TensorSpec, ...]:
         """The state tensors with one of these roles, in order."""
         return tuple(spec for spec in self.state if spec.role in roles)
+
+
+def _scalars(role: Role, *names: str) -> list[TensorSpec]:
+    return [TensorSpec(name, (), "float32", role) for name in names]

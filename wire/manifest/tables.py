@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from wire import costs
+from wire import checks, costs
 from wire.costs import LayerCost, NodeCosts
 
 MANIFEST = "manifest.json"
@@ -19,7 +19,6 @@ STATE_ROLES = ("parameter", "buffer", "optimizer")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}(\.[A-Za-z0-9_-]{1,32}){0,3}")
 NAME = re.compile(r"[!-~]{1,256}")
 _RANGE = re.compile(r"(state|next)\[(0|[1-9][0-9]{0,9}):([1-9][0-9]{0,9})\]")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,8 @@ class FileRef:
     bytes: int
 
     def __post_init__(self) -> None:
-        if not _SHA256.fullmatch(self.sha256):
-            raise ValueError(f"sha256: expected 64 hex digits, got {self.sha256!r:.80}")
-        if not 0 < self.bytes <= MAX_FILE_BYTES:
-            raise ValueError(f"bytes: expected 1 to {MAX_FILE_BYTES}, got {self.bytes}")
+        checks.digest("sha256", self.sha256)
+        checks.within("bytes", self.bytes, 1, MAX_FILE_BYTES)
 
 
 def check_file(name: str) -> None:
@@ -89,8 +86,7 @@ def check_file(name: str) -> None:
 
 def check_shape(what: str, shape: tuple[int, ...], least: int, most: int) -> None:
     """Raise ValueError unless the shape has `least` to `most` axes, and values but not too many."""
-    if not least <= len(shape) <= most:
-        raise ValueError(f"{what}: expected {least} to {most} axes, got {len(shape)}")
+    checks.within(what, len(shape), least, most, " axes")
     if any(n < 1 for n in shape) or math.prod(shape) > MAX_VALUES:
         raise ValueError(f"{what}: shape {shape!r:.80} is empty or over {MAX_VALUES} values")
 

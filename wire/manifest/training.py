@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from wire import classes, costs
+from wire import checks, classes, costs
 from wire.manifest.tables import NAME, check_shape
 
 
@@ -28,8 +28,7 @@ class ModelInfo:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise ValueError(f"model name: expected 1 to 256 printable, got {self.name!r:.80}")
-        if not 2 <= self.classes <= 1 << 20:
-            raise ValueError(f"classes: expected 2 to {1 << 20}, got {self.classes}")
+        checks.within("classes", self.classes, 2, 1 << 20)
         if self.class_names and len(self.class_names) != self.classes:
             raise ValueError(
                 f"class_names: expected {self.classes}, one a class, got {len(self.class_names)}"

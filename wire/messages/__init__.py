@@ -25,75 +25,39 @@ answers it with a result that names the fault.
     `orders`     order, result, receipt
     `server`     hello, update
     `transfer`   blobs, and the messages that pull them: want, chunk, gone
-    `limits`     limits and checks
+    `limits`     limits and checks that are about messages alone
 """
 
 import contextlib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, get_args
 
 from wire import frames, records, topics
+from wire.checks import MAX_COUNT
 from wire.errors import OrderError, WireError
 from wire.frames import Frame, Kind
 from wire.messages.device import Birth, Death, Measured, Platform, Telemetry
-from wire.messages.limits import MAX_COUNT, MAX_WANT, check_noise
+from wire.messages.limits import MAX_WANT, check_noise
 from wire.messages.orders import Order, Receipt, Result
 from wire.messages.server import Hello, Update
 from wire.messages.transfer import BlobRef, Chunk, Gone, Want
 
 __all__ = [
-    "MAX_COUNT",
-    "MAX_WANT",
-    "Birth",
-    "BlobRef",
-    "Chunk",
-    "Death",
-    "Gone",
-    "Hello",
-    "Measured",
-    "Message",
-    "Order",
-    "Platform",
-    "Receipt",
-    "Result",
-    "Telemetry",
-    "Update",
-    "Want",
-    "check_noise",
-    "decode",
-    "encode",
-]
+    "MAX_COUNT", "MAX_WANT", "Birth", "BlobRef", "Chunk", "Death", "Gone", "Hello", "Measured",
+    "Message", "Order", "Platform", "Receipt", "Result", "Telemetry", "Update", "Want",
+    "check_noise", "decode", "encode",
+]  # fmt: skip
 
 Message = (
-    Birth
-    | Death
-    | Order
-    | Result
-    | Receipt
-    | Want
-    | Chunk
-    | Gone
-    | Telemetry
-    | Hello
-    | Update
-    | Measured
-)
+    Birth | Death | Telemetry | Measured
+    | Order | Result | Receipt
+    | Hello | Update
+    | Want | Chunk | Gone
+)  # fmt: skip
 
-_KINDS: dict[Kind, type[Message]] = {
-    Kind.BIRTH: Birth,
-    Kind.DEATH: Death,
-    Kind.ORDER: Order,
-    Kind.RESULT: Result,
-    Kind.RECEIPT: Receipt,
-    Kind.WANT: Want,
-    Kind.CHUNK: Chunk,
-    Kind.GONE: Gone,
-    Kind.TELEMETRY: Telemetry,
-    Kind.HELLO: Hello,
-    Kind.UPDATE: Update,
-    Kind.MEASURED: Measured,
-}
+# A message's kind has the name of its class.
+_KINDS: dict[Kind, type[Message]] = {Kind[cls.__name__.upper()]: cls for cls in get_args(Message)}
 _CLASSES = {cls: kind for kind, cls in _KINDS.items()}
 
 

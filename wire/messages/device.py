@@ -3,14 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from wire import classes, topics
-from wire.messages.limits import (
-    check_counts,
-    check_digest,
-    check_optional_digest,
-    check_state_id,
-    check_texts,
-)
+from wire import checks, classes, topics
+from wire.messages.limits import check_state_id
 from wire.release import Build
 
 
@@ -26,12 +20,9 @@ class Platform:
     onnxruntime: str
 
     def __post_init__(self) -> None:
-        check_counts(cores=self.cores, memory_bytes=self.memory_bytes)
-        check_texts(
-            model=self.model,
-            machine=self.machine,
-            python=self.python,
-            onnxruntime=self.onnxruntime,
+        checks.counts(cores=self.cores, memory_bytes=self.memory_bytes)
+        checks.texts(
+            model=self.model, machine=self.machine, python=self.python, onnxruntime=self.onnxruntime
         )
 
 
@@ -70,16 +61,16 @@ class Birth:
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
         check_state_id(self.state_id)
-        check_counts(session=self.session, samples=self.samples - 1)
-        check_texts(version=self.version)
-        check_digest("data_digest", self.data_digest)
+        checks.counts(session=self.session, samples=self.samples - 1)
+        checks.texts(version=self.version)
+        checks.digest("data_digest", self.data_digest)
         object.__setattr__(self, "classes", classes.normalized(self.classes))
         if classes.size(self.classes) > classes.MAX_TOLD_BYTES:
             raise ValueError(
                 f"classes: expected names of {classes.MAX_TOLD_BYTES} bytes at most, got "
                 f"{classes.size(self.classes)}; send classes_digest instead"
             )
-        check_optional_digest("classes_digest", self.classes_digest)
+        checks.optional_digest("classes_digest", self.classes_digest)
 
 
 @dataclass(frozen=True)
@@ -119,4 +110,4 @@ class Measured:
 
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
-        check_digest("digest", self.digest)
+        checks.digest("digest", self.digest)

@@ -4,14 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from wire import topics
-from wire.messages.limits import (
-    MAX_COUNT,
-    MAX_VIEWS,
-    check_counts,
-    check_noise,
-    check_optional_digest,
-)
+from wire import checks, topics
+from wire.checks import MAX_COUNT
+from wire.messages.limits import MAX_VIEWS, check_noise
 from wire.messages.transfer import BlobRef
 
 
@@ -85,7 +80,7 @@ class Order:
 
     def __post_init__(self) -> None:
         topics.check_name(self.run, "run name")
-        check_counts(
+        checks.counts(
             sequence=self.sequence - 1,
             round=self.round,
             epochs=self.epochs,
@@ -110,7 +105,7 @@ class Order:
             raise ValueError("returns: an update is a difference to `state`, and none is given")
         if self.feedback and "update" not in self.returns:
             raise ValueError("feedback: error feedback is of an update, and none is to be returned")
-        check_optional_digest("submodel", self.submodel)
+        checks.optional_digest("submodel", self.submodel)
 
 
 @dataclass(frozen=True)
@@ -139,8 +134,8 @@ class Result:
     submodel: str = ""
 
     def __post_init__(self) -> None:
-        check_counts(sequence=self.sequence, round=self.round, samples=self.samples)
-        check_optional_digest("submodel", self.submodel)
+        checks.counts(sequence=self.sequence, round=self.round, samples=self.samples)
+        checks.optional_digest("submodel", self.submodel)
 
 
 @dataclass(frozen=True)

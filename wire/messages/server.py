@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from wire.messages.limits import check_texts
+from wire import checks
 from wire.messages.transfer import BlobRef
 from wire.release import Release
 
@@ -25,7 +25,7 @@ class Hello:
     answers: str = ""
 
     def __post_init__(self) -> None:
-        check_texts(boot=self.boot, run=self.run, answers=self.answers)
+        checks.texts(boot=self.boot, run=self.run, answers=self.answers)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from wire.messages.limits import MAX_BLOB_BYTES, MAX_CHUNK_BYTES, MAX_WANT, check_digest
+from wire import checks
+from wire.messages.limits import MAX_BLOB_BYTES, MAX_CHUNK_BYTES, MAX_WANT
 
 
 @dataclass(frozen=True)
@@ -14,13 +15,9 @@ class BlobRef:
     chunk_bytes: int
 
     def __post_init__(self) -> None:
-        check_digest("digest", self.digest)
-        if not 0 <= self.size <= MAX_BLOB_BYTES:
-            raise ValueError(f"size: expected 0 to {MAX_BLOB_BYTES} bytes, got {self.size}")
-        if not 1024 <= self.chunk_bytes <= MAX_CHUNK_BYTES:
-            raise ValueError(
-                f"chunk_bytes: expected 1024 to {MAX_CHUNK_BYTES}, got {self.chunk_bytes}"
-            )
+        checks.digest("digest", self.digest)
+        checks.within("size", self.size, 0, MAX_BLOB_BYTES, " bytes")
+        checks.within("chunk_bytes", self.chunk_bytes, 1024, MAX_CHUNK_BYTES)
 
     @property
     def chunks(self) -> int:
