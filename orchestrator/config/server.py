@@ -3,23 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-            value = getattr(self, name)
-            expect(name, value, value >= number, f"{number} or more")
-        epochs = (self.epochs,) if isinstance(self.epochs, int) else self.epochs
-        fits = min(epochs, default=-1) >= 0 and any(epochs)
-        expect("epochs", self.epochs, fits, "1 or more, or a list of 0 or more and not only 0")
-        expect("shift", self.shift, self.shift <= PAD, f"at most {PAD}")
-        share = self.label_smoothing
-        expect("label_smoothing", share, 0 <= share < 1, "0 or more and below 1")
-        expect("lr", self.lr, self.lr > 0, "over 0")
-        expect("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more")
-        expect("temperature", self.temperature, self.temperature > 0, "over 0")
-
-    def epochs_in(self, round_: int) -> int:
-        """How many passes the server makes in a round, from 1."""
-        if isinstance(self.epochs, int):
-            return self.epochs
-        return self.epochs[min(round_, len(self.epochs)) - 1]
+from ondevice.views import PAD
+from orchestrator.config.ranges import expect
 
 
 @dataclass(frozen=True)
