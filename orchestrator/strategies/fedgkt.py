@@ -339,10 +339,10 @@ class FedGKT:
         return (self._view(round_),)
 
     def _view(self, round_: int) -> int:
-        """The view that a round's feature maps show.
+        """The view of a round's z_s, on which devices train in the next round.
 
-        Devices train on it in the next round, when its z_s exist. A drawn view is 2 or higher: 0
-        and 1 are the plain and the mirrored view.
+        The round's feature maps show it too, unless the server crops them. A drawn view is 2 or
+        higher: 0 and 1 are the plain and the mirrored view.
         """
         config, transfer = self.task.config, self.task.config.transfer
         drawn = transfer.views and transfer.student_views
