@@ -103,6 +103,8 @@ class FedGKT:
         if not device.holdout or transfer.resend:
             unused.need_heldout(config)
         unused.refuse_submodel(config)
+        if device.temperature <= 0:
+            raise ValueError(f"device.temperature: expected over 0, got {device.temperature}")
         if device.clip and extractors.crops(config):
             raise ValueError(
                 "device.clip: the server would crop clipped feature maps, which are not the "
