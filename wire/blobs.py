@@ -11,6 +11,7 @@ there after its bytes are written. The whole is verified against the digest befo
 name, so neither file needs to be trusted.
 """
 
+import errno
 import hashlib
 import os
 from collections import Counter
@@ -341,7 +342,14 @@ class Fetch:
         self._asked.clear()
         self._digest, self._digested = hashlib.sha256(), 0
         with self._part.open("wb") as file:
-            file.truncate(self.ref.size)  # sparse: declared sizes take no disk before bytes come
+            try:
+                file.truncate(self.ref.size)  # sparse: a declared size takes no disk
+            except OSError as fault:
+                if fault.errno != errno.EFBIG:
+                    raise
+                raise TransferError(
+                    f"blob: {self.ref.size} bytes are more than a file may have here ({self._part})"
+                ) from fault
         self._have_path.write_bytes(self._have)
 
     def _finish(self) -> None:

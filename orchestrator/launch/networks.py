@@ -64,7 +64,7 @@ def check(config: RunConfig) -> Sources:
 
 
 def check_names(config: RunConfig) -> None:
-    """Refuse names of networks that `check` would refuse for certain; nothing is imported or built.
+    """Refuse names of networks that `check` would refuse for certain; nothing is built.
 
     A name with a colon passes, as the file that it names may not be written yet.
 
