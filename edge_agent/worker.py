@@ -55,7 +55,10 @@ class Worker:
         blobs: BlobStore,
         patience: Patience,
     ) -> None:
-        """Begin an order, after the cancelled one has ended; its thread waits for a full disk."""
+        """Begin an order, after the cancelled one has ended.
+
+        While the disk is full, the order's thread waits for room.
+        """
         if self._thread:  # ends within a step; its Ended comes first
             self._thread.join()
         cancel = self._cancel = threading.Event()

@@ -6,7 +6,8 @@ output. A round of algorithm 1:
     device   trains W_e, W_c with CE(z_c, y) + alpha T^2 KL(softmax(z_s / T) || softmax(z_c / T))
              sends H = W_e(x), z_c = W_c(H) and y of all its samples, and W_e, W_c
     server   trains W_s with CE(z_s, y) + alpha T^2 KL(softmax(z_c / T) || softmax(z_s / T))
-             on every H that it holds, those of absent devices included
+             on every H that it holds, those of absent devices included, except for samples that
+             devices leave out
              sends each device z_s = W_s(H) of its samples, with the next order
 
 There is no z_s before round 1. The networks (42 kB for ResNet-8) travel so that the server can

@@ -17,7 +17,7 @@ def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
     """Held-out accuracy of each device's extractor + large model, and of its network.
 
     The extractor is the one whose feature maps the large model learnt from. The network is the one
-    that the device continues from.
+    that the device returned or, with `transfer.network = "shared"`, the mean.
     """
     device, names = task.config.device, sorted(state.held)
     large: dict[bytes, float] = {}  # by extractor, so that a shared one is evaluated once

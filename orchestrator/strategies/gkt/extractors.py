@@ -58,7 +58,11 @@ def feature_shape(
 
 
 def crops(config: RunConfig) -> bool:
-    """Whether the server crops feature maps instead of devices cropping images."""
+    """Whether, by the run's settings, the server crops feature maps.
+
+    It is true from the first round on, but the server crops only once the extractor is frozen
+    (`TransferConfig.frozen`).
+    """
     return config.transfer.views and config.transfer.freeze_after is not None
 
 

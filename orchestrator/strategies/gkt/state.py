@@ -127,7 +127,11 @@ class GktState:
         return self.shared_extractor or of_network(self.devices[device])
 
     def network(self, model: str, device: str) -> Weights:
-        """The network that a device continues from: the shared one, or the last it returned."""
+        """The network that is evaluated for a device: the shared one, or the last it returned.
+
+        A device continues from it too, unless only extractors are shared: then its next order
+        replaces its extractor by the shared one.
+        """
         return self.shared(model) if written(model) in self.shared_heads else self.devices[device]
 
     def pack(self) -> Checkpoint:
