@@ -1,6 +1,7 @@
 """The agent's loop: takes events, applies the rules, and does the resulting actions.
 
 One thread owns all state; the network thread and the worker thread only put events in its queue.
+The package's docstring has the modules that an order passes, and what survives a power cut.
 """
 
 import contextlib

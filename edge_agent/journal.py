@@ -3,6 +3,10 @@
 It is SQLite in WAL mode with synchronous=FULL: a committed row survives `kill -9` and a power cut.
 One order is open at a time; a newer one replaces it.
 
+MQTT may acknowledge an order or a receipt before it is written here. If power fails in between, the
+message comes again: the orchestrator repeats an open order when the device is born, and answers a
+repeated result with the same receipt.
+
 A damaged journal is renamed to `journal.db.damaged-1`, and a new one is begun. Nothing is lost: the
 orchestrator sends an open order again, and the weights are found by the names of their files.
 """

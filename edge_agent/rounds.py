@@ -1,6 +1,8 @@
 """The device's side of a round, as pure rules: (state, event) -> (state, actions).
 
     idle --order--> fetching --all blobs here--> working --result--> offering --receipt--> idle
+                       |                                                ^
+                       +------- result: they cannot be pulled ----------+
 
 A newer order, or one of another run, replaces the open one at any point. If the last order comes
 again when it is done, its result is offered again. Nothing here touches the network, the disk or
@@ -102,7 +104,10 @@ def fetched(state: RoundState) -> Transition:
 
 
 def worked(state: RoundState, result: Result, now_s: float, resend_s: float) -> Transition:
-    """Work ended, with success or a fault; the result of a replaced order is dropped."""
+    """The work ended, with success or a fault, or the pull of what it needs failed.
+
+    The result of a replaced order is dropped.
+    """
     order = state.order
     if order is None or (order.run, order.sequence) != (result.run, result.sequence):
         return state, ()

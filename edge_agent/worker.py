@@ -9,7 +9,7 @@ from edge_agent.supply import Supply
 from ondevice.images import ImageSet
 from ondevice.kept import KeptFile
 from ondevice.outcome import Outcome
-from ondevice.work import Desk, perform
+from ondevice.work import CancelledError, Desk, perform
 from wire.blobs import BlobStore
 from wire.errors import StillhouseError
 from wire.messages import Order
@@ -55,16 +55,19 @@ class Worker:
         blobs: BlobStore,
         patience: Patience,
     ) -> None:
-        """Begin an order, after the cancelled one has ended; its thread waits for a full disk."""
+        """Begin an order, after the cancelled one has ended.
+
+        While the disk is full, the order's thread waits for room.
+        """
         if self._thread:  # ends within a step; its Ended comes first
             self._thread.join()
-        self._cancel = threading.Event()
+        cancel = self._cancel = threading.Event()
         desk = Desk(
             images,
             blobs,
             self._threads,
             lambda phase, done, total: self._emit(Advanced(phase, done, total)),
-            self._cancel,
+            cancel,
         )
 
         def work() -> None:
@@ -74,7 +77,8 @@ class Worker:
                     lambda: perform(order, supply.artifact(), kept_file, desk)
                 )
             except StillhouseError as fault:
-                outcome = fault
+                # A cancelled order that waited for room ends with the fault that it met.
+                outcome = CancelledError() if cancel.is_set() else fault
             except Exception as fault:
                 log.exception("order %d of %s failed", order.sequence, order.run)
                 outcome = StillhouseError(f"{type(fault).__name__}: {fault}")

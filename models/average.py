@@ -2,21 +2,21 @@
 
 `Average` adds up the updates of devices that may have trained different sub-models. Here w are the
 whole model's tensors, and d_k is the update of device k: placed at its sub-model's coordinates, and
-zero elsewhere. n_k is the device's number of samples, and N = sum_k n_k:
+zero elsewhere. n_k is the device's number of samples, limited by `counted`, and N = sum_k n_k:
 
     zero      w + sum_k (n_k / N) d_k                                   at every coordinate
     holders   w + sum_k n_k d_k / sum_{k holds} n_k                     a coordinate nobody holds: w
 
 "zero" is the rule of Caldas et al. 2018 (arXiv 1812.07210): FedAvg in which an absent coordinate
-counts as an update of zero. At keep rate p a coordinate then moves p times (p^2 between two hidden
-layers) as far as its holders would move it. "holders" is the rule of HeteroFL (Diao et al. 2020,
-arXiv 2010.01264), weighted by samples. Without sub-models both are FedAvg (McMahan et al. 2016,
-arXiv 1602.05629), bit for bit.
+counts as an update of zero. If each device draws units of its own at keep rate p, a coordinate then
+moves on average p times (p^2 between two hidden layers) as far as its holders would move it.
+"holders" is the rule of HeteroFL (Diao et al. 2020, arXiv 2010.01264), weighted by samples. Without
+sub-models both are FedAvg (McMahan et al. 2017, arXiv 1602.05629), bit for bit.
 
 Memory: one float64 copy of the model, and for "holders" also a count of samples for each
 coordinate. It does not grow with the number of devices, apart from what the caller holds.
 
-`mean` is the mean of networks, sum_k n_k w_k / sum_k n_k. In both, `counted` gives n_k.
+`mean` is the mean of networks, sum_k n_k w_k / sum_k n_k.
 """
 
 import statistics

@@ -1,7 +1,7 @@
 """The MNIST / EMNIST network of Caldas et al. 2018 (arXiv 1812.07210), section 4.
 
 Two 5x5 convolutions with same padding (32 and 64 filters), each with ReLU and 2x2 max pooling, one
-hidden layer (512 units; 2048 for EMNIST's 62 classes), softmax. McMahan et al. 2016 use the same.
+hidden layer (512 units; 2048 for EMNIST's 62 classes), softmax. McMahan et al. 2017 use the same.
 """
 
 import torch

@@ -132,6 +132,15 @@ def cut(state: Mapping[str, Array], layout: Layout, units: Units) -> dict[str, A
     return {name: tensor[np.ix_(*at[name])].copy() for name, tensor in state.items()}
 
 
+def shapes_of(layout: Layout, units: Units) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `cut` returns."""
+    at = all_places(layout, units)
+    return {
+        name: (*map(len, at[name]), *shape[len(at[name]) :])
+        for name, shape in layout.shapes.items()
+    }
+
+
 def paste(
     state: Mapping[str, Array], part: Mapping[str, Array], layout: Layout, units: Units
 ) -> dict[str, Array]:

@@ -1,8 +1,8 @@
 """The interface of engines, which train and evaluate models for an order.
 
-An engine works between `order.begin` and `outcome.finish`. There are two: ONNX Runtime for a real
-device (`ondevice.work`), and PyTorch for a stack of simulated devices
-(`orchestrator.simulation.stack`).
+An engine trains between `order.begin` and `outcome.finish`. `finish` lets it extract feature maps
+and logits. There are two engines: ONNX Runtime for a real device (`ondevice.work`), and PyTorch for
+a stack of simulated devices (`orchestrator.simulation.stack`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -91,14 +91,15 @@ def model(root: Path = _ROOT) -> str:
 
 
 def machine(root: Path = _ROOT) -> str:
-    """A name that no other machine has: a board's serial number, or else the system's id; or "".
+    """A board's serial number, which a copy of its card does not have; "" if there is none.
 
-    A copy of a board's card has the system's id, too, but not the board's number.
+    The system's id will not do: a copied card has it too, and a read-only system may draw another
+    one at each start.
     """
-    for path in ("proc/device-tree/serial-number", "etc/machine-id"):
-        with suppress(OSError):
-            if name := (root / path).read_text().strip("\0\n "):
-                return name
+    with suppress(OSError):
+        path = root / "proc/device-tree/serial-number"
+        name = path.read_text(errors="replace").strip("\0\n ")
+        return name if name.strip("0") else ""
     return ""
 
 

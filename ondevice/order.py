@@ -1,8 +1,8 @@
 """The beginning of an order: its tensors are read, checked and merged before training.
 
-    begin(order, model, ...) -> Start        here
-    engine.train([start])    -> Trained      `engine`: ONNX Runtime, or PyTorch for many devices
-    finish(start, trained)   -> Outcome      `outcome`: payloads, metrics, kept state
+    begin(order, model, ...)     -> Start        here
+    engine.train([start])        -> [Trained]    `engine`: ONNX Runtime, or PyTorch for many devices
+    finish(start, trained, ...)  -> Outcome      `outcome`: payloads, metrics, kept state
 
 Agents and simulations do the same; only their engines differ. With teacher logits, training follows
 FedGKT (He et al. 2020, algorithm 1); without them it is plain local training. Teacher logits have

@@ -51,14 +51,15 @@ def extract_record(
     Raises:
         CodecError: training diverged.
     """
-    record: list[tensors.Named] = [("logits", logits, order.returns.get("logits", "float32"))]
-    if features is not None:
-        record = [
-            ("features", features, order.returns["features"]),
-            ("logits", logits, "float32"),
-            ("labels", labels.astype(np.uint16), "raw"),
-        ]
-    return tensors.pack(record, seed=order.seed + first)
+    seed = order.seed + first
+    if features is None:
+        return tensors.pack([("logits", logits, order.returns["logits"])], seed=seed)
+    record: list[tensors.Named] = [
+        ("features", features, order.returns["features"]),
+        ("logits", logits, "float32"),
+        ("labels", labels.astype(np.uint16), "raw"),
+    ]
+    return tensors.pack(record, seed=seed)
 
 
 def encode_state(order: Order, weights: Tensors) -> bytes:

@@ -45,7 +45,7 @@ def perform(order: Order, artifact: Artifact, kept_file: KeptFile, desk: Desk) -
     Args:
         order: the order; its blobs are in `desk.blobs`.
         artifact: the artifact that the order names, verified.
-        kept_file: what an earlier order of this run left (`Outcome.kept_state`); see `order.begin`.
+        kept_file: what an earlier order of this run left (`Outcome.kept_state`); see `begin`.
         desk: images, blob store, threads, progress, cancellation.
 
     Raises:

@@ -7,10 +7,12 @@ an orchestrator shares one budget among all devices.
 
 On disk a whole blob is a file named by its digest. A blob on the way is two files:
 `<digest>.*.part` holds its bytes, `<digest>.*.have` one byte for each chunk. A chunk is marked
-there after its bytes are written. The whole is verified against the digest before it gets its
-name, so neither file needs to be trusted.
+there after its bytes are written, so a killed process leaves no mark without its bytes. A power cut
+may: the system writes the two files to the disk in any order. The whole is verified against the
+digest before it gets its name, so neither file needs to be trusted.
 """
 
+import errno
 import hashlib
 import os
 from collections import Counter
@@ -336,12 +338,19 @@ class Fetch:
             self._have_path.unlink(missing_ok=True)
 
     def _restart(self) -> None:
-        self._have_path.unlink(missing_ok=True)  # first: marks never outlive the bytes
+        self._have_path.unlink(missing_ok=True)  # first: if we are killed, no mark is without bytes
         self._have = bytearray(self.ref.chunks)
         self._asked.clear()
         self._digest, self._digested = hashlib.sha256(), 0
         with self._part.open("wb") as file:
-            file.truncate(self.ref.size)  # sparse: declared sizes take no disk before bytes come
+            try:
+                file.truncate(self.ref.size)  # sparse: a declared size takes no disk
+            except OSError as fault:
+                if fault.errno != errno.EFBIG:
+                    raise
+                raise TransferError(
+                    f"blob: {self.ref.size} bytes are more than a file may have here ({self._part})"
+                ) from fault
         self._have_path.write_bytes(self._have)
 
     def _finish(self) -> None:

@@ -8,6 +8,7 @@ a measurement. `cryptography` is imported at first use, because an idle agent do
 
 import base64
 import binascii
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,10 @@ def own_key(path: Path) -> "PrivateKey":
                 serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
             )
-            storage.write(path, pem, 0o600)
+            # A name of its own: two programs may make the key at once, and the last one counts.
+            partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+            storage.write(partial, pem, 0o600)
+            partial.replace(path)
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as fault:
         raise SignatureError(f"{path}: {fault.strerror}; no key can be kept there") from fault

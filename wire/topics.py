@@ -2,9 +2,9 @@
 
 The device's name is always at the same level, so that a broker's access list can be one pattern. A
 device writes `birth`, `death` (both retained), `result`, `telemetry` (where a measurement is
-retained until the orchestrator has it) and `up`. It reads `order` and `down`. `up` and `down` carry
-blobs. The reserved name `all` stands for all devices; under `all/run` orchestrators talk to each
-other.
+retained until the orchestrator has it) and `up`. It reads `down` and `order`. `up` and `down` carry
+blobs; `order` also carries receipts, updates and a hello to one device. The reserved name `all`
+stands for all devices: each reads `all/hello`. Under `all/run` orchestrators talk to each other.
 """
 
 import re

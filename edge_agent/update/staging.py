@@ -82,7 +82,7 @@ class Updates:
                     "when last.json is removed"
                 )
             if (self.config.updates / READY).exists():
-                self._news = bool(self._forgotten())  # if "", root is working on it
+                self._news |= bool(self._forgotten())  # if "", root is working on it
                 return
             store = BlobStore(self.config.updates / "blobs")
             store.keep_only({package.sha256})

@@ -1,7 +1,8 @@
 """What may change in a run that has begun: pure rules on two configurations.
 
-Settings stay if devices rely on them or if they decide the rounds' results. docs/fleet.md has the
-table for people.
+Settings stay if devices rely on them or if they decide the rounds' results. `[cohort]` may change,
+although it decides who counts and how much (`max_weight`): it has to suit the devices that are
+there, and those change while a run goes on. docs/fleet.md has the table for people.
 """
 
 from collections.abc import Iterator, Mapping

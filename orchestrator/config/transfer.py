@@ -18,8 +18,10 @@ class TransferConfig:
             devices with the same model continue from the mean of their networks, as in FedAvg. It
             needs a shared extractor. The server's held-out images evaluate this mean; images that
             devices hold out evaluate each device's network before averaging.
-        freeze_after: how many rounds the extractor is trained in. After that, feature maps are sent
-            once, and then only logits. None: always trained (the paper).
+        freeze_after: how many rounds the extractor is trained in. After that, a device sends
+            feature maps once, and again when its data has changed. Otherwise it sends only logits,
+            and not even these if nothing uses them: `server.alpha` is 0 and the held-out images are
+            the server's. None: always trained (the paper).
         views: each round shows each sample in another crop, mirrored or not, and teacher logits are
             of the same view. Once the extractor is frozen, devices send feature maps of the plain
             and the mirrored image, and the server crops them itself.

@@ -162,8 +162,9 @@ def _chosen(
         RunError: the state does not hold what is asked for.
     """
     strategy = f"strategy {title(config.strategy)}"
-    if state.under("global"):
-        if small or device is not None:
+    asked = small or device is not None
+    if state.under("global") and not (asked and state.under("device")):
+        if asked:
             option = "--small" if small else "--device"
             raise RunError(f"{strategy} has one model for all; export without {option}")
         return ""

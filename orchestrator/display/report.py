@@ -234,7 +234,7 @@ class Report:
                 return ""
             return (
                 f"round {state.round}: waiting for devices that are away: {names_of(open_)}; "
-                f"it closes without them {rules.deadline_s:g} s after its start"
+                f"it ends without them {rules.deadline_s:g} s after its start"
             )
         if state.phase is not Phase.FORMING:
             return ""

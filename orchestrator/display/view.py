@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("orchestrator")
 
 # What a device does, in the order in which a person should look at it.
-STANDS = ("failed", "refused", "ordered", "fetch", "train", "extract", "send", "away", "waiting",
+STANDS = ("failed", "refused", "ordered", "fetch", "train", "extract", "away", "waiting",
           "returned", "idle")  # fmt: skip
 NEWEST = 5  # most rounds that a live view shows
 LOG_LINES = 4  # lines of the terminal that a live view leaves to the log
 ROOMY = 18  # in a view of so many lines or more, a text may take two lines
-WORKING = ("fetch", "train", "extract", "send")
+WORKING = ("fetch", "train", "extract")
 REFRESH_S, LOGGED_S = 0.25, 30.0
 
 

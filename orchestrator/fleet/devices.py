@@ -55,7 +55,11 @@ def born(runs: Path, name: str, birth: Birth) -> None:
     folder = runs / f"born-{name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / f"{birth.device}.json", {"at": time.time(), **records.plain(birth)})
+        path = folder / f"{birth.device}.json"
+        # Not synced: the next birth writes it anew, and thousands may come at once.
+        partial = path.with_name(f"{path.name}.new")
+        partial.write_bytes(_json({"at": time.time(), **records.plain(birth)}))
+        partial.replace(path)
     except OSError as fault:
         log.warning("the birth of %s is not kept: %s", birth.device, fault)
 
@@ -85,7 +89,7 @@ def take(runs: Path, name: str, device: str, data: bytes) -> Path:
             f"{folder / KEYS}"
         )
     if device not in keys:
-        _write(folder / KEYS, {**keys, device: report.device})
+        storage.write(folder / KEYS, _json({**keys, device: report.device}))
     for path in _files(folder).get(device, []):
         if path.stat().st_size == len(data) and path.read_bytes() == data:
             return path  # the broker delivered it again
@@ -139,5 +143,5 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    storage.write(path, (json.dumps(content, indent=1) + "\n").encode())
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()

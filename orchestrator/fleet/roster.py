@@ -18,6 +18,7 @@ from wire.messages import Birth, Hello, Measured, Receipt, Update
 log = logging.getLogger("orchestrator")
 
 MEASURED_S = 0.25  # least time between a device's reports: checking one takes tens of milliseconds
+REFUSED = 1000  # most refused devices that are remembered
 MAX_STATES = 4  # state folders to remember for each device
 
 Tell = Callable[[str, Receipt | Update | Hello], None]  # sends a device a message
@@ -35,7 +36,7 @@ class Roster:
 
     Attributes:
         births: the last birth of each device that may take part.
-        refused: why other devices may not.
+        refused: why other devices may not, the newest last.
         classes: the run's classes; if nobody named them, those of the first device.
 
     Raises:
@@ -116,7 +117,10 @@ class Roster:
     def _refuse(self, device: str, reason: str) -> None:
         self.births.pop(device, None)
         if self.refused.get(device) != reason:  # a birth comes with every connection: log it once
+            self.refused.pop(device, None)
             self.refused[device] = reason
+            if len(self.refused) > REFUSED:  # strangers can come with any number of names
+                self.refused.pop(next(iter(self.refused)))
             log.warning("refused: %s", reason)
         self._tell(device, Receipt("birth", accepted=False, reason=reason))
 

@@ -99,7 +99,7 @@ def _take(source: Path, target: Path) -> None:
         shutil.rmtree(new, ignore_errors=True)  # left by an attempt that ran out of room
         new.mkdir()
         for file in source.iterdir():
-            (new / file.name).write_bytes(file.read_bytes())
+            storage.write(new / file.name, file.read_bytes())
         new.rename(target)
 
 

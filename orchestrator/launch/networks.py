@@ -48,6 +48,7 @@ def check(config: RunConfig) -> Sources:
         key = "device.model" if name == device.network else "device.others"
         with _saying(key):
             model, shape = _tried(config, name, device.input, sources)
+            _check_ties(model, title(name))
             found[name] = shape, distill.weights(model)
             if has_maps and shape is None:
                 raise RunError(_without_extractor(model, name, config))
@@ -63,7 +64,7 @@ def check(config: RunConfig) -> Sources:
 
 
 def check_names(config: RunConfig) -> None:
-    """Refuse names of networks that `check` would refuse for certain; nothing is imported or built.
+    """Refuse names of networks that `check` would refuse for certain; nothing is built.
 
     A name with a colon passes, as the file that it names may not be written yet.
 
@@ -126,6 +127,17 @@ def _compare(path: Path, sources: Sources) -> None:
                 f"{name}: {', '.join(changed)} changed since run {path.parent.name} was begun; "
                 "restore it, or choose another name for a new run. If the network or strategy is "
                 f"the same as before, remove {path}"
+            )
+
+
+def _check_ties(model: nn.Module, name: str) -> None:
+    """Refuse a device network in which one tensor has two names: payloads hold it by one name."""
+    first: dict[int, str] = {}
+    for path, tensor in model.state_dict(keep_vars=True).items():
+        if first.setdefault(id(tensor), path) != path:
+            raise RunError(
+                f"{name}: {first[id(tensor)]!r} and {path!r} are one tensor, and devices send each "
+                "tensor by one name; give both layers weights of their own, or call one layer twice"
             )
 
 

@@ -162,7 +162,9 @@ def remove(made: Sequence[Path], runs: Path) -> None:
 def _undo(made: Sequence[Path], config: RunConfig) -> None:
     """Remove what a failed start made; devices that were enrolled meanwhile stay so."""
     fleet = enrolment.path(config.runs, config.fleet)
-    used = fleet.exists() and not enrolment.is_empty(fleet)
+    used = True  # if it cannot be told
+    with contextlib.suppress(RunError, OSError):
+        used = fleet in made and fleet.exists() and not enrolment.is_empty(fleet)
     remove([path for path in made if path != fleet or not used], config.runs)
 
 

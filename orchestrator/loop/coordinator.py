@@ -1,7 +1,7 @@
 """The run's loop: takes events, applies the rules, carries out the effects.
 
 One thread owns the round and makes all decisions. The network thread puts messages into its queue.
-A worker thread checks payloads, keeps their contributions and aggregates; it puts its outcomes into
+A worker thread checks payloads, keeps their contributions and aggregates; it puts its events into
 the same queue. docs/how-a-round-works.md follows one result through all this.
 """
 
@@ -21,7 +21,7 @@ from orchestrator.loop.fleet_link import FleetLink, Heard
 from orchestrator.loop.full_disk import FullDisk
 from orchestrator.loop.intake import Intake
 from orchestrator.loop.stop import Stopped
-from orchestrator.loop.worker import Aggregated, Checked, Failed, Outcome, Worker
+from orchestrator.loop.worker import Aggregated, Failed, ResultChecked, Worker, WorkerEvent
 from orchestrator.rules import open_round, rounds
 from orchestrator.rules.effects import Effect, Note, Pull, Send, Show, Warn
 from orchestrator.rules.open_round import Offer
@@ -39,7 +39,7 @@ log = logging.getLogger("orchestrator")
 TICK_S = 0.25
 HELD_OPEN_S = 1.0  # longer than a tick: the deadline cannot end the round before the next one
 
-Event = LinkEvent | Outcome | Stopped
+Event = LinkEvent | WorkerEvent | Stopped
 
 
 class Coordinator:
@@ -136,7 +136,7 @@ class Coordinator:
             case Arrived() | Connected() | Lost():
                 if heard := self._link.read(event):
                     self._received(heard)
-            case Checked(result, fault):
+            case ResultChecked(result, fault):
                 self._intake.checked(result.device)
                 self._apply(
                     open_round.decided(self._round, result, fault, self._rules, monotonic())
@@ -255,7 +255,11 @@ class Coordinator:
         self._apply(open_round.follow(self._round, transition))
 
     def _apply(self, transition: open_round.Transition) -> None:
-        """Carry out an event's effects, unless the disk is too full to note them in the journal."""
+        """Carry out an event's effects, unless the disk is too full to note them in the journal.
+
+        `Open` and `Pull` may apply a transition of their own in here. That is safe: the round is
+        set before any effect, and these two come last.
+        """
         after, effects = transition
         notes = [effect for effect in effects if isinstance(effect, Note)]
         if not self._disk.takes(lambda: self._note(notes)):

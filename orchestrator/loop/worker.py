@@ -15,7 +15,7 @@ from wire.storage import Patience
 log = logging.getLogger("orchestrator")
 
 
-class Checked(NamedTuple):
+class ResultChecked(NamedTuple):
     """A result was checked; `fault` says why it is refused, None accepts it."""
 
     result: Result
@@ -35,31 +35,31 @@ class Failed(NamedTuple):
     fault: BaseException
 
 
-Outcome = Checked | Aggregated | Failed
+WorkerEvent = ResultChecked | Aggregated | Failed
 
 
 class Worker:
-    """A thread that does one job after the other, and passes each outcome to `emit`.
+    """A thread that does one job after the other, and passes its event to `emit`.
 
     Args:
         strategy: the algorithm.
         patience: waits while the disk is full.
-        emit: takes each outcome, in the worker's thread.
+        emit: takes each event, in the worker's thread.
     """
 
     def __init__(
-        self, strategy: Strategy, patience: Patience, emit: Callable[[Outcome], None]
+        self, strategy: Strategy, patience: Patience, emit: Callable[[WorkerEvent], None]
     ) -> None:
         self._contributions = Contributions(strategy, patience.attempt)
         self._emit = emit
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="work")
 
     def check(self, state: LearntState, order: Order, result: Result) -> None:
-        """Check the result of an order, and keep its contribution; the outcome is Checked."""
+        """Check the result of an order, and keep its contribution; emits ResultChecked."""
         self._submit(lambda: self._check(state, order, result))
 
     def aggregate(self, state: LearntState, attempt: Attempt, results: Sequence[Result]) -> None:
-        """Aggregate a round's results; the outcome is Aggregated."""
+        """Aggregate a round's results; emits Aggregated."""
         aggregate = self._contributions.aggregate
         self._submit(lambda: Aggregated(*aggregate(state, attempt.round, attempt.orders, results)))
 
@@ -75,20 +75,20 @@ class Worker:
         """Begin no more jobs; `wait` for the one under way."""
         self._threads.shutdown(wait=wait, cancel_futures=True)
 
-    def _check(self, state: LearntState, order: Order, result: Result) -> Outcome:
+    def _check(self, state: LearntState, order: Order, result: Result) -> WorkerEvent:
         try:
             self._contributions.admit(state, order, result)
         except (StorageError, RunError, OSError, MemoryError):  # our faults, not the device's
             raise
         except StillhouseError as fault:
-            return Checked(result, fault)
+            return ResultChecked(result, fault)
         except Exception as fault:  # a hostile payload ends its result, not the run
             log.exception("%s: its result cannot be looked over", result.device)
-            return Checked(result, AdmissionError(f"it cannot be read: {fault!r}"))
-        return Checked(result, None)
+            return ResultChecked(result, AdmissionError(f"it cannot be read: {fault!r}"))
+        return ResultChecked(result, None)
 
-    def _submit(self, work: Callable[[], Outcome]) -> None:
-        def done(future: Future[Outcome]) -> None:
+    def _submit(self, work: Callable[[], WorkerEvent]) -> None:
+        def done(future: Future[WorkerEvent]) -> None:
             if future.cancelled():
                 return
             fault = future.exception()

@@ -3,13 +3,14 @@
 Verdicts are written into the journal first (`Note`). If it has no room, nothing else happens and
 the round stays as it was: the device offers its result again. Otherwise the round becomes what was
 decided, and the other effects are carried out in their order: messages to devices (`Send`), news
-for people (`Show`, `Warn`), and work that begins (`Pull`, and the actions of `rounds`).
+for people (`Show`, `Warn`), and work that begins (`Pull`, and the actions of `rounds`). A `Remind`
+of `rounds` is no effect: it has become the order's `Send`.
 """
 
 from dataclasses import dataclass
 
 from orchestrator.rules.attempt import Verdict
-from orchestrator.rules.rounds import Action
+from orchestrator.rules.rounds import Aggregate, Finish, GiveUp, Open
 from wire.errors import StillhouseError
 from wire.messages import Order, Receipt, Result
 
@@ -53,4 +54,4 @@ class Pull:
     result: Result
 
 
-Effect = Note | Send | Show | Warn | Pull | Action
+Effect = Note | Send | Show | Warn | Pull | Open | Aggregate | GiveUp | Finish

@@ -1,8 +1,11 @@
 """A round, as pure rules: (state, event) -> (state, actions).
 
-    forming --cohort there--> collecting --quorum or deadline--> aggregating --+--> finished
-       ^                           | nobody returned                           |
-       +---------------------------+-------------------------------------------+
+    forming --cohort there--> collecting --round closes--> aggregating --+--> finished
+       ^                           | nobody returned                     |
+       +---------------------------+-------------------------------------+
+
+A round closes at the quorum, at the deadline, or when everyone has answered. Nobody has returned if
+no result was accepted by then.
 
 A device that has not answered when the results are aggregated may keep its order for `carry_rounds`
 more rounds (asynchronous rounds). It belongs to their cohorts too, and gets no other order
@@ -55,7 +58,7 @@ class RoundState:
     Attributes:
         rounds: how many rounds the run has.
         seed: of the run.
-        round: the open round, or the last that was open.
+        round: the open round; between two rounds or attempts, the last that was aggregated.
         live: the session of each device that is there.
         state_ids: the state folder that each device last came with, since this process began.
         cohort: devices with an order of this round, or with a carried one of an earlier round.

@@ -42,10 +42,7 @@ CREATE TABLE IF NOT EXISTS verdicts (
 CREATE TABLE IF NOT EXISTS traffic (
     device TEXT PRIMARY KEY, up INTEGER NOT NULL, down INTEGER NOT NULL);
 """
-_VERDICTS = """
-SELECT device, accepted, reason, result FROM verdicts
-WHERE sequence = ? AND device = COALESCE(?, device)
-"""
+_VERDICTS = "SELECT device, accepted, reason, result FROM verdicts WHERE sequence = ?"
 _COUNT = """
 INSERT INTO traffic VALUES (?, ?, ?)
 ON CONFLICT DO UPDATE SET up = up + excluded.up, down = down + excluded.down
@@ -319,9 +316,14 @@ def _verdicts(
     db: sqlite3.Connection, sequence: int, device: str | None = None
 ) -> dict[str, Verdict]:
     """The verdicts of one device, or of all, under a sequence number, by device."""
+    found = (
+        db.execute(_VERDICTS, (sequence,))
+        if device is None
+        else db.execute(_VERDICTS + " AND device = ?", (sequence, device))
+    )
     return {
         name: Verdict(name, bool(accepted), reason, _message(data, Result))
-        for name, accepted, reason, data in db.execute(_VERDICTS, (sequence, device))
+        for name, accepted, reason, data in found
     }
 
 

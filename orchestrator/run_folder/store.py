@@ -201,7 +201,7 @@ class Store(Journal):
             table.pop("broker", None)  # does not affect results, and its rules have become stricter
         except FileNotFoundError:
             return None
-        except (ValueError, AttributeError) as fault:
+        except (ValueError, AttributeError, TypeError) as fault:
             raise RunError(
                 f"{path} is damaged ({fault}); restore it. If run.toml is what the run was begun "
                 "with, remove it: it is written anew"

@@ -9,8 +9,8 @@ Only payload bytes are counted: no MQTT, and no artifact, which travels once. A 
 quorum nor deadline, but a share of the devices may be late. A late device answers in the next round
 if `cohort.carry_rounds` allows it, else not at all. The same command resumes a stopped run.
 
-A user's networks are compiled before the first round, as `start` does, and then not used: what can
-be simulated can also run on devices.
+A user's networks are compiled before the first round, as `start` does, to refuse those that no
+device could train. The artifacts are then dropped. Without onnx only a warning is logged.
 """
 
 import logging

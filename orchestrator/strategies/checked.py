@@ -55,7 +55,7 @@ class Checked:
 
     Attributes:
         users: the user's class.
-        settings, task: as in `Strategy`.
+        settings, needs, task: as in `Strategy`.
     """
 
     users: ClassVar[Found]

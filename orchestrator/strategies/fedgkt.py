@@ -6,7 +6,8 @@ output. A round of algorithm 1:
     device   trains W_e, W_c with CE(z_c, y) + alpha T^2 KL(softmax(z_s / T) || softmax(z_c / T))
              sends H = W_e(x), z_c = W_c(H) and y of all its samples, and W_e, W_c
     server   trains W_s with CE(z_s, y) + alpha T^2 KL(softmax(z_c / T) || softmax(z_s / T))
-             on every H that it holds, those of absent devices included
+             on every H that it holds, those of absent devices included, except for samples that
+             devices leave out
              sends each device z_s = W_s(H) of its samples, with the next order
 
 There is no z_s before round 1. The networks (42 kB for ResNet-8) travel so that the server can
@@ -106,6 +107,8 @@ class FedGKT:
         if not device.holdout or transfer.resend:
             unused.need_heldout(config)
         unused.refuse_submodel(config)
+        if device.temperature <= 0:
+            raise ValueError(f"device.temperature: expected over 0, got {device.temperature}")
         if device.clip and extractors.crops(config):
             raise ValueError(
                 "device.clip: the server would crop clipped feature maps, which are not the "
@@ -231,7 +234,7 @@ class FedGKT:
         self, state: GktState, results: Sequence[Result], contributions: Iterable[Answer]
     ) -> tuple[GktState, dict[str, Logits]]:
         """The state with each device's network and payloads; logits that came without maps."""
-        devices, made_by, held = dict(state.devices), dict(state.extractors), dict(state.held)
+        devices, made_by, held = dict(state.devices), dict(state.made_by), dict(state.held)
         logits = {}
         for result, answer in zip(results, contributions, strict=True):
             name = result.device
@@ -240,7 +243,7 @@ class FedGKT:
                 made_by[name] = extractors.of_network(answer.weights)
             if answer.logits is not None:
                 logits[name] = answer.logits
-        return replace(state, devices=devices, extractors=made_by, held=held), logits
+        return replace(state, devices=devices, made_by=made_by, held=held), logits
 
     def share(self, state: GktState, round_: int, results: Sequence[Result]) -> GktState:
         """The state with the means that devices continue from, if they share.
@@ -262,7 +265,7 @@ class FedGKT:
             return state
         held = {}
         for name, shard in state.held.items():
-            before, now = state.extractors[name], state.extractor(name)
+            before, now = state.made_by[name], state.extractor(name)
             held[name] = replace(shard, moved=extractors.moved(self.task, name, before, now))
         return replace(state, held=held)
 
@@ -357,7 +360,7 @@ class FedGKT:
         if held.both_views != (len(views) > 1) or held.view != views[0]:
             return True
         if transfer.frozen(round_):
-            made_by, now = state.extractors[name], state.extractor(name)
+            made_by, now = state.made_by[name], state.extractor(name)
             return any(not np.array_equal(made_by[key], now[key]) for key in now)
         return not transfer.resend or (held.moved or 0.0) > transfer.resend
 

@@ -51,7 +51,10 @@ class GlobalModel:
 
 @dataclass(frozen=True)
 class Update(Decoded):
-    """One device's update: decode(encode(w_k - w)) of its sub-model.
+    """One device's update of its sub-model: decode(encode(w_k - w + e)).
+
+    Here w are the weights as the device has decoded them, and e is what the codec left out of its
+    last aggregated update (0 without `device.feedback`). The server adds the update to its exact w.
 
     Attributes:
         units: the units that the sub-model has; None: all of them.
@@ -72,7 +75,7 @@ def check(config: RunConfig) -> None:
     unused.refuse_split(config)
 
 
-def send(task: Task, weights: Weights, round_: int, submodel: str = "") -> BlobRef:
+def send(task: Task, weights: Weights, round_: int, submodel_digest: str = "") -> BlobRef:
     """Store weights for devices to pull, encoded with `device.state`; returns their blob.
 
     The codec's seed depends on the run's seed, the round and the sub-model.
@@ -81,9 +84,9 @@ def send(task: Task, weights: Weights, round_: int, submodel: str = "") -> BlobR
         task: of the run.
         weights: of the whole model or of a sub-model.
         round_: from 1.
-        submodel: digest of the sub-model; "" is the whole model.
+        submodel_digest: names the sub-model; "" is the whole model.
     """
-    key = hashlib.sha256(f"{task.config.seed}/{round_}/{submodel}".encode())
+    key = hashlib.sha256(f"{task.config.seed}/{round_}/{submodel_digest}".encode())
     seed = int.from_bytes(key.digest()[:6], "little")
     named = tensors.weights(weights, task.config.device.state)
     return task.blobs.put(tensors.pack(named, seed=seed))
@@ -106,7 +109,7 @@ def order(
         state: before the round.
         name: of the device.
         round_: from 1.
-        sequence: of the round's orders.
+        sequence: of the attempt's orders.
         sent: the blob that `send` returned.
         fields: further arguments of `Task.order`.
     """

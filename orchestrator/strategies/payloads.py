@@ -72,6 +72,9 @@ def device_network(task: Task, name: str, weights: Weights) -> nn.Module:
 
 
 def heldout_accuracy(task: Task, network: nn.Module) -> float:
-    """Accuracy on held-out images of a network that maps pixels to logits."""
+    """Accuracy of a network that maps pixels to logits, on the server's held-out images.
+
+    The metric "heldout_accuracy" of a device's result is of images that the device left out.
+    """
     logits = distill.predict(network, task.heldout.x, task.config.server)
     return distill.accuracy(logits, task.heldout.y)

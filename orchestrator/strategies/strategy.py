@@ -129,7 +129,8 @@ class Strategy(Protocol):
     def admit(self, state: Any, order: Order, result: Result) -> Contribution:
         """Check and decode the result of an order; its blobs are in the store.
 
-        It may be called again with the same state for a result that was accepted.
+        It may be called again with the same state for a result that was accepted, while `aggregate`
+        runs. It must accept it then too: an error there ends the run, because the verdict stands.
 
         Raises:
             AdmissionError, WireError: why the result must not enter the aggregate.

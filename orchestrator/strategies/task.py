@@ -124,7 +124,7 @@ class Task:
         Args:
             name: of the device.
             round_: from 1.
-            sequence: of the round's orders.
+            sequence: of the attempt's orders.
             recipe: what the device trains; None: its whole model.
             fields: further fields of the order; they replace the ones filled in.
         """

@@ -1,9 +1,12 @@
 """Feature shards: what one device sent, decoded once into files that training maps.
 
 A shard is a folder with `features.npy` (N, *shape), `logits.npy` (N, C) float32 and `labels.npy`
-(N,) int64, in the order of the device's samples. If the codec of the feature maps has levels and a
-sample is whole blocks, the maps stay quantized: uint8, with `low.npy` and `step.npy` (N, k) for the
-k blocks of each sample (`Lattice`), a quarter of their size in float32. Otherwise they are float32.
+(N,) int64. It has a row for each of the device's samples, in their order. If the device sent plain
+and mirrored maps, the rows of all mirrored samples follow those of all plain ones.
+
+If the codec of the feature maps has levels and a map is whole blocks, the maps stay quantized:
+uint8, with `low.npy` and `step.npy` (N, k) for the k blocks of each map (`Lattice`), a quarter of
+their size in float32. Otherwise they are float32.
 Because files are mapped, the server needs memory for one batch only, whatever the fleet's size.
 """
 
@@ -31,7 +34,7 @@ RECORD_LIMIT = 1 << 26  # bytes; 32 feature maps of ResNet-8 take 2 MiB in float
 
 @dataclass(frozen=True)
 class Shard:
-    """One device's samples as mapped arrays; `low` and `step` exist if `features` are levels."""
+    """One device's rows as mapped arrays; `low` and `step` exist if `features` are levels."""
 
     features: Array
     logits: NDArray[np.float32]
@@ -40,7 +43,7 @@ class Shard:
     step: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Number of rows: two a sample if plain and mirrored maps came, else one."""
         return len(self.labels)
 
     @property
@@ -67,14 +70,15 @@ def shelve(
 
     Args:
         payload: file of TENSORS frames, one a batch.
-        folder: of the shard. If it exists, it is used as it is, and must hold `samples` samples.
-        samples: how many the device announced.
+        folder: of the shard. If it exists, it is used as it is, and must hold `samples` rows.
+        samples: number of rows: as many as the device announced samples, or twice as many if it was
+            asked for plain and mirrored maps.
         shape: of one feature map.
         classes: how many classes the task has.
         spec: the codec that feature maps must have come by; None takes any.
 
     Raises:
-        AdmissionError, WireError: the payload is not `samples` proper samples.
+        AdmissionError, WireError: the payload is not `samples` proper rows.
         StorageError: the shard cannot be written; StalledError: the disk is full.
     """
     if folder.exists():
@@ -140,7 +144,7 @@ def _record(parts: Mapping[str, Part]) -> dict[str, Array]:
 
 
 def _append(record: Mapping[str, Array], arrays: Room, done: int) -> int:
-    """Write a record after the first `done` samples; returns the new number of samples."""
+    """Write a record after the first `done` rows; returns the new number of rows."""
     if record.keys() != arrays.keys():
         raise AdmissionError(f"sample {done} came by another codec than those before")
     end = done + len(record["labels"])
@@ -150,7 +154,7 @@ def _append(record: Mapping[str, Array], arrays: Room, done: int) -> int:
 
 
 def _room(folder: Path, record: Mapping[str, Array], samples: int) -> Room:
-    """A mapped file for each array of a record, with room for all samples."""
+    """A mapped file for each array of a record, with room for all rows."""
     rooms = {}
     for name, array in record.items():
         path, dtype = folder / f"{name}.npy", np.int64 if name == "labels" else array.dtype

@@ -79,9 +79,11 @@ def test_a_system_that_tells_nothing_is_no_fault(tmp_path):
 
 def test_boards_with_copies_of_one_card_are_told_apart_by_their_serial_numbers(tmp_path):
     assert meter.machine(tmp_path) == ""
-    (tmp_path / "etc").mkdir()
-    (tmp_path / "etc/machine-id").write_text("0123abcd\n")
-    assert meter.machine(tmp_path) == "0123abcd"
     (tmp_path / "proc/device-tree").mkdir(parents=True)
-    (tmp_path / "proc/device-tree/serial-number").write_bytes(b"10000000deadbeef\0")
+    serial = tmp_path / "proc/device-tree/serial-number"
+    serial.write_bytes(b"10000000deadbeef\0")
     assert meter.machine(tmp_path) == "10000000deadbeef"
+    serial.write_bytes(b"0000000000000000\0")  # a board that was given none
+    assert meter.machine(tmp_path) == ""
+    serial.write_bytes(b"\xff\xffpi\0")
+    assert meter.machine(tmp_path)

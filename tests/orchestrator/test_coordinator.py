@@ -1,6 +1,7 @@
 """Whose fault it is, and which word of a device counts: one coordinator, without a broker."""
 
 import contextlib
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from orchestrator.loop.fleet_link import Heard
 from orchestrator.rules.attempt import Attempt
 from orchestrator.run_folder.store import Store
 from wire.address import BrokerAddress
-from wire.errors import StorageError, TransferError
+from wire.errors import StalledError, StorageError, TransferError
 from wire.messages import Birth, BlobRef, Chunk, Order, Platform, Result
 
 MACHINE = Platform("Pi", "aarch64", 4, 2**30, "3.11", "1.31")
@@ -80,6 +81,15 @@ def test_a_wrong_chunk_is_noted_against_its_device(loop, monkeypatch):
     monkeypatch.setattr(loop._intake, "take", failing(TransferError("chunk 7 of 1")))
     hear(loop, Chunk("ab" * 32, 7), b"bytes")
     assert attempt(loop).verdicts["pi"].reason == "chunk 7 of 1"
+
+
+def test_the_deadline_waits_while_the_disk_is_full(loop, monkeypatch):
+    hear(loop, birth(1, 10))
+    before_s = loop._round.state.deadline_s
+    monkeypatch.setattr(loop._intake, "take", failing(StalledError("the disk is full")))
+    hear(loop, Chunk("ab" * 32, 0), b"bytes")
+    loop._tick(time.monotonic() + 50)
+    assert loop._round.state.deadline_s >= before_s + 50
 
 
 def test_a_birth_that_comes_after_that_of_a_newer_session_changes_nothing(loop):

@@ -247,6 +247,20 @@ def test_crops_of_feature_maps_that_see_the_whole_image_are_refused(run, tmp_pat
         networks.check(config)
 
 
+def test_a_tensor_of_two_names_is_refused_where_a_run_begins(run, tmp_path):
+    (tmp_path / "job/nets.py").write_text(
+        NETS + "\ndef tied(classes):\n    net = Small(classes, width=3)\n"
+        "    net.stem, net.body = block(3, 3), block(3, 3, 2)\n"
+        "    net.body[0].weight = net.stem[0].weight\n    return net\n"
+    )
+    config = run("fedavg", "")
+    device = replace(config.device, model=config.device.model.replace(":Small", ":tied"))
+    with pytest.raises(
+        RunError, match=r"nets:tied: 'stem\.0\.weight' and 'body\.0\.weight' are one tensor"
+    ):
+        networks.check(replace(config, device=device))
+
+
 def test_weights_that_do_not_follow_the_seed_are_refused(run, tmp_path):
     (tmp_path / "job/nets.py").write_text(
         NETS + "\nimport secrets, torch\ndef make(classes):\n    net = Small(classes)\n"

@@ -54,6 +54,14 @@ def test_a_birth_counts_on_its_own_topic_only(make, told):
     assert told == []
 
 
+def test_strangers_of_many_names_leave_a_bounded_memory(make, monkeypatch):
+    monkeypatch.setattr(roster, "REFUSED", 3)
+    there = make("pi")
+    for name in ("a", "b", "c", "a", "d", "e"):
+        there.born(name, birth(name), 0.0)
+    assert list(there.refused) == ["c", "d", "e"]
+
+
 def test_who_is_not_enrolled_is_told_so_and_leaves_nothing(make, told, tmp_path):
     there = make("pi")
     assert there.born("spy", birth("spy"), 0.0) is None

@@ -271,6 +271,15 @@ def test_a_run_that_has_begun_stays_when_it_cannot_go_on(config):
     assert set(before) <= set(after)
 
 
+def test_a_damaged_list_of_the_fleet_hides_no_other_reason(config):
+    path = enrolment.path(config.runs, config.fleet)
+    with contextlib.closing(Store(config)):
+        path.write_text("{")
+        with pytest.raises(RunError, match="another orchestrator is running this run"):
+            start.run(replace(config, admission="open"))
+    assert path.read_text() == "{"
+
+
 def test_a_second_start_takes_nothing_from_the_one_that_runs(config):
     with contextlib.closing(Store(config)):
         before = everything(config.folder)

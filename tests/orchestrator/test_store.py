@@ -261,9 +261,10 @@ def test_a_run_is_discarded_before_its_first_round_and_never_after(config):
     assert (config.folder / "run.json").exists()
 
 
-def test_a_damaged_configuration_of_a_run_is_named(config, opened):
+@pytest.mark.parametrize("text", ['{"name": ', "[]", "7", '["broker"]'])
+def test_a_damaged_configuration_of_a_run_is_named(config, opened, text):
     opened(config).close()
-    (config.folder / "run.json").write_text('{"name": ')
+    (config.folder / "run.json").write_text(text)
     with pytest.raises(RunError, match=r"run\.json is damaged"):
         opened(config)
 

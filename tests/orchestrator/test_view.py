@@ -149,7 +149,7 @@ def test_who_is_awaited_is_logged_and_shown(report, caplog):
                    returned=frozenset(["pi-3"]))  # fmt: skip
     report.rounds(gone)
     assert report.snapshot()["awaited"] == (
-        "round 3: waiting for devices that are away: pi-4; it closes without them 600 s after its "
+        "round 3: waiting for devices that are away: pi-4; it ends without them 600 s after its "
         "start"
     )
     report.rounds(replace(gone, live={"pi-4": 1}))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.loop.worker import Checked, Failed, Worker
+from orchestrator.loop.worker import Failed, ResultChecked, Worker
 from wire.errors import AdmissionError, CodecError, RunError, StorageError
 from wire.messages import BlobRef, Order, Result
 from wire.storage import Patience
@@ -33,7 +33,7 @@ def checked(fault: Exception):
 )
 def test_whatever_a_payload_provokes_ends_that_result_alone(fault):
     outcome = checked(fault)
-    assert isinstance(outcome, Checked)
+    assert isinstance(outcome, ResultChecked)
     assert outcome.result == RESULT
     assert outcome.fault
 

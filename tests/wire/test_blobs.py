@@ -1,5 +1,6 @@
 """Blobs are pulled in any order, resumed after any fault, and accepted only by their digest."""
 
+import resource
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -158,6 +159,16 @@ def test_a_declared_terabyte_takes_no_disk(receiver):
     Fetch(receiver, BlobRef("ab" * 32, 1 << 34, 1 << 19))
     used = sum(p.stat().st_blocks * 512 for p in receiver.folder.iterdir())
     assert used < 1 << 20
+
+
+def test_a_blob_larger_than_files_may_be_here_is_its_senders_fault(receiver):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(TransferError, match=f"{1 << 30} bytes are more than a file may have"):
+            Fetch(receiver, BlobRef("ab" * 32, 1 << 30, 1 << 19))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_blob_that_is_gone_says_so(sender, receiver):

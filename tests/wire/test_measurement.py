@@ -2,6 +2,7 @@
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -39,6 +40,12 @@ REPORT = {
 @pytest.fixture
 def key(tmp_path):
     return signing.own_key(tmp_path / "device.pem")
+
+
+def test_programs_that_make_a_key_at_once_end_up_with_one(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: signing.own_key(tmp_path / "shared.pem"), range(16)))
+    assert [path.name for path in tmp_path.iterdir()] == ["shared.pem"]
 
 
 def changed(where, value):

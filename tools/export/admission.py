@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm  # the one class that all batch norms share
 
-from models.submodel import FORWARD_FAULTS
+from models.submodel import FORWARD_FAULTS, first_line
 from tools.export.tracing.state import Tensors
 from wire.errors import ExportError
 
@@ -204,9 +204,8 @@ def _check_flow(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
             for training in (True, False):
                 functional_call(module.train(training), fake, (torch.empty(shape),))
         except FORWARD_FAULTS as fault:
-            reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
             raise ExportError(
-                f"{name}: {trail} looks at its data ({reason}); a compiled step has fixed shapes "
-                f"and a fixed flow: no branch, loop, .item() or look-up by a mask that depends on "
-                f"data. Use torch.where, or a product with the mask"
+                f"{name}: {trail} looks at its data ({first_line(fault)}); a compiled step has "
+                f"fixed shapes and a fixed flow: no branch, loop, .item() or look-up by a mask "
+                f"that depends on data. Use torch.where, or a product with the mask"
             ) from fault

@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from models.submodel import first_line
 from tools.export.graphs.graph import Graph
 from tools.export.graphs.program import Spec
 from tools.export.graphs.value import Value
@@ -61,7 +62,7 @@ def trace(
         )(*(tensor.detach().clone() for tensor in inputs))
     except RuntimeError as fault:
         raise ExportError(
-            f"the model cannot be traced ({str(fault).strip().splitlines()[0]}); a compiled step "
+            f"the model cannot be traced ({first_line(fault)}); a compiled step "
             f"has fixed shapes and a fixed flow: no branch, loop or .item() that depends on data"
         ) from fault
     graph.graph.eliminate_dead_code()

@@ -1,6 +1,7 @@
 """The messages, as frozen dataclasses. Each travels as the header of a frame.
 
     device                              orchestrator
+      | <---------------------------- hello |   it has connected, or asks for births again
       | birth (retained) ----------------> |   on every connection, with a new session
       | <---------------------------- order |   what to train, from what, what to return
       | want -> / <- chunk                  |   the device pulls the blobs that the order names
@@ -14,7 +15,9 @@
       | <-------------------------- receipt |   once the orchestrator has it
 
 The device repeats a result until it has the receipt. The orchestrator repeats an order when the
-device connects again. Orders and results are named by (run, sequence), so repetition is harmless.
+device connects again. Repetition is harmless: for a device, (run, sequence) names an order and its
+result. All orders of an attempt at a round have the same sequence, so the orchestrator knows them
+by (sequence, device).
 
 Agents and orchestrators of different versions understand each other: a key that has its default
 value is not sent (so a default never changes), and an unknown key is ignored. Orders and updates

@@ -92,7 +92,7 @@ class Telemetry:
     device: str
     run: str
     round: int
-    phase: Literal["idle", "fetch", "train", "extract", "send"]
+    phase: Literal["idle", "fetch", "train", "extract"]
     done: int
     total: int
     memory_bytes: int

@@ -14,15 +14,24 @@ from wire.messages.transfer import BlobRef
 class Order:
     """One piece of work. The agent knows work orders, not algorithms.
 
+    `state` and `own` say what the device starts from:
+
+        state    own     weights                              optimizer
+        given    false   `state`                              fresh
+        given    true    its own, with `state` laid over      its own
+        None     any     its own                              its own
+
+    Its own are what it kept after an earlier order of the run with `own` or without `state`. Values
+    that neither these nor `state` give are the artifact's initial ones.
+
     Attributes:
-        run, sequence: name the order; a higher sequence of the same run replaces a lower one.
+        run, sequence: name the order among the device's; a higher sequence of the same run replaces
+            a lower one.
         round: the round that it was given in; the result repeats it, and its age is counted from
             it.
         artifact: the manifest of the training artifact.
-        state: parameters and buffers to start from, with a fresh optimizer. The artifact's initial
-            values fill in what `state` leaves out. None: start from the device's own weights and
-            optimizer state; a device that has none yet starts from the artifact's initial ones.
-        own: lay `state` over the device's own weights instead, and keep their optimizer state.
+        state: parameters and buffers, all or some; see the table.
+        own: start from the device's own weights and optimizer; see the table.
         teacher: logits (N, C) float32 in the order of the device's samples, or None.
         data_digest: of the samples that the order is for, and `teacher` belongs to; "" takes any.
         epochs: passes over the device's samples; 0 trains nothing.

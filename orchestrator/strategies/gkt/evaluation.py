@@ -46,8 +46,9 @@ def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
     """Held-out accuracy of each device's extractor + large model, and of its network.
 
     The extractor is the one whose feature maps the large model learnt from. The network is the one
-    that the device continues from. With `server.eval_views`, "server_accuracy_averaged" is that of
-    the large model's mean logits over several views of an image.
+    that the device returned or, with `transfer.network = "shared"`, the mean. With
+    `server.eval_views`, "server_accuracy_averaged" is that of the large model's mean logits over
+    several views of an image.
     """
     device, names = task.config.device, sorted(state.held)
     # By extractor, so that a shared one is evaluated once.
@@ -55,7 +56,7 @@ def on_heldout(task: Task, state: GktState, model: nn.Module) -> Metrics:
     small: dict[str, float] = {}  # by network, for the same reason
     devices: dict[str, dict[str, float]] = {}
     for name in names:
-        weights, model_name = state.extractors[name], device.model_of(name)
+        weights, model_name = state.made_by[name], device.model_of(name)
         extractor = b"".join(weights[key].tobytes() for key in sorted(weights))
         if extractor not in large:
             stacked = nn.Sequential(extractors.build(task, name, weights), model)

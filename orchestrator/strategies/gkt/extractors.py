@@ -58,7 +58,11 @@ def feature_shape(
 
 
 def crops(config: RunConfig) -> bool:
-    """Whether the server crops feature maps instead of devices cropping images."""
+    """Whether, by the run's settings, the server crops feature maps.
+
+    It is true from the first round on, but the server crops only once the extractor is frozen
+    (`TransferConfig.frozen`).
+    """
     return config.transfer.views and config.transfer.freeze_after is not None
 
 
@@ -90,7 +94,8 @@ def build(task: Task, name: str, weights: Weights) -> nn.Module:
 @torch.inference_mode()
 def moved(task: Task, name: str, before: Weights, after: Weights) -> float:
     """How far an extractor has moved: |H' - H|^2 / |H'|^2 on `PROBE` held-out images."""
-    x = task.heldout.x[:PROBE].to(task.torch_device)
+    # Evenly spread, since images from a folder lie class by class.
+    x = task.heldout.x[:: max(len(task.heldout.x) // PROBE, 1)][:PROBE].to(task.torch_device)
     old, new = (build(task, name, weights)(x) for weights in (before, after))
     return float((new - old).square().sum() / new.square().sum())
 

@@ -76,7 +76,7 @@ def samples(
 def _source(task: Task, state: GktState, name: str, round_: int, shard: Shard) -> Source:
     """A device's rows, with their weight in the loss and the samples left out of training."""
     held = state.held[name]
-    fill = extractors.fill(task, name, state.extractors[name]) if held.cropped else None
+    fill = extractors.fill(task, name, state.made_by[name]) if held.cropped else None
     mirror = None if held.mirror is None else np.array(held.mirror)
     count = len(shard) // (2 if held.both_views else 1)
     left_out = held_out(held.data_digest, count, task.config.device.holdout)

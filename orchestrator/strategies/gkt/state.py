@@ -102,7 +102,7 @@ class GktState:
         optimizer: its optimizer's tensors (`optimizers.slots`).
         schedule: state of its learning-rate schedule, from PyTorch (`optimizers.Schedule.after`).
         devices: the last network that each device returned, by device.
-        extractors: the extractor that made each device's feature maps in `held`, by device.
+        made_by: the extractor that made each device's feature maps in `held`, by device.
         shared_extractor: the extractor that all devices continue from; empty if each has its own.
         shared_heads: the W_c that devices with one model continue from, by model (as run.toml
             names it); empty if each has its own.
@@ -114,7 +114,7 @@ class GktState:
     optimizer: Weights = field(default_factory=dict)
     schedule: Mapping[str, Any] | None = None
     devices: Mapping[str, Weights] = field(default_factory=dict)
-    extractors: Mapping[str, Weights] = field(default_factory=dict)
+    made_by: Mapping[str, Weights] = field(default_factory=dict)
     shared_extractor: Weights = field(default_factory=dict)
     shared_heads: Mapping[str, Weights] = field(default_factory=dict)
     held: Mapping[str, HeldShard] = field(default_factory=dict)
@@ -135,7 +135,11 @@ class GktState:
         return self.shared_extractor or of_network(self.devices[device])
 
     def network(self, model: str, device: str) -> Weights:
-        """The network that a device continues from: the shared one, or the last it returned."""
+        """The network that is evaluated for a device: the shared one, or the last it returned.
+
+        A device continues from it too, unless only extractors are shared: then its next order
+        replaces its extractor by the shared one.
+        """
         return self.shared(model) if written(model) in self.shared_heads else self.devices[device]
 
     def pack(self) -> Checkpoint:
@@ -150,7 +154,7 @@ class GktState:
             "optimizer": self.optimizer,
             "shared": self.shared_extractor,
             "device": joined(self.devices),
-            "extractor": joined(self.extractors),
+            "extractor": joined(self.made_by),
             "network": joined(self.shared_heads),
         }
         refs = [ref for held in self.held.values() for ref in (held.features, held.logits)]
@@ -173,7 +177,7 @@ class GktState:
             optimizer=under("optimizer"),
             schedule=notes.get("schedule"),
             devices=checkpoint.by_device("device"),
-            extractors=checkpoint.by_device("extractor"),
+            made_by=checkpoint.by_device("extractor"),
             shared_extractor=under("shared"),
             shared_heads={model: weights for model, weights in heads.items() if weights},
             held={name: HeldShard.unpack(noted) for name, noted in notes["shards"].items()},
