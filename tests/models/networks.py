@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import models
+from models.fastcnn import FastCNN
 from models.resnet import Basic, Bottleneck, ServerResNet
 
 CLASSES = 10
@@ -265,6 +266,17 @@ def _resnet(model, kept=None):
     return groups if kept is None else {path: kept[group] for path, group in masks.items()}
 
 
+def _fast(model, kept=None):
+    """The groups of a FastCNN, or its masks; in a group of three, the first and last are added."""
+    groups, masks = {}, {}
+    for i, group in enumerate(model.groups):
+        for j, conv in enumerate(group.convs):
+            of = f"groups.{i}.convs.{0 if len(group.convs) > 2 and j == 2 else j}"
+            groups[of] = conv.out_channels
+            masks[f"groups.{i}.norms.{j}"] = of
+    return groups if kept is None else {path: kept[group] for path, group in masks.items()}
+
+
 SHAPES = {"caldas_cnn": (1, 12, 12), "allconv": (3, 10, 10), "resnet8": (3, 8, 8)}
 PLAIN = {
     "caldas_cnn": {"conv1": 32, "conv2": 64, "fc1": 512},
@@ -294,14 +306,20 @@ def make(name):
         model, shape = OWN[name](), (3, 8, 8)
         groups, masks = model.groups, model.masks
     else:
-        shape = SHAPES.get(name, (16, 8, 8))
+        side = 16 if name.startswith("fastcnn") else 8  # it halves them three times
+        shape = SHAPES.get(name, (16, side, side))
         model = models.build(name, classes=CLASSES, input_shape=shape)
         groups, masks = PLAIN.get(name), dict
         if groups is None:
-            groups, masks = _resnet(model), lambda kept: _resnet(model, kept)
+            rule = _fast if isinstance(model, FastCNN) else _resnet
+            groups, masks = rule(model), lambda kept: rule(model, kept)
     for tensor in model.double().state_dict().values():
         if tensor.ndim == 1:
             tensor.add_(0.3 * torch.rand_like(tensor))
+        elif tensor.ndim == 4 and isinstance(
+            model, FastCNN
+        ):  # an identity on a dropped unit has no variance
+            tensor.add_(0.1 * torch.rand_like(tensor))
     return Case(model, shape, groups, masks)
 
 
