@@ -65,9 +65,11 @@ class ServerConfig:
         for name, number in least.items():
             value = getattr(self, name)
             expect(name, value, value >= number, f"{number} or more")
-        epochs = (self.epochs,) if isinstance(self.epochs, int) else self.epochs
-        fits = min(epochs, default=-1) >= 0 and any(epochs)
-        expect("epochs", self.epochs, fits, "1 or more, or a list of 0 or more and not only 0")
+        if isinstance(self.epochs, int):
+            expect("epochs", self.epochs, self.epochs >= 1, "1 or more")
+        else:
+            fits = min(self.epochs, default=-1) >= 0 and any(self.epochs)
+            expect("epochs", self.epochs, fits, "a list of 0 or more, not only of 0")
         expect("shift", self.shift, self.shift <= PAD, f"at most {PAD}")
         share = self.label_smoothing
         expect("label_smoothing", share, 0 <= share < 1, "0 or more and below 1")

@@ -113,9 +113,9 @@ def test_a_later_round_than_those_listed_has_the_last_number_of_epochs():
     ("key", "value", "text"),
     [
         ("epochs", 0, "1 or more"),
-        ("epochs", (), "1 or more"),
-        ("epochs", (0, 0), "not only 0"),
-        ("epochs", (-1, 2), "1 or more"),
+        ("epochs", (), "not only of 0"),
+        ("epochs", (0, 0), "not only of 0"),
+        ("epochs", (-1, 2), "0 or more"),
         ("shift", 5, "shift: expected at most 4, got 5"),
         ("label_smoothing", 1.0, "label_smoothing: expected 0"),
     ],

@@ -96,10 +96,11 @@ def scenario_forever(folder: Path) -> None:
 
 
 def forever(folder: Path, progress: distill.Progress) -> None:
-    config = replace(PLAIN, epochs=10**6)
+    config, course = PLAIN, Course("constant", PLAIN.lr, 10**6)
     model = models.build(config.model, classes=CLASSES, input_shape=SHAPE)
     step = optimizers.make_optimizer(model, config)
-    ranks.train(model, step, read_samples(folder), config, seed=0, progress=progress)
+    samples = read_samples(folder)
+    ranks.train(model, step, samples, config, seed=0, progress=progress, course=course)
 
 
 def scenario_blind(folder: Path) -> None:
