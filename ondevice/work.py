@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,14 +73,17 @@ class OnnxEngine:
     Args:
         artifact: opened and verified.
         desk: gives the number of threads, takes progress reports, and may cancel.
-        meter: measures the phases "train" and "extract".
+        meter: measures the phases "train" and "extract"; None measures nothing.
 
     Attributes:
         model: the model for `begin`.
     """
 
-    def __init__(self, artifact: Artifact, desk: Desk, meter: Meter) -> None:
-        self._artifact, self._desk, self._meter = artifact, desk, meter
+    def __init__(self, artifact: Artifact, desk: Desk, meter: Meter | None = None) -> None:
+        self._artifact, self._desk = artifact, desk
+        self._phase: Callable[[str], AbstractContextManager[object]] = (
+            meter.phase if meter else nullcontext
+        )
         manifest = artifact.manifest
         self._preprocess = Preprocess(manifest.preprocess.mean, manifest.preprocess.std)
         self.model = Model(
@@ -98,7 +102,7 @@ class OnnxEngine:
             ArtifactError: the artifact takes no teacher, or has no proximal term.
             CancelledError: a newer order came.
         """
-        with self._meter.phase("train"):
+        with self._phase("train"):
             return [self._train(start) for start in starts]
 
     def _train(self, start: Start) -> Trained:
@@ -153,7 +157,7 @@ class OnnxEngine:
         from ondevice.trainer import Inference
 
         images, manifest, done = start.images, self._artifact.manifest, 0
-        with self._meter.phase("extract"):
+        with self._phase("extract"):
             kind, threads = "extract" if maps else "eval", self._desk.threads
             run = Inference(self._artifact, kind, state, threads=threads)
             total = len(images.y) * len(start.order.views)

@@ -78,6 +78,12 @@ def prepare_variants(
     return variants
 
 
+def by_digest(config: RunConfig, store: Store) -> dict[str, Artifact]:
+    """The artifacts that `prepare_variants` put into the run's folder, by their digests."""
+    found = (open_artifact(store.folder / _name(config, recipe)) for recipe in config.recipes)
+    return {artifact.digest: artifact for artifact in found}
+
+
 def _name(config: RunConfig, recipe: Recipe) -> str:
     """The name of the artifact's folder within the run's folder."""
     model, rate = recipe.model, recipe.keep_rate

@@ -1,1 +1,5 @@
 """A run whose devices are simulated in one process."""
+
+from typing import Literal
+
+EngineName = Literal["torch", "onnx"]  # what trains simulated devices

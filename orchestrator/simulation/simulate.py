@@ -3,33 +3,27 @@
 Strategy, codecs, checks, journal and checkpoints are the same as in a run over the wire, and so are
 the beginning and the end of an order (`ondevice.order`, `ondevice.outcome`). A simulated device
 decodes the weights that it gets and encodes the update that it returns, so noise and bytes are the
-real ones. Only the network is missing, and PyTorch trains instead of ONNX Runtime (`.stack`).
+real ones. Only the network is missing. PyTorch trains, or ONNX Runtime as on a device (`.perform`).
 
 Only payload bytes are counted: no MQTT, and no artifact, which travels once. A round has neither
 quorum nor deadline, but a share of the devices may be late. A late device answers in the next round
 if `cohort.carry_rounds` allows it, else not at all. The same command resumes a stopped run.
 
 A user's networks are compiled before the first round, as `start` does, to refuse those that no
-device could train. The artifacts are then dropped. Without onnx only a warning is logged.
+device could train. PyTorch does not need the artifacts; without onnx only a warning is logged.
 """
 
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import models
-from models import submodel
 from ondevice.images import ImageSet
-from ondevice.order import begin, keeps_weights
-from ondevice.outcome import finish
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report, said
 from orchestrator.fleet import classes
@@ -38,9 +32,8 @@ from orchestrator.loop.contributions import Contributions
 from orchestrator.rules import admit, rounds
 from orchestrator.rules.attempt import Attempt, Verdict
 from orchestrator.run_folder.store import Store, referred
-from orchestrator.simulation import devices
-from orchestrator.simulation.kept import Kept
-from orchestrator.simulation.stack import STEPS, TorchEngine
+from orchestrator.simulation import EngineName, devices
+from orchestrator.simulation.perform import Agents, Devices, Site, Stacks
 from orchestrator.strategies import create
 from orchestrator.strategies.strategy import LearntState, Strategy
 from wire import seeds, stopping
@@ -56,6 +49,7 @@ def run(
     config: RunConfig,
     images_folder: Path,
     *,
+    engine: EngineName = "torch",
     stack: int = 0,
     late: float = 0.0,
     changed: Callable[[Report], None] = lambda _: None,
@@ -66,13 +60,15 @@ def run(
     Args:
         config: of the run; `cohort.max_devices` devices take part in a round.
         images_folder: holds `device-*.npz`, one file a device, which names the device.
-        stack: devices trained at once; 0: one on a CPU, the whole cohort on a GPU.
+        engine: what trains: "torch", or "onnx" as agents do, for which networks are compiled.
+        stack: devices that PyTorch trains at once; 0: one on a CPU, the whole cohort on a GPU.
         late: share of a round's devices, drawn by seed, that miss its end.
         changed: called after each round.
         told: called after each piece of work: a device's training, a step of the server's.
 
     Raises:
-        RunError: images are missing, tiers go by memory, or `late` is not in 0 <= late < 1.
+        RunError: images are missing, tiers go by memory, `late` is not in 0 <= late < 1, or ONNX
+            Runtime is asked for stacks.
         StillhouseError: what is wrong and what to do; the run's folder keeps what was reached. If
             no round was opened, what this start made is removed.
     """
@@ -83,6 +79,8 @@ def run(
         )
     if not 0 <= late < 1:
         raise RunError(f"late: expected a share of the devices from 0 to below 1, got {late}")
+    if engine == "onnx" and stack:
+        raise RunError("stack: ONNX Runtime trains each device alone; leave it out, or use torch")
     sources = networks.check(config)
     heldout = prepare.read_heldout(config)
     settled = classes.resolve(config, heldout.names)
@@ -91,11 +89,12 @@ def run(
         settled = settled.named_by(name, held.names)
     what = f"{len(images)} simulated devices with data {devices.digest(images):.12}"
     what += f", {late:g} of them late" if late else ""
+    what += ", trained by ONNX Runtime" if engine == "onnx" else ""
     prepare.check(config, heldout)
     with prepare.opened(config, heldout, what) as store:
         networks.claim(store.folder, sources)
         config = classes.settle(config, settled)
-        if store.last_attempt() is None:
+        if engine == "torch" and store.last_attempt() is None:
             _compile_on_trial(config)
         report = Report(config, store, sources)
 
@@ -107,9 +106,20 @@ def run(
             report.progress(what, done, total)
             tell()
 
-        task = prepare.task(config, store, prepare.variants(config), heldout, report)
+        by_digest = {}
+        if engine == "onnx":
+            # Imported here, since a simulation with PyTorch does without onnx.
+            from orchestrator.launch import artifacts
+
+            variants = artifacts.prepare_variants(config, store)
+            by_digest = artifacts.by_digest(config, store)
+        else:
+            variants = prepare.variants(config)
+        task = prepare.task(config, store, variants, heldout, report)
+        site = Site(config, store, task, images)
+        work = Agents(site, by_digest) if by_digest else Stacks(site, stack)
         strategy = create(config.strategy, replace(task, progress=progress))
-        simulation = _Simulation(config, store, strategy, images, stack=stack, late=late, tell=tell)
+        simulation = _Simulation(config, store, strategy, images, work, late=late, tell=tell)
         store.started()
         with stopping.instead(lambda: said(report, "the open round is done again")):
             simulation.run(report, changed)
@@ -153,25 +163,15 @@ class _Simulation:
         store: Store,
         strategy: Strategy,
         images: Mapping[str, ImageSet],
+        work: Devices,
         *,
-        stack: int,
         late: float,
         tell: Callable[[], None],
     ) -> None:
         self._config, self._store, self._strategy, self._tell = config, store, strategy, tell
         self._contributions = Contributions(strategy, store.patience.attempt)
-        self._images, self._stack, self._late = images, stack, late
+        self._images, self._devices, self._late = images, work, late
         self._births = {name: devices.birth(name, held) for name, held in images.items()}
-        self._kept = Kept(store.folder)
-        self._engines: dict[str, TorchEngine] = {}
-        for recipe, variant in strategy.task.variants.items():
-            model = prepare.fresh(config, recipe)
-            if not config.submodel.whole:
-                layout = submodel.layout(model, config.device.input)
-                model = submodel.narrow(model, layout, recipe.keep_rate)
-            self._engines[variant.artifact.digest] = TorchEngine(
-                model, config.device, strategy.task.torch_device
-            )
 
     def run(self, report: Report, changed: Callable[[Report], None]) -> None:
         config, store = self._config, self._store
@@ -203,7 +203,11 @@ class _Simulation:
             report.rounds(now)
             self._tell()
             results = {}
-            for result in self._perform(done, report):
+            for result in self._devices.perform(done):
+                order = done[result.device]
+                down = (ref.size for ref in (order.state, order.teacher) if ref is not None)
+                report.sent(result.device, sum(down))
+                report.received(result.device, sum(b.size for b in result.blobs.values()))
                 results[result.device] = result
                 report.rounds(replace(now, returned=frozenset(results)))
                 self._tell()
@@ -249,70 +253,3 @@ class _Simulation:
             log.warning("%s: result refused: %s", device, fault)
             return Verdict(device, accepted=False, reason=str(fault), result=result)
         return Verdict(device, accepted=True, reason="", result=result)
-
-    def _perform(self, orders: Mapping[str, Order], report: Report) -> Iterator[Result]:
-        """The cohort's results.
-
-        Devices share stacks if their orders differ in nothing that a stack has only one of.
-        """
-        task, groups = self._strategy.task, defaultdict(list)
-        for name, order in orders.items():
-            # A carried order may have another learning rate than this round's orders, and a user's
-            # strategy may give each device other settings.
-            shared = order.lr, order.mu, order.temperature, order.epochs
-            groups[order.artifact.digest, self._steps(name, order), shared].append(name)
-        for (digest, *_), names in groups.items():
-            size = self._stack or (len(names) if task.torch_device.type == "cuda" else 1)
-            for at in range(0, len(names), size):
-                together = {name: orders[name] for name in names[at : at + size]}
-                for result in self._together(self._engines[digest], together):
-                    order = orders[result.device]
-                    down = (ref.size for ref in (order.state, order.teacher) if ref is not None)
-                    report.sent(result.device, sum(down))
-                    report.received(result.device, sum(b.size for b in result.blobs.values()))
-                    yield result
-
-    def _steps(self, name: str, order: Order) -> float:
-        """How many steps Adam has done on a device; a stack needs one count for all its devices."""
-        if self._config.device.optimizer != "adam" or not keeps_weights(order):
-            return 0.0
-        return float(self._kept.of(name, order).read().get(STEPS, 0))
-
-    def _together(self, engine: TorchEngine, orders: Mapping[str, Order]) -> Iterator[Result]:
-        """The results of devices that are trained in one stack."""
-        blobs, starts = self._strategy.task.blobs, {}
-        for name, order in orders.items():
-            try:
-                files = self._kept.of(name, order)
-                starts[name] = begin(order, engine.model, self._images[name], blobs, files)
-            except StorageError:  # a fault of our disk, not the device's
-                raise
-            except StillhouseError as fault:
-                yield self._result(name, order, fault=str(fault))
-        trains = any(start.steps for start in starts.values())
-        ended = engine.train([*starts.values()]) if trains else [None] * len(starts)
-        for (name, start), trained in zip(starts.items(), ended, strict=True):
-            try:
-                outcome = finish(start, trained, engine, blobs)
-            except StorageError:
-                raise
-            except StillhouseError as fault:  # training diverged
-                yield self._result(name, start.order, fault=str(fault))
-                continue
-            if (kept := outcome.kept_state) is not None:
-                keep = partial(self._kept.put, name, start.order, kept)
-                self._store.patience.attempt(keep)
-            yield self._result(name, start.order, blobs=outcome.blobs, metrics=outcome.metrics)
-
-    def _result(self, name: str, order: Order, **outcome: Any) -> Result:
-        images = self._images[name]
-        return Result(
-            device=name,
-            run=order.run,
-            sequence=order.sequence,
-            round=order.round,
-            samples=len(images.y),
-            data_digest=images.digest,
-            submodel=order.submodel,
-            **outcome,
-        )

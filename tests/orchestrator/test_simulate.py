@@ -40,6 +40,7 @@ from orchestrator.loop.contributions import Contributions
 from orchestrator.rules import rounds
 from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
 from orchestrator.simulation import devices, simulate
+from orchestrator.simulation.kept import Kept
 from orchestrator.strategies import create
 from orchestrator.strategies.fedavg import FedAvg
 from orchestrator.strategies.gkt.state import GktState
@@ -170,6 +171,10 @@ def test_agents_with_onnx_runtime_arrive_where_the_simulation_does(
     finally:
         store.close()
     assert_close(state.pack().tensors, weights_of(config), start_of(config), 0.05)
+    simulated = replace(config, runs=tmp_path / "simulated")
+    simulate.run(simulated, digits, engine="onnx")
+    for name, array in weights_of(simulated).items():
+        assert np.array_equal(array, state.pack().tensors[name]), name
 
 
 @pytest.fixture(scope="session")
@@ -483,6 +488,8 @@ def test_what_cannot_be_simulated_is_refused(config, digits, tmp_path):
         simulate.run(plain, digits)
     with pytest.raises(RunError, match=r"expected 2 or more files device-\*.npz, found 0"):
         simulate.run(config, tmp_path)
+    with pytest.raises(RunError, match="stack: ONNX Runtime trains each device alone"):
+        simulate.run(config, digits, engine="onnx", stack=2)
     tiers = SubmodelConfig(1.0, tiers=(Tier(0.5, memory_mb=512),))
     with pytest.raises(RunError, match="simulated devices have no memory to go by; name them"):
         simulate.run(replace(config, submodel=tiers), digits)
@@ -498,19 +505,20 @@ def test_what_training_made_before_it_diverged_is_not_kept(config, digits):
     assert not (config.folder / "own").exists()
 
 
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
 @pytest.mark.parametrize("function", ["begin", "finish"])
 def test_a_disk_that_fails_ends_the_run_and_is_not_the_devices_fault(
-    config, digits, monkeypatch, function
+    config, digits, monkeypatch, function, engine
 ):
     def fails(*_):
         raise StorageError("runs: read-only")
 
-    monkeypatch.setattr(simulate, function, fails)
+    monkeypatch.setattr(f"orchestrator.simulation.perform.{function}", fails)
     with pytest.raises(StorageError, match="runs: read-only"):
-        simulate.run(config, digits)
+        simulate.run(config, digits, engine=engine)
 
 
-@pytest.mark.parametrize(("cls", "name"), [(simulate.Kept, "put"), (Local, "admit")])
+@pytest.mark.parametrize(("cls", "name"), [(Kept, "put"), (Local, "admit")])
 def test_while_the_disk_is_full_a_devices_work_waits_for_room(
     config, digits, monkeypatch, cls, name
 ):
