@@ -31,7 +31,8 @@ class Looks(NamedTuple):
     """The crop and flip of each of N samples; `PAD` zeros surround a sample before the crop.
 
     Attributes:
-        rows, columns: (N,) int64, 0 to 2 PAD; where the crop begins. `PAD` changes nothing.
+        rows, columns: (N,) int64, 0 to 2 PAD, or more if the crop is smaller than the image; where
+            the crop begins. `PAD` changes nothing.
         flips: (N,) bool, whether left and right are swapped.
     """
 
@@ -57,18 +58,18 @@ def looks(view: int, n: int) -> Looks:
     return Looks(middle, middle, np.full(n, view == MIRRORED))
 
 
-def drawn(raw: NDArray[np.uint64], shift: int = PAD) -> Looks:
+def drawn(raw: NDArray[np.uint64], shift: int = PAD, smaller: tuple[int, int] = (0, 0)) -> Looks:
     """Looks from random integers (3 N,): row offsets, then column offsets, then flips.
 
     Args:
         raw: the integers.
         shift: most pixels that a crop is moved by, up to `PAD`.
+        smaller: how many rows and columns a crop is smaller than the image.
     """
     rows, columns, flips = raw.reshape(3, -1)
-    places, first = np.uint64(2 * shift + 1), PAD - shift
     offsets = (
-        (rows % places).astype(np.int64) + first,
-        (columns % places).astype(np.int64) + first,
+        (of_all % np.uint64(2 * shift + 1 + less)).astype(np.int64) + PAD - shift
+        for of_all, less in zip((rows, columns), smaller, strict=True)
     )
     return Looks(*offsets, (flips & np.uint64(1)).astype(bool))
 

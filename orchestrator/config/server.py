@@ -29,6 +29,8 @@ class ServerConfig:
         flips: of cropped feature maps. "random": each epoch draws which samples are mirrored;
             "alternating": each sample is mirrored in every second epoch.
         shift: most pixels that feature maps are moved by when they are cropped.
+        small_crops: share of server training, from its beginning, in which maps are cropped to 3/4
+            of their height and width. Such an epoch costs a little over half of a whole one.
         torch_device: "auto" takes CUDA if it is available.
         precision: of convolutions and matrix products; "auto" is bfloat16 on CUDA, else float32.
         compile: run the large model through torch.compile; needs a C++ compiler, on CUDA Triton.
@@ -53,6 +55,7 @@ class ServerConfig:
     averaging: bool = False
     flips: Literal["random", "alternating"] = "random"
     shift: int = 4
+    small_crops: float = 0.0
     torch_device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
@@ -71,6 +74,8 @@ class ServerConfig:
             fits = min(self.epochs, default=-1) >= 0 and any(self.epochs)
             expect("epochs", self.epochs, fits, "a list of 0 or more, not only of 0")
         expect("shift", self.shift, self.shift <= PAD, f"at most {PAD}")
+        small = self.small_crops
+        expect("small_crops", small, 0 <= small < 1, "0 or more and below 1")
         share = self.label_smoothing
         expect("label_smoothing", share, 0 <= share < 1, "0 or more and below 1")
         expect("lr", self.lr, self.lr > 0, "over 0")

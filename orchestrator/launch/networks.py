@@ -60,6 +60,8 @@ def check(config: RunConfig) -> Sources:
         maps = extractors.feature_shape(config, found)
         with _saying("server.model"):
             _tried(config, config.server.model, maps, sources)
+        if config.server.small_crops and extractors.crops(config):
+            _check_small_crops(config, maps)
     return sources
 
 
@@ -210,6 +212,21 @@ def _check_crops(model: nn.Module, name: str, shape: tuple[int, int, int]) -> No
             "middle of an image they depend on all of it, or on the place; cut it before such a "
             "layer, or use no views"
         )
+
+
+def _check_small_crops(config: RunConfig, maps: tuple[int, int, int]) -> None:
+    """Check that the large model, made for maps of one size, takes small crops of them, too."""
+    large = models.build(
+        config.server.model, classes=config.device.class_count, input_shape=maps
+    ).train()
+    height, width = distill.small(maps)
+    try:
+        large(torch.zeros(2, maps[0], height, width))
+    except RuntimeError as fault:
+        raise RunError(
+            f"server.small_crops: {title(config.server.model)} does not take crops of {height} x "
+            f"{width}; set it to 0, or use a model that pools over the whole map"
+        ) from fault
 
 
 @contextmanager

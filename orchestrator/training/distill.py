@@ -102,7 +102,10 @@ def train(
     slow = SlowWeights(model) if config.averaging else None
     for epoch in range(course.epochs):
         order = trained[seeds.raw(seed, epoch, len(trained)).argsort(kind="stable")]
-        looks = _looks(config, seed, epoch, len(samples))
+        size = None
+        if samples.crops_all and course.done(epoch) < config.small_crops:
+            size = small(samples.shape)
+        looks = _looks(config, seed, epoch, samples, size)
         total, seen = torch.zeros((), dtype=torch.float64, device=device), 0
         for i in range(batches):
             chosen = order[i * config.batch : (i + 1) * config.batch]
@@ -111,7 +114,7 @@ def train(
             for parameters in optimizer.param_groups:
                 parameters["lr"] = course.rate(epoch, i / batches)
             part = group.part(chosen)
-            drawn = samples.draw(part, looks.of(part))
+            drawn = samples.draw(part, looks.of(part), size)
             with autocast(config, device):
                 out = (whole if len(chosen) == config.batch else joint)(drawn.features)
             value = loss.mean(
@@ -146,9 +149,18 @@ def train(
     return mean
 
 
-def _looks(config: ServerConfig, seed: int, epoch: int, count: int) -> views.Looks:
-    """How each sample is cropped and mirrored in an epoch."""
-    looks = views.drawn(seeds.raw(seed, LOOKS + epoch, 3 * count), config.shift)
+def small(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of the crops of `server.small_crops`, of maps (C, H, W)."""
+    return 3 * shape[1] // 4, 3 * shape[2] // 4
+
+
+def _looks(
+    config: ServerConfig, seed: int, epoch: int, samples: Samples, size: tuple[int, int] | None
+) -> views.Looks:
+    """How each sample is cropped, to this size or its own, and mirrored in an epoch."""
+    count, (height, width) = len(samples), samples.shape[1:]
+    smaller = (height - size[0], width - size[1]) if size else (0, 0)
+    looks = views.drawn(seeds.raw(seed, LOOKS + epoch, 3 * count), config.shift, smaller)
     if config.flips == "alternating":
         first = views.drawn(seeds.raw(seed, LOOKS, 3 * count)).flips
         looks = looks._replace(flips=first ^ (epoch % 2 == 1))

@@ -78,6 +78,7 @@ class Samples:
         sources: as given.
         spans: the numbers of each source's samples.
         trained: the numbers of the samples that are trained on.
+        shape: of one feature map.
     """
 
     def __init__(self, sources: Sequence[Source], device: torch.device) -> None:
@@ -94,7 +95,8 @@ class Samples:
         self._weights = np.array([each.weight for each in sources], np.float32)
         self._both_views = np.array([each.both_views for each in sources])
         self._cropped = np.array([each.fill is not None for each in sources])
-        channels = self._columns[0]["features"].shape[1]
+        self.shape = self._columns[0]["features"].shape[1:]
+        channels = self.shape[0]
         none, same = np.zeros(channels, np.float32), np.arange(channels)
         self._fills = np.stack([none if each.fill is None else each.fill for each in sources])
         self._mirrors = [same if each.mirror is None else each.mirror for each in sources]
@@ -108,12 +110,19 @@ class Samples:
         """Number of samples."""
         return len(self._owner)
 
-    def draw(self, chosen: NDArray[np.int64], looks: Looks | None = None) -> Batch:
+    def draw(
+        self,
+        chosen: NDArray[np.int64],
+        looks: Looks | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Batch:
         """The samples with these numbers, in this order.
 
         Args:
             chosen: (B,).
             looks: (B,), applied to samples that can be cropped; None shows them plain.
+            size: height and width of the crops, if all samples can be cropped (`crops_all`); None:
+                those of the maps.
         """
         owner = self._owner[chosen]
         both, cropped = self._both_views[owner], self._cropped[owner]
@@ -124,7 +133,9 @@ class Samples:
         if looks is not None and cropped.any():
             # Maps of a single view cannot be cropped: the crop at (PAD, PAD) is the map itself.
             corner = np.where(cropped, looks.rows, PAD), np.where(cropped, looks.columns, PAD)
-            features = _crop(features, Looks(*corner, looks.flips), self._fills[owner], both)
+            looks = Looks(*corner, looks.flips)
+            size = size or (features.shape[2], features.shape[3])
+            features = _crop(features, looks, size, self._fills[owner], both)
             turned = cropped & ~both & looks.flips
             for number in np.unique(owner[turned]):
                 of = torch.from_numpy(np.flatnonzero(turned & (owner == number)))
@@ -134,6 +145,11 @@ class Samples:
             features = features.contiguous(memory_format=torch.channels_last)
         weights = torch.from_numpy(self._weights[owner]).to(self._device)
         return Batch(features, read["logits"], read["labels"], weights)
+
+    @property
+    def crops_all(self) -> bool:
+        """Whether the maps of all samples can be cropped."""
+        return bool(self._cropped.all())
 
     def weight(self, chosen: NDArray[np.int64]) -> float:
         """Sum of the weights of the samples with these numbers."""
@@ -173,22 +189,24 @@ def _decode(columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _crop(
     features: torch.Tensor,
     looks: Looks,
+    size: tuple[int, int],
     fills: NDArray[np.float32],
     both: NDArray[np.bool_],
 ) -> torch.Tensor:
-    """Crops of feature maps (B, C, H, W), not mirrored.
+    """Crops (B, C, *size) of feature maps (B, C, H, W), not mirrored.
 
-    A crop at column c of an image, when mirrored, is the crop at 2 PAD - c of the mirrored image.
-    So columns count from the other side where the map is of the mirrored image (`both` and
-    flipped).
+    A crop of width w at column c of an image, when mirrored, is the crop at W + 2 PAD - w - c of
+    the mirrored image. So columns count from the other side where the map is of the mirrored image
+    (`both` and flipped).
     """
     count, channels, height, width = features.shape
     device = features.device
     fill = torch.from_numpy(fills).to(device)[:, None, None, :]
     padded = fill.expand(count, height + 2 * PAD, width + 2 * PAD, channels).contiguous()
     padded[:, PAD:-PAD, PAD:-PAD] = features.permute(0, 2, 3, 1)
-    left = np.where(both & looks.flips, 2 * PAD - looks.columns, looks.columns)
-    rows = torch.from_numpy(looks.rows[:, None] + np.arange(height)).to(device)
-    columns = torch.from_numpy(left[:, None] + np.arange(width)).to(device)
+    last = width + 2 * PAD - size[1]
+    left = np.where(both & looks.flips, last - looks.columns, looks.columns)
+    rows = torch.from_numpy(looks.rows[:, None] + np.arange(size[0])).to(device)
+    columns = torch.from_numpy(left[:, None] + np.arange(size[1])).to(device)
     each = torch.arange(count, device=device)[:, None, None]
     return padded[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -59,6 +59,19 @@ def test_training_lowers_the_loss_and_the_same_seed_gives_the_same_weights():
     assert distill.accuracy(logits, torch.from_numpy(shards[1].labels)) > 0.6
 
 
+@pytest.mark.parametrize(("crops", "sides"), [(True, [6, 6, 8, 8, 8]), (False, [8] * 5)])
+def test_the_first_epochs_train_on_small_crops_where_all_maps_can_be_cropped(crops, sides):
+    source = replace(Source(shard(16, 0)), fill=np.zeros(16, np.float32) if crops else None)
+    source = replace(source, mirror=np.arange(16) if crops else None)
+    config, seen = replace(CONFIG, epochs=5, batch=16, small_crops=0.4), []
+    model = models.build("resnet10", classes=3, input_shape=(16, 8, 8))
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[2:]))
+    step = optimizers.make_optimizer(model, config)
+    samples = Samples([source], torch.device("cpu"))
+    distill.train(model, step, samples, config, seed=0, progress=lambda *_: None)
+    assert seen == [(side, side) for side in sides]
+
+
 def test_predictions_are_in_the_order_of_the_samples():
     model, _, _ = train([shard(30, 0)])
     inputs = shard(21, 5).features

@@ -247,6 +247,20 @@ def test_crops_of_feature_maps_that_see_the_whole_image_are_refused(run, tmp_pat
         networks.check(config)
 
 
+def test_a_large_model_that_takes_no_small_crops_is_refused(run, tmp_path):
+    (tmp_path / "job/nets.py").write_text(
+        NETS + "\ndef flat(classes, input_shape):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))\n"
+    )
+    config = replace(run(), transfer=TransferConfig(views=True, freeze_after=1))
+    server = replace(config.server, small_crops=0.5)
+    networks.check(replace(config, server=server))
+    server = replace(server, model=placed(config, "nets.py:flat"))
+    networks.check(replace(config, server=replace(server, small_crops=0.0)))
+    with pytest.raises(RunError, match=r"small_crops: nets:flat does not take crops of 24 x 24;"):
+        networks.check(replace(config, server=server))
+
+
 def test_a_tensor_of_two_names_is_refused_where_a_run_begins(run, tmp_path):
     (tmp_path / "job/nets.py").write_text(
         NETS + "\ndef tied(classes):\n    net = Small(classes, width=3)\n"

@@ -117,6 +117,7 @@ def test_a_later_round_than_those_listed_has_the_last_number_of_epochs():
         ("epochs", (0, 0), "not only of 0"),
         ("epochs", (-1, 2), "0 or more"),
         ("shift", 5, "shift: expected at most 4, got 5"),
+        ("small_crops", 1.0, "small_crops: expected 0"),
         ("label_smoothing", 1.0, "label_smoothing: expected 0"),
     ],
 )

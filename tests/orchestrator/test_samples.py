@@ -12,7 +12,7 @@ from orchestrator.strategies.gkt import extractors
 from orchestrator.training import distill
 from orchestrator.training.samples import Samples, Source
 from orchestrator.training.shards import Shard, shelve
-from wire import frames, tensors
+from wire import frames, seeds, tensors
 
 SHAPE, CLASSES = (4, 32, 32), 5
 
@@ -107,6 +107,30 @@ def test_a_crop_of_feature_maps_is_the_feature_map_of_the_crop():
     assert plain.weights.tolist() == [1.0, 0.5]
     # Samples with feature maps of only one view stay as they are, whatever the look.
     assert np.array_equal(samples.draw(np.arange(4), looks.of(np.arange(4))).features, rows[:4])
+
+
+@pytest.mark.parametrize("sends_mirrored", [True, False])
+def test_a_small_crop_is_a_part_of_the_padded_map(sends_mirrored):
+    rng = np.random.default_rng(1)
+    maps = rng.standard_normal((5, 3, 16, 12)).astype(np.float32)
+    rows = np.concatenate([maps, maps[..., ::-1]]) if sends_mirrored else maps
+    shard = Shard(rows, np.zeros((len(rows), 3), np.float32), np.arange(len(rows)) % 3)
+    fill = np.array([1.0, 2.0, 3.0], np.float32)
+    mirror = None if sends_mirrored else np.arange(3)
+    samples = Samples([Source(shard, fill=fill, mirror=mirror)], torch.device("cpu"))
+    assert samples.crops_all
+    assert not Samples([Source(shard)], torch.device("cpu")).crops_all
+    padded = np.tile(fill[:, None, None], (5, 1, 24, 20))
+    padded[:, :, PAD:-PAD, PAD:-PAD] = maps
+    size = distill.small(samples.shape)
+    assert size == (12, 9)
+    looks = views.drawn(seeds.raw(3, 0, 15), 2, (4, 3))
+    assert looks.rows.max() > 2 * PAD - 2
+    assert 0 < looks.flips.sum() < 5
+    drawn = samples.draw(np.arange(5), looks, size).features.numpy()
+    for n, (row, column, flip) in enumerate(zip(*looks, strict=True)):
+        part = padded[n, :, row : row + 12, column : column + 9]
+        np.testing.assert_array_equal(drawn[n], part[..., ::-1] if flip else part)
 
 
 def test_the_map_of_a_mirrored_image_is_made_of_the_plain_map():
