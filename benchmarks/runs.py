@@ -64,6 +64,8 @@ def add_options(
     parser.add_argument("--devices", type=command.count, default=devices)
     parser.add_argument("--per-device", type=command.count, help="samples on each; default: all")
     parser.add_argument("--eval-every", type=command.count, default=eval_every)
+    parser.add_argument("--engine", choices=("torch", "onnx"), default="torch",
+                        help="what trains simulated devices; onnx is faster on a CPU")  # fmt: skip
     parser.add_argument("--jobs", type=command.count, default=1, help="runs at once")
     parser.add_argument("--threads", type=command.count, default=1, help="for each run")
     parser.add_argument("--pieces", type=_minutes, metavar="MINUTES",
@@ -172,7 +174,7 @@ def simulate(
             raise TimeIsUp(f"{config.name}: {reached} of {config.rounds} rounds")
 
     simulate.hold_threads(options.threads)
-    simulate.run(config, shards, changed=changed, **more)
+    simulate.run(config, shards, engine=options.engine, changed=changed, **more)
 
 
 def deal(

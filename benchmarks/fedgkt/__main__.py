@@ -12,7 +12,8 @@ with the run "two-way", which is always done too; settings of the group "full" w
     --preset cpu     10 devices with 250 images each, 10 rounds, resnet10, 4 epochs in bfloat16, 3
                      epochs of the devices in batches of 16; 2,000 images to evaluate on
 
-    --preset full    16 devices with all images, 30 rounds; with --settings full
+    --preset full    16 devices with all images, 30 rounds; with --settings full, for a CPU that
+                     computes in bfloat16, and with --engine onnx
 
 An option on the command line wins over the preset's. A finished run is not done again, and a
 stopped run goes on. A folder takes one set of options; with `--schedule constant` rounds may be
@@ -131,6 +132,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         schedule=options.schedule,
         rounds=options.rounds if options.schedule == "cosine" else None,
         eval_every=options.eval_every,
+        engine=options.engine,
     )
 
 

@@ -15,6 +15,7 @@ from benchmarks import runs
 from benchmarks.fedgkt import settings
 from benchmarks.fedgkt.settings import GROUPS, ORDER, Plan, Setting
 from benchmarks.runs import Record
+from ondevice import meter
 from orchestrator.config import RunConfig
 from wire import tensors
 from wire.errors import SettingsError
@@ -74,6 +75,8 @@ def keep(config: RunConfig, setting: Setting, plan: Plan) -> None:
         "feature_bytes": _feature_bytes(config, joined),
         "train_flops": statistics.fmean(d["train_flops"] for d in joined),
         "seconds": sum(entry["seconds"] for entry in rounds),
+        "server_train_s": sum(entry.get("server_train_s", 0.0) for entry in rounds),
+        "peak_bytes": meter.resident_bytes("VmHWM"),
     }
     runs.keep(config, config.runs, record)
 

@@ -2,7 +2,7 @@
 
 Bytes are those of MQTT payloads sent and received, with framing and repetitions. The time left is
 the mean time of the newest `NEWEST` rounds, times the number of rounds to go, minus the time that
-the open round has taken.
+the open round has taken. FedGKT's server training is counted by its epochs.
 """
 
 import contextlib
@@ -214,13 +214,20 @@ class Report:
 
     def _time_left(self) -> tuple[float | None, int]:
         """About how many seconds the run still takes, and how many rounds that is based on."""
-        newest = [entry["seconds"] for entry in self.entries[-NEWEST:]]
+        newest = self.entries[-NEWEST:]
         if not newest:
             return None, 0
-        each = sum(newest) / len(newest)
+        # Rounds differ in their epochs of server training.
+        epochs, ended = self._config.server.epochs_in, len(self.entries)
+        trained = sum(entry.get("server_train_s", 0.0) for entry in newest)
+        rest = (sum(entry["seconds"] for entry in newest) - trained) / len(newest)
+        passes = sum(epochs(entry["round"]) for entry in newest if "server_train_s" in entry)
+        each = trained / max(passes, 1)
+        ahead = [rest + epochs(n) * each for n in range(ended + 1, self._config.rounds + 1)]
         opened_at = self._opened_at
-        done = 0.0 if opened_at is None else min(time.monotonic() - opened_at, each)
-        return max((self._config.rounds - len(self.entries)) * each - done, 0.0), len(newest)
+        if ahead and opened_at is not None:
+            ahead[0] = max(ahead[0] - (time.monotonic() - opened_at), 0.0)
+        return sum(ahead), len(newest)
 
     def _awaits(self) -> str:
         """Who keeps the run waiting, in words; "" for nobody.

@@ -19,6 +19,7 @@ it holds none or stale ones (`_stale`). Otherwise it asks for z_c alone, if anyt
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
@@ -68,12 +69,12 @@ class Answer:
 
 
 class ServerTraining(NamedTuple):
-    """The large model after a round's training; `loss` is None in a round without any."""
+    """The large model after a round's training; without epochs there are no `metrics`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: optimizers.Schedule
-    loss: float | None
+    metrics: Metrics
 
 
 class FedGKT:
@@ -227,8 +228,7 @@ class FedGKT:
         scores = self.evaluate(after, trained.model, samples) if self.task.evaluated(round_) else {}
         after = replace(after, schedule=trained.schedule.after(scores.get("server_accuracy")))
         received.forget(self.task, after)
-        loss = {} if trained.loss is None else {"server_loss": trained.loss}
-        return after, {**loss, **scores}
+        return after, {**trained.metrics, **scores}
 
     def take_in(
         self, state: GktState, results: Sequence[Result], contributions: Iterable[Answer]
@@ -279,8 +279,9 @@ class FedGKT:
         schedule = optimizers.Schedule(
             config, optimizer, round_, task.config.rounds, state.schedule
         )
-        loss = None
+        metrics: Metrics = {}
         if schedule.course.epochs:
+            began = time.monotonic()
             loss = ranks.train(
                 model,
                 optimizer,
@@ -290,7 +291,8 @@ class FedGKT:
                 progress=lambda done, total: task.progress("distill", done, total),
                 course=schedule.course,
             )
-        return ServerTraining(model, optimizer, schedule, loss)
+            metrics = {"server_loss": loss, "server_train_s": time.monotonic() - began}
+        return ServerTraining(model, optimizer, schedule, metrics)
 
     def teach(
         self, state: GktState, round_: int, model: nn.Module, samples: Samples

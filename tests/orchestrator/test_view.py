@@ -118,6 +118,19 @@ def test_time_left_is_that_of_the_newest_rounds(report):
     assert words.time_left(report.snapshot()) == ""
 
 
+def test_time_left_counts_epochs_of_server_training(report):
+    server = replace(report._config.server, epochs=(8, 2, 2, 0))
+    report._config = replace(report._config, rounds=10, server=server)
+    report.entries.extend(
+        {**entry(n, 10 + 5 * epochs), "server_train_s": 5 * epochs}
+        for n, epochs in ((1, 8), (2, 2))
+    )
+    assert report.snapshot()["left_s"] == 8 * 10 + 2 * 5
+    report.entries.append(entry(3, 20))
+    report.opened()
+    assert 7 * 40 / 3 - 1 < report.snapshot()["left_s"] < 7 * 40 / 3
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
