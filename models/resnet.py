@@ -29,6 +29,8 @@ STEM_PLANES = 16
 OPPONENT = (
     (0, 0, 0, 21.0), (1, 0, 0, 1.74), (0, 1, 0, 1.41), (0, 0, 1, 1.14),
     (2, 0, 0, 0.38), (0, 1, 1, 0.28), (0, 2, 0, 0.22), (0, 0, 2, 0.21),
+    (0, 1, 2, 0.074), (0, 2, 1, 0.070), (1, 1, 0, 0.067), (1, 0, 1, 0.055),
+    (0, 2, 2, 0.023), (2, 1, 0, 0.019), (2, 0, 1, 0.016), (1, 1, 1, 0.010),
 )  # fmt: skip
 GREY = (
     (0, 0, 0, 7.0), (0, 1, 0, 0.47), (0, 0, 1, 0.38), (0, 1, 1, 0.09),
@@ -90,6 +92,7 @@ class DeviceResNet(nn.Module):
         cut: how many blocks belong to the extractor beside the stem. At depth 8, H then has 64
             channels. The same seed gives the same weights at each cut.
         opponent: whether the stem begins as `opponent_filters` instead of at random.
+        stem: channels of H at cut 0; with `opponent` an even number up to 32, of grey images 16.
     """
 
     def __init__(
@@ -100,20 +103,21 @@ class DeviceResNet(nn.Module):
         depth: int = 8,
         cut: int = 0,
         opponent: bool = False,
+        stem: int = STEM_PLANES,
     ) -> None:
         super().__init__()
-        stem, width = _stem(channels), EXPANSION * 16 if depth == 8 else STEM_PLANES
+        width = EXPANSION * 16 if depth == 8 else stem
         blocks: list[nn.Module] = (
-            [*_stage(STEM_PLANES, 16, blocks=2, stride=1)]
+            [*_stage(stem, 16, blocks=2, stride=1)]
             if depth == 8
-            else [Basic(STEM_PLANES) for _ in range(depth // 2 - 1)]
+            else [Basic(stem) for _ in range(depth // 2 - 1)]
         )
-        self.extractor = nn.Sequential(*stem, *blocks[:cut])
+        self.extractor = nn.Sequential(*_stem(channels, stem), *blocks[:cut])
         self.blocks = nn.Sequential(*blocks[cut:])
         self.fc = nn.Linear(width, classes)
         _initialise(self)
         if opponent:
-            half = opponent_filters(channels)[: STEM_PLANES // 2]
+            half = opponent_filters(channels, stem // 2)
             self.extractor[0].weight.data = torch.cat([half, -half])
 
     def extract(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,13 +184,14 @@ class ResNet(nn.Module):
         return logits
 
 
-def opponent_filters(channels: int) -> Tensor:
-    """Filters (8, channels, 3, 3) that whiten natural images: opponent colours times cosines.
+def opponent_filters(channels: int, number: int) -> Tensor:
+    """Filters (number, channels, 3, 3) that whiten natural images: opponent colours times cosines.
 
     The principal components of 3x3 patches of natural colour images are, nearly exactly, products
     of a colour axis (brightness, red-blue, green-magenta; Ruderman, Cronin, Chiao 1998) and a
-    discrete cosine. These are eight with the largest variances of normalized pixels; each is
-    divided by its output's standard deviation. With one channel there is one colour axis.
+    discrete cosine. These have the largest variances of normalized pixels; each is divided by its
+    output's standard deviation. With one channel there is one colour axis. There are 16, and 8 of
+    one channel.
     """
     waves = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0], [1.0, -2.0, 1.0]])
     waves = waves / waves.norm(dim=1, keepdim=True)
@@ -199,16 +204,16 @@ def opponent_filters(channels: int) -> Tensor:
     return torch.stack(
         [
             torch.einsum("c,y,x->cyx", colours[colour], waves[down], waves[across]) / variance**0.5
-            for colour, down, across, variance in rows
+            for colour, down, across, variance in rows[:number]
         ]
     )
 
 
-def _stem(channels: int) -> nn.Sequential:
-    """Images (N, channels, H, W) -> H (N, 16, H, W)."""
+def _stem(channels: int, planes: int = STEM_PLANES) -> nn.Sequential:
+    """Images (N, channels, H, W) -> H (N, planes, H, W)."""
     return nn.Sequential(
-        nn.Conv2d(channels, STEM_PLANES, 3, padding=1, bias=False),
-        nn.BatchNorm2d(STEM_PLANES),
+        nn.Conv2d(channels, planes, 3, padding=1, bias=False),
+        nn.BatchNorm2d(planes),
         nn.ReLU(),
     )
 

@@ -105,6 +105,8 @@ def write(folder: Path, plan: Plan) -> None:
         console.print(short)
     shown = runs.by_setting(records, ORDER)
     for name in GROUPS:
+        if settings.base_of(name) != settings.base(shown):
+            continue
         chosen = {s.name: shown[s.name] for s in settings.group(name, plan.devices)
                   if s.name in shown}  # fmt: skip
         _draw_rounds(folder / f"{plan.data}-{name}.png", f"{plan.data}: {name}", chosen, shown)

@@ -15,9 +15,11 @@ setting changes a few keys of `run.toml`. Settings are grouped by what they exam
                 the reference partly did
     full        our best setting, at the paper's size: a fixed extractor whose maps travel once, and
                 a fast large network; compared with "best"
+    short       the same with ten server epochs, which all come in the second round: what each
+                choice is worth; for --rounds 2, compared with "short"
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -193,8 +195,29 @@ RESNET55 = {"model": "resnet55", "epochs": (2,) * 20 + (0,), "batch": 250, "eval
 
 
 def _best(name: str, devices: int = 0, **change: Mapping[str, object]) -> Setting:
-    tables = {key: {**table, **change.get(key, {})} for key, table in BEST.change.items()}
+    return _changed(BEST, name, devices, **change)
+
+
+def _changed(
+    setting: Setting, name: str, devices: int = 0, **change: Mapping[str, object]
+) -> Setting:
+    tables = {key: {**table, **change.get(key, {})} for key, table in setting.change.items()}
     return Setting(name, tables, devices)
+
+
+# Devices train in both rounds, but are not taught.
+SHORT = _best("short", device={"alpha": 0.0}, server={"epochs": (0, 10)})
+OWN = Path(__file__).with_name("networks.py")
+PIXELS = {"model": anchored(f"{OWN}:Pixels", Path()), "features": "float32", "alpha": 0.0}
+
+
+def _short(name: str, **change: Mapping[str, object]) -> Setting:
+    return _changed(SHORT, f"short, {name}", **change)
+
+
+FEDAVG_RESNET8 = Setting("fedavg resnet8", {"strategy": "fedavg"})
+ALONE = Setting("resnet8 alone", {"strategy": "local"})
+SHARED = FEDAVG_RESNET8, ALONE  # by groups with different bases
 
 
 def _uplink(name: str, **transfer: object) -> Setting:
@@ -212,8 +235,8 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
     "compare": (
         Setting("fedavg large", {"strategy": "fedavg"}, whole=True),
         Setting("centralized", {"strategy": "fedavg"}, whole=True, devices=1),
-        Setting("resnet8 alone", {"strategy": "local"}),
-        Setting("fedavg resnet8", {"strategy": "fedavg"}),
+        ALONE,
+        FEDAVG_RESNET8,
     ),
     "payload": tuple(
         Setting(spec, {"device": {"features": spec}} if spec != FEATURES else {})
@@ -280,11 +303,39 @@ GROUPS: dict[str, tuple[Setting, ...]] = {
         _best("best, q=3", device={"features": "relu|q=3|zstd"}),
         _best("best, q=2", device={"features": "relu|q=2|zstd"}),
         _best("best, resnet55", server=RESNET55),
-        _best("best, none", device={"alpha": 0.0}),
+        _best("best, none", device={"alpha": 0.0}, server={"epochs": (1, 0)}),
+        _best("best, to server", device={"alpha": 0.0}, server={"alpha": 1.0}),
+        _best("best, two-way", server={"alpha": 1.0}),
         _best("best, plain students", transfer={"student_views": False}),
         *(_best(f"best, {n} devices", devices=n) for n in (8, 64)),
+        _best("all images", devices=1, device=PIXELS),
+        Setting("published rule", {"server": {"model": "resnet55", "epochs": 1}}),
+        Setting("fedavg resnet20", {"strategy": "fedavg", "device": {"model": "resnet20"}}),
+        FEDAVG_RESNET8,
+        ALONE,
+    ),
+    "short": (
+        SHORT,
+        *(_short(f"q={q}", device={"features": f"relu|q={q}|zstd"}) for q in (3, 2)),
+        _short("float32", device={"features": "float32"}),
+        *(
+            _short(f"{n} channels", device={"model": anchored(f"{OWN}:opponent{n}", Path())})
+            for n in (24, 32)
+        ),
+        _short("random extractor", device={"model": "resnet8"}),
+        _short("trained extractor", device={"model": "resnet8"}, transfer={"freeze_after": 1}),
+        _short("pixels", device=PIXELS),
+        _short("no small crops", server={"small_crops": 0.0}),
+        _short("no averaging", server={"averaging": False}),
+        _short("no label smoothing", server={"label_smoothing": 0.0}),
+        _short("random flips", server={"flips": "random"}),
+        _short("shift 4", server={"shift": 4}),
+        _short("sgd", server={"optimizer": "sgd", "lr": 0.3}),
+        _short("adam", server={"optimizer": "adam", "lr": 0.003}),
     ),
 }
+# Settings of these groups are compared with the group's first one.
+OWN_BASE = "full", "short"
 ORDER = tuple(dict.fromkeys([BASE.name, *(s.name for group in GROUPS.values() for s in group)]))
 
 
@@ -303,10 +354,17 @@ def _resolve(setting: Setting, devices: int) -> Setting:
     return BASE if replace(setting, name=BASE.name, devices=own) == BASE else setting
 
 
-def base(names: Iterable[str]) -> str:
-    """The setting that others are compared with: "best" among settings of group full."""
-    full = {setting.name for setting in GROUPS["full"]}
-    return BEST.name if full.issuperset(names) else BASE.name
+def base(names: Container[str]) -> str:
+    """The setting that others are compared with; see the module's docstring."""
+    for group in OWN_BASE:
+        if any(setting.name in names and setting not in SHARED for setting in GROUPS[group]):
+            return base_of(group)
+    return BASE.name
+
+
+def base_of(group: str) -> str:
+    """The setting that those of a group are compared with."""
+    return GROUPS[group][0].name if group in OWN_BASE else BASE.name
 
 
 def find(names: str, devices: int) -> list[Setting]:
