@@ -166,6 +166,13 @@ def simulate(
     """
     from orchestrator.simulation import simulate
 
+    simulate.hold_threads(options.threads)
+    changed = watch(config, seconds)
+    simulate.run(config, shards, engine=options.engine, changed=changed, **more)
+
+
+def watch(config: "RunConfig", seconds: float | None) -> Callable[["Report"], None]:
+    """A function to call after each round, which raises TimeIsUp when the time is over."""
     began = time.monotonic()
 
     def changed(report: "Report") -> None:
@@ -173,8 +180,7 @@ def simulate(
         if seconds is not None and time.monotonic() - began >= seconds and reached < config.rounds:
             raise TimeIsUp(f"{config.name}: {reached} of {config.rounds} rounds")
 
-    simulate.hold_threads(options.threads)
-    simulate.run(config, shards, engine=options.engine, changed=changed, **more)
+    return changed
 
 
 def deal(

@@ -3,8 +3,9 @@
     python -m benchmarks.fedgkt --data cifar10 --settings transfer --preset cpu --seeds 3 --out gkt
 
 Devices train ResNet-8 and send feature maps; the server trains the rest of a large network on them.
-Devices are simulated (`orchestrator.simulation`). Every payload is encoded and decoded by the
-codecs of the wire, and its real bytes are counted. `settings.py` lists the runs. All are compared
+Devices are simulated (`orchestrator.simulation`), or with `--wire` each is an agent's process
+(`over_wire.py`). Every payload is encoded and decoded by the codecs of the wire, and its real bytes
+are counted. `settings.py` lists the runs. All are compared
 with the run "two-way", which is always done too; settings of the group "full" with "best".
 
     --preset paper   16 devices with all images, 200 rounds, resnet55, 20 epochs of server training
@@ -42,7 +43,7 @@ import numpy as np
 
 import models
 from benchmarks import command, runs
-from benchmarks.fedgkt import report, settings
+from benchmarks.fedgkt import over_wire, report, settings
 from benchmarks.fedgkt.settings import Plan, Setting
 from wire.errors import SettingsError
 from wire.names import anchored
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=command.count, help="of devices' training")
     parser.add_argument("--lr", type=float, help="of devices' training")
     parser.add_argument("--schedule", choices=("constant", "cosine"), help="of learning rates")
+    parser.add_argument("--wire", action="store_true",
+                        help="agents and Mosquitto instead of simulated devices")  # fmt: skip
     return runs.main(parser, arguments, _measure)
 
 
@@ -86,6 +89,8 @@ def _measure(options: argparse.Namespace) -> None:
         _one(options, plan, **json.loads(options.one))
         return
     chosen = settings.find(options.settings, plan.devices)
+    if options.wire and (late := [setting.name for setting in chosen if setting.late]):
+        raise SettingsError(f"--wire: devices are late in {', '.join(late)}, which is simulated")
     models.input_shape(anchored(plan.server_model, Path()))  # there is such a network
     for setting in chosen:
         settings.device_model(setting, plan)
@@ -132,7 +137,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         schedule=options.schedule,
         rounds=options.rounds if options.schedule == "cosine" else None,
         eval_every=options.eval_every,
-        engine=options.engine,
+        engine="agents" if options.wire else options.engine,
     )
 
 
@@ -178,9 +183,12 @@ def _one(
     config = settings.run_config(
         setting, plan, seed=seed, rounds=options.rounds, folder=options.out
     )
-    more = {"late": setting.late} if setting.late else {}
     shards = settings.data_folder(setting, plan, seed, options.out)
-    runs.simulate(options, config, shards, seconds, **more)
+    if options.wire:
+        over_wire.run(config, shards, runs.watch(config, seconds))
+    else:
+        more = {"late": setting.late} if setting.late else {}
+        runs.simulate(options, config, shards, seconds, **more)
     report.keep(config, setting, plan)
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 import models
 from benchmarks import runs
-from benchmarks.fedgkt import settings
+from benchmarks.fedgkt import over_wire, settings
 from benchmarks.fedgkt.settings import GROUPS, ORDER, Plan, Setting
 from benchmarks.runs import Record
 from ondevice import meter
@@ -77,8 +77,19 @@ def keep(config: RunConfig, setting: Setting, plan: Plan) -> None:
         "seconds": sum(entry["seconds"] for entry in rounds),
         "server_train_s": sum(entry.get("server_train_s", 0.0) for entry in rounds),
         "peak_bytes": meter.resident_bytes("VmHWM"),
+        **_measured_over_wire(config, plan, joined),
     }
     runs.keep(config, config.runs, record)
+
+
+def _measured_over_wire(
+    config: RunConfig, plan: Plan, joined: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Bytes that the broker counted, and the largest peak of an agent's memory."""
+    if plan.engine != "agents":
+        return {}
+    peaks = [value for d in joined for key, value in d.items() if key.endswith("_peak_bytes")]
+    return {"broker_bytes": over_wire.traffic(config), "agent_peak_bytes": max(peaks)}
 
 
 def _feature_bytes(config: RunConfig, joined: Sequence[Mapping[str, Any]]) -> float | None:

@@ -74,7 +74,7 @@ class Plan:
         schedule: of both learning rates.
         rounds: when the schedule ends; None for a constant rate, and rounds may then be added.
         eval_every: rounds from one evaluation to the next.
-        engine: what trains simulated devices.
+        engine: what trains simulated devices; "agents" if they are real.
     """
 
     data: str
@@ -195,11 +195,11 @@ RESNET55 = {"model": "resnet55", "epochs": (2,) * 20 + (0,), "batch": 250, "eval
 
 
 def _best(name: str, devices: int = 0, **change: Mapping[str, object]) -> Setting:
-    return _changed(BEST, name, devices, **change)
+    return _changed(BEST, name, change, devices)
 
 
 def _changed(
-    setting: Setting, name: str, devices: int = 0, **change: Mapping[str, object]
+    setting: Setting, name: str, change: Mapping[str, Mapping[str, object]], devices: int = 0
 ) -> Setting:
     tables = {key: {**table, **change.get(key, {})} for key, table in setting.change.items()}
     return Setting(name, tables, devices)
@@ -212,7 +212,7 @@ PIXELS = {"model": anchored(f"{OWN}:Pixels", Path()), "features": "float32", "al
 
 
 def _short(name: str, **change: Mapping[str, object]) -> Setting:
-    return _changed(SHORT, f"short, {name}", **change)
+    return _changed(SHORT, f"short, {name}", change)
 
 
 FEDAVG_RESNET8 = Setting("fedavg resnet8", {"strategy": "fedavg"})

@@ -48,17 +48,19 @@ class Processes:
         deadline = time.monotonic() + limit_s
         while True:
             is_there = holds()
-            for name, process in self._running.items():
-                if process.poll():
-                    raise ContenderError(
-                        f"{name} ended with {process.returncode}: {self.end(name)}"
-                    )
+            self.check()
             if is_there:
                 return
             if time.monotonic() > deadline:
                 ends = "; ".join(f"{name}: {self.end(name)}" for name in self._running)
                 raise ContenderError(f"no {what} within {limit_s:g} s; {ends}")
             time.sleep(0.05)
+
+    def check(self) -> None:
+        """Raise ContenderError if a process failed; quotes the last line it wrote."""
+        for name, process in self._running.items():
+            if process.poll():
+                raise ContenderError(f"{name} ended with {process.returncode}: {self.end(name)}")
 
     def says(self, name: str, text: str) -> int:
         """How many times a process has written `text` so far."""

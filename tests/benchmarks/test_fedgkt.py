@@ -11,6 +11,7 @@ import models
 from benchmarks.fedgkt import page, report, settings
 from benchmarks.fedgkt.__main__ import deal, main
 from benchmarks.fedgkt.settings import BASE, GROUPS, Plan
+from orchestrator import broker
 from tests.conftest import ROOT
 from wire.errors import SettingsError
 
@@ -92,6 +93,23 @@ def test_a_run_in_pieces_is_the_run_at_once(done, tmp_path, capfd):
         for measured in ("seconds", "server_train_s", "peak_bytes"):
             assert record.pop(measured) > 0
     assert pieces == at_once
+
+
+@pytest.mark.skipif(broker.find() is None, reason="needs mosquitto")
+def test_agents_over_mqtt_arrive_where_simulated_ones_do(tmp_path, capsys):
+    """To the bit, since the simulated ones run the same compiled step in one thread."""
+    found = []
+    for way in (["--wire"], ["--engine", "onnx"]):
+        out = tmp_path / way[-1]
+        assert main(command(out, "--settings", "two-way", *way)) == 0, capsys.readouterr().err
+        found.append(json.loads((out / "digits-two-way-0.json").read_text()))
+    agents, simulated = found
+    for key in ("server_accuracy", "device_accuracy", "train_flops"):
+        assert agents[key] == simulated[key]
+    assert sum(agents["bytes_up"].values()) < agents["broker_bytes"]["received"]
+    assert agents["agent_peak_bytes"] > 50 << 20
+    assert main(command(tmp_path / "late", "--settings", "30 % late", "--wire")) == 2
+    assert "--wire: devices are late in 30 % late, which is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["iid", "dirichlet"])
