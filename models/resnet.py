@@ -26,13 +26,13 @@ from torch.nn import functional as F
 EXPANSION = 4
 STEM_PLANES = 16
 # Of each filter: the colour axis, the waves down and across, and the variance of its output.
-OPPONENT = (
+OPPONENT: tuple[tuple[int, int, int, float], ...] = (
     (0, 0, 0, 21.0), (1, 0, 0, 1.74), (0, 1, 0, 1.41), (0, 0, 1, 1.14),
     (2, 0, 0, 0.38), (0, 1, 1, 0.28), (0, 2, 0, 0.22), (0, 0, 2, 0.21),
     (0, 1, 2, 0.074), (0, 2, 1, 0.070), (1, 1, 0, 0.067), (1, 0, 1, 0.055),
     (0, 2, 2, 0.023), (2, 1, 0, 0.019), (2, 0, 1, 0.016), (1, 1, 1, 0.010),
 )  # fmt: skip
-GREY = (
+GREY: tuple[tuple[int, int, int, float], ...] = (
     (0, 0, 0, 7.0), (0, 1, 0, 0.47), (0, 0, 1, 0.38), (0, 1, 1, 0.09),
     (0, 2, 0, 0.08), (0, 0, 2, 0.07), (0, 1, 2, 0.02), (0, 2, 1, 0.02),
 )  # fmt: skip
@@ -192,6 +192,9 @@ def opponent_filters(channels: int, number: int) -> Tensor:
     discrete cosine. These have the largest variances of normalized pixels; each is divided by its
     output's standard deviation. With one channel there is one colour axis. There are 16, and 8 of
     one channel.
+
+    Raises:
+        ValueError: more are asked for.
     """
     waves = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 1.0], [1.0, -2.0, 1.0]])
     waves = waves / waves.norm(dim=1, keepdim=True)
@@ -200,6 +203,8 @@ def opponent_filters(channels: int, number: int) -> Tensor:
         rows = OPPONENT
     else:
         colours, rows = torch.ones(1, channels), GREY
+    if number > len(rows):
+        raise ValueError(f"stem: expected up to {2 * len(rows)} channels, got {2 * number}")
     colours = colours / colours.norm(dim=1, keepdim=True)
     return torch.stack(
         [

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from models.resnet import DeviceResNet
 from tools.export import export
 from wire.errors import StillhouseError
 
@@ -70,6 +71,23 @@ def test_device_half_hands_out_its_feature_map(name, shape, extractor):
     assert torch.equal(features, model.extractor(x))
     server = models.build("resnet10", classes=10, input_shape=shape).eval()
     assert server(features).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("channels", "stem"), [(3, 16), (3, 24), (3, 32), (1, 16)])
+def test_an_opponent_stem_has_filters_with_their_opposites_and_mirror_images(channels, stem):
+    filters = DeviceResNet(4, channels, opponent=True, stem=stem).extractor[0].weight.detach()
+    assert len(filters) == stem
+    assert torch.equal(filters[stem // 2 :], -filters[: stem // 2])
+    flat = filters.flatten(1)
+    assert torch.linalg.matrix_rank(flat) == stem // 2
+    apart = torch.cdist(filters.flip(3).flatten(1), flat)
+    assert apart.amin(1).max() < 1e-5
+    assert sorted(apart.argmin(1).tolist()) == list(range(stem))
+
+
+def test_an_opponent_stem_of_too_many_channels_is_refused():
+    with pytest.raises(ValueError, match="stem: expected up to 16 channels, got 24"):
+        DeviceResNet(4, 1, opponent=True, stem=24)
 
 
 @pytest.mark.parametrize("name", ["resnet8-block1", "resnet8-block2"])
