@@ -254,6 +254,28 @@ def is_done(folder: Path, data: str, setting: str, seed: int, rounds: int) -> bo
     return path.exists() and json.loads(path.read_text())["rounds"] >= rounds
 
 
+def adopt(folder: Path, data: str) -> list[Record]:
+    """The records in a folder's DATA.json, each written to its own file where that is missing.
+
+    So runs that were done elsewhere count as done if only their DATA.json is copied here.
+
+    Raises:
+        SettingsError: DATA.json is damaged.
+    """
+    path = folder / f"{data}.json"
+    try:
+        records: list[Record] = json.loads(path.read_text())
+        for record in records:
+            own = folder / f"{title(data, record['setting']['name'], record['seed'])}.json"
+            if not own.exists():
+                own.write_text(json.dumps(record, indent=1) + "\n")
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as fault:
+        raise SettingsError(f"{path} is damaged ({fault}); restore or remove it") from fault
+    return records
+
+
 def collect(folder: Path, data: str) -> list[Record]:
     """All records of a data set; also writes them to one file."""
     paths = sorted(folder.glob(f"{data}-*-[0-9]*.json"))

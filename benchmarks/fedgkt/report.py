@@ -32,12 +32,18 @@ def check(plan: Plan, folder: Path) -> None:
     """Refuse a folder that was begun with another plan: its runs could not be compared.
 
     Raises:
-        SettingsError: the plans differ; the message names the options and both values.
+        SettingsError: the plans differ; the message names the options and both values. Or records
+            in the folder are damaged.
     """
     path = _options(plan, folder)
-    if not path.exists():
+    records = runs.adopt(folder, plan.data)
+    if path.exists():
+        before = json.loads(path.read_text())
+    elif records:
+        before = records[0]["options"]
+    else:
         return
-    before, now = json.loads(path.read_text()), asdict(plan)
+    now = asdict(plan)
     differ = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
     if differ:
         raise SettingsError(f"{folder} was begun with {', '.join(differ)}; write to another --out")

@@ -67,6 +67,18 @@ def test_what_is_done_is_not_done_again(done, capfd):
     assert "seed 0: two-way" not in shown
 
 
+def test_runs_whose_records_were_copied_are_not_done_again(done, tmp_path, capfd):
+    (tmp_path / "digits.json").write_bytes((done / "digits.json").read_bytes())
+    assert main(command(tmp_path, *RAN, "--lr", "0.1")) == 2
+    assert "was begun with lr 0.05 (now 0.1)" in capfd.readouterr().err
+    assert main(command(tmp_path, *RAN)) == 0
+    assert "seed 0: two-way" not in capfd.readouterr().out
+    assert (tmp_path / "digits.json").read_bytes() == (done / "digits.json").read_bytes()
+    (tmp_path / "digits.json").write_text('[{"seed": 0}]')
+    assert main(command(tmp_path, *RAN)) == 2
+    assert "digits.json is damaged ('setting'); restore or remove it" in capfd.readouterr().err
+
+
 def test_pictures_are_of_the_groups_that_ran(done):
     drawn = {path.name for path in done.glob("digits-*.png") if path.stat().st_size > 10_000}
     assert drawn == {"digits-compare.png", "digits-payload.png", "digits-payload-bytes.png"}
