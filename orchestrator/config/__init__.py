@@ -1,5 +1,6 @@
 """A run's configuration: `run.toml` as frozen dataclasses, and templates of it."""
 
+from orchestrator.config.average import AverageConfig
 from orchestrator.config.broker import BrokerConfig
 from orchestrator.config.cohort import CohortConfig
 from orchestrator.config.device import DeviceConfig, Other, Recipe, cosine
@@ -13,6 +14,7 @@ from orchestrator.config.transfer import TransferConfig
 __all__ = [
     "DEFAULT",
     "WHY_DEFAULT",
+    "AverageConfig",
     "BrokerConfig",
     "CohortConfig",
     "DeviceConfig",

@@ -2,7 +2,8 @@
 
 Settings stay if devices rely on them or if they decide the rounds' results. `[cohort]` may change,
 although it decides who counts and how much (`max_weight`): it has to suit the devices that are
-there, and those change while a run goes on. docs/fleet.md has the table for people.
+there, and those change while a run goes on. So may `[average]`, once a device turns out to be
+hostile. docs/fleet.md has the table for people.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 # A table stands for all its keys. Held-out images may move: `prepare` compares the images.
 FREE = (
     "name", "runs", "heldout", "heldout_limit", "admission", "chunk_bytes", "transfer_chunks",
-    "retry_s", "max_upload_bytes", "broker", "cohort", "release",
+    "retry_s", "max_upload_bytes", "broker", "cohort", "average", "release",
     "server.torch_device", "server.compile", "server.eval_batch",
 )  # fmt: skip
 WHOLE = "strategy_settings"  # compared as a whole: only the strategy knows its keys' defaults

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.config.average import AverageConfig
 from orchestrator.config.broker import BrokerConfig
 from orchestrator.config.cohort import CohortConfig
 from orchestrator.config.device import DeviceConfig, Recipe
@@ -64,6 +65,7 @@ class RunConfig:
     max_upload_bytes: int = 1 << 34
     broker: BrokerConfig = field(default_factory=BrokerConfig)
     cohort: CohortConfig = field(default_factory=CohortConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     submodel: SubmodelConfig = field(default_factory=SubmodelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)

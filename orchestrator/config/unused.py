@@ -4,6 +4,7 @@ A strategy's `check` calls the functions that apply to it. Each raises ValueErro
 wrong for it; the message names the key and the remedy.
 """
 
+from orchestrator.config.average import AverageConfig
 from orchestrator.config.run import RunConfig
 from orchestrator.config.submodel import SubmodelConfig
 from orchestrator.config.transfer import TransferConfig
@@ -34,6 +35,12 @@ def refuse_submodel(config: RunConfig) -> None:
         raise ValueError(
             f"submodel: strategy {written(config.strategy)!r} trains whole models; use feddropout"
         )
+
+
+def refuse_average(config: RunConfig, why: str) -> None:
+    """For a strategy that averages nothing; `why` says so."""
+    if config.average != AverageConfig():
+        raise ValueError(f"average: {why}; remove [average]")
 
 
 def refuse_transfer(config: RunConfig) -> None:

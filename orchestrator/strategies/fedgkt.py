@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 import models
-from models import average
+from models import average, robust
 from ondevice.views import MIRRORED, PLAIN
 from orchestrator.config import Recipe, RunConfig, unused
 from orchestrator.strategies.gkt import evaluation, extractors, received
@@ -116,6 +116,8 @@ class FedGKT:
                 "clipped maps of crops; leave out clip and noise, or transfer.views or freeze_after"
             )
         unused.refuse_updates(config)
+        if "shared" not in (transfer.extractor, transfer.network):
+            unused.refuse_average(config, "devices share neither their extractors nor networks")
 
     def begin(self) -> GktState:
         """A fresh large model, and the initial weights of what devices share."""
@@ -323,10 +325,16 @@ class FedGKT:
         results: Sequence[Result],
         part: Callable[[Weights], Weights],
     ) -> Weights:
-        """The mean of one part of these devices' networks."""
+        """The average of one part of these devices' networks."""
+        config = self.task.config
         networks = [part(state.devices[result.device]) for result in results]
-        sizes = [result.samples for result in results]
-        return average.mean(networks, average.counted(sizes, self.task.config.cohort.max_weight))
+        sizes = average.counted([r.samples for r in results], config.cohort.max_weight)
+        if not config.average.robust:
+            return average.mean(networks, sizes)
+        chosen = config.average
+        return robust.join(
+            networks, sizes, rule=chosen.rule, hostile=chosen.hostile, clip=chosen.clip
+        )
 
     def _mirror(self, model: str, weights: Weights) -> tuple[int, ...] | None:
         """`extractors.mirror` of an extractor that the server crops, and that is never trained."""

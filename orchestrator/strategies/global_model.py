@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from models import Average, Units, average
+from models.robust import RobustAverage
 from models.units import Layout
 from orchestrator.config import RunConfig, unused
 from orchestrator.strategies.payloads import Decoded
@@ -73,6 +74,12 @@ def check(config: RunConfig) -> None:
     unused.refuse_own_networks(config)
     unused.refuse_late_results(config)
     unused.refuse_split(config)
+    rule, cut = config.average.rule, config.submodel
+    if rule != "mean" and not cut.whole and cut.absent == "zero":
+        raise ValueError(
+            f'average.rule = "{rule}" is over devices that hold a unit; set submodel.absent = '
+            '"holders"'
+        )
 
 
 def send(task: Task, weights: Weights, round_: int, submodel_digest: str = "") -> BlobRef:
@@ -138,7 +145,8 @@ def aggregate(
 ) -> tuple[GlobalModel, Metrics]:
     """The state after a round, and its metrics.
 
-    Updates are added one by one, so that only one is in memory at a time.
+    Updates are added one by one, so that only one is in memory at a time, but for a robust average.
+    Its metrics have each device's distance from the average (`RobustAverage.distances`).
 
     Args:
         task: of the run.
@@ -150,15 +158,16 @@ def aggregate(
     """
     config = task.config
     samples = average.counted([result.samples for result in results], config.cohort.max_weight)
-    total = Average(
-        before.weights, layout, samples_total=sum(samples), absent=config.submodel.absent
-    )
+    total = _average(config, before.weights, layout, sum(samples))
     devices = {}
     for result, n_k, update in zip(results, samples, updates, strict=True):
         total.add(update.tensors, update.units, n_k)  # w += (n_k / n) * update
         devices[result.device] = {"keep_rate": update.keep_rate}
         task.progress("aggregate", len(devices), len(results))
     weights = total.total()
+    if isinstance(total, RobustAverage):
+        for scores_of, distance in zip(devices.values(), total.distances, strict=True):
+            scores_of["distance"] = distance
     for name, array in weights.items():
         if name.endswith("running_var"):  # rounding by a lossy codec can take it below 0
             np.maximum(array, 0, out=array)
@@ -167,6 +176,23 @@ def aggregate(
         owed = {**before.owed, **{result.device: result.sequence for result in results}}
     scores = _scores(task, weights) if task.evaluated(round_) else {}
     return GlobalModel(weights, owed), {**scores, "devices": devices}
+
+
+def _average(
+    config: RunConfig, weights: Weights, layout: Layout | None, samples: int
+) -> Average | RobustAverage:
+    """The accumulator that `[average]` asks for."""
+    absent, chosen = config.submodel.absent, config.average
+    if not chosen.robust:
+        return Average(weights, layout, samples_total=samples, absent=absent)
+    return RobustAverage(
+        weights,
+        layout,
+        rule=chosen.rule,
+        hostile=chosen.hostile,
+        clip=chosen.clip,
+        absent=absent,
+    )
 
 
 def _scores(task: Task, weights: Weights) -> Metrics:

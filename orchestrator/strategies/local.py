@@ -49,6 +49,7 @@ class Local:
         unused.refuse_submodel(config)
         unused.refuse_transfer(config)
         unused.refuse_updates(config)
+        unused.refuse_average(config, "each device trains alone")
 
     def begin(self) -> LocalState:
         """An empty state: no device has returned a network yet."""

@@ -10,6 +10,7 @@ import torch
 from ondevice.config import AgentConfig
 from orchestrator import strategies
 from orchestrator.config import (
+    AverageConfig,
     CohortConfig,
     DeviceConfig,
     Other,
@@ -71,6 +72,14 @@ def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
 
 
 @pytest.mark.parametrize(
+    ("key", "value"), [("hostile", 0.5), ("hostile", -0.1), ("clip", -1.0)]
+)
+def test_a_robust_average_out_of_range_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"{key}: expected 0 or more"):
+        AverageConfig(**{key: value})
+
+
+@pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"heldout": None}, "name images that the server evaluates on"),
@@ -87,6 +96,13 @@ def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
             "device.clip: the server would crop clipped feature maps",
         ),
         ({"strategy": "fedavg", "cohort": CohortConfig(carry_rounds=1)}, "which averages weights"),
+        ({"strategy": "local", "average": AverageConfig("median")}, "average: each device trains"),
+        ({"average": AverageConfig(clip=2.0)}, "average: devices share neither their extractors"),
+        (
+            {"strategy": "feddropout", "submodel": SubmodelConfig(0.5),
+             "average": AverageConfig("trimmed_mean")},
+            r'average.rule = "trimmed_mean" is over devices that hold a unit; set submodel.absent',
+        ),
         (
             {"strategy": "fedavg", "device": DeviceConfig(others=(Other("resnet4", "a"),))},
             "which averages weights",

@@ -24,6 +24,7 @@ from ondevice.payloads import encode_update
 from ondevice.work import Desk, perform
 from orchestrator import datasets
 from orchestrator.config import (
+    AverageConfig,
     CohortConfig,
     DeviceConfig,
     Other,
@@ -43,6 +44,8 @@ from orchestrator.simulation import devices, simulate
 from orchestrator.simulation.kept import Kept
 from orchestrator.strategies import create
 from orchestrator.strategies.fedavg import FedAvg
+from orchestrator.strategies.feddropout import FedDropout
+from orchestrator.strategies.fedgkt import FedGKT
 from orchestrator.strategies.gkt.state import GktState
 from orchestrator.strategies.local import Local
 from orchestrator.training import distill
@@ -582,6 +585,71 @@ def test_a_device_weighs_no_more_than_ten_median_ones(config, digits, honest):
         store.close()
     moved = after.weights["fc1.bias"] - state.weights["fc1.bias"]
     assert np.allclose(moved, 1000 / (1000 + 100 * honest), atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+@pytest.mark.parametrize("strategy", [FedAvg, FedDropout])
+def test_a_hostile_device_moves_no_weight_beyond_where_the_others_do(
+    config, digits, monkeypatch, strategy, rule
+):
+    """Device 2 sends its update turned round and a thousand times as long."""
+    admit, honest = strategy.admit, {}
+
+    def attacked(self, state, order, result):
+        update = admit(self, state, order, result)
+        if result.device == "device-2":
+            turned = {name: -1000 * array for name, array in update.tensors.items()}
+            return replace(update, tensors=turned)
+        honest[result.device] = update.tensors
+        return update
+
+    monkeypatch.setattr(strategy, "admit", attacked)
+    cut = SubmodelConfig(0.5, units="shared", absent="holders")
+    device = replace(config.device, state="float32", update="float32")
+    config = replace(
+        config,
+        strategy=strategy.__name__.lower(),
+        rounds=1,
+        device=device,
+        submodel=cut if strategy is FedDropout else SubmodelConfig(),
+        cohort=CohortConfig(min_devices=3),
+        average=AverageConfig(rule, hostile=0.4),
+    )
+    (entry,) = simulate.run(config, digits).entries
+    after, begun = weights_of(config), distill.weights(prepare.fresh(config))
+    for name, start in begun.items():
+        furthest = max(np.abs(update[name]).max() for update in honest.values())
+        assert np.abs(after[f"global/{name}"] - start).max() <= furthest + 1e-6
+    found = {name: each["distance"] for name, each in entry["devices"].items()}
+    assert found["device-2"] > 100 * max(found["device-0"], found["device-1"])
+
+
+def test_what_devices_share_in_fedgkt_is_robust_too(gkt, few, monkeypatch):
+    admit, honest = FedGKT.admit, {}
+
+    def attacked(self, state, order, result):
+        answer = admit(self, state, order, result)
+        if result.device == "device-2":
+            turned = {name: -1000 * array for name, array in answer.weights.items()}
+            return replace(answer, weights=turned)
+        honest[result.device] = answer.weights
+        return answer
+
+    monkeypatch.setattr(FedGKT, "admit", attacked)
+    gkt = replace(
+        gkt,
+        rounds=1,
+        cohort=CohortConfig(min_devices=3),
+        transfer=TransferConfig(extractor="shared", network="shared"),
+        average=AverageConfig("median"),
+        server=replace(gkt.server, eval_every=9),
+    )
+    simulate.run(gkt, few)
+    _, checkpoint = last_checkpoint(gkt.folder)
+    shared = GktState.unpack(checkpoint, {"resnet8": sorted(honest)}).shared("resnet8")
+    for name, array in shared.items():
+        low, high = (f([each[name] for each in honest.values()], axis=0) for f in (np.min, np.max))
+        assert ((array >= low - 1e-6) & (array <= high + 1e-6)).all(), name
 
 
 ABSENT = ("paho", "onnx", "onnxruntime", "onnxscript", "amqtt", "typer", "rich", "PIL",
