@@ -258,8 +258,8 @@ class Fetch:
         self._asked.clear()
         self._probed_s = None
 
-    def chunk(self, message: Chunk, body: memoryview) -> None:
-        """Store one chunk; a chunk that is here already is ignored.
+    def chunk(self, message: Chunk, body: memoryview) -> bool:
+        """Store one chunk, and return True; ignore it if it is here already.
 
         Raises:
             TransferError: its number or length is wrong, the whole blob failed its digest twice,
@@ -268,7 +268,7 @@ class Fetch:
         """
         self._look_around()
         if self.done:
-            return
+            return False
         if not 0 <= message.index < self.ref.chunks:
             raise TransferError(
                 f"blob {self.ref.digest:.12}: chunk {message.index} of {self.ref.chunks}"
@@ -277,7 +277,7 @@ class Fetch:
         expected = min(self.ref.chunk_bytes, self.ref.size - at)
         if len(body) == PROBE_BYTES < expected and message.index == 0:
             self._probe_arrived()
-            return
+            return False
         if len(body) != expected:
             raise TransferError(
                 f"blob {self.ref.digest:.12}: chunk {message.index} has {len(body)} bytes, "
@@ -286,7 +286,7 @@ class Fetch:
         self._asked.pop(message.index, None)
         self._arrived |= expected == self._largest
         if self._have[message.index]:
-            return
+            return False
         with storage.at(self.store.folder):
             _write_at(self._part, at, body)
             _write_at(self._have_path, message.index, b"\1")
@@ -295,6 +295,12 @@ class Fetch:
                 self._digest.update(body)
                 self._digested += 1
             self._finish()
+        return True
+
+    def discard(self) -> None:
+        """Remove what has come of a blob that nobody needs any more, unless it is whole."""
+        for path in (self._part, self._have_path):
+            path.unlink(missing_ok=True)
 
     def gone(self) -> None:
         """The sender does not have the blob.

@@ -94,6 +94,17 @@ def decode(data: bytes, *, max_bytes: int = MAX_MESSAGE_BYTES) -> Frame:
     return _open(kind, header_bytes, memoryview(data))
 
 
+def kind_of(data: bytes) -> Kind | None:
+    """The kind that a frame's prefix says, at next to no cost; None if it is no frame of ours.
+
+    The rest of the frame may still be damaged.
+    """
+    try:
+        return _prefix(data[: PREFIX.size])[0]
+    except FrameError:
+        return None
+
+
 def read(file: BinaryIO, *, max_bytes: int) -> Iterator[Frame]:
     """The frames of a file; only one is in memory at a time.
 

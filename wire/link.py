@@ -144,6 +144,10 @@ class Link:
         persistent: the broker keeps the session of this client id between connections.
         rival: what a person should do if another client uses the client id.
 
+    Attributes:
+        bytes_in, bytes_out: of all messages so far.
+        queued_bytes: of messages that wait here: not yet written (QoS 0) or acknowledged (QoS 1).
+
     Raises:
         LinkError: a certificate or key cannot be used.
     """
@@ -162,10 +166,14 @@ class Link:
         self.address = address
         self.bytes_in = 0
         self.bytes_out = 0
+        self.queued_bytes = 0
         self.refused: RefusedError | None = None
         self._subscriptions = list(subscriptions)
         self._emit, self._will = emit, will
         self._answer = ""  # the broker's answer to the current attempt
+        self._queue_lock = threading.Lock()
+        self._queue: dict[int, tuple[int, int]] = {}  # QoS and bytes of messages on their way
+        self._early: set[int] = set()  # messages that were sent before `publish` returned
         self._closing = threading.Event()
         self._settled = threading.Event()  # connected once, or refused for good
         self._backoff = Backoff(client_id, rival)
@@ -177,6 +185,7 @@ class Link:
         )
         client.on_connect, client.on_disconnect = self._connected, self._disconnected
         client.on_message = self._received
+        client.on_publish = self._sent
         client.on_socket_open = _without_delay
         # Without this callback paho also writes to the socket in the thread that publishes, and
         # two threads may then mix the bytes of two messages.
@@ -221,7 +230,20 @@ class Link:
             return
         self.bytes_out += len(payload)
         self._backoff.published(len(payload), time.monotonic())
-        self._client.publish(topic, payload, qos=qos, retain=retain)
+        sent = self._client.publish(topic, payload, qos=qos, retain=retain)
+        with self._queue_lock:
+            if sent.mid in self._early:
+                self._early.remove(sent.mid)
+            else:
+                self._queue[sent.mid] = qos, len(payload)
+                self.queued_bytes += len(payload)
+
+    def _sent(self, _c: paho.Client, _u: object, mid: int, _r: ReasonCode, _p: Properties) -> None:
+        with self._queue_lock:
+            if mid in self._queue:
+                self.queued_bytes -= self._queue.pop(mid)[1]
+            else:
+                self._early.add(mid)
 
     def close(self, last: tuple[str, bytes] | None = None) -> None:
         """End the connection in good order; publish `last` before that, retained."""
@@ -275,6 +297,10 @@ class Link:
         self, _c: paho.Client, _u: object, _f: paho.DisconnectFlags, code: ReasonCode,
         _p: Properties | None,
     ) -> None:  # fmt: skip
+        with self._queue_lock:  # paho drops those of QoS 0
+            self._queue = {mid: each for mid, each in self._queue.items() if each[0]}
+            self.queued_bytes = sum(size for _, size in self._queue.values())
+            self._early.clear()
         if self._closing.is_set() or self.refused:
             return
         answer, self._answer = self._answer, ""

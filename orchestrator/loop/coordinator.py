@@ -169,8 +169,8 @@ class Coordinator:
                 self._roster.measured(device, message, bytes(body), monotonic())
                 self._link.take_away(device, "telemetry")
             case Want():
-                send = self._link.send
-                self.store.blobs.answer(message, lambda m, b: send(device, "down", m, b))
+                if device in self._roster.births:
+                    self._link.answer(device, message, self.store.blobs)
             case Chunk() | Gone():
                 self._pull(device, lambda: self._take(device, message, body))
             case _:

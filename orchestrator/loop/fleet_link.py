@@ -12,15 +12,18 @@ from typing import NamedTuple
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
 from orchestrator.fleet.claim import Claim, Say
-from wire import messages, topics
+from orchestrator.rules.budgets import Budgets
+from wire import frames, messages, topics
 from wire.address import BrokerAddress
+from wire.blobs import BlobStore
 from wire.errors import WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
-from wire.messages import Message
+from wire.messages import Message, Want
 
 log = logging.getLogger("orchestrator")
 
 CONNECT_S = 30.0
+QUEUED_BYTES = 64 << 20  # chunks for devices that the broker has not taken yet
 COUNTED = 10_000  # devices whose bytes are counted: strangers can invent any number of names
 _QOS = {"up": 0, "down": 0}  # chunks, which are asked for again if lost; all else is 1
 
@@ -55,6 +58,7 @@ class FleetLink:
     ) -> None:
         self._fleet, self._url, self._report = config.fleet, address.url, report
         self._claim = Claim(config.fleet, run, boot=str(time.time_ns()))
+        self._budgets = Budgets()
         self._hearing = False  # whether we are subscribed to devices
         self._counted: set[str] = set()  # devices
         self._awaited_s: float | None = None  # when we began to wait for the broker
@@ -88,6 +92,8 @@ class FleetLink:
             case Arrived(topic, payload) if payload:  # empty: a message that we removed
                 try:
                     device = topics.parse(topic).device
+                    if not self._within_budget(device, frames.kind_of(payload)):
+                        return None
                     message, body = messages.decode(payload, sender=topic)
                 except WireError as fault:
                     log.warning("message dropped: %s", fault)
@@ -119,8 +125,32 @@ class FleetLink:
             self._say(self._claim.ticked(now_s))
         return self._claim.held
 
+    def answer(self, device: str, want: Want, blobs: BlobStore) -> None:
+        """Send a device the chunks that it asks for, unless it or all devices ask for too many.
+
+        It will ask again.
+        """
+        now_s, size = time.monotonic(), len(want.chunks) * want.chunk_bytes
+        if not self._budgets.download(device, size, now_s):
+            self._tell(device, now_s)
+        elif self._link.queued_bytes + size <= QUEUED_BYTES:
+            blobs.answer(want, lambda message, body: self.send(device, "down", message, body))
+
+    def _within_budget(self, device: str, kind: frames.Kind | None) -> bool:
+        now_s = time.monotonic()
+        fits = self._budgets.reads(device, kind, now_s)
+        if not fits and kind is not frames.Kind.CHUNK:  # a late chunk is no fault
+            self._tell(device, now_s)
+        return fits
+
+    def _tell(self, device: str, now_s: float) -> None:
+        if self._budgets.tells(device, now_s):
+            log.warning("%s sends or asks for too much: what goes beyond is dropped", device)
+
     def send(self, device: str, channel: str, message: Message, body: bytes = b"") -> None:
         """Send a device a message."""
+        if isinstance(message, Want):
+            self._budgets.asked(device, len(message.chunks), time.monotonic())
         payload = messages.encode(message, body)
         if self._counts(device):
             self._report.sent(device, len(payload))

@@ -11,6 +11,7 @@ from wire.errors import TransferError
 from wire.messages import Chunk, Gone, Result, Want
 
 WINDOW = 8
+MUTE = 8  # a device that is asked for so many times `retry_s` and sends nothing is refused
 
 
 class Intake:
@@ -26,6 +27,7 @@ class Intake:
         self._blobs, self._budget, self._retry_s = blobs, budget, retry_s
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
         self._silent: set[str] = set()
+        self._asked_s: dict[str, float] = {}  # by device: since when it was asked in vain
         self._under_check: dict[str, Result] = {}  # by device: results that are being checked
 
     def begin(self, result: Result) -> None:
@@ -49,7 +51,11 @@ class Intake:
             )
             for ref in {ref.digest: ref for ref in result.blobs.values()}.values()
         ]
+        for replaced in known[1] if known else ():
+            if replaced.ref not in result.blobs.values():
+                replaced.discard()
         self._pulls[result.device] = (result, fetches)
+        self._asked_s.pop(result.device, None)
 
     def drop(self, device: str) -> None:
         """Give up a device's result."""
@@ -66,7 +72,7 @@ class Intake:
 
     def resume(self, device: str) -> None:
         """Note that a device has come back: what it was asked may be lost."""
-        self._silent.discard(device)
+        self._answered(device)
         for fetch in self._pulls.get(device, (None, []))[1]:
             fetch.forget_asked()
 
@@ -76,15 +82,13 @@ class Intake:
         Raises:
             TransferError: the chunk is wrong, or the device no longer has the blob.
         """
-        self._silent.discard(device)
         for fetch in self._pulls.get(device, (None, []))[1]:
             if fetch.ref.digest == message.digest:
                 if isinstance(message, Gone):
                     fetch.gone()
-                else:
-                    received = fetch.received
-                    fetch.chunk(message, body)
-                    return fetch.received > received  # no other fetch has this digest
+                elif fetch.chunk(message, body):
+                    self._answered(device)
+                    return True  # no other fetch has this digest
         return False
 
     def complete(self) -> Iterator[Result]:
@@ -110,7 +114,7 @@ class Intake:
         """Pairs of a device and the chunks to ask it for, or the fault that ends its pull.
 
         The device with the fewest chunks under way goes first. Devices that did not answer go last,
-        so that they cannot use up the budget.
+        so that they cannot use up the budget, and one that is `MUTE` ends its pull.
 
         Raises:
             StorageError: the disk fails; StalledError: it is full.
@@ -119,11 +123,21 @@ class Intake:
             for fetch in fetches:  # chunks that are lost free their room
                 if device not in live:
                     fetch.forget_asked()
+                    self._asked_s.pop(device, None)
                 elif fetch.expire(now_s):
                     self._silent.add(device)
         room = self._budget - sum(f.in_flight for _, fs in self._pulls.values() for f in fs)
         for device in sorted(self._pulls, key=self._rank):
             if device not in live:
+                continue
+            if now_s - self._asked_s.get(device, now_s) > MUTE * self._retry_s:
+                yield (
+                    device,
+                    TransferError(
+                        f"{device} is connected, but sent nothing of its result in "
+                        f"{MUTE * self._retry_s:g} s"
+                    ),
+                )
                 continue
             # Nothing is left to pull if an earlier device's fault ended the round.
             for fetch in self._pulls.get(device, (None, []))[1]:
@@ -133,10 +147,15 @@ class Intake:
                     yield device, fault
                     break
                 if want:
+                    self._asked_s.setdefault(device, now_s)
                     room -= len(want.chunks)
                     yield device, want
                 if not fetch.done:
                     break  # one blob of a device at a time, in the order of the result
+
+    def _answered(self, device: str) -> None:
+        self._silent.discard(device)
+        self._asked_s.pop(device, None)
 
     def _rank(self, device: str) -> tuple[bool, int]:
         return device in self._silent, sum(fetch.in_flight for fetch in self._pulls[device][1])

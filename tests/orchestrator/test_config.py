@@ -71,9 +71,7 @@ def test_error_feedback_is_refused_where_the_units_change_with_the_rounds():
     strategies.check(RunConfig(**settings, device=device))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("hostile", 0.5), ("hostile", -0.1), ("clip", -1.0)]
-)
+@pytest.mark.parametrize(("key", "value"), [("hostile", 0.5), ("hostile", -0.1), ("clip", -1.0)])
 def test_a_robust_average_out_of_range_is_refused(key, value):
     with pytest.raises(ValueError, match=f"{key}: expected 0 or more"):
         AverageConfig(**{key: value})

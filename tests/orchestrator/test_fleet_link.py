@@ -10,10 +10,12 @@ from orchestrator.config import RunConfig
 from orchestrator.fleet.claim import ANSWER_S
 from orchestrator.loop import fleet_link
 from orchestrator.loop.fleet_link import FleetLink, Heard
+from orchestrator.rules import budgets
 from wire import messages
 from wire.address import BrokerAddress
+from wire.blobs import BlobStore
 from wire.link import Arrived, Connected
-from wire.messages import Death
+from wire.messages import Chunk, Death, Want
 
 
 @pytest.fixture
@@ -56,6 +58,39 @@ def test_the_fleet_is_ours_once_nobody_has_answered_for_it(link):
     now = time.monotonic()
     assert not link.ticked(now)
     assert link.ticked(now + 2 * ANSWER_S)
+
+
+def test_more_messages_than_a_device_may_send_are_dropped_and_told_once(link, counted, caplog):
+    topic, payload = "stillhouse/1/home/pi/death", messages.encode(Death("pi", 7))
+    heard = [link.read(Arrived(topic, payload)) for _ in range(int(2 * budgets.MESSAGES))]
+    dropped = heard.count(None)
+    assert 0.8 * budgets.MESSAGES < dropped <= budgets.MESSAGES
+    assert len(counted) == len(heard) - dropped
+    (told,) = [record.message for record in caplog.records]
+    assert told == "pi sends or asks for too much: what goes beyond is dropped"
+    assert link.read(Arrived("stillhouse/1/home/other/death", payload))
+
+
+def test_a_chunk_is_read_only_if_it_was_asked_for(link, caplog):
+    topic, chunk = "stillhouse/1/home/pi/up", messages.encode(Chunk("ab" * 32, 0), b"x" * 900)
+    assert link.read(Arrived(topic, chunk)) is None
+    link.send("pi", "down", Want("ab" * 32, 1024, (0, 1)))
+    assert [bool(link.read(Arrived(topic, chunk))) for _ in range(3)] == [True, True, False]
+    assert not caplog.records
+
+
+def test_a_device_is_sent_only_so_many_bytes(link, counted, tmp_path, caplog):
+    store = BlobStore(tmp_path)
+    want = Want(store.put(bytes(64 << 10)).digest, 64 << 10, (0,) * 64)
+    link._link._client.is_connected = lambda: True  # paho then queues what is published
+    for _ in range(100):
+        link.answer("pi", want, store)
+    sent = -sum(count for _, count in counted)
+    assert sent == pytest.approx(fleet_link.QUEUED_BYTES, rel=0.1), "the broker takes nothing"
+    assert sent <= link._link.queued_bytes + 100
+    for _ in range(100):
+        link.answer("pi", want, store)
+    assert "pi sends or asks for too much" in caplog.text
 
 
 def test_names_that_anybody_invents_fill_neither_the_report_nor_the_journal(

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from orchestrator.loop.intake import Intake
+from orchestrator.loop.intake import MUTE, Intake
 from wire.blobs import BlobStore
 from wire.errors import StalledError, TransferError
 from wire.messages import BlobRef, Chunk, Result, Want
@@ -61,6 +61,52 @@ def test_a_device_that_answers_again_is_asked_like_the_others(tmp_path):
     assert [device for device, _ in intake.wants(0.0, live)] == ["late"]
     assert [device for device, _ in intake.wants(16.0, live)] == ["late"], "it is asked once more"
     assert pulled(intake, "late", 60.0, live) is not None
+
+
+def test_a_connected_device_that_sends_nothing_of_its_result_does_not_hold_the_round(tmp_path):
+    intake = Intake(BlobStore(tmp_path, CHUNK), 8)
+    intake.begin(result("mute", DATA))
+    live, faults = frozenset({"mute"}), []
+    stray = Chunk("ab" * 32, 0), memoryview(b"stray")
+    for second in range(16 * MUTE):
+        intake.take("mute", *stray)
+        faults += [(second, each) for _, each in intake.wants(second, live)
+                   if isinstance(each, TransferError)]  # fmt: skip
+        if faults:
+            break
+    ((second, fault),) = faults
+    assert second == 15 * MUTE + 1, "a chunk of something else is no answer"
+    assert str(fault) == "mute is connected, but sent nothing of its result in 120 s"
+
+
+@pytest.mark.parametrize("back", ["chunk", "resume", "offer"])
+def test_a_slow_device_that_sends_at_last_is_not_refused(tmp_path, back):
+    intake = Intake(BlobStore(tmp_path, CHUNK), 8)
+    offered = result("slow", DATA)
+    intake.begin(offered)
+    live, wants, late_s = frozenset({"slow"}), 0, 15 * MUTE - 5
+    for second in range(3 * late_s + 3):
+        for _, want in intake.wants(second, live):
+            assert isinstance(want, Want)
+            wants += 1
+        if second % late_s == late_s - 1:
+            index = second // late_s
+            piece = memoryview(DATA)[index * CHUNK : (index + 1) * CHUNK]
+            if back == "chunk":
+                intake.take("slow", Chunk(offered.blobs["update"].digest, index), piece)
+            elif back == "resume":
+                intake.resume("slow")
+            else:
+                intake.begin(result("slow", DATA + bytes([index])))
+    assert wants > 3 * 3
+
+
+def test_offers_that_replace_one_another_leave_nothing_on_the_disk(tmp_path):
+    intake = Intake(BlobStore(tmp_path, CHUNK), 8)
+    for number in range(9):
+        intake.begin(result("a", DATA + bytes([number])))
+        list(intake.wants(float(number), frozenset("a")))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".have", ".part"]
 
 
 def test_what_is_here_or_had_begun_to_come_as_the_round_closes_is_named(tmp_path):

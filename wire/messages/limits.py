@@ -10,6 +10,14 @@ MAX_CHUNK_BYTES = frames.MAX_MESSAGE_BYTES - 4096
 MAX_BLOB_BYTES = 1 << 36
 MAX_WANT = 64
 MAX_VIEWS = 16
+MAX_CHUNKS = 1 << 20  # of a blob; its receiver notes each
+MAX_METRICS = 256
+MAX_REASON = 2000  # characters
+
+
+def shortened(text: str) -> str:
+    """A fault or reason, cut off after `MAX_REASON` characters."""
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 1] + "…"
 
 
 def check_state_id(state_id: str) -> None:

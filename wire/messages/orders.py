@@ -6,8 +6,10 @@ from typing import Literal
 
 from wire import checks, topics
 from wire.checks import MAX_COUNT
-from wire.messages.limits import MAX_VIEWS, check_noise
+from wire.messages.limits import MAX_METRICS, MAX_VIEWS, check_noise, shortened
 from wire.messages.transfer import BlobRef
+
+RETURNS = frozenset({"state", "update", "features", "logits"})  # what an order may ask for
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Order:
             owed=self.owed,
             view=self.view,
         )
-        unknown = set(self.returns) - {"state", "update", "features", "logits"}
+        unknown = set(self.returns) - RETURNS
         if unknown:
             raise ValueError(f"returns: cannot return {', '.join(sorted(unknown))}; known are "
                              "state, update, features, logits")  # fmt: skip
@@ -127,8 +129,9 @@ class Result:
         samples: how many images the device has, those left out of training included.
         data_digest: names the samples and their order.
         blobs: what is sent back, by the names in `Order.returns`.
-        metrics: loss, accuracy, time and so on, by name.
-        fault: why the order could not be carried out; then there are no blobs.
+        metrics: loss, accuracy, time and so on, by name; at most `MAX_METRICS`.
+        fault: why the order could not be carried out; then there are no blobs. What goes beyond
+            `MAX_REASON` characters is cut off.
     """
 
     device: str
@@ -145,6 +148,11 @@ class Result:
     def __post_init__(self) -> None:
         checks.counts(sequence=self.sequence, round=self.round, samples=self.samples)
         checks.optional_digest("submodel", self.submodel)
+        checks.within("metrics", len(self.metrics), 0, MAX_METRICS)
+        checks.within("blobs", len(self.blobs), 0, len(RETURNS))
+        for name in self.metrics:
+            checks.texts(metrics=name)
+        object.__setattr__(self, "fault", shortened(self.fault))
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ class Receipt:
         subject: what is answered.
         accepted: whether it was accepted.
         run, sequence: name the result; for a measurement, `run` is the digest of its JSON.
-        reason: why it was refused.
+        reason: why it was refused; cut off like a result's fault.
     """
 
     subject: Literal["birth", "result", "measured"]
@@ -163,3 +171,6 @@ class Receipt:
     run: str = ""
     sequence: int = 0
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", shortened(self.reason))

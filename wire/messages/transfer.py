@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wire import checks
-from wire.messages.limits import MAX_BLOB_BYTES, MAX_CHUNK_BYTES, MAX_WANT
+from wire.messages.limits import MAX_BLOB_BYTES, MAX_CHUNK_BYTES, MAX_CHUNKS, MAX_WANT
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class BlobRef:
         checks.digest("digest", self.digest)
         checks.within("size", self.size, 0, MAX_BLOB_BYTES, " bytes")
         checks.within("chunk_bytes", self.chunk_bytes, 1024, MAX_CHUNK_BYTES)
+        if self.chunks > MAX_CHUNKS:
+            raise ValueError(
+                f"chunk_bytes: {self.size} bytes in chunks of {self.chunk_bytes} are more than "
+                f"{MAX_CHUNKS}; raise it"
+            )
 
     @property
     def chunks(self) -> int:
