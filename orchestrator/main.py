@@ -33,6 +33,7 @@ for _command in (
     setup.init,
     runs.start,
     runs.simulate,
+    runs.rollback,
     setup.enroll,
     runs.status,
     fleet.devices,

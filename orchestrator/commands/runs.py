@@ -78,6 +78,20 @@ def simulate(
     console.print(f"report: {chosen.folder / 'report.json'}")
 
 
+def rollback(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    round_: Annotated[int, typer.Option("--round", help="The last round to keep.", min=1)],
+) -> None:
+    """Undo the last rounds of a run, so that its next start goes on after an earlier one."""
+    from orchestrator.run_folder.store import roll_back
+
+    roll_back(run, round_)
+    console.print(
+        f"{run}: back to round {round_}; later checkpoints are set aside as "
+        f"{run / 'checkpoints'}/*.undone-*. The same command as ever goes on."
+    )
+
+
 def status(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     as_json: AsJson = False,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 # A table stands for all its keys. Held-out images may move: `prepare` compares the images.
 FREE = (
     "name", "runs", "heldout", "heldout_limit", "admission", "chunk_bytes", "transfer_chunks",
-    "retry_s", "max_upload_bytes", "broker", "cohort", "average", "release",
+    "retry_s", "max_upload_bytes", "keep_every", "broker", "cohort", "average", "release",
     "server.torch_device", "server.compile", "server.eval_batch",
 )  # fmt: skip
 WHOLE = "strategy_settings"  # compared as a whole: only the strategy knows its keys' defaults

@@ -1,25 +1,32 @@
 """Checkpoints: what a strategy has learnt after each round, on disk.
 
     checkpoints/0003/   state.safetensors and state.json after round 3,
-                        journal.json: what a new journal starts from if the old one is damaged
+                        journal.json: what a new journal starts from if the old one is damaged,
+                        digests.json: the SHA-256 of these files
+    checkpoints/0004.damaged-1/    set aside, because it could not be read
+    checkpoints/0005.undone-1/     set aside by `orchestrator rollback`
 
-A checkpoint is written whole under another name and then renamed. The last `KEPT` are kept.
+A checkpoint is written whole under another name and then renamed. Kept are the newest `KEPT`, the
+best one, and those that `keep_every` asks for.
 """
 
+import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from orchestrator.strategies.strategy import Checkpoint
 from wire import records, storage
 from wire.errors import RunError
 
 KEPT = 2
+DIGESTS = "digests.json"
 
 
 class Resumption(NamedTuple):
@@ -55,19 +62,31 @@ def write(folder: Path, round_: int, state: Checkpoint, journal: str) -> None:
     building.mkdir(parents=True)
     # safetensors writes memory as it lies: a channels-last array would be saved scrambled.
     tensors = {name: np.asarray(array, order="C") for name, array in state.tensors.items()}
-    storage.write(building / "state.safetensors", save(tensors))
-    notes = json.dumps(records.plain(state.notes), indent=1)
-    storage.write(building / "state.json", notes.encode())
-    storage.write(building / "journal.json", journal.encode())
+    files = {
+        "state.safetensors": save(tensors),
+        "state.json": json.dumps(records.plain(state.notes), indent=1).encode(),
+        "journal.json": journal.encode(),
+    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    files[DIGESTS] = json.dumps(digests, indent=1).encode()
+    for name, content in files.items():
+        storage.write(building / name, content)
     shutil.rmtree(final, ignore_errors=True)
     building.rename(final)
     storage.sync_folder(final.parent)
 
 
-def drop_old(folder: Path) -> None:
-    """Remove all checkpoints but the last `KEPT`."""
-    for number in _numbers(folder)[:-KEPT]:
-        shutil.rmtree(folder / "checkpoints" / f"{number:04d}")
+def drop_old(folder: Path, every: int, best: Collection[int]) -> None:
+    """Remove all checkpoints but the newest `KEPT`, those of rounds that `every` divides, and some.
+
+    Args:
+        folder: of the run.
+        every: 0 keeps none for its number.
+        best: further rounds to keep.
+    """
+    for number in numbers(folder)[:-KEPT]:
+        if number not in best and not (every and number % every == 0):
+            shutil.rmtree(folder / "checkpoints" / f"{number:04d}")
 
 
 def read(folder: Path, round_: int) -> Checkpoint:
@@ -78,14 +97,38 @@ def read(folder: Path, round_: int) -> Checkpoint:
     """
     path = folder / "checkpoints" / f"{round_:04d}"
     try:
-        tensors = load_file(path / "state.safetensors")
-        notes = json.loads((path / "state.json").read_text())
-    except (OSError, ValueError, SafetensorError) as fault:
+        tensors = load(_content(path, "state.safetensors"))
+        notes = json.loads(_content(path, "state.json"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as fault:
         raise RunError(
             f"checkpoint {path} cannot be read: {fault}; restore it. To go back by a round, move "
             f"it and {folder / 'journal.db'} elsewhere, and start again"
         ) from fault
-    return Checkpoint({name: np.asarray(array) for name, array in tensors.items()}, notes)
+    return Checkpoint({name: np.asarray(array) for name, array in sorted(tensors.items())}, notes)
+
+
+def set_aside(folder: Path, round_: int, why: Literal["damaged", "undone"]) -> None:
+    """Rename the checkpoint of a round, so that it is no longer one."""
+    path, number = folder / "checkpoints" / f"{round_:04d}", 1
+    while (aside := path.with_name(f"{path.name}.{why}-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    storage.sync_folder(path.parent)
+
+
+def _content(path: Path, name: str) -> bytes:
+    """A file of a checkpoint, checked; versions before 0.1 wrote no digests.
+
+    Raises:
+        OSError: it cannot be read; ValueError: it is damaged.
+    """
+    content = (path / name).read_bytes()
+    if (path / DIGESTS).exists():
+        expected = json.loads((path / DIGESTS).read_text())[name]
+        found = hashlib.sha256(content).hexdigest()
+        if found != expected:
+            raise ValueError(f"{name} has SHA-256 {found:.12}..., expected {expected:.12}...")
+    return content
 
 
 def last(folder: Path) -> tuple[int, Checkpoint]:
@@ -94,23 +137,24 @@ def last(folder: Path) -> tuple[int, Checkpoint]:
     Raises:
         RunError: there is none, or its files are damaged.
     """
-    numbers = _numbers(folder)
-    if not numbers:
+    there = numbers(folder)
+    if not there:
         raise RunError(f"{folder}: no round is finished yet; look with: orchestrator status")
-    return numbers[-1], read(folder, numbers[-1])
+    return there[-1], read(folder, there[-1])
 
 
 def resumption(folder: Path) -> Resumption | None:
     """What a new journal of a run folder can start from; None without a readable checkpoint."""
-    for number in reversed(_numbers(folder)):
+    for number in reversed(numbers(folder)):
         try:
             read(folder, number)
-            content = json.loads((folder / f"checkpoints/{number:04d}/journal.json").read_text())
-            return Resumption(**content)
-        except (OSError, ValueError, TypeError, RunError):
+            path = folder / "checkpoints" / f"{number:04d}"
+            return Resumption(**json.loads(_content(path, "journal.json")))
+        except (OSError, ValueError, KeyError, TypeError, RunError):
             continue  # written by an older version, or damaged too
     return None
 
 
-def _numbers(folder: Path) -> list[int]:
+def numbers(folder: Path) -> list[int]:
+    """The rounds that have a checkpoint, ascending."""
     return sorted(int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit())

@@ -131,7 +131,8 @@ class Journal:
     def retries(self) -> int:
         """How many attempts at the open round ended before the last one."""
         closed = "SELECT COALESCE(MAX(sequence), 0) FROM attempts WHERE closed = 1"
-        read = f"SELECT COUNT(*) FROM attempts WHERE sequence > ({closed})"  # noqa: S608 - ours
+        since = f"sequence > ({closed}) AND closed >= 0"
+        read = f"SELECT COUNT(*) FROM attempts WHERE {since}"  # noqa: S608 - ours
         return max(self._number(read) - 1, 0)
 
     def next_sequence(self) -> int:
@@ -196,6 +197,16 @@ class Journal:
     def close(self) -> None:
         """Close the database."""
         self._opened.close()
+
+    def _go_back(self, round_: int) -> None:
+        """Undo all that came after a closed round; 0 undoes all. The next round is opened anew.
+
+        Undone attempts stay with `closed` = -1: devices may still offer results of theirs, and
+        their sequence numbers are not given out again.
+        """
+        closed = "SELECT COALESCE(MAX(sequence), 0) FROM attempts WHERE closed = 1 AND round = ?"
+        undo = f"UPDATE attempts SET closed = -1 WHERE sequence > ({closed})"  # noqa: S608 - ours
+        self._do(lambda db: db.execute(undo, (round_,)))
 
     def _close_attempt(self, sequence: int, report: Mapping[str, Any]) -> None:
         self._do(

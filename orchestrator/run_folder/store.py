@@ -13,17 +13,20 @@
         lock                      held by the one orchestrator that works here
 
 A checkpoint is written first, then the journal marks its round as closed. So whenever a `kill -9`
-comes, a restart finds the last closed round, and the accepted results of the open one.
+comes, a restart finds the last closed round, and the accepted results of the open one. If that
+round's checkpoint is damaged, the run goes on after the newest one that is not.
 
 While the disk is full, rounds are neither opened nor closed, and no result is acknowledged.
 """
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, Literal
 
 from orchestrator.config import RunConfig, changes
 from orchestrator.rules.attempt import Attempt, Verdict
@@ -39,9 +42,11 @@ from wire.messages import Order
 from wire.names import written
 from wire.storage import Patience
 
+log = logging.getLogger("orchestrator")
+
 AGENTS = "agents"  # what carries out a run's orders, if not simulated devices
 
-__all__ = ["Store", "as_written", "last_checkpoint", "read_checkpoint", "referred"]
+__all__ = ["Store", "as_written", "last_checkpoint", "read_checkpoint", "referred", "roll_back"]
 
 
 def referred(orders: Iterable[Order]) -> set[str]:
@@ -88,6 +93,8 @@ class Store(Journal):
             undone.callback(super().close)
             self._check(before)
             self._claim_devices(devices)
+            self._fall_back()
+            self._best = _best(self.closed_rounds())
             self.run_id = self.identify(config.name)
             if before is None:
                 self.started()
@@ -141,7 +148,9 @@ class Store(Journal):
             self._close_attempt(attempt.sequence, report)
 
         self.patience.attempt(write)
-        checkpoints.drop_old(self.folder)
+        self._best = _best([self._best, report])
+        every, best = int(self._config["keep_every"]), self._best.get("round", 0)
+        checkpoints.drop_old(self.folder, every, {best})
         self.blobs.keep_only(state.blobs() | self._kept | set(needed))
 
     def checkpoint(self) -> Checkpoint | None:
@@ -152,6 +161,29 @@ class Store(Journal):
         """
         last = self._number("SELECT COALESCE(MAX(round), 0) FROM attempts WHERE closed = 1")
         return read_checkpoint(self.folder, last) if last else None
+
+    def _fall_back(self) -> None:
+        """Go back to the newest checkpoint that can be read, if that of the last round cannot be.
+
+        Raises:
+            RunError: none can be read.
+        """
+        last = self._number("SELECT COALESCE(MAX(round), 0) FROM attempts WHERE closed = 1")
+        for number in [n for n in reversed(checkpoints.numbers(self.folder)) if n <= last]:
+            try:
+                read_checkpoint(self.folder, number)
+            except RunError as fault:
+                damage = str(fault)
+                continue
+            if number < last:
+                with storage.at(self.folder):
+                    _undo(self.folder, number, "damaged")
+                self._go_back(number)
+                log.error(
+                    "%s. It is set aside. The run goes on after round %d; what devices sent since "
+                    "is asked for again", damage, number,
+                )  # fmt: skip
+            return
 
     def write_json(self, name: str, content: object) -> None:
         """Replace a JSON file of the run folder, whole or not at all.
@@ -223,6 +255,63 @@ class Store(Journal):
             )
 
 
+def roll_back(folder: Path, round_: int) -> None:
+    """Undo the rounds of a run after this one; their checkpoints are set aside.
+
+    The next start goes on after the round. Feature maps that the server no longer has are asked for
+    again. Devices that go on with weights of their own keep those that they have now.
+
+    Args:
+        folder: of the run; nobody works in it.
+        round_: its number.
+
+    Raises:
+        RunError: there is no such run or no checkpoint of the round, or the run is in use.
+        StorageError: the disk cannot be written.
+    """
+    if not (folder / "journal.db").exists():
+        raise RunError(f"{folder} holds no run; look for it under the `runs` folder")
+    lock = _hold(folder)
+    journal = Journal(folder, begun=True)
+    try:
+        there = checkpoints.numbers(folder)
+        last = max((entry["round"] for entry in journal.closed_rounds()), default=0)
+        if round_ not in there or round_ >= last:
+            kept = [str(number) for number in there if number < last]
+            raise RunError(
+                f"{folder}: the run is after round {last}. It can go back to "
+                f"{', '.join(kept) or 'none'}, whose checkpoints are kept, not to {round_}; "
+                "keep_every in run.toml keeps more"
+            )
+        read_checkpoint(folder, round_)
+        with storage.at(folder):
+            _undo(folder, round_, "undone")
+        journal._go_back(round_)  # noqa: SLF001 - a function of every journal
+    finally:
+        journal.close()
+        lock.close()
+
+
+def _undo(folder: Path, round_: int, why: Literal["damaged", "undone"]) -> None:
+    """Set aside all checkpoints after a round."""
+    for number in checkpoints.numbers(folder):
+        if number > round_:
+            checkpoints.set_aside(folder, number, why)
+
+
+def _best(reports: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The report with the best accuracy, of the server's model if it has one; {} if none has."""
+    best: Mapping[str, Any] = {}
+    for report in reports:
+        if _score(report) > _score(best):
+            best = report
+    return best
+
+
+def _score(report: Mapping[str, Any]) -> float:
+    return float(report.get("server_accuracy", report.get("device_accuracy", -1.0)))
+
+
 def as_written(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with the names of networks and strategy as run.toml has them.
 
@@ -242,10 +331,14 @@ def _locked(config: RunConfig) -> IO[str]:
     Raises:
         RunError: another orchestrator has it.
     """
-    path = config.folder / "lock"
+    return _hold(config.folder)
+
+
+def _hold(folder: Path) -> IO[str]:
+    path = folder / "lock"
     with storage.at(path):
         lock = locks.hold(path, f"process {os.getpid()}")
     if lock is None:
         who = storage.holders(path)
-        raise RunError(f"{config.folder}: another orchestrator is running this run: {who}")
+        raise RunError(f"{folder}: another orchestrator is running this run: {who}")
     return lock

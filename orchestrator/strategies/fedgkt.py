@@ -42,7 +42,7 @@ from orchestrator.training import distill, optimizers, ranks
 from orchestrator.training.samples import Samples
 from wire import codecs, tensors
 from wire.errors import AdmissionError
-from wire.messages import Birth, Order, Result
+from wire.messages import Birth, BlobRef, Order, Result
 from wire.names import title
 
 log = logging.getLogger("orchestrator")
@@ -138,8 +138,16 @@ class FedGKT:
         return state.with_heads(heads)
 
     def restore(self, checkpoint: Checkpoint) -> GktState:
-        """The state of a checkpoint."""
-        return GktState.unpack(checkpoint, self.task.config.device.models)
+        """The state of a checkpoint, without what refers to blobs that are no longer here.
+
+        After a rollback these may be gone; devices are asked for their feature maps again.
+        """
+        state, has = GktState.unpack(checkpoint, self.task.config.device.models), self._has
+        return replace(
+            state,
+            held={n: h for n, h in state.held.items() if has(h.features) and has(h.logits)},
+            teachers={n: t for n, t in state.teachers.items() if has(t.logits)},
+        )
 
     def orders(
         self, state: GktState, round_: int, sequence: int, cohort: Mapping[str, Birth]
@@ -385,6 +393,9 @@ class FedGKT:
             )  # fmt: skip
             logits = np.clip(logits, -most, most)
         return tensors.pack([("logits", logits, spec)], seed=0)
+
+    def _has(self, ref: BlobRef | None) -> bool:
+        return ref is None or self.task.blobs.has(ref.digest)
 
     def _large_model(self) -> nn.Module:
         """W_s with fresh weights."""

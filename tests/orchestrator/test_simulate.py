@@ -39,7 +39,7 @@ from orchestrator.display.report import Report
 from orchestrator.launch import artifacts, prepare
 from orchestrator.loop.contributions import Contributions
 from orchestrator.rules import rounds
-from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint
+from orchestrator.run_folder.store import Store, last_checkpoint, read_checkpoint, roll_back
 from orchestrator.simulation import devices, simulate
 from orchestrator.simulation.kept import Kept
 from orchestrator.strategies import create
@@ -585,6 +585,26 @@ def test_a_device_weighs_no_more_than_ten_median_ones(config, digits, honest):
         store.close()
     moved = after.weights["fc1.bias"] - state.weights["fc1.bias"]
     assert np.allclose(moved, 1000 / (1000 + 100 * honest), atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedgkt"])
+def test_a_run_that_was_rolled_back_goes_on(config, gkt, digits, few, strategy):
+    chosen, images = (gkt, few) if strategy == "fedgkt" else (config, digits)
+    chosen = replace(chosen, strategy=strategy, rounds=4, keep_every=1, submodel=SubmodelConfig())
+    if strategy == "fedgkt":
+        chosen = replace(chosen, transfer=TransferConfig(extractor="shared", network="shared"))
+    whole = simulate.run(chosen, images)
+    expected = weights_of(chosen)
+    roll_back(chosen.folder, 2)
+    again = simulate.run(chosen, images)
+    assert [entry["round"] for entry in again.entries] == [1, 2, 3, 4]
+    assert again.entries[:2] == whole.entries[:2]
+    if strategy == "fedavg":  # to the bit; FedGKT's teachers of round 3 are gone
+        for name, array in weights_of(chosen).items():
+            assert np.array_equal(array, expected[name]), name
+    else:
+        assert "server_accuracy" in again.entries[-1]
+        assert again.entries[2]["cohort"] == whole.entries[2]["cohort"]
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean"])

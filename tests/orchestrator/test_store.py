@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
+from orchestrator.main import app
 from orchestrator.rules.attempt import Verdict
 from orchestrator.run_folder.journal import Journal
-from orchestrator.run_folder.store import Store, last_checkpoint
+from orchestrator.run_folder.store import Store, last_checkpoint, roll_back
 from orchestrator.strategies.strategy import Checkpoint
 from tests.agent.test_disk import DAMAGE
 from wire import storage
@@ -199,6 +201,114 @@ def test_a_damaged_checkpoint_is_named(config, opened):
     path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(RunError, match="0001 cannot be read"):
         store.checkpoint()
+
+
+def closed(store, rounds, score=lambda _: None):
+    """Close rounds; a score becomes the server's accuracy."""
+    for round_ in rounds:
+        state = Checkpoint({"w": np.full(3, round_, np.float32)}, {"n": round_})
+        attempt = store.begin(round_, {"a": order(round_)})
+        accuracy = {} if score(round_) is None else {"server_accuracy": score(round_)}
+        store.close_round(attempt, state, {"round": round_, **accuracy})
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut_short, flip_a_bit])
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "digests.json"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_counts(
+    config, opened, caplog, name, damage
+):
+    store = opened(config)
+    closed(store, (1, 2, 3))
+    open_attempt = store.begin(4, {"a": order(4)})
+    store.decide(open_attempt.sequence, verdict("a", open_attempt.sequence, accepted=True))
+    store.close()
+    damage(config.folder / "checkpoints" / "0003" / name)
+    if (name, damage) == ("digests.json", Path.unlink):  # as an older version wrote it
+        assert opened(config).checkpoint().notes == {"n": 3}
+        return
+    again = opened(config)
+    assert again.checkpoint().notes == {"n": 2}
+    assert [entry["round"] for entry in again.closed_rounds()] == [1, 2]
+    assert (again.last_attempt().round, again.last_attempt().closed) == (2, True)
+    assert again.retries() == 0
+    assert again.next_sequence() == open_attempt.sequence + 1
+    folders = sorted(path.name for path in (config.folder / "checkpoints").iterdir())
+    assert folders == ["0002", "0003.damaged-1"]
+    (told,) = [r.message for r in caplog.records if r.levelname == "ERROR"]
+    assert "0003 cannot be read: " in told
+    assert "The run goes on after round 2" in told
+    closed(again, (3, 4))
+    assert again.checkpoint().notes == {"n": 4}
+    again.close()
+    assert last_checkpoint(config.folder)[0] == 4
+
+
+def test_if_no_checkpoint_can_be_read_the_newest_is_named(config, opened):
+    store = opened(config)
+    closed(store, (1, 2))
+    store.close()
+    for number in (1, 2):
+        flip_a_bit(config.folder / "checkpoints" / f"000{number}" / "state.json")
+    again = opened(config)
+    with pytest.raises(RunError, match=r"0002 cannot be read: state.json has SHA-256 .* restore"):
+        again.checkpoint()
+    assert (config.folder / "checkpoints" / "0002").exists()
+
+
+def test_the_best_checkpoint_and_every_so_many_are_kept(config, opened):
+    scores = [0.1, 0.2, 0.9, 0.3, None, 0.4, 0.5, 0.6, 0.7]
+    config = replace(config, keep_every=4, rounds=20)
+    store = opened(config)
+    closed(store, range(1, 8), lambda n: scores[n - 1])
+    assert [n for n in range(1, 10) if kept(config, n)] == [3, 4, 6, 7]
+    store.close()
+    again = opened(replace(config, keep_every=0))
+    closed(again, (8, 9), lambda n: scores[n - 1])
+    assert [n for n in range(1, 10) if kept(config, n)] == [3, 8, 9]
+
+
+def kept(config, number):
+    return (config.folder / "checkpoints" / f"{number:04d}").exists()
+
+
+def test_a_rollback_undoes_the_rounds_after(config, opened):
+    config = replace(config, keep_every=2, rounds=20)
+    store = opened(config)
+    closed(store, range(1, 8))
+    with pytest.raises(RunError, match="another orchestrator is running this run"):
+        roll_back(config.folder, 4)
+    sequence = store.next_sequence()
+    store.close()
+    for number in (3, 7, 8, 0):
+        with pytest.raises(RunError, match=rf"after round 7. It can go back to 2, 4, 6, whose .*"
+                                           rf"not to {number}; keep_every"):  # fmt: skip
+            roll_back(config.folder, number)
+    roll_back(config.folder, 4)
+    again = opened(config)
+    assert again.checkpoint().notes == {"n": 4}
+    assert [entry["round"] for entry in again.closed_rounds()] == [1, 2, 3, 4]
+    assert again.next_sequence() == sequence
+    closed(again, (5,))
+    again.close()
+    roll_back(config.folder, 4)
+    folders = {path.name for path in (config.folder / "checkpoints").iterdir()}
+    assert folders == {"0002", "0004", "0005.undone-1", "0006.undone-1", "0007.undone-1"}
+    with pytest.raises(RunError, match="holds no run"):
+        roll_back(config.folder.parent, 4)
+    done = CliRunner().invoke(app, ["rollback", str(config.folder), "--round", "2"])
+    assert done.exit_code == 0
+    assert "back to round 2; later checkpoints are set aside as" in " ".join(done.output.split())
+    assert last_checkpoint(config.folder)[0] == 2
 
 
 def test_commands_that_read_say_when_there_is_nothing(tmp_path):
