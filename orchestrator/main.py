@@ -35,6 +35,7 @@ for _command in (
     runs.simulate,
     runs.rollback,
     setup.enroll,
+    setup.revoke,
     runs.status,
     fleet.devices,
     fleet.measure_report,

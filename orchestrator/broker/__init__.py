@@ -179,8 +179,8 @@ def check(kind: str, host: str, fleet: str, users: Mapping[str, str] | None = No
 def let_in(folder: Path, users: Mapping[str, str]) -> None:
     """Replace the users of a folder's broker; a running one follows within half a second.
 
-    Clients that are connected stay connected. Without a password file nothing is done: the broker
-    asks for no passwords.
+    It ends the connections of users that are no longer there; other clients stay connected.
+    Without a password file nothing is done: the broker asks for no passwords.
 
     Args:
         folder: as given to `start`.

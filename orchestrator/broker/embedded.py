@@ -51,6 +51,13 @@ class _Embedded(Broker):  # type: ignore[misc]  # amqtt has no types
         self._fleet = fleet
         self.passwords = passwords
 
+    async def let_in(self, passwords: dict[str, str]) -> None:
+        """Replace the users, and end the connections of those that are no longer there."""
+        self.passwords = passwords
+        for session, handler in list(self._sessions.values()):
+            if session.username not in passwords and not handler.writer.is_closed:
+                await handler.handle_connection_closed()
+
     async def _authenticate(self, session: Any, _listener: Any) -> bool:
         if self.passwords is None:
             return True
@@ -142,7 +149,7 @@ async def serve(host: str, port: int, fleet: str, passwords: Path | None) -> Non
             await asyncio.Event().wait()
         else:
             async for _ in replaced(passwords):
-                broker.passwords = access.passwords(passwords)
+                await broker.let_in(access.passwords(passwords))
     finally:
         # Nothing to save. amqtt's shutdown hangs if a packet comes while it cancels a reader: in
         # Python 3.11, asyncio.wait_for drops a cancellation that meets a result.

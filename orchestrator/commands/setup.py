@@ -64,7 +64,7 @@ def init(
     try:
         with storage.at(path):
             folder.mkdir(parents=True, exist_ok=True)
-        storage.create(path, text)
+        storage.create(path, text, 0o600)  # it may hold the broker's password
     except (FileExistsError, NotADirectoryError) as fault:
         raise StillhouseError(f"{folder} is no folder; name another") from fault
     if as_json:
@@ -132,6 +132,23 @@ def enroll(
     )
     for note in notes:
         console.print(f"note: {note}")
+
+
+def revoke(
+    device: Annotated[str, typer.Argument(help="The device's name.")],
+    *,
+    config_file: ConfigFile,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a device out of the fleet; a broker and a run of ours do so within seconds."""
+    chosen = config.load(config_file)
+    enrolment.revoke(chosen.runs, chosen.fleet, device)
+    if as_json:
+        print(json.dumps({"device": device, "fleet": chosen.fleet}))
+        return
+    console.print(f"{device} is no longer enrolled in fleet {chosen.fleet}")
+    if chosen.broker.kind == "external":
+        console.print("note: remove its user from your broker too")
 
 
 def _others(changes: Iterable[str], url: str) -> dict[str, Any]:

@@ -80,6 +80,26 @@ def enroll(runs: Path, fleet: str, device: str, secret: str = "") -> str:
     return _add(runs, fleet, device, secret)[device]
 
 
+def revoke(runs: Path, fleet: str, device: str) -> None:
+    """Remove a device: a broker of ours ends its connection, and a run refuses what it sends.
+
+    If it is enrolled again, it gets another password.
+
+    Raises:
+        RunError: no such device is enrolled.
+    """
+    check_name(device)
+    file = path(runs, fleet)
+    with _alone(runs):
+        known = _read(file)
+        if device not in known:
+            names = ", ".join(sorted(known.keys() - {ORCHESTRATOR})) or "nobody"
+            raise RunError(f"device {device!r} is not enrolled in fleet {fleet!r}; {names} is")
+        del known[device]
+        _write(file, known)
+        let_in(broker_folder(runs, fleet), known)
+
+
 def reach(broker: BrokerConfig, url: str, option: str = "--url") -> tuple[str, list[str]]:
     """The URL by which a device reaches a run's broker, and what a person should know of it.
 

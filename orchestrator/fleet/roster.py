@@ -29,8 +29,8 @@ class Roster:
 
     Args:
         config: the run's settings.
-        enrolled: names that may take part; None allows any. Devices that are enrolled later are
-            found when they are born.
+        enrolled: names that may take part; None allows any. Devices that are enrolled or revoked
+            later are found within a second (`revoked`).
         rollout: packages to offer to devices.
         tell: sends a device a message on its `order` topic.
 
@@ -48,6 +48,7 @@ class Roster:
     ) -> None:
         self.births: dict[str, Birth] = {}
         self._config, self._enrolled, self._tell = config, enrolled, tell
+        self._stamp: tuple[int, int] | None = None  # of the list of enrolled devices, as read
         self._rollout = rollout
         self._measured_at: dict[str, float] = {}
         self._settled = resolve(config)
@@ -124,6 +125,11 @@ class Roster:
             log.warning("refused: %s", reason)
         self._tell(device, Receipt("birth", accepted=False, reason=reason))
 
+    def turn_away(self, device: str, reason: str) -> None:
+        """Refuse a device that is there."""
+        self._naming.pop(device, None)
+        self._refuse(device, reason)
+
     def measured(self, device: str, message: Measured, body: bytes, now_s: float) -> None:
         """Keep a measurement, and send the device its receipt."""
         reason = self._stranger(device)
@@ -164,10 +170,26 @@ class Roster:
         """Why a device may not take part; "" if it may."""
         if self._enrolled is None or device in self._enrolled:
             return ""
-        with suppress(RunError, OSError):  # a list that cannot be read admits nobody
-            self._enrolled |= enrolment.enrolled(self._config.runs, self._config.fleet)
-        if device in self._enrolled:
-            return ""
+        self._look()
+        return "" if device in self._enrolled else self._not_enrolled(device)
+
+    def revoked(self) -> dict[str, str]:
+        """The devices that are there and are no longer enrolled, with the reason to tell them."""
+        if self._enrolled is None:
+            return {}
+        self._look()
+        return {name: self._not_enrolled(name) for name in self.births.keys() - self._enrolled}
+
+    def _look(self) -> None:
+        """Read who is enrolled, if that changed; a list that cannot be read changes nothing."""
+        path = enrolment.path(self._config.runs, self._config.fleet)
+        with suppress(RunError, OSError):
+            stamp = path.stat().st_mtime_ns, path.stat().st_ino
+            if stamp != self._stamp:
+                self._enrolled = enrolment.enrolled(self._config.runs, self._config.fleet)
+                self._stamp = stamp
+
+    def _not_enrolled(self, device: str) -> str:
         return (
             f"device {device!r} is not enrolled in fleet {self._config.fleet!r}; "
             f"run: orchestrator enroll {device}"

@@ -37,6 +37,7 @@ from wire.messages import Birth, Chunk, Death, Gone, Measured, Result, Telemetry
 log = logging.getLogger("orchestrator")
 
 TICK_S = 0.25
+LOOK_S = 1.0  # from one look for revoked devices to the next
 HELD_OPEN_S = 1.0  # longer than a tick: the deadline cannot end the round before the next one
 
 Event = LinkEvent | WorkerEvent | Stopped
@@ -89,7 +90,7 @@ class Coordinator:
             log.info("going on with round %d, %d results are here", self._round.state.round, done)
         self._late: frozenset[str] = frozenset()  # blobs of results undecided when the round ended
         self._began = monotonic()
-        self._ticked_s = -math.inf
+        self._ticked_s = self._looked_s = -math.inf
         self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
 
     def run(self, changed: Callable[[], None] = lambda: None) -> None:
@@ -239,6 +240,11 @@ class Coordinator:
         self._disk.takes(lambda: self._ask(now_s, lost))
         for device, fault in lost:
             self._lose(device, fault)
+        if now_s - self._looked_s >= LOOK_S:
+            self._looked_s = now_s
+            for device, reason in self._roster.revoked().items():
+                self._roster.turn_away(device, reason)
+                self._turn_away(device, reason)
         self._roster.ticked(now_s)
         self._follow(rounds.ticked(self._round.state, self._rules, now_s))
 

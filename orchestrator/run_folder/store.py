@@ -83,7 +83,8 @@ class Store(Journal):
         self._config["broker"]["password"] = ""  # others may read the run's folder
         with storage.at(self.folder):
             self.made = not self.folder.exists()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            # It holds what is learnt, and feature maps close to the images.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.ExitStack() as undone:
             self._lock = _locked(config)
             undone.callback(self._let_go)

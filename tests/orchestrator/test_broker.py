@@ -195,6 +195,20 @@ def test_a_device_that_is_enrolled_meanwhile_is_let_in_and_nobody_else_is_sent_a
         assert connect(running.url, "wrong", user="b", password="pass a").code.is_failure
 
 
+@both
+def test_a_device_that_is_revoked_is_cut_off_and_nobody_else_is(kind, tmp_path, connect):
+    with broker.start(kind, folder=tmp_path, fleet=FLEET, port=0, users=USERS) as running:
+        server = connect(running.url, "server", user="orchestrator")
+        server.subscribe("#", "+")
+        devices = {name: connect(running.url, name, user=name) for name in "ab"}
+        broker.let_in(tmp_path, {user: USERS[user] for user in ("orchestrator", "a")})
+        names = (f"b-{number}" for number in itertools.count())
+        until(lambda: connect(running.url, next(names), user="b").code.is_failure, "b is out")
+        assert devices["b"].gone.wait(WAIT_S), "its connection ends"
+        devices["a"].publish("a", "birth", b"still here")
+        assert server.get() == ("a/birth", b"still here")
+
+
 def test_where_nobody_is_asked_for_a_password_none_is_written(tmp_path):
     broker.let_in(tmp_path, USERS)
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from typer.testing import CliRunner
 
 from orchestrator import config, main
 from orchestrator.config import BrokerConfig
@@ -178,6 +179,26 @@ def test_a_device_that_is_enrolled_again_keeps_its_password(enroll, tmp_path):
         for name in ("a.toml", "b.toml")
     )
     assert first == second == enrolment.users(tmp_path / "runs", "fleet")["pi"]
+
+
+def test_who_is_revoked_is_on_no_list_and_in_no_password_file(enroll, tmp_path):
+    enroll("--config", "run.toml")
+    run = tmp_path / "run.toml"
+    chosen = config.load(run)
+    enrolment.enroll(chosen.runs, chosen.fleet, "other")
+    folder = enrolment.broker_folder(chosen.runs, chosen.fleet)
+    folder.mkdir(parents=True)
+    (folder / "passwd").touch()
+    runner = CliRunner()
+    done = runner.invoke(main.app, ["revoke", "pi", "--config", str(run), "--json"])
+    assert json.loads(done.output) == {"device": "pi", "fleet": chosen.fleet}
+    assert enrolment.enrolled(chosen.runs, chosen.fleet) == {"other"}
+    users = [line.partition(":")[0] for line in (folder / "passwd").read_text().splitlines()]
+    assert users == ["orchestrator", "other"]
+    with pytest.raises(RunError, match=r"'pi' is not enrolled in fleet '\w+'; other is"):
+        runner.invoke(main.app, ["revoke", "pi", "--config", str(run)], catch_exceptions=False)
+    with pytest.raises(RunError, match="reserved"):
+        enrolment.revoke(chosen.runs, chosen.fleet, "orchestrator")
 
 
 def test_a_script_is_told_what_was_written_as_json(enroll):

@@ -86,6 +86,33 @@ def test_a_device_that_is_enrolled_while_the_run_goes_on_may_take_part(make, tol
     assert there.born("spy", birth("spy"), 0.0) is None
 
 
+def test_a_device_that_is_revoked_while_the_run_goes_on_may_no_longer_take_part(
+    make, told, tmp_path
+):
+    for name in ("pi", "other"):
+        enrolment.enroll(tmp_path, "fleet", name)
+    before = enrolment.password(tmp_path, "fleet", "pi")
+    there = make("pi", "other")
+    for name in ("pi", "other"):
+        there.born(name, birth(name), 0.0)
+    assert there.revoked() == {}
+    enrolment.revoke(tmp_path, "fleet", "pi")
+    ((name, reason),) = there.revoked().items()
+    assert name == "pi"
+    assert "is not enrolled in fleet 'fleet'; run: orchestrator enroll pi" in reason
+    there.turn_away(name, reason)
+    assert [*there.births] == ["other"]
+    assert reasons(told) == [("pi", reason)]
+    assert there.revoked() == {}
+    assert there.born("pi", birth("pi"), 0.0) is None
+    enrolment.enroll(tmp_path, "fleet", "pi")
+    assert there.born("pi", birth("pi"), 0.0) == birth("pi")
+    assert enrolment.password(tmp_path, "fleet", "pi") != before
+    enrolment.path(tmp_path, "fleet").write_text("{")  # damaged: nobody is turned away
+    assert there.revoked() == {}
+    assert make().revoked() == {}, "anybody may take part"
+
+
 def test_an_updates_fault_is_shown_in_one_printable_line(make, caplog):
     shown = make().born("pi", birth("pi", "0.2 is refused\x1b[2J\n" + 600 * "x"), 0.0)
     assert shown.update.isprintable()
