@@ -21,8 +21,8 @@ from ondevice import config, meter
 from ondevice.config import AgentConfig
 from wire.errors import LinkError, StillhouseError
 
-WHEELS = ("numpy", "onnxruntime", "zstandard", "safetensors", "msgpack", "paho.mqtt.client", "PIL",
-          "threadpoolctl", "cryptography")  # fmt: skip
+WHEELS = ("numpy", "onnxruntime", "google.protobuf", "zstandard", "safetensors", "msgpack",
+          "paho.mqtt.client", "PIL", "threadpoolctl", "cryptography")  # fmt: skip
 LEAST_DISK, GOOD_DISK = 100 << 20, 1 << 30
 LEAST_MEMORY = 150 << 20  # ResNet-8 trains within 130 MB
 SOON_S = 30 * 24 * 3600
@@ -106,7 +106,7 @@ def _wheels() -> Iterator[Finding]:
         done = subprocess.run(
             [sys.executable, *isolated, "-c", code], capture_output=True, text=True, check=False
         )
-        package = name.partition(".")[0]
+        package = name.removeprefix("google.").partition(".")[0]
         if done.returncode == 0:
             yield Finding("ok", f"{package} {done.stdout.strip()}".strip())
         elif done.returncode == -signal.SIGILL:

@@ -37,7 +37,7 @@ MACHINES = {"arm64": "aarch64", "amd64": "x86_64"}
 PYTHONS = ("3.11", "3.12", "3.13")
 # What the agent imports, and no more: ONNX Runtime requires sympy and others only for its tools.
 WHEELS = ("cffi", "cryptography", "msgpack", "numpy", "onnxruntime", "paho-mqtt", "pillow",
-          "safetensors", "threadpoolctl", "zstandard")  # fmt: skip
+          "protobuf", "safetensors", "threadpoolctl", "zstandard")  # fmt: skip
 DEPENDS = ("adduser", "libc6 (>= 2.28)", "libstdc++6", "libgcc-s1")
 # Files that the agent does not need: tests, stubs, headers, tools to build and test other packages,
 # a second copy of ONNX Runtime for C programs, and a second backend of zstandard.

@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ondevice import graphs
 from ondevice.denormals import Denormals
 from wire.artifact import Artifact
 from wire.errors import ArtifactError
@@ -212,10 +213,16 @@ def _session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     offered = ort.get_available_providers()
+    path = artifact.folder / graph.file
+    try:
+        content = path.read_bytes()
+    except OSError as fault:
+        raise ArtifactError(f"{path}: cannot be read ({fault.strerror})") from fault
+    graphs.check(content, f"artifact {artifact.digest:.12}: {graph.file}")
     try:
         with Denormals(flush=flush_denormals):  # the first session sets it for this thread
             return ort.InferenceSession(
-                artifact.folder / graph.file,
+                content,
                 options,
                 providers=[provider for provider in _PROVIDERS if provider in offered],
             )

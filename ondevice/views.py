@@ -67,11 +67,13 @@ def drawn(raw: NDArray[np.uint64], shift: int = PAD, smaller: tuple[int, int] = 
         smaller: how many rows and columns a crop is smaller than the image.
     """
     rows, columns, flips = raw.reshape(3, -1)
-    offsets = (
-        (of_all % np.uint64(2 * shift + 1 + less)).astype(np.int64) + PAD - shift
-        for of_all, less in zip((rows, columns), smaller, strict=True)
+    down, across = (np.uint64(2 * shift + 1 + less) for less in smaller)
+    first = PAD - shift
+    return Looks(
+        (rows % down).astype(np.int64) + first,
+        (columns % across).astype(np.int64) + first,
+        (flips & np.uint64(1)).astype(bool),
     )
-    return Looks(*offsets, (flips & np.uint64(1)).astype(bool))
 
 
 def held_out(digest: str, n: int, share: float) -> NDArray[np.bool_]:

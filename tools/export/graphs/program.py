@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from wire.costs import Phase
+from wire.operators import BY_DOMAIN, CONTRIB, STANDARD
 
 Array = NDArray[Any]
 
 OPSET = 18  # the newest that every onnxruntime since 1.15 runs
 IR_VERSION = 9
-CONTRIB = "com.microsoft"  # operators beyond the standard that every onnxruntime has
-CONTRIB_OPS = frozenset(["FusedMatMul"])
+CONTRIB_OPS = BY_DOMAIN[CONTRIB]  # beyond the standard; every onnxruntime has them
 PRODUCTS = frozenset(["Conv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm"])
 
 _ONNX_TYPES = {
@@ -126,6 +126,8 @@ class Program:
             [self._info(name) for name in self.outputs],
             [numpy_helper.from_array(array, name) for name, array in self.constants.items()],
         )
+        if unknown := {node.op for node in self.nodes} - STANDARD - CONTRIB_OPS:
+            raise AssertionError(f"devices refuse {sorted(unknown)}: add it to wire.operators")
         domains = {_domain(node) for node in self.nodes} | {""}
         model = helper.make_model(
             graph,
