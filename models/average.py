@@ -71,7 +71,7 @@ class Average:
         self._state = state
         self._layout = layout
         self._samples_total = samples_total
-        self._sum = {name: tensor.astype(np.float64) for name, tensor in state.items()}
+        self._sum = {name: np.array(tensor, np.float64) for name, tensor in state.items()}
         self._held: dict[str, Array] = {}
         if absent == "holders":
             # All coordinates along the axes after the last cut axis have the same holders.

@@ -18,12 +18,13 @@ Before any rule, clipping scales down each tensor of an update whose root mean s
 are far longer than all else. For the same reason Krum divides each tensor by that median first.
 With rule "mean" clipping is all there is: the average is that of `models.average`.
 
-Memory: all updates of the round at once, and n times the largest tensor.
+Memory: all updates of the round at once, and while a tensor is joined some 4 n times its float32
+size, for Krum 11 n times.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -122,8 +123,9 @@ class RobustAverage:
     def _rows(self, name: str) -> Array:
         """All updates of a tensor, (n, *shape) float32; NaN where a device holds no coordinate."""
         whole = np.full((len(self._devices), *self._state[name].shape), np.nan, np.float32)
-        for row, device in zip(whole, self._devices, strict=True):
-            row[np.ix_(*self._places(device.units, name))] = device.update[name]
+        for k, device in enumerate(self._devices):
+            index: Any = (k, *np.ix_(*self._places(device.units, name)))
+            whole[index] = device.update[name]
         return whole
 
     def _places(self, units: Units | None, name: str) -> Places:
@@ -191,7 +193,7 @@ def join(
     What the rules see are the differences from the median network.
     """
     middle = {
-        name: np.median([each[name] for each in networks], axis=0).astype(np.float32)
+        name: np.array(np.median([each[name] for each in networks], axis=0), np.float32)
         for name in networks[0]
     }
     average = RobustAverage(middle, None, rule=rule, hostile=hostile, clip=clip)

@@ -23,6 +23,7 @@ _FIELDS: dict[str, dict[str, tuple[int, str, bool]]] = {
     },
     "Attribute": {
         "type": (20, "int32", False),
+        "i": (3, "int64", False),
         "t": (5, "Tensor", False),
         "tensors": (10, "Tensor", True),
         "g": (6, "bytes", False),
@@ -80,6 +81,8 @@ def _odd(model: Any) -> str:
             inner = attribute.g or attribute.graphs or attribute.type in _GRAPH
             if inner or attribute.sparse_tensor or attribute.sparse_tensors:
                 return f"a graph or a sparse tensor within a node ({node.op_type})"
+            if node.op_type == "Cast" and attribute.i == _STRING:
+                return "text"
             tensors += [attribute.t, *attribute.tensors]
     if any(tensor.data_location == _EXTERNAL or tensor.external_data for tensor in tensors):
         return "a tensor in another file"

@@ -212,6 +212,8 @@ def _session(
     # They stop when the run ends, because a Pi often shares its cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Otherwise ONNX Runtime takes bytes with a certain mark for its own format, which is unchecked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     offered = ort.get_available_providers()
     path = artifact.folder / graph.file
     try:

@@ -63,8 +63,15 @@ class BlobStore:
         return self.path(digest).exists()
 
     def ref(self, digest: str) -> BlobRef:
-        """The ref of a blob that is here."""
-        return BlobRef(digest, self.path(digest).stat().st_size, self.chunk_bytes)
+        """The ref of a blob that is here.
+
+        Raises:
+            TransferError: it has more chunks than a blob may have.
+        """
+        try:
+            return BlobRef(digest, self.path(digest).stat().st_size, self.chunk_bytes)
+        except ValueError as fault:
+            raise TransferError(f"blob {digest:.12}: {fault}") from fault
 
     def put(self, data: bytes) -> BlobRef:
         """Store bytes as a blob; its ref."""

@@ -231,12 +231,14 @@ class Link:
         self.bytes_out += len(payload)
         self._backoff.published(len(payload), time.monotonic())
         sent = self._client.publish(topic, payload, qos=qos, retain=retain)
+        if qos == 0 and sent.rc != paho.MQTT_ERR_SUCCESS:  # dropped: the connection just broke
+            return
         with self._queue_lock:
             if sent.mid in self._early:
                 self._early.remove(sent.mid)
             else:
+                self.queued_bytes += len(payload) - self._queue.get(sent.mid, (0, 0))[1]
                 self._queue[sent.mid] = qos, len(payload)
-                self.queued_bytes += len(payload)
 
     def _sent(self, _c: paho.Client, _u: object, mid: int, _r: ReasonCode, _p: Properties) -> None:
         with self._queue_lock:

@@ -4,7 +4,9 @@
 
 Nothing is run. Each row is one setting and says in full how its runs were set. Accuracies are in
 percent after the last round: the mean of the seeds, and lowest to highest where there are several.
-"sent" is megabytes (10^6 bytes) of all devices and rounds, up and down.
+"averaged views" is the server's accuracy by its mean logits over several views of an image. "sent"
+is megabytes (10^6 bytes) of all devices and rounds, up and down; "minutes" are those of server
+training, and of the whole run.
 """
 
 import json
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from benchmarks.fedgkt.report import DEVICE, SERVER, megabytes
+from benchmarks.fedgkt.report import AVERAGED, DEVICE, SERVER, megabytes
 from benchmarks.fedgkt.settings import FEATURES
 from benchmarks.runs import Record
 
@@ -146,8 +148,10 @@ def write(table: PageTable, records: Sequence[Record]) -> str:
     """
     by_setting = runs.by_setting(records, table.rows)
     several = max(map(len, by_setting.values())) > 1
-    titles = (*table.columns, *(("seeds",) if several else ()),
-              "server, %", "devices, %", "sent, MB")  # fmt: skip
+    large = any(record.get(AVERAGED) for record in records)
+    titles = (*table.columns, *(("seeds",) if several else ()), "server, %",
+              *(("averaged views, %",) if large else ()), "devices, %", "sent, MB",
+              *(("minutes",) if large else ()))  # fmt: skip
     lines = [_line(titles), "|---" * len(titles) + "|"]
     for name in table.rows:
         own = by_setting[name]
@@ -155,11 +159,13 @@ def write(table: PageTable, records: Sequence[Record]) -> str:
         cells = [COLUMNS[c](setting) if c in COLUMNS else _feature_bytes(own)
                  for c in table.columns]  # fmt: skip
         cells += [str(len(own))] if several else []
-        server, device = (_accuracy(own, key) for key in (SERVER, DEVICE))
+        server, averaged, device = (_accuracy(own, key) for key in (SERVER, AVERAGED, DEVICE))
         if not device and not setting["whole"]:  # FedAvg of the devices' network
             server, device = device, server
         sent = statistics.fmean(megabytes(record, record["rounds"]) for record in own)
-        lines.append(_line([*cells, server, device, f"{sent:,.1f}"]))
+        cells += [server, *([averaged] if large else []), device, f"{sent:,.1f}"]
+        cells += [_minutes(own)] if large else []
+        lines.append(_line(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -171,9 +177,18 @@ def _feature_bytes(records: Sequence[Record]) -> str:
     return f"{statistics.fmean(record['feature_bytes'] for record in records):,.0f}"
 
 
+def _minutes(records: Sequence[Record]) -> str:
+    """Minutes of server training, if there was any, and of the whole run."""
+    server, whole = (
+        statistics.fmean(record[key] for record in records) / 60
+        for key in ("server_train_s", "seconds")
+    )
+    return f"{server:.0f}, {whole:.0f}" if server else f"{whole:.0f}"
+
+
 def _accuracy(records: Sequence[Record], key: str) -> str:
     """Mean of the seeds, and lowest to highest of several; empty where it was not evaluated."""
-    if not all(record[key] for record in records):
+    if not all(record.get(key) for record in records):
         return ""
     values = [100 * runs.last(record, key) for record in records]
     mean = f"{statistics.fmean(values):.1f}"

@@ -10,8 +10,6 @@ taken for class 0 once they show the backdoor's square. A finished run is not do
 
     fedavg      whole models
     feddropout  sub-models of 3/4 of the units, drawn for each device; averaged over holders
-
-Measured: see docs/fleet.md.
 """
 
 import argparse

@@ -1,12 +1,14 @@
 """The attacks: what hostile devices train on, and what they send instead of their update.
 
-none          nothing
-sign flips    the update times -5
-noise         Gaussian noise, ten times as long as the update
-label flips   training with label y as classes - 1 - y
-backdoor      training with a white square in a corner of every second image, and label 0 for
-those; the update times 5, so that an average of five devices is the attacker's
-model (Bagdasaryan et al. 2020, arXiv 1807.00459)
+    none          nothing
+    sign flips    the update times -5
+    noise         Gaussian noise, ten times as long as the update
+    label flips   training with label y as classes - 1 - y
+    backdoor      training with a white square in a corner of every second image, and label 0 for
+                  those; the update times 5, so that an average of five devices is the attacker's
+                  model (Bagdasaryan et al. 2020, arXiv 1807.00459)
+
+Hostile devices are simulated by the server's strategy, which changes what they sent.
 """
 
 import shutil

@@ -140,8 +140,13 @@ def revoke(
     config_file: ConfigFile,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a device out of the fleet; a broker and a run of ours do so within seconds."""
+    """Turn a device out of the fleet; if a run is going on, it takes effect within seconds."""
     chosen = config.load(config_file)
+    if chosen.admission == "open":
+        raise StillhouseError(
+            'admission = "open" in run.toml takes any device that the broker lets in; set '
+            '"enrolled", and enroll the others'
+        )
     enrolment.revoke(chosen.runs, chosen.fleet, device)
     if as_json:
         print(json.dumps({"device": device, "fleet": chosen.fleet}))

@@ -26,6 +26,23 @@ class AverageConfig:
         expect("hostile", self.hostile, 0 <= self.hostile < 0.5, "0 or more and below 0.5")
         expect("clip", self.clip, self.clip >= 0, "0 or more")
 
+    def lacking(self, devices: int) -> str:
+        """Why the rule would withstand nobody in a round of so many devices; "" if it does."""
+        if self.rule not in ("trimmed_mean", "multi_krum"):
+            return ""
+        hostile = int(self.hostile * devices)
+        if hostile < 1:
+            return (
+                f"of {devices} devices (cohort.min_devices) a share of {self.hostile:g} is nobody; "
+                'raise hostile or min_devices, or take rule = "median"'
+            )
+        if self.rule == "multi_krum" and devices < 2 * hostile + 3:
+            return (
+                f"multi_krum needs {2 * hostile + 3} devices to withstand {hostile}, and "
+                f'cohort.min_devices is {devices}; raise it, or take rule = "median"'
+            )
+        return ""
+
     @property
     def robust(self) -> bool:
         """Whether it is more than the mean weighted by samples."""

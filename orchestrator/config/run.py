@@ -47,8 +47,8 @@ class RunConfig:
         transfer_chunks: chunks on their way up at once, all devices together.
         retry_s: a chunk that has not come up after this time is asked for again.
         max_upload_bytes: payloads of feature maps or logits above this are refused.
-        keep_every: besides the newest two checkpoints and the best one, those of rounds that this
-            divides are kept, for `orchestrator rollback`. 0: none.
+        keep_every: besides the newest two checkpoints and the best one, every so many-th is kept
+            for `orchestrator rollback`. 0: none.
     """
 
     name: str
@@ -86,6 +86,8 @@ class RunConfig:
         most = 1 << 19
         expect("chunk_bytes", self.chunk_bytes, 1024 <= self.chunk_bytes <= most, f"1024 to {most}")
         expect("retry_s", self.retry_s, self.retry_s > 0, "over 0")
+        if lacking := self.average.lacking(self.cohort.min_devices):
+            raise ValueError(f"average: {lacking}")
         expect("keep_every", self.keep_every, self.keep_every >= 0, "0 (none) or more")
         expect("heldout_limit", self.heldout_limit, self.heldout_limit >= 0, "0 (all) or more")
 

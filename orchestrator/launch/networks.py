@@ -222,7 +222,7 @@ def _check_small_crops(config: RunConfig, maps: tuple[int, int, int]) -> None:
     height, width = distill.small(maps)
     try:
         large(torch.zeros(2, maps[0], height, width))
-    except RuntimeError as fault:
+    except (RuntimeError, ValueError, AssertionError, IndexError) as fault:
         raise RunError(
             f"server.small_crops: {title(config.server.model)} does not take crops of {height} x "
             f"{width}; set it to 0, or use a model that pools over the whole map"

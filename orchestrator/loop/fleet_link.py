@@ -7,6 +7,7 @@ anything.
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from orchestrator.config import RunConfig
@@ -59,6 +60,7 @@ class FleetLink:
         self._fleet, self._url, self._report = config.fleet, address.url, report
         self._claim = Claim(config.fleet, run, boot=str(time.time_ns()))
         self._budgets = Budgets()
+        self._waiting: dict[str, tuple[Want, BlobStore]] = {}  # by device, the longest first
         self._hearing = False  # whether we are subscribed to devices
         self._counted: set[str] = set()  # devices
         self._awaited_s: float | None = None  # when we began to wait for the broker
@@ -123,18 +125,29 @@ class FleetLink:
             self._awaited_s = None  # said once
         if not self._claim.held:
             self._say(self._claim.ticked(now_s))
+        self._serve()
         return self._claim.held
 
     def answer(self, device: str, want: Want, blobs: BlobStore) -> None:
-        """Send a device the chunks that it asks for, unless it or all devices ask for too many.
+        """Send a device the chunks that it asks for, once the broker has taken enough of others.
 
-        It will ask again.
+        Of a device that waits only the last question counts. One that asks for more than its budget
+        gets no answer, and asks again.
         """
-        now_s, size = time.monotonic(), len(want.chunks) * want.chunk_bytes
-        if not self._budgets.download(device, size, now_s):
-            self._tell(device, now_s)
-        elif self._link.queued_bytes + size <= QUEUED_BYTES:
-            blobs.answer(want, lambda message, body: self.send(device, "down", message, body))
+        self._waiting[device] = want, blobs
+        self._serve()
+
+    def _serve(self) -> None:
+        """Answer devices that wait, the longest first, while the queue to the broker is short."""
+        while self._waiting and self._link.queued_bytes < QUEUED_BYTES:
+            device, (want, blobs) = next(iter(self._waiting.items()))
+            del self._waiting[device]
+            now_s, size = time.monotonic(), len(want.chunks) * want.chunk_bytes
+            if self._budgets.download(device, size, now_s):
+                send = partial(self.send, device, "down")
+                blobs.answer(want, send)
+            else:
+                self._tell(device, now_s)
 
     def _within_budget(self, device: str, kind: frames.Kind | None) -> bool:
         now_s = time.monotonic()

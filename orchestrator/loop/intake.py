@@ -7,11 +7,12 @@ devices that finish at once cannot flood it or the broker.
 from collections.abc import Iterator
 
 from wire.blobs import BlobStore, Fetch
-from wire.errors import TransferError
+from wire.errors import StalledError, TransferError
 from wire.messages import Chunk, Gone, Result, Want
 
 WINDOW = 8
-MUTE = 8  # a device that is asked for so many times `retry_s` and sends nothing is refused
+# A connected device that was asked again so often, for so long, and sent nothing, is refused.
+MUTE, MUTE_S = 8, 60.0
 
 
 class Intake:
@@ -27,7 +28,8 @@ class Intake:
         self._blobs, self._budget, self._retry_s = blobs, budget, retry_s
         self._pulls: dict[str, tuple[Result, list[Fetch]]] = {}
         self._silent: set[str] = set()
-        self._asked_s: dict[str, float] = {}  # by device: since when it was asked in vain
+        # By device: how often it was asked again in vain, and since when.
+        self._in_vain: dict[str, tuple[int, float]] = {}
         self._under_check: dict[str, Result] = {}  # by device: results that are being checked
 
     def begin(self, result: Result) -> None:
@@ -40,6 +42,10 @@ class Intake:
         known = self._pulls.get(result.device)
         if known and known[0] == result:
             return
+        needed = {ref.digest for ref in result.blobs.values()}
+        for replaced in known[1] if known else ():
+            if replaced.ref.digest not in needed:
+                replaced.discard()
         fetches = [
             Fetch(
                 self._blobs,
@@ -51,15 +57,12 @@ class Intake:
             )
             for ref in {ref.digest: ref for ref in result.blobs.values()}.values()
         ]
-        for replaced in known[1] if known else ():
-            if replaced.ref not in result.blobs.values():
-                replaced.discard()
         self._pulls[result.device] = (result, fetches)
-        self._asked_s.pop(result.device, None)
 
     def drop(self, device: str) -> None:
         """Give up a device's result."""
         self._pulls.pop(device, None)
+        self._answered(device)
 
     def clear(self) -> frozenset[str]:
         """Give up all pulls, since the round ends; returns digests of blobs without a verdict.
@@ -68,6 +71,7 @@ class Intake:
         """
         results = [*(result for result, _ in self._pulls.values()), *self._under_check.values()]
         self._pulls.clear()
+        self._in_vain.clear()
         return frozenset(ref.digest for result in results for ref in result.blobs.values())
 
     def resume(self, device: str) -> None:
@@ -81,14 +85,21 @@ class Intake:
 
         Raises:
             TransferError: the chunk is wrong, or the device no longer has the blob.
+            StorageError: the disk fails; StalledError: it is full.
         """
         for fetch in self._pulls.get(device, (None, []))[1]:
             if fetch.ref.digest == message.digest:
                 if isinstance(message, Gone):
                     fetch.gone()
-                elif fetch.chunk(message, body):
+                    return False
+                try:
+                    written = fetch.chunk(message, body)
+                except StalledError:  # it is not the device that is silent
                     self._answered(device)
-                    return True  # no other fetch has this digest
+                    raise
+                if written:
+                    self._answered(device)
+                return written  # no other fetch has this digest
         return False
 
     def complete(self) -> Iterator[Result]:
@@ -114,30 +125,20 @@ class Intake:
         """Pairs of a device and the chunks to ask it for, or the fault that ends its pull.
 
         The device with the fewest chunks under way goes first. Devices that did not answer go last,
-        so that they cannot use up the budget, and one that is `MUTE` ends its pull.
+        so that they cannot use up the budget. A pull ends if its device is `MUTE`.
 
         Raises:
             StorageError: the disk fails; StalledError: it is full.
         """
-        for device, (_, fetches) in self._pulls.items():
-            for fetch in fetches:  # chunks that are lost free their room
-                if device not in live:
-                    fetch.forget_asked()
-                    self._asked_s.pop(device, None)
-                elif fetch.expire(now_s):
-                    self._silent.add(device)
+        self._expire(now_s, live)
         room = self._budget - sum(f.in_flight for _, fs in self._pulls.values() for f in fs)
         for device in sorted(self._pulls, key=self._rank):
             if device not in live:
                 continue
-            if now_s - self._asked_s.get(device, now_s) > MUTE * self._retry_s:
-                yield (
-                    device,
-                    TransferError(
-                        f"{device} is connected, but sent nothing of its result in "
-                        f"{MUTE * self._retry_s:g} s"
-                    ),
-                )
+            times, since_s = self._in_vain.get(device, (0, now_s))
+            if times >= MUTE and now_s - since_s >= MUTE_S:
+                told = f"{device} is connected, was asked {times} times, and sent nothing"
+                yield device, TransferError(told)
                 continue
             # Nothing is left to pull if an earlier device's fault ended the round.
             for fetch in self._pulls.get(device, (None, []))[1]:
@@ -147,15 +148,26 @@ class Intake:
                     yield device, fault
                     break
                 if want:
-                    self._asked_s.setdefault(device, now_s)
+                    if device in self._silent:
+                        self._in_vain[device] = times + 1, since_s
                     room -= len(want.chunks)
                     yield device, want
                 if not fetch.done:
                     break  # one blob of a device at a time, in the order of the result
 
+    def _expire(self, now_s: float, live: frozenset[str]) -> None:
+        """Chunks that are lost free their room."""
+        for device, (_, fetches) in self._pulls.items():
+            for fetch in fetches:
+                if device not in live:
+                    fetch.forget_asked()
+                    self._in_vain.pop(device, None)
+                elif fetch.expire(now_s):
+                    self._silent.add(device)
+
     def _answered(self, device: str) -> None:
         self._silent.discard(device)
-        self._asked_s.pop(device, None)
+        self._in_vain.pop(device, None)
 
     def _rank(self, device: str) -> tuple[bool, int]:
         return device in self._silent, sum(fetch.in_flight for fetch in self._pulls[device][1])

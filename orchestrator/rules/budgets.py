@@ -5,8 +5,8 @@
     chunks      as many as it was asked for
     downloads   `DOWNLOAD_BYTES` at once and `DOWNLOAD_BYTES_S` a second
 
-What goes beyond is dropped before it is decoded. Honest devices stay far below, and whatever of
-theirs is dropped they send or ask for again.
+What goes beyond is dropped before it is decoded. Honest devices stay far below: all that a device
+needs for an order, and a package, are less than 4 GiB. What is dropped they send or ask for again.
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from wire.frames import Kind
 
 MESSAGES, MESSAGES_S = 200.0, 20.0
 WANTS, WANTS_S = 2000.0, 500.0
-DOWNLOAD_BYTES, DOWNLOAD_BYTES_S = float(256 << 20), float(16 << 20)
+DOWNLOAD_BYTES, DOWNLOAD_BYTES_S = float(4 << 30), float(64 << 20)
 MOST_ASKED = 4096  # chunks that a device was asked for and that may still come
 DEVICES = 20_000  # whose budgets are kept: strangers can invent any number of names
 TOLD_S = 60.0  # from one log line about a device to the next

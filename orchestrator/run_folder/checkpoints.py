@@ -77,7 +77,7 @@ def write(folder: Path, round_: int, state: Checkpoint, journal: str) -> None:
 
 
 def drop_old(folder: Path, every: int, best: Collection[int]) -> None:
-    """Remove all checkpoints but the newest `KEPT`, those of rounds that `every` divides, and some.
+    """Remove all checkpoints but the newest `KEPT`, every `every`-th, and those in `best`.
 
     Args:
         folder: of the run.
@@ -94,16 +94,15 @@ def read(folder: Path, round_: int) -> Checkpoint:
 
     Raises:
         RunError: there is no such checkpoint, or its files are damaged.
+        StorageError: they cannot be read.
     """
     path = folder / "checkpoints" / f"{round_:04d}"
     try:
-        tensors = load(_content(path, "state.safetensors"))
-        notes = json.loads(_content(path, "state.json"))
+        with storage.at(path):
+            tensors = load(_content(path, "state.safetensors"))
+            notes = json.loads(_content(path, "state.json"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as fault:
-        raise RunError(
-            f"checkpoint {path} cannot be read: {fault}; restore it. To go back by a round, move "
-            f"it and {folder / 'journal.db'} elsewhere, and start again"
-        ) from fault
+        raise RunError(f"checkpoint {path} is damaged: {fault}; restore it") from fault
     return Checkpoint({name: np.asarray(array) for name, array in sorted(tensors.items())}, notes)
 
 

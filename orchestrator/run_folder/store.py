@@ -44,6 +44,7 @@ from wire.storage import Patience
 
 log = logging.getLogger("orchestrator")
 
+FAR = 2  # most rounds that a start goes back by itself, if checkpoints are damaged
 AGENTS = "agents"  # what carries out a run's orders, if not simulated devices
 
 __all__ = ["Store", "as_written", "last_checkpoint", "read_checkpoint", "referred", "roll_back"]
@@ -164,27 +165,37 @@ class Store(Journal):
         return read_checkpoint(self.folder, last) if last else None
 
     def _fall_back(self) -> None:
-        """Go back to the newest checkpoint that can be read, if that of the last round cannot be.
+        """Go back to the newest checkpoint that is whole, if that of the last round is not.
 
         Raises:
-            RunError: none can be read.
+            RunError: that would be more than `FAR` rounds back.
         """
         last = self._number("SELECT COALESCE(MAX(round), 0) FROM attempts WHERE closed = 1")
-        for number in [n for n in reversed(checkpoints.numbers(self.folder)) if n <= last]:
+        faults = []
+        for number in [n for n in range(last, 0, -1) if n in {last, *self._there()}]:
             try:
                 read_checkpoint(self.folder, number)
+                break
             except RunError as fault:
-                damage = str(fault)
-                continue
-            if number < last:
-                with storage.at(self.folder):
-                    _undo(self.folder, number, "damaged")
-                self._go_back(number)
-                log.error(
-                    "%s. It is set aside. The run goes on after round %d; what devices sent since "
-                    "is asked for again", damage, number,
-                )  # fmt: skip
-            return
+                faults.append(str(fault).removesuffix("; restore it"))
+        else:
+            return  # `checkpoint` says what is wrong
+        if number < last - FAR:
+            raise RunError(
+                f"{'; '.join(faults)}. The newest that is whole is of round {number}; restore a "
+                f"later one, or: orchestrator rollback {self.folder} --round {number}"
+            )
+        if number < last:
+            with storage.at(self.folder):
+                _undo(self.folder, number, "damaged")
+            self._go_back(number)
+            log.error(
+                "%s. The run goes on after round %d, and what devices sent since is asked for "
+                "again", "; ".join(faults), number,
+            )  # fmt: skip
+
+    def _there(self) -> list[int]:
+        return checkpoints.numbers(self.folder)
 
     def write_json(self, name: str, content: object) -> None:
         """Replace a JSON file of the run folder, whole or not at all.
@@ -285,9 +296,10 @@ def roll_back(folder: Path, round_: int) -> None:
                 "keep_every in run.toml keeps more"
             )
         read_checkpoint(folder, round_)
+        # First, so that a kill in between leaves checkpoints ahead of the journal, as others do.
+        journal._go_back(round_)  # noqa: SLF001 - a function of every journal
         with storage.at(folder):
             _undo(folder, round_, "undone")
-        journal._go_back(round_)  # noqa: SLF001 - a function of every journal
     finally:
         journal.close()
         lock.close()

@@ -56,9 +56,15 @@ class Kept:
         kept.keep_only([*folder.iterdir()], [_file(number), _file(before)])
 
     def _before(self, device: str, order: Order) -> int:
-        """The last round before the order's after which weights were kept; 0: none."""
+        """The last round before the order's after which weights were kept; 0: none.
+
+        After a rollback there may be later rounds alone: then the newest of them, as an agent keeps
+        what it has learnt.
+        """
         files = (self.folder / "own" / device).glob("*.safetensors")
-        return max((n for n in (int(path.stem) for path in files) if n < order.round), default=0)
+        there = [int(path.stem) for path in files]
+        before = [number for number in there if number < order.round]
+        return max(before or [n for n in there if n > order.round], default=0)
 
 
 def _file(number: int) -> str:

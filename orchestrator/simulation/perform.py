@@ -7,7 +7,7 @@ once as there are threads. That is faster on a CPU.
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from typing import Any, Protocol
@@ -35,7 +35,7 @@ from wire.messages import Order, Result
 class Devices(Protocol):
     """All simulated devices of a run."""
 
-    def perform(self, orders: Mapping[str, Order]) -> Iterator[Result]:
+    def perform(self, orders: Mapping[str, Order]) -> Generator[Result]:
         """The results of devices' orders, in any order."""
 
 
@@ -106,7 +106,7 @@ class Stacks:
                 model, config.device, task.torch_device
             )
 
-    def perform(self, orders: Mapping[str, Order]) -> Iterator[Result]:
+    def perform(self, orders: Mapping[str, Order]) -> Generator[Result]:
         """See `Devices`.
 
         Devices share stacks if their orders differ in nothing that a stack has only one of.
@@ -156,7 +156,7 @@ class Agents:
     def __init__(self, site: Site, artifacts: Mapping[str, Artifact]) -> None:
         self._site, self._artifacts = site, artifacts
 
-    def perform(self, orders: Mapping[str, Order]) -> Iterator[Result]:
+    def perform(self, orders: Mapping[str, Order]) -> Generator[Result]:
         """See `Devices`."""
         cancel = threading.Event()
         with (

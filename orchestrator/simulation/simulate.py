@@ -13,6 +13,7 @@ A user's networks are compiled before the first round, as `start` does, to refus
 device could train. PyTorch does not need the artifacts; without onnx only a warning is logged.
 """
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -203,14 +204,15 @@ class _Simulation:
             report.rounds(now)
             self._tell()
             results = {}
-            for result in self._devices.perform(done):
-                order = done[result.device]
-                down = (ref.size for ref in (order.state, order.teacher) if ref is not None)
-                report.sent(result.device, sum(down))
-                report.received(result.device, sum(b.size for b in result.blobs.values()))
-                results[result.device] = result
-                report.rounds(replace(now, returned=frozenset(results)))
-                self._tell()
+            with contextlib.closing(self._devices.perform(done)) as performed:
+                for result in performed:
+                    order = done[result.device]
+                    down = (ref.size for ref in (order.state, order.teacher) if ref is not None)
+                    report.sent(result.device, sum(down))
+                    report.received(result.device, sum(b.size for b in result.blobs.values()))
+                    results[result.device] = result
+                    report.rounds(replace(now, returned=frozenset(results)))
+                    self._tell()
             report.progress("", 0, 0)
             report.rounds(replace(now, phase=rounds.Phase.AGGREGATING, returned=frozenset(results)))
             verdicts = {n: self._decide(state, order, results[n]) for n, order in done.items()}

@@ -170,11 +170,12 @@ def test_few_devices_are_averaged_too(rule, n):
 
 
 def test_an_update_that_changes_nothing_is_no_trouble():
-    state = {"a": np.ones(6, np.float32)}
+    state = {"a": np.ones(6, np.float32), "scale": np.array(3, np.float32)}
+    still = {name: np.zeros_like(array) for name, array in state.items()}
     for rule in (*RULES, "mean"):
-        found, distances = total(state, [(None, {"a": np.zeros(6, np.float32)}, 5)] * 5, rule=rule,
-                                 clip=2.0)  # fmt: skip
+        found, distances = total(state, [(None, still, 5)] * 5, rule=rule, clip=2.0)
         assert np.array_equal(found["a"], state["a"])
+        assert found["scale"] == 3
         assert np.isfinite(distances).all()
 
 
@@ -182,8 +183,11 @@ def test_networks_are_joined_by_their_differences():
     rng = np.random.default_rng(6)
     networks = [{"w": (10 + rng.standard_normal((3, 3))).astype(np.float32)} for _ in range(5)]
     networks[4]["w"] *= -50
+    for number, each in enumerate(networks):
+        each["scale"] = np.array(number, np.float32)
     joined = robust.join(networks, [1] * 5, rule="median", hostile=0.2, clip=0.0)
     wanted = np.median([each["w"] for each in networks], axis=0)
     np.testing.assert_allclose(joined["w"], wanted, rtol=1e-5)
+    assert joined["scale"] == 2
     clipped = robust.join(networks, [1] * 5, rule="mean", hostile=0.2, clip=1.0)
     assert np.abs(clipped["w"] - wanted).max() < 1.5

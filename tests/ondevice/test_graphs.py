@@ -68,6 +68,7 @@ TEXT = helper.make_tensor("w", TensorProto.STRING, [1], [b"text"])
         (model(RELU, initializers=[TEXT]), "it has text"),
         (model(RELU, functions=[helper.make_function(
             "evil", "Relu", ["x"], ["y"], [RELU], [helper.make_opsetid("", 18)])]), "functions"),
+        (model(helper.make_node("Cast", ["x"], ["y"], to=TensorProto.STRING)), "it has text"),
         (model(), "0 nodes"),
         (b"", "0 nodes"),
         (b"\xff\xff", "expected an ONNX graph"),
@@ -96,6 +97,20 @@ def test_a_graph_that_is_changed_is_not_run(artifact, tmp_path):
     (folder / "eval.onnx").unlink()
     with pytest.raises(ArtifactError, match=r"eval\.onnx: cannot be read \(No such file"):
         Inference(changed, "eval", state, threads=1)
+
+
+def test_a_graph_is_never_taken_for_onnxruntimes_own_format(artifact, tmp_path):
+    """Bytes with its mark, within a field that the check skips: they are read as ONNX, or not."""
+    folder = tmp_path / "artifact"
+    shutil.copytree(artifact.folder, folder)
+    path = folder / "eval.onnx"
+    marked = b"\x7a\x85\x00\x00ORTM"
+    path.write_bytes(marked + path.read_bytes())
+    state = load_file(artifact.weights)
+    graphs.check(path.read_bytes(), "here")
+    run = Inference(replace(artifact, folder=folder), "eval", state, threads=1)
+    run()
+    assert run.outputs["logits"].shape == (2, 3)
 
 
 def test_the_compiler_writes_no_operator_that_devices_refuse(artifact, monkeypatch):

@@ -78,6 +78,21 @@ def test_a_robust_average_out_of_range_is_refused(key, value):
 
 
 @pytest.mark.parametrize(
+    ("rule", "hostile", "devices", "text"),
+    [
+        ("trimmed_mean", 0.2, 4, "of 4 devices .* a share of 0.2 is nobody; raise hostile"),
+        ("multi_krum", 0.1, 9, "a share of 0.1 is nobody"),
+        ("multi_krum", 0.4, 10, "needs 11 devices to withstand 4, and cohort.min_devices is 10"),
+    ],
+)
+def test_a_rule_that_would_withstand_nobody_is_refused(rule, hostile, devices, text):
+    average, cohort = AverageConfig(rule, hostile=hostile), CohortConfig(devices)
+    with pytest.raises(ValueError, match=text):
+        RunConfig("run", average=average, cohort=cohort)
+    RunConfig("run", average=average, cohort=CohortConfig(11))
+
+
+@pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"heldout": None}, "name images that the server evaluates on"),
@@ -98,7 +113,7 @@ def test_a_robust_average_out_of_range_is_refused(key, value):
         ({"average": AverageConfig(clip=2.0)}, "average: devices share neither their extractors"),
         (
             {"strategy": "feddropout", "submodel": SubmodelConfig(0.5),
-             "average": AverageConfig("trimmed_mean")},
+             "cohort": CohortConfig(10), "average": AverageConfig("trimmed_mean")},
             r'average.rule = "trimmed_mean" is over devices that hold a unit; set submodel.absent',
         ),
         (

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -68,19 +69,20 @@ def test_a_connected_device_that_sends_nothing_of_its_result_does_not_hold_the_r
     intake.begin(result("mute", DATA))
     live, faults = frozenset({"mute"}), []
     stray = Chunk("ab" * 32, 0), memoryview(b"stray")
-    for second in range(16 * MUTE):
+    for second in range(18 * MUTE):
         intake.take("mute", *stray)
         faults += [(second, each) for _, each in intake.wants(second, live)
                    if isinstance(each, TransferError)]  # fmt: skip
         if faults:
             break
     ((second, fault),) = faults
-    assert second == 15 * MUTE + 1, "a chunk of something else is no answer"
-    assert str(fault) == "mute is connected, but sent nothing of its result in 120 s"
+    assert 15 * MUTE <= second < 17 * MUTE, "a chunk of something else is no answer"
+    told = f"mute is connected, was asked {MUTE} times, and sent nothing"
+    assert str(fault) == told
 
 
-@pytest.mark.parametrize("back", ["chunk", "resume", "offer"])
-def test_a_slow_device_that_sends_at_last_is_not_refused(tmp_path, back):
+@pytest.mark.parametrize("back", ["chunk", "resume", "full disk"])
+def test_a_slow_device_that_sends_at_last_is_not_refused(tmp_path, monkeypatch, back):
     intake = Intake(BlobStore(tmp_path, CHUNK), 8)
     offered = result("slow", DATA)
     intake.begin(offered)
@@ -97,8 +99,39 @@ def test_a_slow_device_that_sends_at_last_is_not_refused(tmp_path, back):
             elif back == "resume":
                 intake.resume("slow")
             else:
-                intake.begin(result("slow", DATA + bytes([index])))
+                with monkeypatch.context() as patch:
+                    patch.setattr("wire.blobs._write_at", failing(StalledError("full")))
+                    with pytest.raises(StalledError):
+                        intake.take("slow", Chunk(offered.blobs["update"].digest, index), piece)
     assert wants > 3 * 3
+
+
+def test_a_device_that_is_not_asked_again_is_not_mute(tmp_path):
+    """Others use up the budget all the time."""
+    intake = Intake(BlobStore(tmp_path, CHUNK), 8)
+    intake.begin(result("starved", DATA))
+    live = frozenset({"starved"})
+    assert [device for device, _ in intake.wants(0.0, live)] == ["starved"]
+    for number in range(40):
+        name = f"busy-{number}"
+        intake.begin(result(name, name.encode() * 4000))
+        live |= {name}
+    for second in range(16, 300):
+        for device, want in list(intake.wants(float(second), live)):
+            assert isinstance(want, Want) or device != "starved"
+
+
+def test_an_offer_of_the_same_blob_in_other_chunks_goes_on(tmp_path):
+    intake = Intake(BlobStore(tmp_path, CHUNK), 8)
+    offered = result("a", DATA)
+    intake.begin(offered)
+    list(intake.wants(0.0, frozenset("a")))
+    ref = offered.blobs["update"]
+    intake.begin(replace(offered, blobs={"update": replace(ref, chunk_bytes=2 * CHUNK)}))
+    ((_, want),) = intake.wants(1.0, frozenset("a"))
+    for index in want.chunks:
+        piece = memoryview(DATA)[2 * index * CHUNK : 2 * (index + 1) * CHUNK]
+        assert intake.take("a", Chunk(ref.digest, index), piece)
 
 
 def test_offers_that_replace_one_another_leave_nothing_on_the_disk(tmp_path):

@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_named(config, opened):
     store.close_round(store.begin(1, {}), EMPTY, {"round": 1})
     path = config.folder / "checkpoints" / "0001" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:10])
-    with pytest.raises(RunError, match="0001 cannot be read"):
+    with pytest.raises(RunError, match="0001 is damaged"):
         store.checkpoint()
 
 
@@ -245,12 +245,34 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_counts(
     folders = sorted(path.name for path in (config.folder / "checkpoints").iterdir())
     assert folders == ["0002", "0003.damaged-1"]
     (told,) = [r.message for r in caplog.records if r.levelname == "ERROR"]
-    assert "0003 cannot be read: " in told
+    assert "0003 is damaged: " in told
     assert "The run goes on after round 2" in told
     closed(again, (3, 4))
     assert again.checkpoint().notes == {"n": 4}
     again.close()
     assert last_checkpoint(config.folder)[0] == 4
+
+
+def test_a_missing_checkpoint_is_as_good_as_a_damaged_one(config, opened, caplog):
+    store = opened(config)
+    closed(store, (1, 2, 3))
+    store.close()
+    (config.folder / "checkpoints" / "0003").rename(config.folder / "elsewhere")
+    assert opened(config).checkpoint().notes == {"n": 2}
+    assert "0003 is damaged: [Errno 2] No such file" in caplog.text
+
+
+def test_a_start_goes_back_by_itself_only_a_little(config, opened):
+    store = opened(config)
+    closed(store, range(1, 8), lambda n: 1.0 if n == 2 else 0.1)
+    store.close()
+    for number in (6, 7):
+        flip_a_bit(config.folder / "checkpoints" / f"000{number}" / "state.json")
+    with pytest.raises(RunError, match=r"0007 is .* of round 2; .* rollback .*run --round 2"):
+        opened(config)
+    assert kept(config, 7)
+    roll_back(config.folder, 2)
+    assert opened(config).checkpoint().notes == {"n": 2}
 
 
 def test_if_no_checkpoint_can_be_read_the_newest_is_named(config, opened):
@@ -260,7 +282,7 @@ def test_if_no_checkpoint_can_be_read_the_newest_is_named(config, opened):
     for number in (1, 2):
         flip_a_bit(config.folder / "checkpoints" / f"000{number}" / "state.json")
     again = opened(config)
-    with pytest.raises(RunError, match=r"0002 cannot be read: state.json has SHA-256 .* restore"):
+    with pytest.raises(RunError, match=r"0002 is damaged: state.json has SHA-256 .*; restore"):
         again.checkpoint()
     assert (config.folder / "checkpoints" / "0002").exists()
 

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 
 import pytest
 from paho.mqtt import client as paho
@@ -44,6 +45,20 @@ def test_large_messages_of_another_thread_arrive_whole_and_in_order(link):
         event = link.events.get(timeout=120)
         assert isinstance(event, Arrived)
         assert event.payload == number.to_bytes(4, "little") + BODY
+
+
+def test_what_waits_here_is_counted_until_the_broker_has_it(link):
+    body = b"x" * 50_000
+    for number in range(200):
+        link.publish("stillhouse/1/f/d/up", body, qos=number % 2)
+    deadline = time.monotonic() + 60
+    while link.queued_bytes and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert link.queued_bytes == 0
+    assert not link._queue
+    link.close()
+    link.publish("stillhouse/1/f/d/up", body, qos=0)
+    assert link.queued_bytes == 0, "it is dropped without a connection"
 
 
 def test_only_the_threads_of_the_connection_write_to_it(link, monkeypatch):
