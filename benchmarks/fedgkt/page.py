@@ -100,6 +100,9 @@ COLUMNS: dict[str, Callable[[Setting], str]] = {
     "codec": lambda setting: _escaped(_codec(setting)),
     "`device.alpha`": lambda setting: f"{_read('device', 'alpha', 1.0)(setting):g}",
     "`server.alpha`": lambda setting: f"{_read('server', 'alpha', 1.0)(setting):g}",
+    "large network": lambda setting: _escaped(
+        setting["change"].get("server", {}).get("model", "fastcnn6-64")
+    ),
     "extractor": _read("transfer", "extractor", "own"),
     "frozen after": _frozen,
     "small network": _read("transfer", "network", "own"),
@@ -114,6 +117,8 @@ PEERS = ("setting", "network", "trained by")
 ALPHAS = ("setting", "`device.alpha`", "`server.alpha`")
 FRUGAL = ("codec", "`device.alpha`", "`server.alpha`", "small network", "views seen by")
 TABLES = (
+    PageTable("cifar10-full", ("setting", "large network", "codec", "extractor", "frozen after"),
+              ("best",)),
     PageTable("cifar10-cpu", PEERS,
               ("centralized", "fedavg large", "fedavg resnet8", "resnet8 alone")),
     PageTable("cifar10-cpu", ALPHAS, ("none", "to server", "to devices", "two-way")),
