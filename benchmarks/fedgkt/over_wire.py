@@ -15,9 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import paho.mqtt.client as mqtt
-from paho.mqtt.enums import CallbackAPIVersion
-
 from benchmarks.race import PATHS, ContenderError
 from benchmarks.round_overhead.processes import Processes
 from ondevice import config as agent
@@ -26,6 +23,7 @@ from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
 from orchestrator.launch import start
 from wire.address import BrokerAddress
+from wire.link import Arrived, Link, LinkEvent
 
 COUNTERS = {
     "received": "$SYS/broker/bytes/received",
@@ -101,21 +99,18 @@ def _counters(url: str) -> dict[str, int]:
     seen: dict[str, list[int]] = {topic: [] for topic in COUNTERS.values()}
     enough = threading.Event()
 
-    def take(_: mqtt.Client, __: object, message: mqtt.MQTTMessage) -> None:
-        seen[message.topic].append(int(message.payload))
-        if min(map(len, seen.values())) > 1:
-            enough.set()
+    def take(event: LinkEvent) -> None:
+        if isinstance(event, Arrived):
+            seen[event.topic].append(int(event.payload))
+            if min(map(len, seen.values())) > 1:
+                enough.set()
 
-    client = mqtt.Client(CallbackAPIVersion.VERSION2)
-    client.on_message = take
-    host, _, port = url.rpartition("://")[2].partition(":")
-    client.connect(host, int(port))
-    client.subscribe([(topic, 0) for topic in seen])
-    client.loop_start()
+    subscriptions = [(topic, 0) for topic in seen]
+    link = Link(BrokerAddress(url), "counters", subscriptions=subscriptions, emit=take)
+    link.start()
     try:
         if not enough.wait(COUNTED_S):
             raise ContenderError(f"the broker did not publish {', '.join(seen)} in {COUNTED_S} s")
     finally:
-        client.loop_stop()
-        client.disconnect()
+        link.close()
     return {name: seen[topic][-1] for name, topic in COUNTERS.items()}
