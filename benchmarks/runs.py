@@ -307,6 +307,15 @@ def last(record: Record, key: str = "accuracy") -> float:
     return float(record[key][str(record["rounds"])])
 
 
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """The mean, and lowest to highest of several values; "" of none."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    reach = f"{mean} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+    return reach if len(values) > 1 else mean
+
+
 def gaps(runs: Sequence[Record], base: Sequence[Record], key: str = "accuracy") -> str:
     """How much better runs are than the base's of the same seed: mean (lowest, highest), points."""
     points = [

@@ -195,9 +195,7 @@ def _accuracy(records: Sequence[Record], key: str) -> str:
     """Mean of the seeds, and lowest to highest of several; empty where it was not evaluated."""
     if not all(record.get(key) for record in records):
         return ""
-    values = [100 * runs.last(record, key) for record in records]
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else mean
+    return runs.spread([100 * runs.last(record, key) for record in records])
 
 
 def read(table: PageTable) -> list[Record]:

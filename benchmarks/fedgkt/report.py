@@ -155,7 +155,8 @@ def table(data: str, records: Sequence[Record]) -> Table:
         for key in (SERVER, DEVICE):
             there = all(record[key] for record in mine)
             ended = [100 * runs.last(record, key) for record in mine] if there else []
-            row += [_spread(ended), runs.gaps(mine, rows.get(base, []), key) if there else ""]
+            gaps = runs.gaps(mine, rows.get(base, []), key) if there else ""
+            row += [runs.spread(ended, 2), gaps]
         up = statistics.fmean(
             sum(r["bytes_up"].values()) / r["rounds"] / r["devices"] for r in mine
         )
@@ -163,13 +164,6 @@ def table(data: str, records: Sequence[Record]) -> Table:
         seconds = statistics.fmean(record["seconds"] / record["rounds"] for record in mine)
         shown.add_row(*row, f"{up / 1e6:.3f}", f"{sent:.1f}", f"{seconds:.1f}")
     return shown
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ({min(values):.2f}-{max(values):.2f})" if len(values) > 1 else mean
 
 
 def megabytes(record: Record, number: int) -> float:

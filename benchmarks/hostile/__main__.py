@@ -14,7 +14,6 @@ taken for class 0 once they show the backdoor's square. A finished run is not do
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -231,18 +230,11 @@ def table(strategy: str, records: Sequence[Record]) -> Table:
             mine = [
                 r for r in records if r["setting"]["name"] == Setting(strategy, rule, attack).name
             ]
-            cells.append(_spread([100 * runs.last(record) for record in mine]))
-        cells.append(_spread([100 * record["into_target"] for record in mine]))
+            cells.append(runs.spread([100 * runs.last(record) for record in mine]))
+        cells.append(runs.spread([100 * record["into_target"] for record in mine]))
         if any(cells):
             shown.add_row(rule, *cells)
     return shown
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.1f}"
-    return f"{mean} ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":

@@ -89,31 +89,21 @@ def _sent(update: Update, chosen: Hostile, result: Result, seed: int) -> Update:
     return replace(update, tensors={name: scale * array for name, array in tensors.items()})
 
 
-class Attacked(FedAvg):
+class _WithHostile:
+    """A strategy's mixin: hostile devices' updates are changed after the strategy's own checks."""
+
+    settings: ClassVar[type] = Hostile
+    task: Task
+
+    def admit(self, state: GlobalModel, order: Order, result: Result) -> Update:
+        """The update of an honest device, or what a hostile one sends instead."""
+        update: Update = super().admit(state, order, result)  # type: ignore[misc]
+        return _sent(update, self.task.settings(Hostile), result, self.task.config.seed)
+
+
+class Attacked(_WithHostile, FedAvg):
     """FedAvg with hostile devices."""
 
-    settings: ClassVar[type] = Hostile
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self._hostile = task.settings(Hostile)
-
-    def admit(self, state: GlobalModel, order: Order, result: Result) -> Update:
-        """What the device sends, checked as ever."""
-        update = super().admit(state, order, result)
-        return _sent(update, self._hostile, result, self.task.config.seed)
-
-
-class AttackedDropout(FedDropout):
+class AttackedDropout(_WithHostile, FedDropout):
     """Federated Dropout with hostile devices."""
-
-    settings: ClassVar[type] = Hostile
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self._hostile = task.settings(Hostile)
-
-    def admit(self, state: GlobalModel, order: Order, result: Result) -> Update:
-        """What the device sends, checked as ever."""
-        update = super().admit(state, order, result)
-        return _sent(update, self._hostile, result, self.task.config.seed)
