@@ -15,6 +15,7 @@ from typing import Any
 
 from edge_agent import rounds
 from edge_agent.folder import Folder
+from edge_agent.joining import Identity
 from edge_agent.notify import Notifier
 from edge_agent.presence import Presence
 from edge_agent.rounds import Accept, Action, Fetch, Offer, Phase, Settle, Work
@@ -74,10 +75,11 @@ class Agent:
         self._stopping = threading.Event()
         self._reported = 0.0
         self._presence = Presence(config.device, self._folder, self.images, self._updates)
+        self._identity = Identity(config) if config.kit.claim else None
         self._refused = ""  # why the orchestrator refuses this device, "" if it does not
         self.link = Link(
             config.broker,
-            f"stillhouse-{config.fleet}-{config.device}",
+            config.client_id,
             subscriptions=[
                 (self._topic("order"), 1),
                 (self._topic("down"), 0),
@@ -182,6 +184,10 @@ class Agent:
                 self._apply(rounds.received(self._state, message))
             case messages.Hello():
                 self._be_born()
+            case messages.Renew() if self._identity:
+                self._publish("sign", messages.Sign(self._identity.request()))
+            case messages.Certificate() if self._identity:
+                self._renewed(self._identity, message)
             case Want():
                 self.blobs.answer(message, self._send_up)
             case messages.Update():
@@ -191,6 +197,13 @@ class Agent:
                     self._supplied(lambda supply: supply.take(message, body))
             case _:
                 pass
+
+    def _renewed(self, identity: Identity, message: messages.Certificate) -> None:
+        if message.reason:
+            log.error("the orchestrator does not renew this device's certificate: %s",
+                      message.reason)  # fmt: skip
+        elif identity.take(message.pem):
+            log.info("this device has a new certificate")
 
     def _turned_away(self, reason: str) -> None:
         """Report the refusal once, although every birth is answered with it."""

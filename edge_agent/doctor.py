@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from edge_agent.joining import Identity
 from ondevice import config, meter
 from ondevice.config import AgentConfig
 from wire.errors import LinkError, StillhouseError
@@ -66,6 +67,12 @@ def examine(path: Path, root: Path = Path("/")) -> Iterator[Finding]:
     yield _settings(path, chosen)
     yield _disk(chosen.state)
     yield from _images(chosen)
+    if chosen.kit.claim and not Identity(chosen).joined:
+        yield Finding(
+            "warn", "this device has no certificate yet",
+            "start the agent while the orchestrator is at work; its kit holds for some days only",
+        )  # fmt: skip
+        return
     yield from _certificates(chosen)
     yield _broker(chosen)
 
@@ -230,8 +237,9 @@ def _broker(chosen: AgentConfig) -> Finding:
         if isinstance(event, Lost):
             reasons.append(event.reason)
 
+    name = f"{chosen.client_id}-doctor-{os.getpid()}"
     try:
-        link = Link(address, f"doctor-{chosen.device}-{os.getpid()}", subscriptions=[], emit=note)
+        link = Link(address, name, subscriptions=[], emit=note)
     except LinkError as fault:  # a certificate or key, which are read at once
         return Finding("bad", str(fault), "copy the files again")
     link.start()

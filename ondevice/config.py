@@ -1,16 +1,35 @@
 """The agent's configuration: `agent.toml` as a frozen dataclass, and a template of the file."""
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wire import records, settings, signing, topics
+from wire import address, records, settings, signing, topics
 from wire.address import BrokerAddress
 from wire.errors import SettingsError, SignatureError
 from wire.settings import Setting, Template
 
+# Below the state folder, where there is a kit; `edge_agent.joining` makes them.
+IDENTITY, AUTHORITY, CERTIFICATE = "identity", "authority.pem", "device.pem"
 BAD_SHARE = 0.05  # share of a folder's pictures that may be damaged
+
+
+@dataclass(frozen=True)
+class Kit:
+    """How a device gets its certificate, where the fleet has an authority; PEM texts.
+
+    Attributes:
+        authority: the certificate of the fleet's authority, by which the broker is known.
+        claim: a certificate and its key, with which the device asks for its own, once.
+    """
+
+    authority: str = ""
+    claim: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if bool(self.authority) != bool(self.claim):
+            raise ValueError("authority and claim belong together: copy both from the kit")
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class AgentConfig:
         data: an `.npz` with `x` (N, H, W, C) uint8 and `y`, or a folder with a sub-folder a class.
         state: folder for artifacts, weights, blobs and the journal; survives power cuts.
         broker: the broker's address, and the credentials for it.
+        kit: replaces the credentials by a certificate that the device gets itself.
         image: channels, height, width of the model's input; a folder's images are resized to it.
         bad_share: share of the pictures that may be damaged; they are left out. One may always be
             damaged, unless the share is 0. More are an error.
@@ -45,6 +65,7 @@ class AgentConfig:
     state: Path
     broker: BrokerAddress
     _: KW_ONLY
+    kit: Kit = Kit()
     image: tuple[int, int, int] = (3, 32, 32)
     bad_share: float = BAD_SHARE
     threads: int = 0
@@ -58,6 +79,12 @@ class AgentConfig:
     updates: Path = Path("/var/lib/stillhouse/update")
     updates_kept: Path = Path("/var/cache/stillhouse")
     update_minutes: float = 5.0
+
+    @property
+    def client_id(self) -> str:
+        """The agent's name at the broker; only holders of its credentials can know it."""
+        tag = address.tag(self.kit.claim) if self.kit.claim else self.broker.tag
+        return address.client_id(self.fleet, self.device, tag)
 
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
@@ -75,6 +102,10 @@ class AgentConfig:
         ):
             if not fits:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+        if self.kit.claim and not self.broker.secure:
+            raise ValueError(
+                f"kit: is for TLS, and broker.url is {self.broker.url}; write mqtts://"
+            )
         if self.release_key:
             try:
                 signing.check_public(self.release_key)
@@ -138,6 +169,8 @@ def template(changes: Mapping[str, Any] | None = None) -> str:
 def load(path: Path) -> AgentConfig:
     """Read `agent.toml`; its relative paths start from the folder of the file.
 
+    With a kit, the broker's address names files that are there once the device has joined.
+
     Raises:
         SettingsError: the file cannot be read or a setting is wrong; the message names the file,
             the key and what was expected.
@@ -150,4 +183,11 @@ def load(path: Path) -> AgentConfig:
     except ValueError as fault:
         raise SettingsError(f"{path}: broker: {fault}") from fault
     found = {name: folder / getattr(config, name) for name in names}
+    if config.kit.claim:
+        if broker.ca_file or broker.cert_file:
+            raise SettingsError(
+                f"{path}: kit: replaces broker.ca_file, cert_file and key_file; take those out"
+            )
+        own = found["state"] / IDENTITY
+        broker = replace(broker, ca_file=own / AUTHORITY, cert_file=own / CERTIFICATE)
     return replace(config, broker=broker, **found)

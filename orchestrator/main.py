@@ -36,6 +36,7 @@ for _command in (
     runs.rollback,
     setup.enroll,
     setup.revoke,
+    setup.renew,
     runs.status,
     fleet.devices,
     fleet.measure_report,

@@ -4,6 +4,7 @@
 the text. No message repeats a secret that somebody wrote into a URL.
 """
 
+import hashlib
 import ipaddress
 import re
 from contextlib import suppress
@@ -147,6 +148,21 @@ def is_local(host: str) -> bool:
         return False
 
 
+def tag(secret: str | bytes) -> str:
+    """The end of a client id that nobody can guess who lacks the secret.
+
+    Brokers do not tie client ids to users: whoever connects with another client's id ends its
+    connection, and takes its session. 16 hex digits; "" without a secret.
+    """
+    secret = secret.encode() if isinstance(secret, str) else secret
+    return hashlib.sha256(b"stillhouse client id\0" + secret).hexdigest()[:16] if secret else ""
+
+
+def client_id(fleet: str, user: str, tag: str) -> str:
+    """A client's name at the broker; `tag` is of its credentials."""
+    return "-".join(filter(None, ["stillhouse", fleet, user, tag]))
+
+
 def _host(text: str) -> str:
     """The host of a URL, where an IPv6 address stands in brackets."""
     if not text:
@@ -232,6 +248,14 @@ class BrokerAddress:
     def secure(self) -> bool:
         """Whether the connection uses TLS."""
         return self.scheme == "mqtts"
+
+    @property
+    def tag(self) -> str:
+        """The `tag` of our key or password."""
+        path = self.key_file or self.cert_file
+        with suppress(OSError):  # `Link` says so
+            return tag(path.read_bytes() if path else self.password)
+        return ""
 
     def beside(self, folder: Path) -> Self:
         """The same address, with files relative to a folder.

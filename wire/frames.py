@@ -49,6 +49,9 @@ class Kind(IntEnum):
     HELLO = 11
     UPDATE = 12
     MEASURED = 13
+    SIGN = 14
+    CERTIFICATE = 15
+    RENEW = 16
 
 
 @dataclass(frozen=True)

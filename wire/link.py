@@ -36,6 +36,13 @@ AT_ONCE_S = 5.0  # a broker that refuses such a message ends the connection with
 _FINAL = {"Unsupported protocol version", "Client identifier not valid",
           "Bad user name or password", "Not authorized"}  # fmt: skip
 _ACCEPTED = "Success"
+_ALERTS = {  # TLS alerts (RFC 8446, section 6.2), as OpenSSL names them
+    "certificate revoked": "it is revoked; enroll the device again, and copy its new kit to it",
+    "certificate expired": "it has ended; enroll the device again, and copy its new kit to it",
+    "unknown ca": "it is of another authority; is this the broker of this device's fleet?",
+    "certificate required": "there is none, and the broker asks for one",
+    "bad certificate": "it is not one for a client",
+}
 _CLOSED = "Unspecified error"  # paho's name for: the other side closed the connection
 
 
@@ -171,6 +178,7 @@ class Link:
         self._subscriptions = list(subscriptions)
         self._emit, self._will = emit, will
         self._answer = ""  # the broker's answer to the current attempt
+        self._alert = ""  # why TLS broke it
         self._queue_lock = threading.Lock()
         self._queue: dict[int, tuple[int, int]] = {}  # QoS and bytes of messages on their way
         self._early: set[int] = set()  # messages that were sent before `publish` returned
@@ -193,8 +201,10 @@ class Link:
         client.max_queued_messages_set(0)
         if address.username:
             client.username_pw_set(address.username, address.password)
-        if address.secure:
-            _set_tls(client, address)
+        self._tls = _tls(address) if address.secure else None
+        if self._tls:
+            client.tls_set_context(self._tls)
+            client.on_log = self._logged
         self._client = client
         self._thread = threading.Thread(target=self._run, name="mqtt", daemon=True)
 
@@ -262,6 +272,9 @@ class Link:
     def _run(self) -> None:
         while not self._closing.is_set() and self.refused is None:
             try:
+                self._alert = ""
+                if self._tls:  # the certificate may have been renewed
+                    _load(self._tls, self.address)
                 if self._will:
                     topic, payload = self._will()
                     self._client.will_set(topic, payload, qos=1, retain=True)
@@ -309,43 +322,72 @@ class Link:
         by_broker = code.getName() == _CLOSED
         cause = self._backoff.ended(time.monotonic(), by_broker=by_broker)
         what = "the broker ended it" if by_broker else code.getName()
-        if not answer and by_broker:
+        if self._alert:
+            what = self._alert
+        elif not answer and by_broker:
             tls = "does not speak TLS" if self.address.secure else "speaks TLS (write mqtts)"
             what = f"it was ended without an answer; is it the broker's port, or one that {tls}?"
         elif answer != _ACCEPTED:
             what = answer
         self._emit(Lost(f"connection to {self.address.url} lost: {cause or what}"))
 
+    def _logged(self, _c: paho.Client, _u: object, _level: int, text: str) -> None:
+        """Note why the broker broke TLS off, which paho only logs."""
+        for alert, meaning in _ALERTS.items():
+            if alert in text.lower().replace("_", " "):
+                self._alert = f"the broker refuses this client's certificate: {meaning}"
+
     def _received(self, _c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)
         self._emit(Arrived(message.topic, bytes(message.payload)))
 
 
-def _set_tls(client: paho.Client, address: BrokerAddress) -> None:
-    ca, cert, key = (
-        str(path) if path else None
-        for path in (address.ca_file, address.cert_file, address.key_file)
-    )
+def _tls(address: BrokerAddress) -> ssl.SSLContext:
+    """TLS 1.2 or later, with the broker's certificate checked.
+
+    Raises:
+        LinkError: a certificate or key cannot be used.
+    """
     try:
-        client.tls_set(
-            ca,
-            cert,
-            key,
-            # Without a password here, OpenSSL asks for one at the terminal.
-            keyfile_password="",
-            tls_version=ssl.PROTOCOL_TLS_CLIENT,
-        )
+        context = ssl.create_default_context(cafile=address.ca_file)
     except (OSError, ValueError) as fault:
-        raise LinkError(
-            f"no connection to {address.url} with these files: {fault}; ca_file, cert_file and "
-            "key_file must be readable PEM files, the key must fit the certificate and have no "
-            "password"
-        ) from fault
+        raise _unusable(address, fault) from fault
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _load(context, address)
+    return context
+
+
+def _load(context: ssl.SSLContext, address: BrokerAddress) -> None:
+    """Take our certificate and its key from their files.
+
+    Raises:
+        LinkError: they cannot be used.
+    """
+    if address.cert_file:
+        try:
+            # Without a password here, OpenSSL asks for one at the terminal.
+            context.load_cert_chain(address.cert_file, address.key_file, password="")
+        except (OSError, ValueError) as fault:
+            raise _unusable(address, fault) from fault
+
+
+def _unusable(address: BrokerAddress, fault: Exception) -> LinkError:
+    return LinkError(
+        f"no connection to {address.url} with these files: {fault}; ca_file, cert_file and "
+        "key_file must be readable PEM files, the key must fit the certificate and have no "
+        "password"
+    )
 
 
 def _reason(fault: Exception, *, secure: bool) -> str:
     """What went wrong. A port without TLS may fail in many ways when it is spoken to in TLS."""
-    plain = (ssl.SSLCertVerificationError, ConnectionRefusedError, socket.gaierror)
+    plain = (ssl.SSLCertVerificationError, ConnectionRefusedError, socket.gaierror, LinkError)
+    if isinstance(fault, ssl.SSLCertVerificationError) and "not yet valid" in str(fault):
+        now = time.strftime("%Y-%m-%d", time.gmtime())
+        return (
+            f"its certificate is not yet valid, and this machine's clock says {now}: set the clock "
+            "(sudo timedatectl set-ntp true)"
+        )
     if secure and not isinstance(fault, plain):
         return f"{fault}; does it speak TLS on that port?"
     return str(fault)

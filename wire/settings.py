@@ -22,6 +22,7 @@ from wire.errors import SettingsError
 WIDTH = 98  # characters, of a comment on lines of its own
 COMMENT_STOP = 4  # comments of a table begin in one column, a multiple of this
 LONGEST_ALIGNED = 30  # characters; after a longer setting, the comment is not aligned
+_LINES = re.compile(r"(?:[A-Za-z0-9+/=_ .-]+\n){2,}")  # such as PEM; no character is escaped
 _BARE = re.compile(r"[A-Za-z0-9_-]+")  # keys that need no quotes
 
 
@@ -220,6 +221,8 @@ def _key(name: str) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, str) and _LINES.fullmatch(value):
+        return f'"""\n{value}"""'
     if isinstance(value, str | Path):
         # JSON's escapes are valid in TOML; but TOML also wants DEL escaped, which JSON does not.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

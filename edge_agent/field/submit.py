@@ -38,7 +38,7 @@ def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
     events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
     link = Link(
         chosen.broker,
-        f"stillhouse-{chosen.fleet}-{chosen.device}-measure-{os.getpid()}",
+        f"{chosen.client_id}-measure-{os.getpid()}",
         subscriptions=[(topics.topic(chosen.fleet, chosen.device, "order"), 1)],
         emit=events.put,
     )

@@ -8,30 +8,31 @@ the orchestrator leaves nothing behind. If Mosquitto dies after it had run a whi
 
 `mosquitto` is for fleets: retained messages, sessions and their queues are saved in `folder`, every
 `AUTOSAVE_S` seconds and at a clean end. `kill -9` or a power cut loses what the broker received
-since the last save, although it had acknowledged it. Neither speaks TLS: for that, run a broker of
-your own (hardware/broker).
+since the last save, although it had acknowledged it. It speaks TLS if it is given certificates.
 
 `embedded` is amqtt, pure Python, MQTT 3.1.1 only: for demonstrations on one computer. It keeps all
 state in memory, listens on loopback only, and has the limits listed in `embedded.py`.
 """
 
+import contextlib
 import errno
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 from orchestrator.broker.access import ORCHESTRATOR, access_list, hashed, matches, passwords
 from orchestrator.broker.mosquitto import SBIN, configuration, find
 from wire import address, storage, topics
 from wire.errors import BrokerError
 
-__all__ = ["Broker", "Kind", "check", "find", "let_in", "start"]
+__all__ = ["Broker", "Certificates", "Kind", "certify", "check", "find", "let_in", "start"]
 
 Kind = Literal["mosquitto", "embedded"]
 _STOP_S = 10.0
@@ -41,6 +42,19 @@ _START_S = 60.0  # how long a broker may take to answer
 _CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x05\x00\x00"
 _CONNACK = b"\x20"
 _PID = "broker.pid"
+
+
+class Certificates(NamedTuple):
+    """What a broker needs for mutual TLS, as PEM; each lies in its folder as NAME.pem.
+
+    `orchestrator` is a certificate with its key for the user of that name, `server` one for the
+    broker, `crl` the list of revoked certificates.
+    """
+
+    ca: bytes
+    server: bytes
+    orchestrator: bytes
+    crl: bytes
 
 
 @dataclass
@@ -87,6 +101,7 @@ def start(
     host: str = "127.0.0.1",
     port: int = 1883,
     users: Mapping[str, str] | None = None,
+    certificates: Certificates | None = None,
 ) -> Broker:
     """Start a broker and return once it answers.
 
@@ -98,6 +113,7 @@ def start(
         port: 0 picks a free port.
         users: passwords by user name: device names and `orchestrator`. None allows everything to
             everybody.
+        certificates: makes a Mosquitto speak mutual TLS; `users` then counts for nothing.
 
     Raises:
         BrokerError: it does not run; the message says why and what to do.
@@ -107,11 +123,17 @@ def start(
     wanted, port = port, _claim(host, port)
     folder = folder.resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if certificates:
+        users = None
+        for name, pem in zip(Certificates._fields, certificates, strict=True):
+            storage.write(folder / f"{name}.pem", pem, 0o600)
     if users is not None:
         _write(folder / "passwd", {user: hashed(users[user]) for user in users})
     command = [sys.executable, "-m", "orchestrator.broker", str(folder)]
     if kind == "mosquitto":
-        config = configuration(folder, host, port, passwords=users is not None)
+        config = configuration(
+            folder, host, port, passwords=users is not None, tls=certificates is not None
+        )
         for name, text in (("acl", access_list(fleet)), ("mosquitto.conf", config)):
             storage.write(folder / name, text.encode(), 0o600)
         command += ["mosquitto", str(binary)]
@@ -134,14 +156,18 @@ def start(
         )
     reach = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     shown = f"[{reach}]" if ":" in reach else reach
-    broker = Broker(kind, f"mqtt://{shown}:{port}", folder, child)
+    scheme, context = ("mqtts", _context(folder)) if certificates else ("mqtt", None)
+    broker = Broker(kind, f"{scheme}://{shown}:{port}", folder, child)
     deadline = time.monotonic() + _START_S
-    while not (_answers(reach, port) and (folder / _PID).exists()):
+    while not (_answers(reach, port, context) and (folder / _PID).exists()):
         late = time.monotonic() > deadline
         if late or not broker.running:
             broker.stop()
             if not (wanted or late or _free(host, port)):  # another program took the port first
-                return start(kind, folder=folder, fleet=fleet, host=host, port=0, users=users)
+                return start(
+                    kind, folder=folder, fleet=fleet, host=host, port=0, users=users,
+                    certificates=certificates,
+                )  # fmt: skip
             what = f"did not answer on {host}:{port} in {_START_S:g} s" if late else "died at start"
             tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-8:])
             raise BrokerError(f"{kind} broker {what}; the end of {log}:\n{tail}")
@@ -198,6 +224,18 @@ def let_in(folder: Path, users: Mapping[str, str]) -> None:
         _write(path, stored)
 
 
+def certify(folder: Path, **certificates: bytes) -> None:
+    """Replace a broker's certificates (`Certificates`); a running one follows within a second.
+
+    Connections that are there stay. A broker without TLS has none, and nothing is done.
+    """
+    for name, pem in certificates.items():
+        path = folder / f"{name}.pem"
+        if path.exists():
+            with storage.at(path):
+                storage.write(path, pem, 0o600)
+
+
 def _claim(host: str, port: int) -> int:
     """`port`, or a free port if it is 0, after a trial bind.
 
@@ -239,10 +277,21 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH", "")]))
 
 
-def _answers(host: str, port: int) -> bool:
+def _context(folder: Path) -> ssl.SSLContext:
+    """TLS as the orchestrator."""
+    context = ssl.create_default_context(cafile=folder / "ca.pem")
+    context.load_cert_chain(folder / "orchestrator.pem")
+    return context
+
+
+def _answers(host: str, port: int, context: ssl.SSLContext | None) -> bool:
     """Whether a broker answers a CONNECT; that a port is open proves nothing."""
     try:
-        with socket.create_connection((host, port), timeout=1.0) as connection:
+        with contextlib.ExitStack() as stack:
+            open_ = stack.enter_context
+            connection = open_(socket.create_connection((host, port), timeout=1.0))
+            if context:
+                connection = open_(context.wrap_socket(connection, server_hostname=host))
             connection.sendall(_CONNECT)
             return connection.recv(1) == _CONNACK
     except OSError:

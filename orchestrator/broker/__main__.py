@@ -53,7 +53,7 @@ async def _mosquitto(binary: str, folder: Path) -> None:
             preexec_fn=_die_with_parent,  # this process has one thread
         )
         _note(folder, process.pid)
-        telling = asyncio.create_task(_tell_of_users(process, folder / "passwd"))
+        telling = asyncio.create_task(_tell_of_users(process, folder))
         try:
             code = await process.wait()
         except asyncio.CancelledError:
@@ -71,9 +71,9 @@ async def _mosquitto(binary: str, folder: Path) -> None:
             return
 
 
-async def _tell_of_users(process: Process, passwords: Path) -> None:
-    """Tell Mosquitto to read its passwords again each time the file is replaced."""
-    async for _ in replaced(passwords):
+async def _tell_of_users(process: Process, folder: Path) -> None:
+    """Tell Mosquitto to read passwords and certificates again each time they are replaced."""
+    async for _ in replaced(*(folder / name for name in ("passwd", "crl.pem", "server.pem"))):
         with contextlib.suppress(ProcessLookupError):  # it has ended; its successor reads the file
             process.send_signal(signal.SIGHUP)
 

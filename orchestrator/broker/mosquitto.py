@@ -21,7 +21,7 @@ def find() -> Path | None:
     return Path(found) if found else None
 
 
-def configuration(folder: Path, host: str, port: int, *, passwords: bool) -> str:
+def configuration(folder: Path, host: str, port: int, *, passwords: bool, tls: bool = False) -> str:
     """The text of mosquitto.conf.
 
     Args:
@@ -29,13 +29,26 @@ def configuration(folder: Path, host: str, port: int, *, passwords: bool) -> str
         host: the address to listen on; "" for all.
         port: the port.
         passwords: whether clients must log in as a user of `folder/passwd`.
+        tls: whether clients must have a certificate of `folder/ca.pem`, whose common name is then
+            their user name, and no password. `folder/crl.pem` is read again on SIGHUP.
     """
     lines = [
         "# Written by Stillhouse at every start: edits are lost.",
         f"listener {port} {host}".rstrip(),
-        f"allow_anonymous {'false' if passwords else 'true'}",
+        f"allow_anonymous {'false' if passwords or tls else 'true'}",
     ]
-    if passwords:
+    if tls:
+        lines += [
+            f"cafile {folder / 'ca.pem'}",
+            f"certfile {folder / 'server.pem'}",
+            f"keyfile {folder / 'server.pem'}",
+            f"crlfile {folder / 'crl.pem'}",
+            "tls_version tlsv1.3",  # every agent speaks it; it hides certificates from the network
+            "require_certificate true",
+            "use_identity_as_username true",
+            f"acl_file {folder / 'acl'}",
+        ]
+    elif passwords:
         lines += [f"password_file {folder / 'passwd'}", f"acl_file {folder / 'acl'}"]
     if os.geteuid() == 0:  # it would become user `mosquitto`, who cannot write in our folder
         lines += ["user root"]

@@ -1,4 +1,4 @@
-"""Watching a file that another process replaces."""
+"""Watching files that another process replaces."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,13 +7,13 @@ from pathlib import Path
 LOOK_S = 0.5
 
 
-async def replaced(path: Path) -> AsyncIterator[None]:
-    """Yields once each time the file is found replaced; it looks every `LOOK_S` seconds."""
-    before = _identity(path)
+async def replaced(*paths: Path) -> AsyncIterator[None]:
+    """Yields each time files are found replaced; it looks every `LOOK_S` seconds."""
+    before = [_identity(path) for path in paths]
     while True:
         await asyncio.sleep(LOOK_S)
-        now = _identity(path)
-        if now is not None and now != before:
+        now = [_identity(path) or old for path, old in zip(paths, before, strict=True)]
+        if now != before:
             before = now
             yield
 

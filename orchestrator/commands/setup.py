@@ -1,4 +1,4 @@
-"""Commands that write the files of a run and its devices: `init`, `enroll`."""
+"""Commands that write the files of a run and its devices: `init`, `enroll`, `revoke`, `renew`."""
 
 import json
 import tomllib
@@ -18,8 +18,9 @@ from orchestrator.commands.terminal import (
     RunChanges,
     console,
 )
-from orchestrator.fleet import enrolment
-from wire import records, settings, signing, storage
+from orchestrator.fleet import certificates, enrolment
+from orchestrator.fleet.authority import CLAIM_DAYS
+from wire import address, records, settings, signing, storage
 from wire.errors import SettingsError, StillhouseError
 from wire.names import anchored
 
@@ -30,6 +31,8 @@ FIXED = {
     "fleet": "a device is enrolled in the fleet of run.toml; name another run.toml with --config",
     "broker.username": "a device logs in under the name that it is enrolled by",
     "broker.password": "enroll draws it, and the broker lets the device in by no other",
+    "kit.authority": "it is that of the fleet",
+    "kit.claim": "enroll makes it, for this device alone",
 }
 
 
@@ -85,6 +88,9 @@ def enroll(
     release_key: Annotated[
         str, typer.Option(help="Updates of the agent are signed by it; default: run.toml's.")
     ] = "",
+    days: Annotated[
+        float, typer.Option(min=0.01, help="The kit's claim for a certificate ends after these.")
+    ] = CLAIM_DAYS,
     changes: AgentChanges = None,
     as_json: AsJson = False,
 ) -> None:
@@ -108,13 +114,17 @@ def enroll(
         "chunk_bytes": chosen.chunk_bytes,
         "release_key": key,
         "broker.url": url,
-        "broker.username": device,
         **(PACKAGED if packaged else {}),
         **others,
     }
     password = enrolment.password(chosen.runs, chosen.fleet, device)
+    if chosen.broker.mutual_tls:
+        host = address.parse(url).host
+        secrets = certificates.kit(chosen.runs, chosen.fleet, device, host, days)
+    else:
+        secrets = {"broker.username": device, "broker.password": password}
     try:
-        storage.create(path, agent.template(values | {"broker.password": password}), 0o600)
+        storage.create(path, agent.template(values | secrets), 0o600)
     except OSError as fault:
         raise StillhouseError(f"{path}: cannot be written: {fault.strerror}; name another with "
                               "--out") from fault  # fmt: skip
@@ -147,6 +157,8 @@ def revoke(
             'admission = "open" in run.toml takes any device that the broker lets in; set '
             '"enrolled", and enroll the others'
         )
+    enrolment.check(chosen.runs, chosen.fleet, device)
+    certificates.revoke(chosen.runs, chosen.fleet, device)
     enrolment.revoke(chosen.runs, chosen.fleet, device)
     if as_json:
         print(json.dumps({"device": device, "fleet": chosen.fleet}))
@@ -154,6 +166,21 @@ def revoke(
     console.print(f"{device} is no longer enrolled in fleet {chosen.fleet}")
     if chosen.broker.kind == "external":
         console.print("note: remove its user from your broker too")
+
+
+def renew(
+    device: Annotated[str, typer.Argument(help="The device's name.")],
+    *,
+    config_file: ConfigFile,
+    as_json: AsJson = False,
+) -> None:
+    """Let a device make a new key and get a new certificate, before its time."""
+    chosen = config.load(config_file)
+    certificates.renew(chosen.runs, chosen.fleet, device)
+    if as_json:
+        print(json.dumps({"device": device, "fleet": chosen.fleet}))
+        return
+    console.print(f"{device} gets a new certificate when a run goes on and it is there")
 
 
 def _others(changes: Iterable[str], url: str) -> dict[str, Any]:

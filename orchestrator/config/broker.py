@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from orchestrator.config.ranges import expect
-from wire.address import BrokerAddress, bracketed, check_host, is_local
+from wire.address import PORTS, BrokerAddress, bracketed, check_host, is_local
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,10 @@ class BrokerConfig:
         kind: "embedded" (pure Python, loopback only), "mosquitto" (the orchestrator runs Debian's
             mosquitto itself) or "external" (at `url`).
         host, port: where our own broker listens; host "" is every address of this machine, port 0
-            a free port.
+            a free port. Default: 8883 with TLS, else 1883.
+        tls: whether our own mosquitto speaks mutual TLS, by certificates of the fleet's authority.
+            Default: as soon as other machines can reach it.
+        certificate_days: how long a device's certificate holds; it is renewed after two thirds.
         url: mqtt:// or mqtts:// URL of an external broker.
         username, password: the orchestrator's login at an external broker.
         ca_file, cert_file, key_file: PEM files, for mqtts.
@@ -24,7 +27,9 @@ class BrokerConfig:
 
     kind: Literal["embedded", "mosquitto", "external"] = "embedded"
     host: str = "127.0.0.1"
-    port: int = 1883
+    port: int | None = None
+    tls: bool | None = None
+    certificate_days: float = 90.0
     url: str = ""
     username: str = ""
     password: str = field(default="", repr=False)
@@ -48,12 +53,27 @@ class BrokerConfig:
                 )
         if self.host:
             object.__setattr__(self, "host", check_host(self.host))
-        expect("port", self.port, 0 <= self.port <= 65535, "1 to 65535, or 0 for a free one")
+        expect("certificate_days", self.certificate_days, self.certificate_days > 0, "over 0")
+        if self.tls and self.kind == "embedded":
+            raise ValueError('tls: the embedded broker does not speak it; set kind = "mosquitto"')
+        fits = self.port is None or 0 <= self.port <= 65535
+        expect("port", self.port, fits, "1 to 65535, or 0 for a free one")
 
     @property
     def local(self) -> bool:
         """Whether only this machine can reach the broker."""
         return is_local(self.address().host if self.url else self.host)
+
+    @property
+    def mutual_tls(self) -> bool:
+        """Whether our own broker takes certificates of the fleet's authority, and no passwords."""
+        chosen = not self.local if self.tls is None else self.tls
+        return self.kind == "mosquitto" and chosen
+
+    @property
+    def listens_on(self) -> int:
+        """The port of our own broker; 0 for a free one."""
+        return PORTS["mqtts" if self.mutual_tls else "mqtt"] if self.port is None else self.port
 
     @property
     def everywhere(self) -> bool:
@@ -66,9 +86,14 @@ class BrokerConfig:
 
         They do not if our own broker listens on every address, or on a port chosen at its start.
         """
-        if self.url or self.everywhere or not self.port:
+        if self.url or self.everywhere or not self.listens_on:
             return self.url
-        return f"mqtt://{bracketed(self.host)}:{self.port}"
+        return f"{self.scheme}://{bracketed(self.host)}:{self.listens_on}"
+
+    @property
+    def scheme(self) -> str:
+        """Of the URL by which devices reach our own broker."""
+        return "mqtts" if self.mutual_tls else "mqtt"
 
     def beside(self, folder: Path) -> "BrokerConfig":
         """The same settings, with relative file paths taken as relative to a folder.

@@ -37,8 +37,8 @@ heldout = "data/heldout.npz"  # images that the server evaluates on: .npz, or a 
 admission = "enrolled"  # or "open": any device that the broker lets in
 [broker]
 kind = "embedded"  # loopback only; "mosquitto" runs Debian's, "external" takes a url
-host = "127.0.0.1"
-port = 1883
+host = "127.0.0.1"  # "0.0.0.0" with "mosquitto" is for devices elsewhere: mutual TLS
+# port = 8883  # default: 8883 with TLS, else 1883
 # url = "mqtts://broker.example:8883"  # with kind = "external"
 [cohort]
 min_devices = 2  # a round begins only with so many,

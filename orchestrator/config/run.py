@@ -86,6 +86,12 @@ class RunConfig:
         most = 1 << 19
         expect("chunk_bytes", self.chunk_bytes, 1024 <= self.chunk_bytes <= most, f"1024 to {most}")
         expect("retry_s", self.retry_s, self.retry_s > 0, "over 0")
+        ours = self.broker.kind == "mosquitto" and not self.broker.local
+        if ours and self.admission == "open" and not self.broker.mutual_tls:
+            raise ValueError(
+                'admission = "open" without TLS, and other machines reach the broker: anybody '
+                'could read all topics and give orders; set "enrolled", or take out broker.tls'
+            )
         if lacking := self.average.lacking(self.cohort.min_devices):
             raise ValueError(f"average: {lacking}")
         expect("keep_every", self.keep_every, self.keep_every >= 0, "0 (none) or more")

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.fleet import enrolment
+from orchestrator.fleet import enrolment, files
 from wire import measurement, records, storage
 from wire.errors import RunError, SignatureError, WireError
 from wire.measurement import Measurement
@@ -81,7 +81,7 @@ def take(runs: Path, name: str, device: str, data: bytes) -> Path:
         )
     folder = runs / f"measured-{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    keys = enrolment.read_table(folder / KEYS, _REMEDY)
+    keys = files.read_table(folder / KEYS, _REMEDY)
     if keys.get(device, report.device) != report.device:
         raise SignatureError(
             f"{device}: expected a measurement signed by {keys[device]}, as its first one was, got "
@@ -127,7 +127,7 @@ def _last(paths: Sequence[Path]) -> Measurement | None:
 
 
 def _birth(path: Path) -> tuple[Birth, float]:
-    content = enrolment.read_table(path, _REMEDY)
+    content = files.read_table(path, _REMEDY)
     at = content.pop("at", None)
     if type(at) is not float:
         raise RunError(f"{path}: expected the time of a birth, got {at!r:.40}; remove the file")

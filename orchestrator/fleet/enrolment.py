@@ -4,19 +4,16 @@
 the broker asks for. Passwords are 32 random bytes, never chosen by people.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import secrets
 import socket
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from orchestrator.broker import access, let_in
 from orchestrator.config import BrokerConfig
+from orchestrator.fleet import files
 from wire import address, storage, topics
+from wire.address import PORTS
 from wire.errors import RunError, SettingsError
 
 ORCHESTRATOR = access.ORCHESTRATOR
@@ -80,6 +77,18 @@ def enroll(runs: Path, fleet: str, device: str, secret: str = "") -> str:
     return _add(runs, fleet, device, secret)[device]
 
 
+def check(runs: Path, fleet: str, device: str) -> None:
+    """Return if a device is enrolled.
+
+    Raises:
+        RunError: it is not.
+    """
+    check_name(device)
+    if device not in (known := enrolled(runs, fleet)):
+        names = ", ".join(sorted(known)) or "nobody"
+        raise RunError(f"device {device!r} is not enrolled in fleet {fleet!r}; {names} is")
+
+
 def revoke(runs: Path, fleet: str, device: str) -> None:
     """Remove a device: a broker of ours ends its connection, and a run refuses what it sends.
 
@@ -88,14 +97,11 @@ def revoke(runs: Path, fleet: str, device: str) -> None:
     Raises:
         RunError: no such device is enrolled.
     """
-    check_name(device)
+    check(runs, fleet, device)
     file = path(runs, fleet)
-    with _alone(runs):
+    with files.alone(runs):
         known = _read(file)
-        if device not in known:
-            names = ", ".join(sorted(known.keys() - {ORCHESTRATOR})) or "nobody"
-            raise RunError(f"device {device!r} is not enrolled in fleet {fleet!r}; {names} is")
-        del known[device]
+        known.pop(device, None)
         _write(file, known)
         let_in(broker_folder(runs, fleet), known)
 
@@ -133,9 +139,12 @@ def reach(broker: BrokerConfig, url: str, option: str = "--url") -> tuple[str, l
         )
     elif address.is_local(endpoint.host):
         notes.append(f"{endpoint.url} reaches the broker from its own machine only")
-    if ours and endpoint.scheme == "mqtts":
-        notes.append("the brokers that the orchestrator runs speak no TLS, and mqtts is TLS")
-    elif endpoint.scheme == "mqtts":
+    if ours and endpoint.scheme != broker.scheme:
+        raise SettingsError(
+            f"{option.removesuffix('url')}url {endpoint.url}: the broker of these settings speaks "
+            f"{'' if broker.mutual_tls else 'no '}TLS; write {_example(broker)}, say"
+        )
+    if not ours and endpoint.scheme == "mqtts":
         notes.append(
             "if an authority of your own signed the broker's certificate, name its PEM file as "
             "ca_file under [broker] of the device's settings"
@@ -148,7 +157,7 @@ def _example(broker: BrokerConfig) -> str:
         host = address.check_host(socket.gethostname())
     except ValueError:
         host = "SERVER"
-    return f"mqtt://{host}:{broker.port or 1883}"
+    return f"{broker.scheme}://{host}:{broker.listens_on or PORTS[broker.scheme]}"
 
 
 def is_empty(path: Path) -> bool:
@@ -166,30 +175,13 @@ def broker_folder(runs: Path, fleet: str) -> Path:
     return runs / f"broker-{fleet}"
 
 
-def read_table(file: Path, remedy: str) -> dict[str, Any]:
-    """The JSON table in a file of a fleet; empty if there is no file.
-
-    Raises:
-        RunError: the file is damaged; the message ends with the remedy.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as fault:
-        raise RunError(f"{file}: not JSON: {fault}; {remedy}") from fault
-    if not isinstance(content, dict):
-        raise RunError(f"{file}: expected a table, got {type(content).__name__}; {remedy}")
-    return content
-
-
 def _add(runs: Path, fleet: str, user: str, secret: str = "") -> dict[str, str]:
     """Add a user, and the orchestrator; returns all passwords, which our broker then knows.
 
     One process does so at a time: two devices may be enrolled at once, and both are to stay.
     """
     file = path(runs, fleet)
-    with _alone(runs):
+    with files.alone(runs):
         known = _read(file)
         for name, password in ((ORCHESTRATOR, ""), (user, secret)):
             if name not in known:
@@ -199,21 +191,8 @@ def _add(runs: Path, fleet: str, user: str, secret: str = "") -> dict[str, str]:
     return known
 
 
-@contextlib.contextmanager
-def _alone(runs: Path) -> Iterator[None]:
-    """Hold the folder of all runs against other processes that would change a fleet."""
-    with storage.at(runs):
-        runs.mkdir(parents=True, exist_ok=True)
-        folder = os.open(runs, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
-
-
 def _read(file: Path) -> dict[str, str]:
-    known = read_table(file, "restore it, or enroll the fleet anew")
+    known = files.read_table(file, "restore it, or enroll the fleet anew")
     return {name: str(password) for name, password in known.items()}
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from orchestrator import broker
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
-from orchestrator.fleet import classes, enrolment, updates
+from orchestrator.fleet import certificates, classes, enrolment, updates
 from orchestrator.launch import networks
 from orchestrator.launch.artifacts import compiled, prepare_variants
 from orchestrator.launch.prepare import check, opened, read_heldout, task
@@ -111,12 +111,18 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
                 folder=folder,
                 fleet=config.fleet,
                 host=chosen.host,
-                port=chosen.port,
+                port=chosen.listens_on,
                 users=users,
+                certificates=certificates.for_broker(config.runs, config.fleet, chosen.host)
+                if chosen.mutual_tls
+                else None,
             )
     except BrokerError as fault:
         raise storage.full(folder) or fault from fault
     with ours as running:
         log.info("%s broker at %s", running.kind, running.url)
+        if chosen.mutual_tls:
+            yield certificates.address(running.folder, running.url)
+            return
         password = users[enrolment.ORCHESTRATOR] if users else ""
         yield BrokerAddress(running.url, enrolment.ORCHESTRATOR if users else "", password)

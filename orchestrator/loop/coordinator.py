@@ -14,6 +14,7 @@ from time import monotonic
 
 from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
+from orchestrator.fleet.certificates import Certifier
 from orchestrator.fleet.roster import Roster
 from orchestrator.fleet.updates import Rollout
 from orchestrator.loop import stop
@@ -32,7 +33,7 @@ from wire import stopping, storage
 from wire.address import BrokerAddress
 from wire.errors import AdmissionError, RunError, StillhouseError, TransferError
 from wire.link import Arrived, Connected, LinkEvent, Lost
-from wire.messages import Birth, Chunk, Death, Gone, Measured, Result, Telemetry, Want
+from wire.messages import Birth, Chunk, Death, Gone, Measured, Result, Sign, Telemetry, Want
 
 log = logging.getLogger("orchestrator")
 
@@ -92,6 +93,11 @@ class Coordinator:
         self._began = monotonic()
         self._ticked_s = self._looked_s = -math.inf
         self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
+        self._certifier: Certifier | None = None
+        if config.broker.mutual_tls:
+            self._certifier = Certifier(
+                config, address, lambda user, message: self._link.send(user, "order", message)
+            )
 
     def run(self, changed: Callable[[], None] = lambda: None) -> None:
         """Run until all rounds are done; `changed` is called after each event.
@@ -174,6 +180,8 @@ class Coordinator:
                     self._link.answer(device, message, self.store.blobs)
             case Chunk() | Gone():
                 self._pull(device, lambda: self._take(device, message, body))
+            case Sign() if self._certifier:
+                self._certifier.asked(device, message)
             case _:
                 pass
 
@@ -245,7 +253,11 @@ class Coordinator:
             for device, reason in self._roster.revoked().items():
                 self._roster.turn_away(device, reason)
                 self._turn_away(device, reason)
+                if self._certifier:
+                    self._certifier.cut(device)
         self._roster.ticked(now_s)
+        if self._certifier:
+            self._certifier.ticked(now_s, self._roster.births)
         self._follow(rounds.ticked(self._round.state, self._rules, now_s))
 
     def _ask(self, now_s: float, lost: list[tuple[str, TransferError]]) -> None:

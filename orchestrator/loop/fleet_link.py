@@ -15,7 +15,7 @@ from orchestrator.display.report import Report
 from orchestrator.fleet.claim import Claim, Say
 from orchestrator.rules.budgets import Budgets
 from wire import frames, messages, topics
-from wire.address import BrokerAddress
+from wire.address import BrokerAddress, client_id
 from wire.blobs import BlobStore
 from wire.errors import WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
@@ -66,7 +66,7 @@ class FleetLink:
         self._awaited_s: float | None = None  # when we began to wait for the broker
         self._link = Link(
             address,
-            f"stillhouse-{config.fleet}-orchestrator-{run.rpartition('.')[2]}",
+            client_id(config.fleet, f"orchestrator-{run.rpartition('.')[2]}", address.tag),
             subscriptions=[(self._claim.topic, 1)],
             emit=emit,
             will=lambda: (self._claim.topic, b""),

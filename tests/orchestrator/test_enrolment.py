@@ -30,10 +30,11 @@ def external(url: str, **more: object) -> BrokerConfig:
         (BrokerConfig(), "", "mqtt://127.0.0.1:1883", LOOPBACK),
         (BrokerConfig(host="::1", port=9), "", "mqtt://[::1]:9", "listens on ::1"),
         (BrokerConfig(), "mqtt://server", "mqtt://server:1883", LOOPBACK),
-        (BrokerConfig("mosquitto", "10.0.0.7"), "", "mqtt://10.0.0.7:1883", ""),
-        (BrokerConfig("mosquitto", EVERYWHERE), "MQTT://Server:9", "mqtt://server:9", ""),
-        (BrokerConfig("mosquitto", "::"), "mqtt://localhost", "mqtt://localhost:1883", "its own"),
-        (BrokerConfig("mosquitto", ""), "mqtts://server", "mqtts://server:8883", "speak no TLS"),
+        (BrokerConfig("mosquitto", "10.0.0.7"), "", "mqtts://10.0.0.7:8883", ""),
+        (BrokerConfig("mosquitto", "10.0.0.7", tls=False), "", "mqtt://10.0.0.7:1883", ""),
+        (BrokerConfig("mosquitto", EVERYWHERE), "MQTTS://Server:9", "mqtts://server:9", ""),
+        (BrokerConfig("mosquitto", "::"), "mqtts://localhost", "mqtts://localhost:8883", "its own"),
+        (BrokerConfig("mosquitto", tls=True), "", "mqtts://127.0.0.1:8883", LOOPBACK),
         (external("MQTTS://Broker"), "", "mqtts://broker:8883", "ca_file under [broker]"),
         (external("mqtt://broker:9"), "", "mqtt://broker:9", ""),
         (external("mqtt://localhost"), "", "mqtt://localhost:1883", "its own machine only"),
@@ -55,6 +56,8 @@ def test_a_device_gets_a_url_by_which_it_reaches_the_broker(broker, given, writt
         (BrokerConfig("mosquitto", ""), "", "--url is missing"),
         (BrokerConfig(port=0), "", "a port drawn at random"),
         (BrokerConfig(), " mqtts://server", "--url ' mqtts://server': spaces"),
+        (BrokerConfig(), "mqtts://server", "speaks no TLS; write mqtt://"),
+        (BrokerConfig("mosquitto", ""), "mqtt://server", "speaks TLS; write mqtts://"),
         (BrokerConfig(), "mqtt://a:tops3cret@b", "--url 'mqtt://***@b': a user name or password"),
         (external("mqtt://broker"), "server", "did you mean mqtt://server?"),
     ],
@@ -67,7 +70,7 @@ def test_a_url_that_nobody_can_know_or_use_is_asked_for(broker, given, text):
 
 
 def test_the_hosts_name_is_suggested_where_it_can_stand_in_a_url(monkeypatch):
-    for name, shown in (("barn", "mqtt://barn:1883"), ("the barn", "mqtt://SERVER:1883")):
+    for name, shown in (("barn", "mqtts://barn:8883"), ("the barn", "mqtts://SERVER:8883")):
         monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
         with pytest.raises(SettingsError, match=f"--url {shown}, say"):
             enrolment.reach(BrokerConfig("mosquitto", EVERYWHERE), "")
@@ -81,6 +84,7 @@ def test_the_hosts_name_is_suggested_where_it_can_stand_in_a_url(monkeypatch):
         ({"host": " localhost"}, "expected a name"),
         ({"port": 65536}, "port: expected 1 to 65535"),
         ({"port": -1}, "port: expected 1 to 65535"),
+        ({"tls": True}, "tls: the embedded broker does not speak it"),
         ({"password": "tops3cret", "username": "a"}, "username is for an external broker"),
         ({"url": "mqtt://a:tops3cret@b"}, "an external broker, and only that, has a url"),
         ({"kind": "external", "url": "mqtt://a:tops3cret@b"}, "mqtt://***@b"),
@@ -90,7 +94,7 @@ def test_the_hosts_name_is_suggested_where_it_can_stand_in_a_url(monkeypatch):
     ],
 )
 def test_a_brokers_settings_are_refused_with_a_remedy_and_without_secrets(settings, text):
-    with pytest.raises(ValueError, match=r"expected|external|url|TLS|key_file") as caught:
+    with pytest.raises(ValueError, match=r"expected|external|url|TLS|key_file|tls") as caught:
         BrokerConfig(**settings)
     assert text in str(caught.value)
     assert "tops3cret" not in str(caught.value)
@@ -140,11 +144,13 @@ def test_a_kit_is_of_its_device_and_run_with_whatever_else_was_chosen(enroll, tm
 def test_a_url_that_is_set_is_the_one_that_is_said_and_asked_for_no_more(enroll, tmp_path):
     everywhere = {"broker.kind": "mosquitto", "broker.host": EVERYWHERE}
     said = enroll("--config", "run.toml", "--json", "--set", "broker.url=MQTTS://Barn",
-                  "--set", "broker.ca_file=ca.pem", **everywhere)  # fmt: skip
+                  **everywhere)  # fmt: skip
     told = json.loads(said)
     kit = tomllib.loads((tmp_path / "pi.toml").read_text())
     assert told["url"] == kit["broker"]["url"] == "mqtts://barn:8883"
-    assert "speak no TLS" in told["notes"][0]
+    assert told["notes"] == []
+    assert "username" not in kit["broker"] or not kit["broker"]["username"]
+    assert kit["kit"]["authority"].startswith("-----BEGIN CERTIFICATE-----")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@
       | death (retained, last will) -------> |
       | measured (retained) --------------> |   what training costs there; taken from the broker
       | <-------------------------- receipt |   once the orchestrator has it
+      | <---------------------------- renew |   its certificate ends soon
+      | sign ------------------------------> |   a certificate request; the first one by a claim
+      | <---------------------- certificate |
 
 The device repeats a result until it has the receipt. The orchestrator repeats an order when the
 device connects again. Repetition is harmless: for a device, (run, sequence) names an order and its
@@ -24,9 +27,9 @@ value is not sent (so a default never changes), and an unknown key is ignored. O
 are stricter: one with an unknown key is refused as a whole. A device that cannot read an order
 answers it with a result that names the fault.
 
-    `device`     what a device says about itself: birth, death, telemetry, measured
+    `device`     what a device says about itself: birth, death, telemetry, measured, sign
     `orders`     order, result, receipt
-    `server`     hello, update
+    `server`     hello, update, renew, certificate
     `transfer`   blobs, and the messages that pull them: want, chunk, gone
     `limits`     limits and checks that are about messages alone
 """
@@ -40,22 +43,23 @@ from wire import frames, records, topics
 from wire.checks import MAX_COUNT
 from wire.errors import OrderError, WireError
 from wire.frames import Frame, Kind
-from wire.messages.device import Birth, Death, Measured, Platform, Telemetry
+from wire.messages.device import Birth, Death, Measured, Platform, Sign, Telemetry
 from wire.messages.limits import MAX_WANT, check_noise
 from wire.messages.orders import Order, Receipt, Result
-from wire.messages.server import Hello, Update
+from wire.messages.server import Certificate, Hello, Renew, Update
 from wire.messages.transfer import BlobRef, Chunk, Gone, Want
 
 __all__ = [
-    "MAX_COUNT", "MAX_WANT", "Birth", "BlobRef", "Chunk", "Death", "Gone", "Hello", "Measured",
-    "Message", "Order", "Platform", "Receipt", "Result", "Telemetry", "Update", "Want",
+    "MAX_COUNT", "MAX_WANT", "Birth", "BlobRef", "Certificate", "Chunk", "Death", "Gone", "Hello",
+    "Measured", "Message", "Order", "Platform", "Receipt", "Renew", "Result", "Sign", "Telemetry",
+    "Update", "Want",
     "check_noise", "decode", "encode",
 ]  # fmt: skip
 
 Message = (
-    Birth | Death | Telemetry | Measured
+    Birth | Death | Telemetry | Measured | Sign
     | Order | Result | Receipt
-    | Hello | Update
+    | Hello | Update | Renew | Certificate
     | Want | Chunk | Gone
 )  # fmt: skip
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wire import checks, classes, topics
-from wire.messages.limits import check_state_id
+from wire.messages.limits import MAX_REQUEST_BYTES, check_state_id
 from wire.release import Build
 
 
@@ -111,3 +111,13 @@ class Measured:
     def __post_init__(self) -> None:
         topics.check_name(self.device, "device name")
         checks.digest("digest", self.digest)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Asks for a certificate, by a request (PKCS #10, DER)."""
+
+    request: bytes
+
+    def __post_init__(self) -> None:
+        checks.within("request", len(self.request), 1, MAX_REQUEST_BYTES, " bytes")

@@ -13,6 +13,7 @@ MAX_VIEWS = 16
 MAX_CHUNKS = 1 << 20  # of a blob; its receiver notes each
 MAX_METRICS = 256
 MAX_REASON = 2000  # characters
+MAX_REQUEST_BYTES = 8192  # of a certificate request; one with a key of RSA-4096 has 1,700
 
 
 def shortened(text: str) -> str:

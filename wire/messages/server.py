@@ -1,8 +1,9 @@
-"""What the orchestrator says of itself, and of newer software."""
+"""What the orchestrator says of itself, of newer software, and of certificates."""
 
 from dataclasses import dataclass
 
 from wire import checks
+from wire.messages.limits import shortened
 from wire.messages.transfer import BlobRef
 from wire.release import Release
 
@@ -46,3 +47,27 @@ class Update:
         """The package file."""
         package = self.release.package
         return BlobRef(package.sha256, package.size, self.chunk_bytes)
+
+
+@dataclass(frozen=True)
+class Renew:
+    """The device's certificate ends soon: it makes a new key, and asks with `Sign`."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Answers `Sign`.
+
+    Attributes:
+        request: SHA-256 of the request.
+        pem: the certificate; "" if it is refused.
+        reason: why it is refused.
+    """
+
+    request: str
+    pem: str = ""
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        checks.digest("request", self.request)
+        object.__setattr__(self, "reason", shortened(self.reason))

@@ -1,0 +1,176 @@
+"""The fleet's authority at work: for our broker, and in a run."""
+
+import hashlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from orchestrator import broker
+from orchestrator.broker import access
+from orchestrator.config import RunConfig
+from orchestrator.fleet import authority, enrolment
+from orchestrator.fleet.authority import Authority
+from wire import storage, topics
+from wire.address import BrokerAddress, client_id
+from wire.errors import AdmissionError, RunError, StillhouseError
+from wire.link import Link
+from wire.messages import Certificate, Renew, Sign
+
+log = logging.getLogger("orchestrator")
+
+LOOK_S = 30.0  # from one look for certificates that end soon to the next
+AGAIN_S = 3600.0  # from one call for a renewal to the next
+CUT_S = (1.5, 4.0)  # after a device is revoked: the broker reads the list within half a second
+_ORCHESTRATOR_DAYS, _CUT_DAYS = 365.0, 0.01
+
+Tell = Callable[[str, Certificate | Renew], None]  # sends a user a message on its `order` topic
+
+
+def for_broker(runs: Path, fleet: str, host: str) -> broker.Certificates:
+    """All that our broker needs for mutual TLS.
+
+    Args:
+        runs: folder of all runs.
+        fleet: its name.
+        host: that the broker listens on.
+
+    Raises:
+        RunError: the authority's folder is damaged.
+    """
+    ours = Authority(runs, fleet)
+    return broker.Certificates(
+        ca=ours.certificate.encode(),
+        server=ours.server([host]).encode(),
+        orchestrator=ours.client(access.ORCHESTRATOR, _ORCHESTRATOR_DAYS).encode(),
+        crl=ours.revoked(),
+    )
+
+
+def address(folder: Path, url: str) -> BrokerAddress:
+    """The orchestrator's address of our broker, whose files are in a folder."""
+    return BrokerAddress(url, ca_file=folder / "ca.pem", cert_file=folder / "orchestrator.pem")
+
+
+def kit(runs: Path, fleet: str, device: str, host: str, days: float) -> dict[str, str]:
+    """A kit's keys of `[kit]`; the broker's certificate holds for the host from now on."""
+    ours = Authority(runs, fleet)
+    if ours.add_host(host):
+        folder = enrolment.broker_folder(runs, fleet)
+        broker.certify(folder, server=ours.server().encode())
+    claim = ours.claim(device, days)
+    _publish(ours, runs, fleet)  # an earlier kit's claim has ended
+    return {"kit.authority": ours.certificate, "kit.claim": claim}
+
+
+def revoke(runs: Path, fleet: str, device: str) -> None:
+    """End a device's certificates, if there is an authority; our broker takes them no more."""
+    if authority.folder(runs, fleet).exists():
+        ours = Authority(runs, fleet)
+        ours.revoke(device)
+        _publish(ours, runs, fleet)
+
+
+def renew(runs: Path, fleet: str, device: str) -> None:
+    """Let a device renew its certificate.
+
+    Raises:
+        RunError: it has none.
+    """
+    if not authority.folder(runs, fleet).exists():
+        raise RunError(
+            f"fleet {fleet!r} has no certificates: its devices log in by password, or by "
+            "certificates of your own"
+        )
+    Authority(runs, fleet).renew(device)
+
+
+def _publish(ours: Authority, runs: Path, fleet: str) -> None:
+    broker.certify(enrolment.broker_folder(runs, fleet), crl=ours.revoked())
+
+
+class Certifier:
+    """Gives devices their certificates while a run goes on.
+
+    Args:
+        config: of the run.
+        address: of the broker.
+        tell: sends a message.
+
+    Raises:
+        RunError: the authority's folder is damaged.
+    """
+
+    def __init__(self, config: RunConfig, address: BrokerAddress, tell: Tell) -> None:
+        self._runs, self._fleet, self._address = config.runs, config.fleet, address
+        self._authority, self._tell = Authority(config.runs, config.fleet), tell
+        self._days = config.broker.certificate_days
+        self._looked_s = -math.inf
+        self._called_s: dict[str, float] = {}
+
+    def asked(self, user: str, message: Sign) -> None:
+        """Answer a request for a certificate."""
+        digest = hashlib.sha256(message.request).hexdigest()
+        device = topics.joined(user)
+        try:
+            before = self._authority.held().get(device)
+            pem = self._authority.sign(user, message.request, self._days)
+            if before and before.serials and user != device:
+                _publish(self._authority, self._runs, self._fleet)  # those by an earlier kit
+        except (AdmissionError, RunError) as fault:
+            log.warning("%s gets no certificate: %s", user, fault)
+            self._tell(user, Certificate(digest, reason=str(fault)))
+            return
+        log.info("%s: new certificate, for %g days", device, self._days)
+        self._called_s.pop(device, None)
+        self._tell(user, Certificate(digest, pem))
+
+    def ticked(self, now_s: float, devices: Iterable[str]) -> None:
+        """Call devices whose certificate ends soon."""
+        if now_s - self._looked_s < LOOK_S:
+            return
+        self._looked_s = now_s
+        held, clock = self._authority.held(), time.time()
+        for device in devices:
+            if device not in held or not authority.due(held[device], clock, self._days):
+                continue
+            if now_s - self._called_s.get(device, -math.inf) >= AGAIN_S:
+                self._called_s[device] = now_s
+                self._tell(device, Renew())
+
+    def cut(self, device: str) -> None:
+        """End a revoked device's connection, in the background.
+
+        Mosquitto checks certificates when a connection is made. So we connect once under the
+        device's client id, by a certificate that ends in minutes: the broker then ends the
+        device's connection, and forgets its session.
+        """
+        tag = self._authority.held().get(device, authority.Held()).tag
+        if tag:
+            threading.Thread(target=self._cut, args=(device, tag), daemon=True).start()
+
+    def _cut(self, device: str, tag: str) -> None:
+        client = client_id(self._fleet, device, tag)
+        began = time.monotonic()
+        with TemporaryDirectory(prefix="stillhouse-cut-") as scratch:
+            path = Path(scratch) / "device.pem"
+            storage.write(path, self._authority.client(device, _CUT_DAYS).encode(), 0o600)
+            for after_s in CUT_S:
+                time.sleep(max(0.0, began + after_s - time.monotonic()))
+                link = Link(
+                    replace(self._address, cert_file=path),
+                    client,
+                    subscriptions=[],
+                    emit=lambda _: None,
+                )
+                link.start()
+                try:
+                    link.wait_connected(5.0)
+                except StillhouseError as fault:
+                    log.warning("%s: its connection could not be ended: %s", device, fault)
+                finally:
+                    link.close()
