@@ -27,9 +27,10 @@ from ondevice.config import AgentConfig
 from ondevice.outcome import Outcome
 from ondevice.work import CancelledError
 from wire import __version__, messages, storage, topics
-from wire.errors import OrderError, StalledError, StillhouseError, WireError
+from wire.errors import OrderError, StalledError, StillhouseError, StorageError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import Chunk, Gone, Order, Receipt, Result, Want
+from wire.sealing import Opener
 from wire.storage import Patience
 
 log = logging.getLogger("edge-agent")
@@ -76,6 +77,7 @@ class Agent:
         self._reported = 0.0
         self._presence = Presence(config.device, self._folder, self.images, self._updates)
         self._identity = Identity(config) if config.kit.claim else None
+        self._opener = Opener(config.kit.signer, self.journal.sealed())
         self._refused = ""  # why the orchestrator refuses this device, "" if it does not
         self.link = Link(
             config.broker,
@@ -148,7 +150,7 @@ class Agent:
         match event:
             case Arrived(topic, payload):
                 try:
-                    message, body = messages.decode(payload, sender=topic)
+                    message, body = messages.decode(self._open(topic, payload), sender=topic)
                 except OrderError as fault:
                     # Work on an earlier order continues, because its round may still be open.
                     reason = f"agent {__version__} cannot follow it: {fault}"
@@ -171,6 +173,18 @@ class Agent:
                 self._report(phase, done, total)
             case Ended(order, outcome):
                 self._ended(order, outcome)
+
+    def _open(self, topic: str, payload: bytes) -> bytes:
+        """The frame of a message; see `wire.sealing`."""
+        before = self._opener.newest
+        frame = self._opener.open(topic, payload)
+        if self._opener.newest > before:
+            try:
+                self.journal.sealed(self._opener.newest)
+            except StorageError:  # the order is taken again when there is room
+                self._opener.newest = before
+                raise
+        return frame
 
     def _received(self, message: messages.Message, body: memoryview) -> None:
         now = time.monotonic()

@@ -95,6 +95,17 @@ class Journal:
         counters = self._do(begin)
         return f"{counters['state']:016x}", counters["session"] - SESSIONS + 1
 
+    def sealed(self, at: int | None = None) -> int:
+        """When the newest order that was taken was sealed (`wire.sealing`); notes a later one."""
+
+        def write(db: sqlite3.Connection) -> int:
+            if at is not None:
+                db.execute("INSERT OR REPLACE INTO counters VALUES ('sealed', ?)", (at,))
+            row = db.execute("SELECT value FROM counters WHERE name = 'sealed'").fetchone()
+            return int(row[0]) if row else 0
+
+        return self._do(write)
+
     def latest(self) -> tuple[Order, Result | None, bool] | None:
         """The newest order, its result if it has one, and whether the result has a receipt.
 

@@ -22,14 +22,18 @@ class Kit:
     Attributes:
         authority: the certificate of the fleet's authority, by which the broker is known.
         claim: a certificate and its key, with which the device asks for its own, once.
+        signer: the orchestrator's public key; orders and receipts must be signed by it. "": any.
     """
 
     authority: str = ""
     claim: str = field(default="", repr=False)
+    signer: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.authority) != bool(self.claim):
             raise ValueError("authority and claim belong together: copy both from the kit")
+        if self.signer:
+            _check_key("signer", self.signer)
 
 
 @dataclass(frozen=True)
@@ -107,10 +111,14 @@ class AgentConfig:
                 f"kit: is for TLS, and broker.url is {self.broker.url}; write mqtts://"
             )
         if self.release_key:
-            try:
-                signing.check_public(self.release_key)
-            except SignatureError as fault:
-                raise ValueError(f"release_key: {fault}") from fault
+            _check_key("release_key", self.release_key)
+
+
+def _check_key(name: str, key: str) -> None:
+    try:
+        signing.check_public(key)
+    except SignatureError as fault:
+        raise ValueError(f"{name}: {fault}") from fault
 
 
 ABOUT = (

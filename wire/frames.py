@@ -52,6 +52,7 @@ class Kind(IntEnum):
     SIGN = 14
     CERTIFICATE = 15
     RENEW = 16
+    SEALED = 17
 
 
 @dataclass(frozen=True)

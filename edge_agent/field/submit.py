@@ -16,6 +16,7 @@ from wire.errors import LinkError, SettingsError, WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.measurement import MAX_BYTES, Measurement
 from wire.messages import Measured, Receipt
+from wire.sealing import Opener
 
 TICK_S = 0.25
 
@@ -42,6 +43,7 @@ def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
         subscriptions=[(topics.topic(chosen.fleet, chosen.device, "order"), 1)],
         emit=events.put,
     )
+    opener = Opener(chosen.kit.signer)
     ends, lost_reason, sent = time.monotonic() + timeout_s, "", False
     link.start()
     try:
@@ -59,7 +61,7 @@ def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
                     sent = True
                 case Lost(reason):
                     lost_reason = reason
-                case Arrived(_, message) if receipt := _receipt(message, digest):
+                case Arrived(topic, message) if receipt := _receipt(opener, topic, message, digest):
                     if receipt.accepted:
                         return
                     raise SettingsError(f"the orchestrator refuses the report: {receipt.reason}")
@@ -77,10 +79,10 @@ def submit(report: Measurement, chosen: AgentConfig, timeout_s: float) -> None:
     )
 
 
-def _receipt(payload: bytes, digest: str) -> Receipt | None:
+def _receipt(opener: Opener, topic: str, payload: bytes, digest: str) -> Receipt | None:
     """The receipt of this report; None for any other message to the device."""
     try:
-        message, _ = messages.decode(payload, sender="the orchestrator")
+        message, _ = messages.decode(opener.open(topic, payload), sender="the orchestrator")
     except WireError:  # newer than this agent, and not for this command
         return None
     if isinstance(message, Receipt) and (message.subject, message.run) == ("measured", digest):

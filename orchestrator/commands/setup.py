@@ -33,6 +33,7 @@ FIXED = {
     "broker.password": "enroll draws it, and the broker lets the device in by no other",
     "kit.authority": "it is that of the fleet",
     "kit.claim": "enroll makes it, for this device alone",
+    "kit.signer": "it is that of the fleet",
 }
 
 

@@ -2,6 +2,7 @@
 
 runs/authority-FLEET/
     ca.pem, ca.key      the authority's certificate and its private key
+    signer.key          signs orders and receipts (`wire.sealing`)
     authority.json      hosts of the broker; certificates of each device; serials that are revoked
 
 A device makes its key itself, and the key never leaves it. Its kit holds a claim: a certificate and
@@ -31,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from orchestrator.fleet import files
-from wire import address, records, storage, topics
+from wire import address, records, signing, storage, topics
 from wire.errors import AdmissionError, RunError
 
 DAY_S = 24 * 3600
@@ -138,6 +139,14 @@ class Authority:
         """A certificate for a user of the broker, with its key: PEM."""
         key = ec.generate_private_key(ec.SECP256R1())
         return _pem(self._sign(user, key.public_key(), days)) + _private(key)
+
+    def signer(self) -> "signing.PrivateKey":
+        """The key that signs orders and receipts, made on first use.
+
+        Raises:
+            SignatureError: its file is damaged.
+        """
+        return signing.own_key(self._folder / "signer.key")
 
     def add_host(self, host: str) -> bool:
         """Note a name or address of the broker; returns whether it is new."""

@@ -15,11 +15,12 @@ from orchestrator.broker import access
 from orchestrator.config import RunConfig
 from orchestrator.fleet import authority, enrolment
 from orchestrator.fleet.authority import Authority
-from wire import storage, topics
+from wire import signing, storage, topics
 from wire.address import BrokerAddress, client_id
 from wire.errors import AdmissionError, RunError, StillhouseError
 from wire.link import Link
 from wire.messages import Certificate, Renew, Sign
+from wire.sealing import Sealer
 
 log = logging.getLogger("orchestrator")
 
@@ -64,7 +65,8 @@ def kit(runs: Path, fleet: str, device: str, host: str, days: float) -> dict[str
         broker.certify(folder, server=ours.server().encode())
     claim = ours.claim(device, days)
     _publish(ours, runs, fleet)  # an earlier kit's claim has ended
-    return {"kit.authority": ours.certificate, "kit.claim": claim}
+    signer = signing.public(ours.signer())
+    return {"kit.authority": ours.certificate, "kit.claim": claim, "kit.signer": signer}
 
 
 def revoke(runs: Path, fleet: str, device: str) -> None:
@@ -101,6 +103,9 @@ class Certifier:
         address: of the broker.
         tell: sends a message.
 
+    Attributes:
+        sealer: signs orders and receipts.
+
     Raises:
         RunError: the authority's folder is damaged.
     """
@@ -108,6 +113,7 @@ class Certifier:
     def __init__(self, config: RunConfig, address: BrokerAddress, tell: Tell) -> None:
         self._runs, self._fleet, self._address = config.runs, config.fleet, address
         self._authority, self._tell = Authority(config.runs, config.fleet), tell
+        self.sealer = Sealer(self._authority.signer())
         self._days = config.broker.certificate_days
         self._looked_s = -math.inf
         self._called_s: dict[str, float] = {}

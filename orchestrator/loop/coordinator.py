@@ -92,12 +92,19 @@ class Coordinator:
         self._late: frozenset[str] = frozenset()  # blobs of results undecided when the round ended
         self._began = monotonic()
         self._ticked_s = self._looked_s = -math.inf
-        self._link = FleetLink(config, store.run_id, address, report=report, emit=self._events.put)
         self._certifier: Certifier | None = None
         if config.broker.mutual_tls:
             self._certifier = Certifier(
                 config, address, lambda user, message: self._link.send(user, "order", message)
             )
+        self._link = FleetLink(
+            config,
+            store.run_id,
+            address,
+            report=report,
+            emit=self._events.put,
+            sealer=self._certifier.sealer if self._certifier else None,
+        )
 
     def run(self, changed: Callable[[], None] = lambda: None) -> None:
         """Run until all rounds are done; `changed` is called after each event.

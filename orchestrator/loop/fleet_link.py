@@ -14,12 +14,13 @@ from orchestrator.config import RunConfig
 from orchestrator.display.report import Report
 from orchestrator.fleet.claim import Claim, Say
 from orchestrator.rules.budgets import Budgets
-from wire import frames, messages, topics
+from wire import frames, messages, sealing, topics
 from wire.address import BrokerAddress, client_id
 from wire.blobs import BlobStore
 from wire.errors import WireError
 from wire.link import Arrived, Connected, Link, LinkEvent, Lost
 from wire.messages import Message, Want
+from wire.sealing import Sealer
 
 log = logging.getLogger("orchestrator")
 
@@ -46,6 +47,7 @@ class FleetLink:
         address: the broker.
         report: counts the bytes of the first `COUNTED` devices.
         emit: is called in the network thread with each event; the caller passes it to `read`.
+        sealer: signs orders and receipts; None: they are not signed.
     """
 
     def __init__(
@@ -56,10 +58,11 @@ class FleetLink:
         *,
         report: Report,
         emit: Callable[[LinkEvent], None],
+        sealer: Sealer | None = None,
     ) -> None:
         self._fleet, self._url, self._report = config.fleet, address.url, report
         self._claim = Claim(config.fleet, run, boot=str(time.time_ns()))
-        self._budgets = Budgets()
+        self._budgets, self._sealer = Budgets(), sealer
         self._waiting: dict[str, tuple[Want, BlobStore]] = {}  # by device, the longest first
         self._hearing = False  # whether we are subscribed to devices
         self._counted: set[str] = set()  # devices
@@ -164,10 +167,12 @@ class FleetLink:
         """Send a device a message."""
         if isinstance(message, Want):
             self._budgets.asked(device, len(message.chunks), time.monotonic())
-        payload = messages.encode(message, body)
+        topic, payload = self._topic(device, channel), messages.encode(message, body)
+        if self._sealer and frames.kind_of(payload) in sealing.KINDS:
+            payload = self._sealer.seal(topic, payload)
         if self._counts(device):
             self._report.sent(device, len(payload))
-        self._link.publish(self._topic(device, channel), payload, qos=_QOS.get(channel, 1))
+        self._link.publish(topic, payload, qos=_QOS.get(channel, 1))
 
     def take_away(self, device: str, channel: str) -> None:
         """Remove a device's retained message from the broker."""
