@@ -46,8 +46,10 @@ def is_folder(path: Path) -> bool:
     try:
         if path.is_dir():
             return True
-        if path.exists():
+        if path.is_file():
             return False
+        if path.exists():  # a pipe, say: opening it may wait for ever
+            raise DataError(f"{path}: expected an .npz file or a folder of images, got neither")
     except OSError as fault:
         raise DataError(
             f"{path}: cannot be read ({fault.strerror}); let this user read it"

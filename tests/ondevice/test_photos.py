@@ -326,3 +326,26 @@ def test_large_photos_are_read_one_at_a_time(tmp_path):
                               capture_output=True, text=True, check=True)  # fmt: skip
         peaks.append(int(done.stdout))
     assert peaks[0] - peaks[1] < 20_000  # KiB; each picture takes 36,000 when decoded at full size
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "CMYK", "I;16"])
+def test_a_large_picture_is_made_small_first_and_looks_the_same(tmp_path, monkeypatch, mode):
+    smooth = np.add.outer(np.arange(600), np.arange(700)) * 255 // 1300
+    grey = Image.fromarray(smooth.astype(np.uint8))
+    if mode == "I;16":
+        large = Image.fromarray((smooth * 257).astype(np.uint16))
+    else:
+        large = grey.convert(mode)
+    path = tmp_path / "a.tiff"
+    large.save(path)
+    plain = picture.decode(path, (32, 32), 3, Counter())
+    monkeypatch.setattr(picture, "LARGE", 1000)
+    reduced = picture.decode(path, (32, 32), 3, Counter())
+    assert np.abs(plain.astype(int) - reduced).max() <= 4
+    assert (mode == "I;16") == np.array_equal(plain, reduced)
+
+
+def test_a_pipe_in_place_of_images_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "images.npz")
+    with pytest.raises(DataError, match="got neither"):
+        photos.read(tmp_path / "images.npz", (3, 32, 32))
