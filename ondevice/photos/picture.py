@@ -7,7 +7,7 @@
 - A picture with more pixels than Pillow's limit is not decoded, because a small file can declare
   any size. A camera's JPEG of up to twice as many is decoded at a smaller scale.
 - A picture of over `LARGE` pixels is made smaller before anything else, by whole factors: the rest
-  of the work would take several copies of it. 88 million pixels take 380 MB, or 550 MB with 16 bits.
+  of the work would take several copies of it. 88 million pixels take 390 MB, 550 MB with 16 bits.
 """
 
 import logging
