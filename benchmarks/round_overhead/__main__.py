@@ -6,14 +6,15 @@ The server sends the 1,663,370 float32 values of `caldas_cnn` (6.65 MB) to each 
 train nothing, and return as many values at once. The server averages them. Nothing is compressed.
 
     mosquitto   Stillhouse over a Mosquitto that it starts
+    tls         the same with mutual TLS
     embedded    Stillhouse over the embedded broker, pure Python, meant for demonstrations
     flower      flwr 1.41.0 in its recommended form: a SuperLink and SuperNodes, FedAvg with its
                 message API, without evaluation; from PyPI, in a separate environment
 
 Agents, orchestrator, broker, SuperLink and SuperNodes are separate processes on one machine, over
-loopback and without TLS. Stillhouse journals and syncs to disk as always; Flower keeps its state in
-memory, which is its default. Contenders take turns, each from a fresh start, in an order that
-changes; only one runs at a time.
+loopback; only `tls` uses TLS. Stillhouse journals and syncs to disk as always; Flower keeps its
+state in memory, which is its default. Contenders take turns, each from a fresh start, in an order
+that changes; only one runs at a time.
 
     s a round     from the end of one round to the end of the next, including the server's work;
                   median of all rounds but the first of each turn
@@ -46,7 +47,7 @@ from benchmarks.round_overhead.turn import VALUES, Contender, Plan
 from orchestrator import broker
 from wire.errors import BrokerError
 
-ALL = ("mosquitto", "embedded", FLOWER)
+ALL = ("mosquitto", "tls", "embedded", FLOWER)
 WEIGHED_ROUNDS = 2
 
 
@@ -104,11 +105,12 @@ def _entries(
             with _leaving(course):
                 programs = flower.environment(options.cache.resolve())
                 contenders[FLOWER] = flower.Flower(programs)
-        elif course.name == "mosquitto" and broker.find() is None:
+        elif course.name != "embedded" and broker.find() is None:
             course.failed = "no such program; sudo apt install mosquitto"
         else:
-            kind: broker.Kind = "mosquitto" if course.name == "mosquitto" else "embedded"
-            contenders[course.name] = Fleet(kind, scratch / "artifact")
+            kind: broker.Kind = "embedded" if course.name == "embedded" else "mosquitto"
+            tls = course.name == "tls"
+            contenders[course.name] = Fleet(kind, scratch / "artifact", tls=tls)
     return contenders, courses
 
 

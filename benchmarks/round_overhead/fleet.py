@@ -16,6 +16,8 @@ from benchmarks.round_overhead.memory import weigh
 from benchmarks.round_overhead.processes import LIMIT_S, Processes
 from benchmarks.round_overhead.turn import Plan, Turn
 from orchestrator import broker
+from orchestrator.fleet import certificates
+from orchestrator.fleet.authority import Authority
 
 SAMPLES = 8
 RUN = """\
@@ -27,7 +29,7 @@ admission = "open"
 [broker]
 kind = "external"
 url = "{url}"
-[cohort]
+{files}[cohort]
 min_devices = {devices}
 wait_s = 0.0
 [device]
@@ -48,16 +50,25 @@ state = "state-{number}"
 image = [1, 28, 28]
 [broker]
 url = "{url}"
+{files}"""
+FILES = """\
+ca_file = "broker/ca.pem"
+cert_file = "{name}.pem"
 """
 
 
 class Fleet:
-    """Stillhouse over one kind of broker."""
+    """Stillhouse over one kind of broker.
 
-    def __init__(self, kind: broker.Kind, artifact: Path) -> None:
-        """`artifact` is the folder of the compiled training step; the first turn writes it."""
+    Args:
+        kind: of the broker.
+        artifact: the folder of the compiled training step; the first turn writes it.
+        tls: whether it is mutual TLS.
+    """
+
+    def __init__(self, kind: broker.Kind, artifact: Path, *, tls: bool = False) -> None:
         self._kind: broker.Kind = kind
-        self._artifact = artifact
+        self._artifact, self._tls = artifact, tls
 
     def __call__(self, plan: Plan, folder: Path) -> Turn:
         """Do a turn in an empty folder.
@@ -70,23 +81,32 @@ class Fleet:
             shutil.copytree(self._artifact, run_artifact)
         pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 28, 28, 1), np.uint8)
         np.savez(folder / "images.npz", x=pixels, y=np.arange(SAMPLES) % 10)
+        certified = certificates.for_broker(folder, "fleet", "127.0.0.1") if self._tls else None
+        if self._tls:
+            ours = Authority(folder, "fleet")
+            for name in ("orchestrator", *plan.names):
+                (folder / f"{name}.pem").write_text(ours.client(name, 1))
         with (
-            broker.start(self._kind, folder=folder / "broker", fleet="fleet", port=0) as running,
+            broker.start(
+                self._kind, folder=folder / "broker", fleet="fleet", port=0, certificates=certified
+            ) as running,
             Processes(folder, PATHS) as processes,
         ):
-            turn = _play(plan, processes, running.url)
+            turn = _play(plan, processes, running.url, FILES if self._tls else "")
         if not self._artifact.exists():
             shutil.copytree(run_artifact, self._artifact)
         return turn
 
 
-def _play(plan: Plan, processes: Processes, url: str) -> Turn:
-    folder, names = processes.folder, [f"device-{number}" for number in range(plan.devices)]
-    run = RUN.format(rounds=plan.rounds + 1, devices=plan.devices, url=url)
+def _play(plan: Plan, processes: Processes, url: str, files: str) -> Turn:
+    folder, names = processes.folder, plan.names
+    own_files = files.format(name="orchestrator")
+    run = RUN.format(rounds=plan.rounds + 1, devices=plan.devices, url=url, files=own_files)
     (folder / "run.toml").write_text(run)
     agents = []
     for number, name in enumerate(names):
-        (folder / f"{name}.toml").write_text(AGENT.format(number=number, url=url))
+        text = AGENT.format(number=number, url=url, files=files.format(name=name))
+        (folder / f"{name}.toml").write_text(text)
         command = ("edge_agent.main", "run", "--config", f"{name}.toml")
         agents.append(processes.start(name, [sys.executable, "-m", *command]))
     processes.wait(

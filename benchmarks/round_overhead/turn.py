@@ -21,6 +21,11 @@ class Plan:
     rounds: int
     weighed: bool = False
 
+    @property
+    def names(self) -> list[str]:
+        """The devices' names."""
+        return [f"device-{number}" for number in range(self.devices)]
+
 
 @dataclass(frozen=True)
 class Turn:
