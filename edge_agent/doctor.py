@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from edge_agent.joining import Identity
 from ondevice import config, meter
 from ondevice.config import AgentConfig
 from wire.errors import LinkError, StillhouseError
@@ -67,7 +66,7 @@ def examine(path: Path, root: Path = Path("/")) -> Iterator[Finding]:
     yield _settings(path, chosen)
     yield _disk(chosen.state)
     yield from _images(chosen)
-    if chosen.kit.claim and not Identity(chosen).joined:
+    if chosen.kit.claim and chosen.broker.cert_file and not chosen.broker.cert_file.exists():
         yield Finding(
             "warn", "this device has no certificate yet",
             "start the agent while the orchestrator is at work; its kit holds for some days only",

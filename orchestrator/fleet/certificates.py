@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -140,7 +140,7 @@ class Certifier:
         if now_s - self._looked_s < LOOK_S:
             return
         self._looked_s = now_s
-        held, clock = self._authority.held(), time.time()
+        held, clock = self._held(), time.time()
         for device in devices:
             if device not in held or not authority.due(held[device], clock, self._days):
                 continue
@@ -155,9 +155,17 @@ class Certifier:
         device's client id, by a certificate that ends in minutes: the broker then ends the
         device's connection, and forgets its session.
         """
-        tag = self._authority.held().get(device, authority.Held()).tag
+        tag = self._held().get(device, authority.Held()).tag
         if tag:
             threading.Thread(target=self._cut, args=(device, tag), daemon=True).start()
+
+    def _held(self) -> Mapping[str, authority.Held]:
+        """What each device holds; nothing, with a warning, if that cannot be read."""
+        try:
+            return self._authority.held()
+        except (RunError, OSError) as fault:
+            log.warning("certificates: %s", fault)
+            return {}
 
     def _cut(self, device: str, tag: str) -> None:
         client = client_id(self._fleet, device, tag)

@@ -187,10 +187,14 @@ class Coordinator:
                     self._link.answer(device, message, self.store.blobs)
             case Chunk() | Gone():
                 self._pull(device, lambda: self._take(device, message, body))
-            case Sign() if self._certifier:
-                self._certifier.asked(device, message)
+            case Sign():
+                self._certify(device, message)
             case _:
                 pass
+
+    def _certify(self, device: str, message: Sign) -> None:
+        if certifier := self._certifier:  # on a full disk the device asks again
+            self._disk.takes(lambda: certifier.asked(device, message))
 
     def _born(self, device: str, message: Birth) -> None:
         session, state = Session(message.session, message.state_id), self._round.state
