@@ -25,6 +25,7 @@ from wire.errors import SettingsError, StillhouseError
 from wire.names import anchored
 
 PACKAGED = {"data": "/srv/stillhouse/images", "state": "/var/lib/stillhouse/state"}
+PEM_FILES = {"broker.ca_file", "broker.cert_file", "broker.key_file"}
 # Settings of a device that `enroll --set` refuses, and why.
 FIXED = {
     "device": "the name is the argument of enroll: orchestrator enroll NAME",
@@ -120,7 +121,13 @@ def enroll(
     }
     password = enrolment.password(chosen.runs, chosen.fleet, device)
     if chosen.broker.mutual_tls:
+        if given := others.keys() & PEM_FILES:
+            raise SettingsError(f"--set {min(given)}: the kit replaces it; leave it out")
         host = address.parse(url).host
+        notes.append(
+            f"within {days:g} days, start the agent while a run goes on: then it gets its "
+            "certificate, and nobody else can use this file"
+        )
         secrets = certificates.kit(chosen.runs, chosen.fleet, device, host, days)
     else:
         secrets = {"broker.username": device, "broker.password": password}

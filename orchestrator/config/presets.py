@@ -36,8 +36,8 @@ fleet = "fleet"
 heldout = "data/heldout.npz"  # images that the server evaluates on: .npz, or a folder of classes
 admission = "enrolled"  # or "open": any device that the broker lets in
 [broker]
-kind = "embedded"  # loopback only; "mosquitto" runs Debian's, "external" takes a url
-host = "127.0.0.1"  # "0.0.0.0" with "mosquitto" is for devices elsewhere: mutual TLS
+kind = "embedded"  # for this computer alone; "mosquitto" runs Debian's, "external" takes a url
+host = "127.0.0.1"  # "mosquitto" with "0.0.0.0" is for devices elsewhere, by mutual TLS
 # port = 8883  # default: 8883 with TLS, else 1883
 # url = "mqtts://broker.example:8883"  # with kind = "external"
 [cohort]

@@ -148,7 +148,7 @@ def test_a_url_that_is_set_is_the_one_that_is_said_and_asked_for_no_more(enroll,
     told = json.loads(said)
     kit = tomllib.loads((tmp_path / "pi.toml").read_text())
     assert told["url"] == kit["broker"]["url"] == "mqtts://barn:8883"
-    assert told["notes"] == []
+    assert ["within 14 days" in note for note in told["notes"]] == [True]
     assert "username" not in kit["broker"] or not kit["broker"]["username"]
     assert kit["kit"]["authority"].startswith("-----BEGIN CERTIFICATE-----")
 
@@ -168,6 +168,14 @@ def test_what_enroll_settles_by_itself_is_not_set(enroll, tmp_path, options, tex
     with pytest.raises(SettingsError, match=text):
         enroll("--config", "run.toml", *options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
+
+
+@pytest.mark.parametrize("key", ["ca_file", "cert_file", "key_file"])
+def test_a_kit_with_a_claim_has_no_other_certificates(enroll, tmp_path, key):
+    with pytest.raises(SettingsError, match=f"--set broker.{key}: the kit replaces it"):
+        enroll("--config", "run.toml", "--url", "mqtts://barn", "--set", f"broker.{key}=a.pem",
+               **{"broker.kind": "mosquitto", "broker.host": EVERYWHERE})  # fmt: skip
+    assert not (tmp_path / "pi.toml").exists()
 
 
 def test_a_bad_name_is_named_as_what_it_is(tmp_path):
