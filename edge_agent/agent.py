@@ -65,9 +65,12 @@ class Agent:
                     config.data, input_shape=config.image, bad_share=config.bad_share
                 )
             self.images.tell(log)
+            self._identity = Identity(config) if config.kit.claim else None
+            newest = self.journal.sealed(config.kit.signer)
         except BaseException:
             self._folder.close()
             raise
+        self._opener = Opener(config.kit.signer, newest)
         self._updates = Updates(config)
         self._state = rounds.RoundState()
         self._supply: Supply | None = None
@@ -76,8 +79,6 @@ class Agent:
         self._stopping = threading.Event()
         self._reported = 0.0
         self._presence = Presence(config.device, self._folder, self.images, self._updates)
-        self._identity = Identity(config) if config.kit.claim else None
-        self._opener = Opener(config.kit.signer, self.journal.sealed())
         self._refused = ""  # why the orchestrator refuses this device, "" if it does not
         self.link = Link(
             config.broker,
@@ -180,7 +181,7 @@ class Agent:
         frame = self._opener.open(topic, payload)
         if self._opener.newest > before:
             try:
-                self.journal.sealed(self._opener.newest)
+                self.journal.sealed(self.config.kit.signer, self._opener.newest)
             except StorageError:  # the order is taken again when there is room
                 self._opener.newest = before
                 raise
@@ -199,7 +200,7 @@ class Agent:
             case messages.Hello():
                 self._be_born()
             case messages.Renew() if self._identity:
-                self._publish("sign", messages.Sign(self._identity.request()))
+                self._publish("sign", self._identity.request())
             case messages.Certificate() if self._identity:
                 self._renewed(self._identity, message)
             case Want():

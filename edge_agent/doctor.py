@@ -169,8 +169,8 @@ def _limits(root: Path) -> Iterator[Finding]:
 
 def _settings(path: Path, chosen: AgentConfig) -> Finding:
     what = f"{path}: device {chosen.device} of fleet {chosen.fleet}"
-    if chosen.broker.password and path.stat().st_mode & stat.S_IROTH:
-        return Finding("warn", f"{what}; anyone here can read its password", f"chmod o= {path}")
+    if (chosen.broker.password or chosen.kit.claim) and path.stat().st_mode & stat.S_IROTH:
+        return Finding("warn", f"{what}; anyone here can read its secret", f"chmod o= {path}")
     return Finding("ok", what)
 
 

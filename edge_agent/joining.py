@@ -17,6 +17,7 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from ondevice.config import AUTHORITY, CERTIFICATE, IDENTITY, AgentConfig
 from wire import messages, storage, topics
@@ -42,15 +43,16 @@ class Identity:
     """
 
     def __init__(self, config: AgentConfig) -> None:
-        self._kit, self._folder = config.kit, config.state / IDENTITY
+        self._kit, self._name, self._folder = config.kit, config.device, config.state / IDENTITY
         self._claim, self._next = self._folder / "claim.pem", self._folder / "next.pem"
         with storage.at(self._folder):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not self._claim.exists() or self._claim.read_text() != self._kit.claim:
+            if _content(self._claim) != self._kit.claim.encode():
                 for path in (self._folder / CERTIFICATE, self._next):  # by another kit
                     path.unlink(missing_ok=True)
                 storage.write(self._claim, self._kit.claim.encode(), 0o600)
-            storage.write(self._folder / AUTHORITY, self._kit.authority.encode())
+            if _content(self._folder / AUTHORITY) != self._kit.authority.encode():
+                storage.write(self._folder / AUTHORITY, self._kit.authority.encode())
 
     @property
     def joined(self) -> bool:
@@ -61,28 +63,39 @@ class Identity:
         """The broker's address with the claim as credentials."""
         return replace(broker, cert_file=self._claim)
 
-    def request(self) -> bytes:
-        """A certificate request (PKCS #10, DER) for the key that waits, made on first use."""
+    def request(self) -> Sign:
+        """A certificate request for the key that waits, which is made on first use."""
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
 
-        with storage.at(self._next):
-            if not self._next.exists():
-                pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        known_by = self._folder / CERTIFICATE if self.joined else self._claim
+        with storage.at(self._folder):
+            try:
+                key = serialization.load_pem_private_key(self._next.read_bytes(), None)
+            except (FileNotFoundError, ValueError):
+                key = ec.generate_private_key(ec.SECP256R1())
+                pem = key.private_bytes(
                     serialization.Encoding.PEM,
                     serialization.PrivateFormat.PKCS8,
                     serialization.NoEncryption(),
                 )
                 storage.write(self._next, pem, 0o600)
-            key = serialization.load_pem_private_key(self._next.read_bytes(), None)
+            known = serialization.load_pem_private_key(_private(known_by.read_bytes()), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)  # noqa: S101 - as all that we write
+        assert isinstance(known, ec.EllipticCurvePrivateKey)  # noqa: S101 - as all in kits
         made = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-        signed = made.sign(key, hashes.SHA256())  # type: ignore[arg-type]  # a key that we wrote
-        return signed.public_bytes(serialization.Encoding.DER)
+        request = made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+        return Sign(request, known.sign(request, ec.ECDSA(hashes.SHA256())))
 
     def take(self, pem: str) -> bool:
-        """Use a certificate from now on; returns False if it is not one for the key that waits."""
+        """Use a certificate from now on.
+
+        Returns False if it is not one of the fleet's authority for this device and the key that
+        waits: nothing changes then.
+        """
         from cryptography import x509
+        from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives import serialization
 
         if not self._next.exists():  # answered before
@@ -90,14 +103,27 @@ class Identity:
         with storage.at(self._folder):
             key = self._next.read_bytes()
             try:
-                of = x509.load_pem_x509_certificate(pem.encode()).public_key()
-            except ValueError:
+                made = x509.load_pem_x509_certificate(pem.encode())
+                authority = x509.load_pem_x509_certificate(self._kit.authority.encode())
+                made.verify_directly_issued_by(authority)
+                public = serialization.load_pem_private_key(key, None).public_key()
+            except (ValueError, TypeError, InvalidSignature):
                 return False
-            if of != serialization.load_pem_private_key(key, None).public_key():
+            if made.public_key() != public or made.subject.rfc4514_string() != f"CN={self._name}":
                 return False
             storage.write(self._folder / CERTIFICATE, pem.encode() + key, 0o600)
             self._next.unlink()
+            storage.sync_folder(self._folder)
         return True
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _private(pem: bytes) -> bytes:
+    """The private key in a PEM file that begins with a certificate."""
+    return pem[pem.find(b"-----BEGIN PRIVATE KEY") :]
 
 
 def join(config: AgentConfig, say: Callable[[str], None], pause: Callable[[], bool]) -> None:
@@ -129,7 +155,7 @@ def join(config: AgentConfig, say: Callable[[str], None], pause: Callable[[], bo
         emit=events.put,
     )
     request = identity.request()
-    payload = messages.encode(Sign(request))
+    payload = messages.encode(request)
     again_s = 0.0
     link.start()
     try:
@@ -156,7 +182,7 @@ def join(config: AgentConfig, say: Callable[[str], None], pause: Callable[[], bo
         link.close()
 
 
-def _answered(identity: Identity, request: bytes, payload: bytes) -> bool:
+def _answered(identity: Identity, request: Sign, payload: bytes) -> bool:
     """Whether a message has the certificate, which is then in use.
 
     Raises:
@@ -167,7 +193,7 @@ def _answered(identity: Identity, request: bytes, payload: bytes) -> bool:
     except WireError as fault:
         log.warning("message dropped: %s", fault)
         return False
-    asked = hashlib.sha256(request).hexdigest()
+    asked = hashlib.sha256(request.request).hexdigest()
     if not isinstance(message, Certificate) or message.request != asked:
         return False
     if message.reason:

@@ -95,13 +95,19 @@ class Journal:
         counters = self._do(begin)
         return f"{counters['state']:016x}", counters["session"] - SESSIONS + 1
 
-    def sealed(self, at: int | None = None) -> int:
-        """When the newest order that was taken was sealed (`wire.sealing`); notes a later one."""
+    def sealed(self, signer: str, at: int | None = None) -> int:
+        """When the newest order that was taken was sealed (`wire.sealing`); notes a later one.
+
+        Args:
+            signer: the orchestrator's key; by another key there was none yet.
+            at: the later one.
+        """
+        name = f"sealed {signer}"
 
         def write(db: sqlite3.Connection) -> int:
             if at is not None:
-                db.execute("INSERT OR REPLACE INTO counters VALUES ('sealed', ?)", (at,))
-            row = db.execute("SELECT value FROM counters WHERE name = 'sealed'").fetchone()
+                db.execute("INSERT OR REPLACE INTO counters VALUES (?, ?)", (name, at))
+            row = db.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
             return int(row[0]) if row else 0
 
         return self._do(write)

@@ -33,6 +33,7 @@ _SCHEME_HINTS = {
     **dict.fromkeys(("tcp", "mqtt+tcp"), "; write mqtt"),
     **dict.fromkeys(("ws", "wss", "http", "https"), _WEB),
 }
+_ROUNDS = 100_000
 _FILES = ("ca_file", "cert_file", "key_file")
 
 
@@ -155,7 +156,10 @@ def tag(secret: str | bytes) -> str:
     connection, and takes its session. 16 hex digits; "" without a secret.
     """
     secret = secret.encode() if isinstance(secret, str) else secret
-    return hashlib.sha256(b"stillhouse client id\0" + secret).hexdigest()[:16] if secret else ""
+    if not secret:
+        return ""
+    # Slow on purpose: client ids stand in logs, and people choose passwords.
+    return hashlib.pbkdf2_hmac("sha256", secret, b"stillhouse client id", _ROUNDS, 8).hex()
 
 
 def client_id(fleet: str, user: str, tag: str) -> str:

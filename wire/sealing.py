@@ -7,9 +7,10 @@ one.
 """
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wire import frames, records, signing
+from wire import frames, records, signing, storage
 from wire.errors import SignatureError, WireError
 from wire.frames import Kind
 
@@ -18,18 +19,35 @@ if TYPE_CHECKING:
 
 CONTEXT = "stillhouse-message"
 _LATEST = 1 << 63
+AHEAD_NS = 600 * 10**9  # so seldom is the time written
 KINDS = frozenset({Kind.ORDER, Kind.RECEIPT})  # a device with a kit takes these sealed only
 
 
 class Sealer:
-    """Seals messages with the orchestrator's key."""
+    """Seals messages with the orchestrator's key.
 
-    def __init__(self, key: "PrivateKey") -> None:
-        self._key, self._at = key, 0
+    Args:
+        key: the orchestrator's.
+        file: keeps a time that no message was sealed after, so that a clock that goes back does no
+            harm.
+
+    Raises:
+        StorageError: the file cannot be written; StalledError: the disk is full.
+    """
+
+    def __init__(self, key: "PrivateKey", file: Path) -> None:
+        self._key, self._file = key, file
+        with storage.at(file):
+            text = file.read_text("ascii") if file.exists() else "0"
+        self._at = self._kept = int(text) if text.isdecimal() else 0
 
     def seal(self, topic: str, frame: bytes) -> bytes:
         """The sealed frame of a message for a topic; each is later than the last."""
         self._at = max(time.time_ns(), self._at + 1)
+        if self._at > self._kept:
+            with storage.at(self._file):
+                storage.write(self._file, str(self._at + AHEAD_NS).encode(), 0o600)
+            self._kept = self._at + AHEAD_NS
         signature = signing.sign(self._key, CONTEXT, _signed(topic, self._at, frame))
         return frames.encode(Kind.SEALED, {"at": self._at, "signature": signature}, frame)
 

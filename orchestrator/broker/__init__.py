@@ -227,7 +227,8 @@ def let_in(folder: Path, users: Mapping[str, str]) -> None:
 def certify(folder: Path, **certificates: bytes) -> None:
     """Replace a broker's certificates (`Certificates`); a running one follows within a second.
 
-    Connections that are there stay. A broker without TLS has none, and nothing is done.
+    After a new `crl` it begins anew, so that revoked connections end; sessions stay. A broker
+    without TLS has no certificates, and nothing is done.
     """
     for name, pem in certificates.items():
         path = folder / f"{name}.pem"

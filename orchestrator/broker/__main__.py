@@ -53,7 +53,10 @@ async def _mosquitto(binary: str, folder: Path) -> None:
             preexec_fn=_die_with_parent,  # this process has one thread
         )
         _note(folder, process.pid)
-        telling = asyncio.create_task(_tell_of_users(process, folder))
+        revoked = asyncio.Event()
+        telling = asyncio.gather(
+            _tell_of_users(process, folder), _renewed(process, folder, revoked)
+        )
         try:
             code = await process.wait()
         except asyncio.CancelledError:
@@ -66,16 +69,26 @@ async def _mosquitto(binary: str, folder: Path) -> None:
             raise
         finally:
             telling.cancel()
+        if revoked.is_set():
+            continue
         print(f"mosquitto ended with code {code}", file=sys.stderr, flush=True)
         if loop.time() - began < _SETTLED_S:
             return
 
 
 async def _tell_of_users(process: Process, folder: Path) -> None:
-    """Tell Mosquitto to read passwords and certificates again each time they are replaced."""
-    async for _ in replaced(*(folder / name for name in ("passwd", "crl.pem", "server.pem"))):
+    """Tell Mosquitto to read passwords and its certificate again each time they are replaced."""
+    async for _ in replaced(folder / "passwd", folder / "server.pem"):
         with contextlib.suppress(ProcessLookupError):  # it has ended; its successor reads the file
             process.send_signal(signal.SIGHUP)
+
+
+async def _renewed(process: Process, folder: Path, revoked: asyncio.Event) -> None:
+    """End Mosquitto when certificates were revoked, and say so: it checks new connections only."""
+    async for _ in replaced(folder / "crl.pem"):
+        revoked.set()
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()  # it saves its state
 
 
 def _die_with_parent() -> None:

@@ -30,7 +30,7 @@ def configuration(folder: Path, host: str, port: int, *, passwords: bool, tls: b
         port: the port.
         passwords: whether clients must log in as a user of `folder/passwd`.
         tls: whether clients must have a certificate of `folder/ca.pem`, whose common name is then
-            their user name, and no password. `folder/crl.pem` is read again on SIGHUP.
+            their user name, and no password. `folder/crl.pem` lists those that are revoked.
     """
     lines = [
         "# Written by Stillhouse at every start: edits are lost.",

@@ -91,7 +91,10 @@ def enroll(
         str, typer.Option(help="Updates of the agent are signed by it; default: run.toml's.")
     ] = "",
     days: Annotated[
-        float, typer.Option(min=0.01, help="The kit's claim for a certificate ends after these.")
+        float,
+        typer.Option(
+            min=0.01, max=3650, help="The kit's claim for a certificate ends after these."
+        ),
     ] = CLAIM_DAYS,
     changes: AgentChanges = None,
     as_json: AsJson = False,

@@ -53,7 +53,8 @@ class BrokerConfig:
                 )
         if self.host:
             object.__setattr__(self, "host", check_host(self.host))
-        expect("certificate_days", self.certificate_days, self.certificate_days > 0, "over 0")
+        fits = 0.01 <= self.certificate_days <= 3650
+        expect("certificate_days", self.certificate_days, fits, "0.01 to 3650")
         if self.tls and self.kind == "embedded":
             raise ValueError('tls: the embedded broker does not speak it; set kind = "mosquitto"')
         fits = self.port is None or 0 <= self.port <= 65535

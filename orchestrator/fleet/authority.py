@@ -3,10 +3,11 @@
 runs/authority-FLEET/
     ca.pem, ca.key      the authority's certificate and its private key
     signer.key          signs orders and receipts (`wire.sealing`)
+    sealed              when the last order was signed, at most
     authority.json      hosts of the broker; certificates of each device; serials that are revoked
 
 A device makes its key itself, and the key never leaves it. Its kit holds a claim: a certificate and
-key for the user `DEVICE:join`, who may do nothing but hand in one certificate request (PKCS #10).
+key for the user `DEVICE:join`, of whom nothing counts but a certificate request (PKCS #10).
 The first key that comes with a claim gets the certificate; later ones are refused. So a claim that
 is read from a card after the device has joined is worth nothing.
 
@@ -28,11 +29,11 @@ from typing import Any
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from orchestrator.fleet import files
-from wire import address, records, signing, storage, topics
+from wire import records, signing, storage, topics
 from wire.errors import AdmissionError, RunError
 
 DAY_S = 24 * 3600
@@ -41,6 +42,7 @@ _AUTHORITY_DAYS, _SERVER_DAYS = 30 * 365, 2 * 365
 _CRL_DAYS = 10 * 365  # it is signed anew at each start
 _SINCE = datetime(2020, 1, 1, tzinfo=UTC)
 _LEAST_RSA_BITS = 2048
+_LONGEST = 64  # characters of a common name
 _REMEDY = "restore it from a copy, or remove the folder and enroll every device anew"
 
 
@@ -49,23 +51,17 @@ class Held:
     """What one device holds; times are seconds since 1970.
 
     Attributes:
-        claim: serial of the claim in its newest kit, in hex.
-        claim_until: when the claim ends.
-        claim_tag: of that kit (`wire.address.tag`).
-        claimed_by: SHA-256 of the public key that came with the claim; "" before that.
-        tag: of the kit by which the device joined last; part of its client id.
-        certificate: the newest one, PEM; "" before the device has joined.
-        until: when the newest certificate ends.
+        claim: the certificate of the claim in its newest kit, PEM; "" after it was revoked.
+        certificate: its newest one, PEM; "" until it joins by the newest kit.
+        key: SHA-256 of that one's public key.
+        until: when that one ends.
         renew: whether the device is to get a new one at once.
         serials: ends of all its certificates, by serial.
     """
 
     claim: str = ""
-    claim_until: int = 0
-    claim_tag: str = ""
-    claimed_by: str = ""
-    tag: str = ""
     certificate: str = ""
+    key: str = ""
     until: int = 0
     renew: bool = False
     serials: Mapping[str, int] = field(default_factory=dict)
@@ -87,8 +83,11 @@ class _Changes:
         self.hosts, self.devices = list(known.hosts), dict(known.devices)
         self.revoked = dict(known.revoked)
 
-    def revoke(self, serials: Mapping[str, int]) -> None:
-        self.revoked |= {serial: until for serial, until in serials.items() if serial}
+    def revoke(self, serials: Mapping[str, int], claim: str = "") -> None:
+        self.revoked |= serials
+        if claim:
+            made = x509.load_pem_x509_certificate(claim.encode())
+            self.revoked[_serial(made)] = _end(made)
 
     def known(self, now_s: float) -> _Known:
         """All of it, without revoked certificates that have ended."""
@@ -141,12 +140,17 @@ class Authority:
         return _pem(self._sign(user, key.public_key(), days)) + _private(key)
 
     def signer(self) -> "signing.PrivateKey":
-        """The key that signs orders and receipts, made on first use.
+        """The key that signs orders and receipts.
 
         Raises:
             SignatureError: its file is damaged.
         """
         return signing.own_key(self._folder / "signer.key")
+
+    @property
+    def sealed(self) -> Path:
+        """The file by which no order is signed with an earlier time than the last one."""
+        return self._folder / "sealed"
 
     def add_host(self, host: str) -> bool:
         """Note a name or address of the broker; returns whether it is new."""
@@ -156,63 +160,76 @@ class Authority:
         return new
 
     def claim(self, device: str, days: float = CLAIM_DAYS) -> str:
-        """A claim for a device's kit, PEM; an earlier claim ends, its certificates do not."""
+        """A claim for a device's kit, PEM; an earlier claim ends, its certificates do not.
+
+        Raises:
+            RunError: the name is too long for a certificate (RFC 5280, ub-common-name).
+        """
+        if len(user := topics.joining(device)) > _LONGEST:
+            most = _LONGEST - len(user) + len(device)
+            raise RunError(f"device name {device!r}: with certificates, use up to {most} letters")
         key = ec.generate_private_key(ec.SECP256R1())
-        made = self._sign(topics.joining(device), key.public_key(), days)
+        made = self._sign(user, key.public_key(), days)
         pem = _pem(made) + _private(key)
         with self._change() as known:
             before = known.devices.get(device, Held())
-            known.revoke({before.claim: before.claim_until})
-            known.devices[device] = replace(
-                before, claim=_serial(made), claim_until=_end(made), claimed_by="",
-                claim_tag=address.tag(pem),
-            )  # fmt: skip
+            known.revoke({}, before.claim)
+            known.devices[device] = Held(claim=_pem(made), serials=before.serials)
         return pem
 
-    def sign(self, user: str, request: bytes, days: float) -> str:
-        """The certificate (PEM) for a request (PKCS #10, DER) of a broker's user.
+    def sign(self, user: str, request: bytes, proof: bytes, days: float) -> str:
+        """The certificate (PEM) for a request of a broker's user.
 
-        A request that comes again gets the same certificate. When a device joins, those that it
-        had by earlier kits are revoked.
+        The same key gets the same certificate. When a device joins, those that it had by earlier
+        kits are revoked.
+
+        Args:
+            user: a device, or who is about to join as one.
+            request: PKCS #10, DER.
+            proof: the request, signed with the key of the claim or of the newest certificate. So a
+                connection that outlives its certificate is worth nothing.
+            days: how long the certificate is to hold.
 
         Raises:
             AdmissionError: the request is damaged, or this user may have no certificate.
+            RunError: the authority's folder is damaged.
         """
         device = topics.joined(user)
         key = _requested(request)
-        fingerprint = _fingerprint(key)
+        fingerprint, joins = _fingerprint(key), user != device
+        held = self._known().devices.get(device, Held())
+        if not held.claim or not (joins or held.certificate):
+            raise AdmissionError(
+                f"device {device!r} has no kit of fleet {self._fleet!r}; run: orchestrator "
+                f"enroll {device}"
+            )
+        _check_proof(held.claim if joins else held.certificate, request, proof)
+        if held.key == fingerprint:
+            return held.certificate
+        if joins and held.key:
+            raise AdmissionError(
+                f"the kit of {device!r} was used before, with another key; run: orchestrator "
+                f"enroll {device}, and copy the new kit to it"
+            )
+        if not joins and not due(held, self._clock(), days):
+            raise AdmissionError(f"the certificate of {device!r} is not due to be renewed")
+        made = self._sign(device, key, days)
+        serials = {s: until for s, until in held.serials.items() if until > self._clock()}
         with self._change() as known:
-            held = known.devices.get(device)
-            if held is None or not held.claim:
-                raise AdmissionError(
-                    f"device {device!r} has no kit of fleet {self._fleet!r}; run: orchestrator "
-                    f"enroll {device}"
-                )
-            joins = user != device
-            if joins and held.claimed_by and held.claimed_by != fingerprint:
-                raise AdmissionError(
-                    f"the kit of {device!r} was used before, with another key; run: orchestrator "
-                    f"enroll {device}, and copy the new kit to it"
-                )
-            if joins and held.claimed_by:
-                return held.certificate
-            made = self._sign(device, key, days)
-            serials = {s: until for s, until in held.serials.items() if until > self._clock()}
-            if joins:  # an earlier kit's
+            if joins:
                 known.revoke(serials)
-                held, serials = replace(held, claimed_by=fingerprint, tag=held.claim_tag), {}
+                serials = {}
             known.devices[device] = replace(
-                held, certificate=_pem(made), until=_end(made), renew=False,
+                held, certificate=_pem(made), key=fingerprint, until=_end(made), renew=False,
                 serials=serials | {_serial(made): _end(made)},
             )  # fmt: skip
         return _pem(made)
 
     def revoke(self, device: str) -> None:
-        """End all certificates of a device; of what it held, the tag stays."""
+        """End all certificates of a device, and its claim."""
         with self._change() as known:
-            held = known.devices.get(device, Held())
-            known.revoke({**held.serials, held.claim: held.claim_until})
-            known.devices[device] = Held(tag=held.tag)
+            held = known.devices.pop(device, Held())
+            known.revoke(held.serials, held.claim)
 
     def renew(self, device: str) -> None:
         """Let a device renew its certificate at its next contact.
@@ -271,11 +288,16 @@ class Authority:
             .add_extension(_usage(signs=True), critical=True)
             .sign(key, hashes.SHA256())
         )
+        signing.own_key(self._folder / "signer.key")
+        storage.write(self._folder / "authority.json", b"{}", 0o600)
         storage.write(self._folder / "ca.key", _private(key).encode(), 0o600)
         storage.write(self._folder / "ca.pem", _pem(made).encode(), 0o600)
 
     def _read(self) -> tuple[str, ec.EllipticCurvePrivateKey]:
         path = self._folder / "ca.key"
+        for name in ("authority.json", "signer.key"):
+            if not (self._folder / name).exists():
+                raise RunError(f"{self._folder / name} is gone; {_REMEDY}")
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), None)
             pem = (self._folder / "ca.pem").read_text("ascii")
@@ -330,6 +352,24 @@ def _requested(request: bytes) -> Any:
             f"P-384, Ed25519, or RSA of {_LEAST_RSA_BITS} bits"
         )
     return key
+
+
+def _check_proof(certificate: str, request: bytes, proof: bytes) -> None:
+    """Raise AdmissionError unless the key of a certificate (PEM) signed the request."""
+    key = x509.load_pem_x509_certificate(certificate.encode()).public_key()
+    try:
+        match key:
+            case ec.EllipticCurvePublicKey():
+                key.verify(proof, request, ec.ECDSA(hashes.SHA256()))
+            case rsa.RSAPublicKey():
+                key.verify(proof, request, padding.PKCS1v15(), hashes.SHA256())
+            case ed25519.Ed25519PublicKey():
+                key.verify(proof, request)
+    except InvalidSignature:
+        raise AdmissionError(
+            "a certificate request that the key of the device's kit or newest certificate did not "
+            "sign"
+        ) from None
 
 
 def _builder(

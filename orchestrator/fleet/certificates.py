@@ -3,22 +3,18 @@
 import hashlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from orchestrator import broker
 from orchestrator.broker import access
 from orchestrator.config import RunConfig
 from orchestrator.fleet import authority, enrolment
 from orchestrator.fleet.authority import Authority
-from wire import signing, storage, topics
-from wire.address import BrokerAddress, client_id
-from wire.errors import AdmissionError, RunError, StillhouseError
-from wire.link import Link
+from wire import signing, topics
+from wire.address import BrokerAddress
+from wire.errors import AdmissionError, RunError, StalledError, StillhouseError
 from wire.messages import Certificate, Renew, Sign
 from wire.sealing import Sealer
 
@@ -26,8 +22,7 @@ log = logging.getLogger("orchestrator")
 
 LOOK_S = 30.0  # from one look for certificates that end soon to the next
 AGAIN_S = 3600.0  # from one call for a renewal to the next
-CUT_S = (1.5, 4.0)  # after a device is revoked: the broker reads the list within half a second
-_ORCHESTRATOR_DAYS, _CUT_DAYS = 365.0, 0.01
+_ORCHESTRATOR_DAYS = 365.0
 
 Tell = Callable[[str, Certificate | Renew], None]  # sends a user a message on its `order` topic
 
@@ -44,9 +39,11 @@ def for_broker(runs: Path, fleet: str, host: str) -> broker.Certificates:
         RunError: the authority's folder is damaged.
     """
     ours = Authority(runs, fleet)
+    if host:
+        ours.add_host(host)  # also for a certificate that `kit` makes while the broker runs
     return broker.Certificates(
         ca=ours.certificate.encode(),
-        server=ours.server([host]).encode(),
+        server=ours.server().encode(),
         orchestrator=ours.client(access.ORCHESTRATOR, _ORCHESTRATOR_DAYS).encode(),
         crl=ours.revoked(),
     )
@@ -63,8 +60,10 @@ def kit(runs: Path, fleet: str, device: str, host: str, days: float) -> dict[str
     if ours.add_host(host):
         folder = enrolment.broker_folder(runs, fleet)
         broker.certify(folder, server=ours.server().encode())
+    former = ours.held().get(device)
     claim = ours.claim(device, days)
-    _publish(ours, runs, fleet)  # an earlier kit's claim has ended
+    if former:
+        _publish(ours, runs, fleet)
     signer = signing.public(ours.signer())
     return {"kit.authority": ours.certificate, "kit.claim": claim, "kit.signer": signer}
 
@@ -92,6 +91,7 @@ def renew(runs: Path, fleet: str, device: str) -> None:
 
 
 def _publish(ours: Authority, runs: Path, fleet: str) -> None:
+    """Let our broker begin anew with the list of revoked certificates."""
     broker.certify(enrolment.broker_folder(runs, fleet), crl=ours.revoked())
 
 
@@ -100,7 +100,6 @@ class Certifier:
 
     Args:
         config: of the run.
-        address: of the broker.
         tell: sends a message.
 
     Attributes:
@@ -110,30 +109,34 @@ class Certifier:
         RunError: the authority's folder is damaged.
     """
 
-    def __init__(self, config: RunConfig, address: BrokerAddress, tell: Tell) -> None:
-        self._runs, self._fleet, self._address = config.runs, config.fleet, address
+    def __init__(self, config: RunConfig, tell: Tell) -> None:
+        self._runs, self._fleet = config.runs, config.fleet
         self._authority, self._tell = Authority(config.runs, config.fleet), tell
-        self.sealer = Sealer(self._authority.signer())
+        self.sealer = Sealer(self._authority.signer(), self._authority.sealed)
         self._days = config.broker.certificate_days
         self._looked_s = -math.inf
         self._called_s: dict[str, float] = {}
 
     def asked(self, user: str, message: Sign) -> None:
         """Answer a request for a certificate."""
-        digest = hashlib.sha256(message.request).hexdigest()
-        device = topics.joined(user)
+        digest, device = hashlib.sha256(message.request).hexdigest(), topics.joined(user)
         try:
             before = self._authority.held().get(device)
-            pem = self._authority.sign(user, message.request, self._days)
+            pem = self._authority.sign(user, message.request, message.proof, self._days)
             if before and before.serials and user != device:
                 _publish(self._authority, self._runs, self._fleet)  # those by an earlier kit
-        except (AdmissionError, RunError) as fault:
+        except AdmissionError as fault:
             log.warning("%s gets no certificate: %s", user, fault)
             self._tell(user, Certificate(digest, reason=str(fault)))
-            return
-        log.info("%s: new certificate, for %g days", device, self._days)
-        self._called_s.pop(device, None)
-        self._tell(user, Certificate(digest, pem))
+        except StalledError:
+            raise
+        except (StillhouseError, OSError, ValueError) as fault:  # ours; the device asks again
+            log.error("%s gets no certificate yet: %s", user, fault)  # noqa: TRY400
+        else:
+            if before is None or before.certificate != pem:
+                log.info("%s: new certificate, for %g days", device, self._days)
+            self._called_s.pop(device, None)
+            self._tell(user, Certificate(digest, pem))
 
     def ticked(self, now_s: float, devices: Iterable[str]) -> None:
         """Call devices whose certificate ends soon."""
@@ -148,17 +151,6 @@ class Certifier:
                 self._called_s[device] = now_s
                 self._tell(device, Renew())
 
-    def cut(self, device: str) -> None:
-        """End a revoked device's connection, in the background.
-
-        Mosquitto checks certificates when a connection is made. So we connect once under the
-        device's client id, by a certificate that ends in minutes: the broker then ends the
-        device's connection, and forgets its session.
-        """
-        tag = self._held().get(device, authority.Held()).tag
-        if tag:
-            threading.Thread(target=self._cut, args=(device, tag), daemon=True).start()
-
     def _held(self) -> Mapping[str, authority.Held]:
         """What each device holds; nothing, with a warning, if that cannot be read."""
         try:
@@ -166,25 +158,3 @@ class Certifier:
         except (RunError, OSError) as fault:
             log.warning("certificates: %s", fault)
             return {}
-
-    def _cut(self, device: str, tag: str) -> None:
-        client = client_id(self._fleet, device, tag)
-        began = time.monotonic()
-        with TemporaryDirectory(prefix="stillhouse-cut-") as scratch:
-            path = Path(scratch) / "device.pem"
-            storage.write(path, self._authority.client(device, _CUT_DAYS).encode(), 0o600)
-            for after_s in CUT_S:
-                time.sleep(max(0.0, began + after_s - time.monotonic()))
-                link = Link(
-                    replace(self._address, cert_file=path),
-                    client,
-                    subscriptions=[],
-                    emit=lambda _: None,
-                )
-                link.start()
-                try:
-                    link.wait_connected(5.0)
-                except StillhouseError as fault:
-                    log.warning("%s: its connection could not be ended: %s", device, fault)
-                finally:
-                    link.close()

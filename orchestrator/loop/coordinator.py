@@ -29,7 +29,7 @@ from orchestrator.rules.open_round import Offer
 from orchestrator.rules.rounds import Aggregate, Finish, GiveUp, Open, Phase, RoundState, Session
 from orchestrator.run_folder.store import Store, referred
 from orchestrator.strategies.strategy import LearntState, Metrics, Strategy
-from wire import stopping, storage
+from wire import stopping, storage, topics
 from wire.address import BrokerAddress
 from wire.errors import AdmissionError, RunError, StillhouseError, TransferError
 from wire.link import Arrived, Connected, LinkEvent, Lost
@@ -95,7 +95,7 @@ class Coordinator:
         self._certifier: Certifier | None = None
         if config.broker.mutual_tls:
             self._certifier = Certifier(
-                config, address, lambda user, message: self._link.send(user, "order", message)
+                config, lambda user, message: self._link.send(user, "order", message)
             )
         self._link = FleetLink(
             config,
@@ -168,6 +168,8 @@ class Coordinator:
 
     def _received(self, heard: Heard) -> None:
         device, message, body = heard
+        if topics.joined(device) != device and not isinstance(message, Sign):
+            return
         match message:
             case Birth():
                 self._born(device, message)
@@ -264,8 +266,6 @@ class Coordinator:
             for device, reason in self._roster.revoked().items():
                 self._roster.turn_away(device, reason)
                 self._turn_away(device, reason)
-                if self._certifier:
-                    self._certifier.cut(device)
         self._roster.ticked(now_s)
         if self._certifier:
             self._certifier.ticked(now_s, self._roster.births)

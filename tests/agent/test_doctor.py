@@ -213,7 +213,7 @@ def test_a_password_that_all_can_read_is_warned_of(tmp_path):
     path = configure(tmp_path, more='username = "pi"\npassword = "secret"\n')
     path.chmod(0o644)
     warned = [f.what for f in doctor.examine(path) if f.level == "warn"]
-    assert any("anyone here can read its password" in what for what in warned)
+    assert any("anyone here can read its secret" in what for what in warned)
     path.chmod(0o640)
     warned = [f.what for f in doctor.examine(path) if f.level == "warn"]
     assert not any("password" in what for what in warned)

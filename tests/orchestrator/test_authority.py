@@ -23,10 +23,18 @@ from wire.link import Arrived, Link, LinkEvent
 HOUR = 1 / 24
 
 
-def key_and_request(key=None):
+def asking(known_by: str, key=None):
+    """A new key, and what `Authority.sign` takes: its request, with the proof of a known key."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-    return key, request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+    request = request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+    return key, (request, proof(known_by, request))
+
+
+def proof(known_by: str, request: bytes) -> bytes:
+    private = known_by[known_by.index("-----BEGIN PRIVATE KEY") :]
+    known = serialization.load_pem_private_key(private.encode(), None)
+    return known.sign(request, ec.ECDSA(hashes.SHA256()))
 
 
 def pem(key) -> str:
@@ -43,72 +51,102 @@ def ours(tmp_path):
 
 
 def test_the_first_key_that_comes_with_a_claim_gets_the_certificate(ours):
-    ours.claim("pi")
-    _, request = key_and_request()
-    made = ours.sign("pi:join", request, 90)
+    claim = ours.claim("pi")
+    _, request = asking(claim)
+    made = ours.sign("pi:join", *request, 90)
     read = x509.load_pem_x509_certificate(made.encode())
     assert read.subject.rfc4514_string() == "CN=pi"
     assert read.not_valid_before_utc.year == 2020
-    assert ours.sign("pi:join", request, 90) == made
+    assert ours.sign("pi:join", *request, 90) == made
     with pytest.raises(AdmissionError, match="was used before, with another key"):
-        ours.sign("pi:join", key_and_request()[1], 90)
+        ours.sign("pi:join", *asking(claim)[1], 90)
 
 
 def test_a_new_kit_ends_the_certificates_of_the_former_once_it_is_used(ours):
-    ours.claim("pi")
-    first = x509.load_pem_x509_certificate(ours.sign("pi:join", key_and_request()[1], 90).encode())
-    ours.claim("pi")
+    first = ours.sign("pi:join", *asking(ours.claim("pi"))[1], 90)
+    claim = ours.claim("pi")
     assert not revoked(ours, first)  # the device still works
-    ours.sign("pi:join", key_and_request()[1], 90)
+    ours.sign("pi:join", *asking(claim)[1], 90)
     assert revoked(ours, first)
 
 
-def revoked(ours: Authority, made: x509.Certificate) -> bool:
+def test_a_connection_that_outlives_its_credentials_gets_no_certificate(ours):
+    """The broker still takes messages from it as `pi` and `pi:join`."""
+    former = ours.claim("pi")
+    key, request = asking(former)
+    held = ours.sign("pi:join", *request, 90) + pem(key)
+    claim = ours.claim("pi")
+    for user, known_by in (("pi:join", former), ("pi:join", held), ("pi", held), ("pi", claim)):
+        with pytest.raises(AdmissionError, match=r"did not sign|has no kit"):
+            ours.sign(user, *asking(known_by)[1], 90)
+    ours.sign("pi:join", *asking(claim)[1], 90)
+
+
+def revoked(ours: Authority, text: str) -> bool:
+    made = x509.load_pem_x509_certificate(text.encode())
     read = x509.load_pem_x509_crl(ours.revoked())
     return read.get_revoked_certificate_by_serial_number(made.serial_number) is not None
 
 
 def test_a_revoked_device_loses_all_its_certificates_and_its_claim(ours):
-    claim = x509.load_pem_x509_certificate(ours.claim("pi").encode())
-    texts = [ours.sign("pi:join", key_and_request()[1], 90)]
-    texts += [ours.sign("pi", key_and_request()[1], 90) for _ in range(2)]
+    claim = ours.claim("pi")
+    key, request = asking(claim)
+    texts = [ours.sign("pi:join", *request, 90)]
+    ours.renew("pi")
+    texts.append(ours.sign("pi", *asking(texts[0] + pem(key))[1], 90))
     ours.revoke("pi")
-    assert all(revoked(ours, x509.load_pem_x509_certificate(t.encode())) for t in texts)
-    assert revoked(ours, claim)
+    assert all(revoked(ours, text) for text in (*texts, claim))
     for user in ("pi", "pi:join", "other", "other:join"):
         with pytest.raises(AdmissionError, match="orchestrator enroll"):
-            ours.sign(user, key_and_request()[1], 90)
+            ours.sign(user, *asking(claim)[1], 90)
 
 
-def test_a_renewal_is_due_in_the_last_third_or_on_request(tmp_path, ours):
-    ours.claim("pi")
-    ours.sign("pi:join", key_and_request()[1], 90)
+def test_a_certificate_is_renewed_in_the_last_third_or_on_request_and_not_before(tmp_path, ours):
+    key, request = asking(ours.claim("pi"))
+    held = ours.sign("pi:join", *request, 90) + pem(key)
     now = time.time()
     assert not authority.due(ours.held()["pi"], now + 59 * 86400, 90)
     assert authority.due(ours.held()["pi"], now + 61 * 86400, 90)
+    _, again = asking(held)
+    with pytest.raises(AdmissionError, match="is not due to be renewed"):
+        ours.sign("pi", *again, 90)
     Authority(tmp_path, "barn").renew("pi")
-    assert authority.due(ours.held()["pi"], now, 90)
-    ours.sign("pi", key_and_request()[1], 90)
+    made = ours.sign("pi", *again, 90)
     assert not authority.due(ours.held()["pi"], now, 90)
+    assert x509.load_pem_x509_certificate(made.encode()).subject.rfc4514_string() == "CN=pi"
     with pytest.raises(RunError, match="has no certificate yet"):
         ours.renew("other")
 
 
 @pytest.mark.parametrize("request_", [b"", b"\x30\x00", bytes(8000)])
 def test_a_damaged_request_is_refused(ours, request_):
-    ours.claim("pi")
+    claim = ours.claim("pi")
     with pytest.raises(AdmissionError, match="certificate request"):
-        ours.sign("pi:join", request_, 90)
+        ours.sign("pi:join", request_, proof(claim, request_), 90)
 
 
 def test_a_request_with_a_weak_key_or_signature_is_refused(ours):
-    ours.claim("pi")
-    _, weak = key_and_request(rsa.generate_private_key(65537, 1024))  # noqa: S505
-    _, good = key_and_request()
+    claim = ours.claim("pi")
+    _, (weak, _) = asking(claim, rsa.generate_private_key(65537, 1024))  # noqa: S505
+    _, (good, _) = asking(claim)
     for request in (weak, good[:-1] + bytes([good[-1] ^ 1])):
         with pytest.raises(AdmissionError, match="certificate request"):
-            ours.sign("pi:join", request, 90)
-    ours.sign("pi:join", good, 90)  # nothing was used up
+            ours.sign("pi:join", request, proof(claim, request), 90)
+    ours.sign("pi:join", good, proof(claim, good), 90)  # nothing was used up
+
+
+def test_a_name_that_is_too_long_for_a_certificate_is_refused(ours):
+    ours.claim("a" * 59)
+    with pytest.raises(RunError, match="use up to 59 letters"):
+        ours.claim("a" * 60)
+
+
+@pytest.mark.parametrize("name", ["authority.json", "signer.key", "ca.key"])
+def test_a_file_that_is_gone_is_not_begun_anew(tmp_path, ours, name):
+    assert ours.certificate
+    (authority.folder(tmp_path, "barn") / name).unlink()
+    with pytest.raises(RunError, match="restore it from a copy"):
+        Authority(tmp_path, "barn")
 
 
 def test_a_damaged_authority_is_named_with_its_remedy(tmp_path, ours):
@@ -160,11 +198,10 @@ def test_no_payload_passes_without_a_certificate_that_is_good_for_its_topic(
 ):
     """Hostile clients write to a device's topics and read them; a good one shows what passes."""
     now = time.time()
-    key, request = key_and_request()
 
     def held(made: Authority, user: str) -> str:
-        made.claim("pi")
-        return made.sign(user, request, HOUR) + pem(key)
+        key, request = asking(made.claim("pi"))
+        return made.sign(user, *request, HOUR) + pem(key)
 
     late = Authority(tmp_path, "barn", clock=lambda: now - 86400)
     expired = held(late, "pi:join")
@@ -178,15 +215,15 @@ def test_no_payload_passes_without_a_certificate_that_is_good_for_its_topic(
         "a claim": ours.client("pi:join", 1),
         "a wildcard": ours.client("+", 1),
     }
-    revoked_ = held(ours, "pi:join")
-    ours.revoke("pi")
-    certificates.revoke(tmp_path, "barn", "pi")
-    others["revoked"] = revoked_
+    others["revoked"] = held(ours, "pi:join")
     up, down = (topics.topic("barn", "pi", channel) for channel in ("result", "order"))
+    before = Client(listening, tmp_path, others["revoked"], down, up)
+    wait(lambda: before.link.connected)
+    certificates.revoke(tmp_path, "barn", "pi")
+    wait(lambda: any("it is revoked" in str(event) for event in before.events))
     boss = Client(listening, tmp_path, ours.client("orchestrator", 1), "stillhouse/1/barn/#")
     good = Client(listening, tmp_path, ours.client("pi", 1), down)
     wait(lambda: boss.link.connected and good.link.connected)
-    time.sleep(1.5)  # the broker looks for the revocation list every half second
     clients = {n: Client(listening, tmp_path, text, down, up, "#") for n, text in others.items()}
     inside = {"another device's", "a claim", "a wildcard"}
     wait(lambda: all(clients[name].link.connected for name in inside))
@@ -199,12 +236,14 @@ def test_no_payload_passes_without_a_certificate_that_is_good_for_its_topic(
     assert [p for p in boss.payloads() if p not in (b"for pi", b"from pi")] == []
     assert not [name for name, client in clients.items() if client.payloads()]
     assert {name for name in clients if clients[name].link.connected} == inside
-    told = {name: str(clients[name].events[-1]) for name in clients.keys() - inside}
-    assert "it is revoked" in told["revoked"]
-    assert "it has ended" in told["expired"]
-    assert "of another authority" in told["wrong CA"]
-    assert "there is none, and the broker asks for one" in told["none"]
-    for client in (boss, good, *clients.values()):
+    for name, text in (
+        ("revoked", "it is revoked"),
+        ("expired", "it has ended"),
+        ("wrong CA", "of another authority"),
+        ("none", "there is none, and the broker asks for one"),
+    ):
+        assert any(text in str(event) for event in clients[name].events)
+    for client in (before, boss, good, *clients.values()):
         client.link.close()
 
 

@@ -1,5 +1,7 @@
 """What a device takes from a broker that may be hostile."""
 
+import time
+
 import pytest
 
 from wire import frames, messages, signing
@@ -13,7 +15,7 @@ TOPIC = "stillhouse/1/barn/pi/order"
 
 @pytest.fixture
 def sealer(tmp_path):
-    return Sealer(signing.own_key(tmp_path / "signer.key"))
+    return Sealer(signing.own_key(tmp_path / "signer.key"), tmp_path / "sealed")
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_other_messages_need_no_signature(opener):
 
 
 def test_another_key_is_refused(opener, tmp_path):
-    other = Sealer(signing.own_key(tmp_path / "other.key"))
+    other = Sealer(signing.own_key(tmp_path / "other.key"), tmp_path / "sealed")
     with pytest.raises(WireError, match="did not sign it"):
         opener.open(TOPIC, other.seal(TOPIC, order()))
 
@@ -88,3 +90,20 @@ def test_a_changed_byte_anywhere_is_refused(sealer, opener):
         changed = bytes(inner[:place]) + bytes([inner[place] ^ 1]) + bytes(inner[place + 1 :])
         with pytest.raises(WireError, match="did not sign it"):
             opener.open(TOPIC, frames.encode(Kind.SEALED, sealed.header, changed))
+
+
+def test_the_time_of_a_seal_is_signed_too(sealer, opener):
+    sealed = frames.decode(sealer.seal(TOPIC, order()))
+    later = sealed.header | {"at": sealed.header["at"] + 1}
+    with pytest.raises(WireError, match="did not sign it"):
+        opener.open(TOPIC, frames.encode(Kind.SEALED, later, bytes(sealed.body)))
+
+
+def test_a_clock_that_goes_back_does_not_stop_orders(tmp_path, opener, monkeypatch):
+    key = signing.own_key(tmp_path / "signer.key")
+    now = time.time_ns()
+    for clock in (now + 10**18, now, now + 1):
+        monkeypatch.setattr(time, "time_ns", lambda clock=clock: clock)
+        again = Sealer(key, tmp_path / "sealed")
+        for _ in range(2):
+            opener.open(TOPIC, again.seal(TOPIC, order()))

@@ -115,9 +115,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sign:
-    """Asks for a certificate, by a request (PKCS #10, DER)."""
+    """Asks for a certificate, by a request (PKCS #10, DER).
+
+    Attributes:
+        request: signed with the key that the certificate is for.
+        proof: the request, signed with the key of the kit's claim, or of the certificate that is
+            to be renewed; ECDSA with SHA-256 for a key on a curve of NIST.
+    """
 
     request: bytes
+    proof: bytes
 
     def __post_init__(self) -> None:
         checks.within("request", len(self.request), 1, MAX_REQUEST_BYTES, " bytes")
+        checks.within("proof", len(self.proof), 1, MAX_REQUEST_BYTES, " bytes")
