@@ -206,8 +206,8 @@ def _ours(name: str, config: ServerConfig, samples: Samples, model: nn.Module) -
     def teach() -> int:
         return len(distill.teach(model, samples, whole, config))
 
-    precision = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    return Contender(name, precision, train, teach)
+    device = next(model.parameters()).device
+    return Contender(name, distill.precision(config, device), train, teach)
 
 
 def _reference(

@@ -169,12 +169,18 @@ def _looks(
 
 def autocast(config: ServerConfig, device: torch.device) -> torch.autocast:
     """The context that sets the precision of convolutions and matrix products."""
+    low = precision(config, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
+def precision(config: ServerConfig, device: torch.device) -> torch.dtype:
+    """What convolutions and matrix products are computed in: bfloat16 or float32."""
     chosen = config.precision
     if chosen == "auto":
         chosen = "bfloat16" if device.type == "cuda" else "float32"
     if chosen == "bfloat16" and device.type == "cpu" and not computes_bfloat16():
         chosen = "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=chosen == "bfloat16")
+    return torch.bfloat16 if chosen == "bfloat16" else torch.float32
 
 
 @cache
