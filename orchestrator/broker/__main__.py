@@ -54,9 +54,10 @@ async def _mosquitto(binary: str, folder: Path) -> None:
         )
         _note(folder, process.pid)
         revoked = asyncio.Event()
-        telling = asyncio.gather(
-            _tell_of_users(process, folder), _renewed(process, folder, revoked)
-        )
+        watching = [
+            asyncio.create_task(_tell_of_users(process, folder)),
+            asyncio.create_task(_renewed(process, folder, revoked)),
+        ]
         try:
             code = await process.wait()
         except asyncio.CancelledError:
@@ -68,7 +69,8 @@ async def _mosquitto(binary: str, folder: Path) -> None:
                 await process.wait()
             raise
         finally:
-            telling.cancel()
+            for task in watching:
+                task.cancel()
         if revoked.is_set():
             continue
         print(f"mosquitto ended with code {code}", file=sys.stderr, flush=True)
