@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import queue
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,6 +59,21 @@ class Identity:
     def joined(self) -> bool:
         """Whether there is a certificate; it may have ended."""
         return (self._folder / CERTIFICATE).exists()
+
+    def check(self) -> None:
+        """Return if the certificate and its key can be read.
+
+        Raises:
+            RefusedError: they cannot.
+        """
+        path = self._folder / CERTIFICATE
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(path, password="")
+        except (OSError, ValueError) as fault:
+            raise RefusedError(
+                f"{path}: this device's certificate is damaged ({fault}); enroll the device again, "
+                "and copy its new kit to it"
+            ) from fault
 
     def claiming(self, broker: BrokerAddress) -> BrokerAddress:
         """The broker's address with the claim as credentials."""
@@ -135,7 +151,8 @@ def join(config: AgentConfig, say: Callable[[str], None], pause: Callable[[], bo
         pause: called often; returns whether to stop.
 
     Raises:
-        RefusedError: the orchestrator gives this device no certificate.
+        RefusedError: the orchestrator gives this device no certificate, or the one that it has is
+            damaged.
         LinkError: the claim cannot be used.
         StorageError: the state folder cannot be written; StalledError: the disk is full.
     """
@@ -143,6 +160,7 @@ def join(config: AgentConfig, say: Callable[[str], None], pause: Callable[[], bo
         return
     identity = Identity(config)
     if identity.joined:
+        identity.check()
         return
     say("waiting for the orchestrator to give this device its certificate")
     log.info("this device has no certificate yet: asking the orchestrator for one")

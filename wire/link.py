@@ -10,7 +10,6 @@ events to `emit`; callers put them in a queue.
 
 import random
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +20,9 @@ from paho.mqtt.enums import CallbackAPIVersion, LogLevel
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from wire import tls
 from wire.address import BrokerAddress
-from wire.errors import LinkError, RefusedError
+from wire.errors import RefusedError
 
 KEEPALIVE_S = 30
 BACKOFF_BASE_S = 0.5
@@ -36,13 +36,6 @@ AT_ONCE_S = 5.0  # a broker that refuses such a message ends the connection with
 _FINAL = {"Unsupported protocol version", "Client identifier not valid",
           "Bad user name or password", "Not authorized"}  # fmt: skip
 _ACCEPTED = "Success"
-_ALERTS = {  # TLS alerts (RFC 8446, section 6.2), as OpenSSL names them
-    "certificate revoked": "it is revoked; enroll the device again, and copy its new kit to it",
-    "certificate expired": "it has ended; enroll the device again, and copy its new kit to it",
-    "unknown ca": "it is of another authority; is this the broker of this device's fleet?",
-    "certificate required": "there is none, and the broker asks for one",
-    "bad certificate": "it is not one for a client",
-}
 _CLOSED = "Unspecified error"  # paho's name for: the other side closed the connection
 
 
@@ -201,7 +194,7 @@ class Link:
         client.max_queued_messages_set(0)
         if address.username:
             client.username_pw_set(address.username, address.password)
-        self._tls = _tls(address) if address.secure else None
+        self._tls = tls.context(address) if address.secure else None
         if self._tls:
             client.tls_set_context(self._tls)
             client.on_log = self._logged
@@ -274,7 +267,7 @@ class Link:
             try:
                 self._alert = ""
                 if self._tls:  # the certificate may have been renewed
-                    _load(self._tls, self.address)
+                    tls.load(self._tls, self.address)
                 if self._will:
                     topic, payload = self._will()
                     self._client.will_set(topic, payload, qos=1, retain=True)
@@ -284,7 +277,7 @@ class Link:
                     pass
             except Exception as fault:  # noqa: BLE001 - the next attempt may do better
                 self._backoff.unreachable()
-                why = _reason(fault, secure=self.address.secure)
+                why = tls.reason(fault, secure=self.address.secure)
                 self._emit(Lost(f"broker {self.address.url} cannot be reached: {why}"))
             if self.refused is None:
                 self._closing.wait(random.uniform(0, self._backoff.ceiling_s()))
@@ -333,66 +326,12 @@ class Link:
 
     def _logged(self, _c: paho.Client, _u: object, level: int, text: str) -> None:
         """Note why the broker broke TLS off, which paho only logs."""
-        for alert, meaning in _ALERTS.items() if level == LogLevel.MQTT_LOG_ERR else ():
-            if alert in text.lower().replace("_", " "):
-                self._alert = f"the broker refuses this client's certificate: {meaning}"
+        if level == LogLevel.MQTT_LOG_ERR:
+            self._alert = tls.alert(text) or self._alert
 
     def _received(self, _c: paho.Client, _u: object, message: paho.MQTTMessage) -> None:
         self.bytes_in += len(message.payload)
         self._emit(Arrived(message.topic, bytes(message.payload)))
-
-
-def _tls(address: BrokerAddress) -> ssl.SSLContext:
-    """TLS 1.2 or later, with the broker's certificate checked.
-
-    Raises:
-        LinkError: a certificate or key cannot be used.
-    """
-    try:
-        context = ssl.create_default_context(cafile=address.ca_file)
-    except (OSError, ValueError) as fault:
-        raise _unusable(address, fault) from fault
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # Python 3.13 sets it, and many an authority made by hand does not fit.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    _load(context, address)
-    return context
-
-
-def _load(context: ssl.SSLContext, address: BrokerAddress) -> None:
-    """Take our certificate and its key from their files.
-
-    Raises:
-        LinkError: they cannot be used.
-    """
-    if address.cert_file:
-        try:
-            # Without a password here, OpenSSL asks for one at the terminal.
-            context.load_cert_chain(address.cert_file, address.key_file, password="")
-        except (OSError, ValueError) as fault:
-            raise _unusable(address, fault) from fault
-
-
-def _unusable(address: BrokerAddress, fault: Exception) -> LinkError:
-    return LinkError(
-        f"no connection to {address.url} with these files: {fault}; ca_file, cert_file and "
-        "key_file must be readable PEM files, the key must fit the certificate and have no "
-        "password"
-    )
-
-
-def _reason(fault: Exception, *, secure: bool) -> str:
-    """What went wrong. A port without TLS may fail in many ways when it is spoken to in TLS."""
-    plain = (ssl.SSLCertVerificationError, ConnectionRefusedError, socket.gaierror, LinkError)
-    if isinstance(fault, ssl.SSLCertVerificationError) and "not yet valid" in str(fault):
-        now = time.strftime("%Y-%m-%d", time.gmtime())
-        return (
-            f"its certificate is not yet valid, and this machine's clock says {now}: set the clock "
-            "(sudo timedatectl set-ntp true)"
-        )
-    if secure and not isinstance(fault, plain):
-        return f"{fault}; does it speak TLS on that port?"
-    return str(fault)
 
 
 def _without_delay(_c: paho.Client, _u: object, stream: Any) -> None:

@@ -93,7 +93,7 @@ class BrokerConfig:
 
     @property
     def scheme(self) -> str:
-        """Of the URL by which devices reach our own broker."""
+        """The scheme of our own broker's URL: mqtts with TLS, else mqtt."""
         return "mqtts" if self.mutual_tls else "mqtt"
 
     def beside(self, folder: Path) -> "BrokerConfig":

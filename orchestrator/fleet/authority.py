@@ -11,38 +11,27 @@ key for the user `DEVICE:join`, of whom nothing counts but a certificate request
 The first key that comes with a claim gets the certificate; later ones are refused. So a claim that
 is read from a card after the device has joined is worth nothing.
 
-Keys are P-256, and certificates follow RFC 5280. The common name is the broker's user name.
-Certificates are valid from 2020 on, because a device without a clock battery may begin there.
+A certificate's common name is the broker's user name. `issuing` makes the certificates.
 """
 
-import ipaddress
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives import serialization
 
-from orchestrator.fleet import files
+from orchestrator.fleet import files, issuing
+from orchestrator.fleet.issuing import Issuer, Key
 from wire import records, signing, storage, topics
 from wire.errors import AdmissionError, RunError
 
 DAY_S = 24 * 3600
 CLAIM_DAYS = 14  # from `enroll` to the device's first start
 _AUTHORITY_DAYS, _SERVER_DAYS = 30 * 365, 2 * 365
-_CRL_DAYS = 10 * 365  # it is signed anew at each start
-_SINCE = datetime(2020, 1, 1, tzinfo=UTC)
-_LEAST_RSA_BITS = 2048
-_LONGEST = 64  # characters of a common name
 _REMEDY = "restore it from a copy, or remove the folder and enroll every device anew"
 
 
@@ -86,8 +75,8 @@ class _Changes:
     def revoke(self, serials: Mapping[str, int], claim: str = "") -> None:
         self.revoked |= serials
         if claim:
-            made = x509.load_pem_x509_certificate(claim.encode())
-            self.revoked[_serial(made)] = _end(made)
+            made = issuing.read(claim)
+            self.revoked[issuing.serial(made)] = issuing.end(made)
 
     def known(self, now_s: float) -> _Known:
         """All of it, without revoked certificates that have ended."""
@@ -117,27 +106,27 @@ class Authority:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             if not (self._folder / "ca.pem").exists():
                 self._make()
-        self.certificate, self._key = self._read()
-        self._ca = x509.load_pem_x509_certificate(self.certificate.encode())
+        self._issuer = self._read()
+        self.certificate = issuing.pem(self._issuer.certificate)
 
-    def server(self, hosts: Iterable[str] = ()) -> str:
-        """A certificate for the broker, with its key: PEM.
-
-        Args:
-            hosts: names and addresses by which clients reach it, besides this machine's.
-        """
-        named = dict.fromkeys([
-            "localhost", "127.0.0.1", "::1", socket.gethostname().lower(),
-            *filter(None, hosts), *self._known().hosts,
+    def server(self) -> str:
+        """A certificate for the broker, with its key: PEM."""
+        hosts = dict.fromkeys([
+            "localhost", "127.0.0.1", "::1", socket.gethostname().lower(), *self._known().hosts,
         ])  # fmt: skip
-        key = ec.generate_private_key(ec.SECP256R1())
-        made = self._sign("broker", key.public_key(), _SERVER_DAYS, names=[_alt(n) for n in named])
-        return _pem(made) + _private(key)
+        key = issuing.new_key()
+        until_s = self._clock() + _SERVER_DAYS * DAY_S
+        made = issuing.certificate(
+            "broker", key.public_key(), until_s, by=self._issuer, hosts=hosts
+        )
+        return issuing.pem(made) + issuing.private(key)
 
     def client(self, user: str, days: float) -> str:
         """A certificate for a user of the broker, with its key: PEM."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        return _pem(self._sign(user, key.public_key(), days)) + _private(key)
+        key = issuing.new_key()
+        until_s = self._clock() + days * DAY_S
+        made = issuing.certificate(user, key.public_key(), until_s, by=self._issuer)
+        return issuing.pem(made) + issuing.private(key)
 
     def signer(self) -> "signing.PrivateKey":
         """The key that signs orders and receipts.
@@ -165,16 +154,15 @@ class Authority:
         Raises:
             RunError: the name is too long for a certificate (RFC 5280, ub-common-name).
         """
-        if len(user := topics.joining(device)) > _LONGEST:
-            most = _LONGEST - len(user) + len(device)
+        if len(user := topics.joining(device)) > issuing.LONGEST:
+            most = issuing.LONGEST - len(user) + len(device)
             raise RunError(f"device name {device!r}: with certificates, use up to {most} letters")
-        key = ec.generate_private_key(ec.SECP256R1())
-        made = self._sign(user, key.public_key(), days)
-        pem = _pem(made) + _private(key)
+        pem = self.client(user, days)
         with self._change() as known:
             before = known.devices.get(device, Held())
             known.revoke({}, before.claim)
-            known.devices[device] = Held(claim=_pem(made), serials=before.serials)
+            claim = issuing.pem(issuing.read(pem))  # without the key
+            known.devices[device] = Held(claim=claim, serials=before.serials)
         return pem
 
     def sign(self, user: str, request: bytes, proof: bytes, days: float) -> str:
@@ -195,15 +183,17 @@ class Authority:
             RunError: the authority's folder is damaged.
         """
         device = topics.joined(user)
-        key = _requested(request)
-        fingerprint, joins = _fingerprint(key), user != device
+        key = issuing.requested_key(request)
+        fingerprint, joins = issuing.fingerprint(key), user != device
         held = self._known().devices.get(device, Held())
-        if not held.claim or not (joins or held.certificate):
+        if not held.claim:
             raise AdmissionError(
                 f"device {device!r} has no kit of fleet {self._fleet!r}; run: orchestrator "
                 f"enroll {device}"
             )
-        _check_proof(held.claim if joins else held.certificate, request, proof)
+        if not joins and not held.certificate:
+            raise AdmissionError(f"device {device!r} has a new kit: copy it to the device")
+        issuing.check_proof(held.claim if joins else held.certificate, request, proof)
         if held.key == fingerprint:
             return held.certificate
         if joins and held.key:
@@ -213,17 +203,20 @@ class Authority:
             )
         if not joins and not due(held, self._clock(), days):
             raise AdmissionError(f"the certificate of {device!r} is not due to be renewed")
-        made = self._sign(device, key, days)
+        until_s = self._clock() + days * DAY_S
+        made = issuing.certificate(device, key, until_s, by=self._issuer)
         serials = {s: until for s, until in held.serials.items() if until > self._clock()}
         with self._change() as known:
+            if known.devices.get(device) != held:  # it was revoked or enrolled just now
+                raise AdmissionError(f"the kit of {device!r} has changed; ask again")
             if joins:
                 known.revoke(serials)
                 serials = {}
             known.devices[device] = replace(
-                held, certificate=_pem(made), key=fingerprint, until=_end(made), renew=False,
-                serials=serials | {_serial(made): _end(made)},
+                held, certificate=issuing.pem(made), key=fingerprint, until=issuing.end(made),
+                renew=False, serials=serials | {issuing.serial(made): issuing.end(made)},
             )  # fmt: skip
-        return _pem(made)
+        return issuing.pem(made)
 
     def revoke(self, device: str) -> None:
         """End all certificates of a device, and its claim."""
@@ -249,64 +242,31 @@ class Authority:
 
     def revoked(self) -> bytes:
         """The revocation list, PEM."""
-        now = datetime.fromtimestamp(self._clock(), UTC)
-        builder = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(self._ca.subject)
-            .last_update(now - timedelta(days=1))
-            .next_update(now + timedelta(days=_CRL_DAYS))
-        )
-        for serial, until in self._known().revoked.items():
-            if until > self._clock():
-                entry = x509.RevokedCertificateBuilder().serial_number(int(serial, 16))
-                builder = builder.add_revoked_certificate(entry.revocation_date(now).build())
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-    def _sign(
-        self, user: str, key: Any, days: float, *, names: list[x509.GeneralName] | None = None
-    ) -> x509.Certificate:
-        """A certificate: of a server if it has names, else of a client."""
-        usage = ExtendedKeyUsageOID.SERVER_AUTH if names else ExtendedKeyUsageOID.CLIENT_AUTH
-        by = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
-        builder = (
-            _builder(_named(user), self._ca.subject, key, self._clock() + days * DAY_S)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(signs=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-            .add_extension(by, critical=False)
-        )
-        if names:
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        return builder.sign(self._key, hashes.SHA256())
+        now = self._clock()
+        serials = (each for each, until in self._known().revoked.items() if until > now)
+        return issuing.revocations(serials, now, by=self._issuer)
 
     def _make(self) -> None:
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = _named(f"Stillhouse fleet {self._fleet}"[:64])
-        made = (
-            _builder(name, name, key.public_key(), self._clock() + _AUTHORITY_DAYS * DAY_S)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(signs=True), critical=True)
-            .sign(key, hashes.SHA256())
-        )
+        until_s = self._clock() + _AUTHORITY_DAYS * DAY_S
+        key, made = issuing.authority(f"Stillhouse fleet {self._fleet}", until_s)
         signing.own_key(self._folder / "signer.key")
         storage.write(self._folder / "authority.json", b"{}", 0o600)
-        storage.write(self._folder / "ca.key", _private(key).encode(), 0o600)
-        storage.write(self._folder / "ca.pem", _pem(made).encode(), 0o600)
+        storage.write(self._folder / "ca.key", issuing.private(key).encode(), 0o600)
+        storage.write(self._folder / "ca.pem", issuing.pem(made).encode(), 0o600)
 
-    def _read(self) -> tuple[str, ec.EllipticCurvePrivateKey]:
+    def _read(self) -> Issuer:
         path = self._folder / "ca.key"
         for name in ("authority.json", "signer.key"):
             if not (self._folder / name).exists():
                 raise RunError(f"{self._folder / name} is gone; {_REMEDY}")
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), None)
-            pem = (self._folder / "ca.pem").read_text("ascii")
-            same = x509.load_pem_x509_certificate(pem.encode()).public_key() == key.public_key()
+            made = issuing.read((self._folder / "ca.pem").read_text("ascii"))
         except (OSError, ValueError, TypeError) as fault:
             raise RunError(f"{self._folder}: ca.key and ca.pem: {fault}; {_REMEDY}") from fault
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or not same:
+        if not isinstance(key, Key) or key.public_key() != made.public_key():
             raise RunError(f"{path} is not the key of ca.pem; {_REMEDY}")
-        return pem, key
+        return Issuer(key, made)
 
     def _known(self) -> _Known:
         table = files.read_table(self._folder / "authority.json", _REMEDY)
@@ -330,107 +290,3 @@ def folder(runs: Path, fleet: str) -> Path:
 def due(held: Held, now_s: float, days: float) -> bool:
     """Whether a device should renew: in the last third of its certificate's time, or on request."""
     return bool(held.certificate) and (held.renew or held.until - now_s < days * DAY_S / 3)
-
-
-def _requested(request: bytes) -> Any:
-    """The public key of a certificate request.
-
-    Raises:
-        AdmissionError: it is damaged, not signed by its key, or the key is too weak.
-    """
-    try:
-        read = x509.load_der_x509_csr(request)
-        signed, key = read.is_signature_valid, read.public_key()
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as fault:
-        raise AdmissionError(f"a certificate request that cannot be read: {fault}") from fault
-    strong = (
-        isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in ("secp256r1", "secp384r1")
-    ) or (isinstance(key, rsa.RSAPublicKey) and key.key_size >= _LEAST_RSA_BITS)
-    if not signed or not (strong or isinstance(key, ed25519.Ed25519PublicKey)):
-        raise AdmissionError(
-            "a certificate request: expected one that its key signed, with a key on P-256 or "
-            f"P-384, Ed25519, or RSA of {_LEAST_RSA_BITS} bits"
-        )
-    return key
-
-
-def _check_proof(certificate: str, request: bytes, proof: bytes) -> None:
-    """Raise AdmissionError unless the key of a certificate (PEM) signed the request."""
-    key = x509.load_pem_x509_certificate(certificate.encode()).public_key()
-    try:
-        match key:
-            case ec.EllipticCurvePublicKey():
-                key.verify(proof, request, ec.ECDSA(hashes.SHA256()))
-            case rsa.RSAPublicKey():
-                key.verify(proof, request, padding.PKCS1v15(), hashes.SHA256())
-            case ed25519.Ed25519PublicKey():
-                key.verify(proof, request)
-    except InvalidSignature:
-        raise AdmissionError(
-            "a certificate request that the key of the device's kit or newest certificate did not "
-            "sign"
-        ) from None
-
-
-def _builder(
-    subject: x509.Name, issuer: x509.Name, key: Any, until_s: float
-) -> x509.CertificateBuilder:
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(_SINCE)
-        .not_valid_after(datetime.fromtimestamp(int(until_s), UTC))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-    )
-
-
-def _usage(*, signs: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs, key_cert_sign=signs, crl_sign=signs,
-        content_commitment=False, key_encipherment=False, data_encipherment=False,
-        key_agreement=False, encipher_only=False, decipher_only=False,
-    )  # fmt: skip
-
-
-def _named(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-
-
-def _alt(host: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host.partition("%")[0]))
-    except ValueError:
-        return x509.DNSName(host)
-
-
-def _fingerprint(key: Any) -> str:
-    digest = hashes.Hash(hashes.SHA256())
-    digest.update(
-        key.public_bytes(
-            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-    )
-    return digest.finalize().hex()
-
-
-def _serial(made: x509.Certificate) -> str:
-    return f"{made.serial_number:x}"
-
-
-def _end(made: x509.Certificate) -> int:
-    return int(made.not_valid_after_utc.timestamp())
-
-
-def _pem(made: x509.Certificate) -> str:
-    return made.public_bytes(serialization.Encoding.PEM).decode()
-
-
-def _private(key: ec.EllipticCurvePrivateKey) -> str:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    ).decode()

@@ -33,7 +33,7 @@ def for_broker(runs: Path, fleet: str, host: str) -> broker.Certificates:
     Args:
         runs: folder of all runs.
         fleet: its name.
-        host: that the broker listens on.
+        host: that the broker listens on; "" if it is every address of this machine.
 
     Raises:
         RunError: the authority's folder is damaged.

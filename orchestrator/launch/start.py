@@ -113,7 +113,9 @@ def serve(config: RunConfig) -> Iterator[BrokerAddress]:
                 host=chosen.host,
                 port=chosen.listens_on,
                 users=users,
-                certificates=certificates.for_broker(config.runs, config.fleet, chosen.host)
+                certificates=certificates.for_broker(
+                    config.runs, config.fleet, "" if chosen.everywhere else chosen.host
+                )
                 if chosen.mutual_tls
                 else None,
             )

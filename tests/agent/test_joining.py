@@ -2,10 +2,11 @@
 
 import pytest
 
-from edge_agent.joining import Identity
+from edge_agent.joining import Identity, join
 from ondevice.config import AgentConfig, Kit
 from orchestrator.fleet.authority import Authority
 from wire.address import BrokerAddress
+from wire.errors import RefusedError
 
 
 @pytest.fixture
@@ -73,3 +74,15 @@ def test_a_damaged_file_is_made_anew(tmp_path, ours, name):
     (tmp_path / "state/identity" / name).write_bytes(b"\xff\x00 no PEM")
     request = Identity(config).request()
     assert ours.sign("pi:join", request.request, request.proof, 90)
+
+
+def test_a_damaged_certificate_is_named_with_its_remedy(tmp_path, ours):
+    config = device(tmp_path, ours)
+    identity = Identity(config)
+    request = identity.request()
+    identity.take(ours.sign("pi:join", request.request, request.proof, 90))
+    join(config, lambda _: None, lambda: True)
+    path = tmp_path / "state/identity/device.pem"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(RefusedError, match=r"is damaged .*; enroll the device again"):
+        join(config, lambda _: None, lambda: True)

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from orchestrator import broker
-from orchestrator.fleet import authority, certificates, enrolment
+from orchestrator.fleet import authority, certificates, enrolment, issuing
 from orchestrator.fleet.authority import Authority
 from tests.conftest import free_port
 from wire import topics
@@ -77,7 +77,7 @@ def test_a_connection_that_outlives_its_credentials_gets_no_certificate(ours):
     held = ours.sign("pi:join", *request, 90) + pem(key)
     claim = ours.claim("pi")
     for user, known_by in (("pi:join", former), ("pi:join", held), ("pi", held), ("pi", claim)):
-        with pytest.raises(AdmissionError, match=r"did not sign|has no kit"):
+        with pytest.raises(AdmissionError, match=r"did not sign|has a new kit"):
             ours.sign(user, *asking(known_by)[1], 90)
     ours.sign("pi:join", *asking(claim)[1], 90)
 
@@ -99,6 +99,21 @@ def test_a_revoked_device_loses_all_its_certificates_and_its_claim(ours):
     for user in ("pi", "pi:join", "other", "other:join"):
         with pytest.raises(AdmissionError, match="orchestrator enroll"):
             ours.sign(user, *asking(claim)[1], 90)
+
+
+def test_a_device_that_is_revoked_while_it_joins_stays_revoked(tmp_path, ours, monkeypatch):
+    """Another process revokes it between the check and the signature."""
+    _, request = asking(ours.claim("pi"))
+    made = issuing.certificate
+
+    def late(*args, **named):
+        Authority(tmp_path, "barn").revoke("pi")
+        return made(*args, **named)
+
+    monkeypatch.setattr(issuing, "certificate", late)
+    with pytest.raises(AdmissionError, match="has changed"):
+        ours.sign("pi:join", *request, 90)
+    assert ours.held() == {}
 
 
 def test_a_certificate_is_renewed_in_the_last_third_or_on_request_and_not_before(tmp_path, ours):
@@ -283,7 +298,8 @@ def test_a_broker_of_another_fleet_is_not_taken_for_ours(tmp_path, listening):
 def test_a_host_that_a_kit_names_stands_in_the_brokers_certificate(tmp_path, ours):
     kit = certificates.kit(tmp_path, "barn", "pi", "barn.example", 14)
     assert kit["kit.authority"] == ours.certificate
-    made = x509.load_pem_x509_certificate(ours.server(["10.0.0.7"]).encode())
+    ours.add_host("10.0.0.7")
+    made = x509.load_pem_x509_certificate(ours.server().encode())
     names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert "barn.example" in names.get_values_for_type(x509.DNSName)
     assert "10.0.0.7" in map(str, names.get_values_for_type(x509.IPAddress))

@@ -280,11 +280,14 @@ features = "float32"
 [server]
 model = "caldas_cnn"
 optimizer = "sgd"
-lr = 0.01
+lr = 0.0025
 epochs = 1
 batch = 32
 torch_device = "cpu"
 """
+# Ranks add up in another order, and weights then differ by 3e-7. At four times this learning rate
+# single rows of fc1 differed by 1e-4 after the second round, with each of three seeds: most likely
+# a ReLU or a max pooling had decided otherwise for a sample.
 
 
 @pytest.mark.e2e
@@ -305,7 +308,4 @@ def test_torchrun_simulates_a_run_as_one_process_does(processes, digits, tmp_pat
     _, state = last_checkpoint(tmp_path / "runs/run")
     _, alone = last_checkpoint(config.folder)
     for name, array in alone.under("server").items():
-        # Where a gradient is almost 0, Adam makes a whole step of a rounding difference.
-        apart = np.abs(state.under("server")[name] - array)
-        assert np.quantile(apart, 0.999) < 1e-4, name
-        assert apart.max() < 1e-3, name
+        np.testing.assert_allclose(state.under("server")[name], array, atol=2.5e-5, err_msg=name)
